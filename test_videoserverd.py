@@ -1,0 +1,9213 @@
+"""The tests of videoserverd: the real daemon over real TLS, real yt-dlp, a stand-in for the sites.
+
+    python3 -m unittest                       all of them, in under two minutes
+    python3 test_videoserverd.py bench        speed and memory, as a table
+    python3 test_videoserverd.py -v TestX     what unittest takes
+
+Nothing here leaves this machine: the sites are a stand-in on 127.0.0.1 (see `Standin`), reached
+through [downloader] proxy, in the shapes that yt-dlp's own extractors parse. Only a missing
+vendored yt-dlp is fetched once, from PyPI.
+"""
+import ast
+import atexit
+import base64
+import collections
+import configparser
+import contextlib
+import dis
+import errno
+import functools
+import hashlib
+import http.client
+import importlib.util
+import io
+import json
+import logging
+import os
+import plistlib
+import random
+import re
+import resource
+import select
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import time
+import tokenize
+import unittest
+import unittest.mock
+import uuid
+import warnings
+import zipfile
+import zlib
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from urllib.parse import parse_qs, quote, urlsplit
+
+import videoserverd as v
+
+HERE = Path(v.__file__).absolute().parent
+logging.getLogger('videoserverd').addHandler(logging.NullHandler())  # what it says in this process is not shown
+RUN = Path(tempfile.mkdtemp(prefix='videoserverd-test-'))  # everything of this run; removed at its end
+atexit.register(shutil.rmtree, RUN, ignore_errors=True)
+
+COMMANDS: Dict[str, Callable[[List[str]], Any]] = {}  # `test_videoserverd.py NAME …` calls COMMANDS[NAME](rest)
+
+
+def command(function: Callable[[List[str]], Any]) -> Callable[[List[str]], Any]:
+    """Registers `cmd_NAME(args)` as a subcommand of this file; what it returns is the exit code."""
+    COMMANDS[function.__name__[len('cmd_'):]] = function
+    return function
+
+
+def fair(seconds: float) -> float:
+    """`seconds` for a machine with nothing else to do; more in proportion for one with more to do than cores."""
+    return seconds * min(max(1.0, 1.5 * os.getloadavg()[0] / (os.cpu_count() or 1)), 5.0)
+
+
+def wait_until(happens: Callable[[], Any], seconds: float = 10, what: Any = '') -> Any:
+    """The first true value of happens(); AssertionError after fair(seconds), telling `what`.
+
+    It is asked often in the beginning and every 0.1 s later: asking costs the daemon time as well."""
+    began = time.monotonic()
+    while True:
+        value, waited = happens(), time.monotonic() - began
+        if value:
+            return value
+        if waited > fair(seconds):
+            raise AssertionError(f'not within {seconds} s: {what() if callable(what) else what or happens}')
+        time.sleep(min(0.1, 0.01 + waited / 10))
+
+
+# ---------- harness -----------------------------------------------------------------------
+# The real program as a process of its own, in a folder of its own, on a port that it takes itself;
+# and a client over real TLS that trusts our CA only.
+#
+#     class TestIt(DaemonTest):                              # self.site, self.daemon: shared by the class
+#         settings = {'downloads': {'max_concurrent': 2}}    # [section] key = value of its config.ini
+#         def test_it(self):
+#             id = self.daemon.submit(self.site.tiktok())    # 202, or it fails
+#             row = self.daemon.wait_status(id, 'completed')
+#             status, headers, body = self.daemon.client.get('/api/v1/health')
+#             other = self.new_daemon(security=ANYWHERE, env={'VIDEOSERVER_API_KEYS': 'k'}); other.kill(); other.start()
+
+ANYWHERE = {'allowed_domains': '*', 'allow_private_targets': 'on'}  # [security] for direct links to 127.0.0.1
+BASE_SETTINGS = {
+    'server': {'host': '127.0.0.1', 'port': '0'},
+    'database': {'backups': '0'},
+    'downloads': {'output_directory': 'out', 'retry_delays': '0', 'min_free_space': '1MB'},
+    'downloader': {'ytdlp_directory': str(HERE / 'vendor'), 'auto_update': 'off'},
+    'security': {'requests_per_hour': '0'},
+}
+OWN_VARIABLES = ('VIDEOSERVER_', 'PRT_', 'AWS_', 'SSL_CERT_', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'NO_PROXY',
+                 'PYTHONPATH', 'NOTIFY_SOCKET', 'INVOCATION_ID', 'JOURNAL_STREAM')
+
+
+@functools.lru_cache(maxsize=None)
+def vendored() -> str:
+    """The version of yt-dlp in <repo>/vendor, fetched from the index if there is none yet."""
+    vendor = v.Vendor(HERE / 'vendor')
+    return vendor.version() or vendor.install()
+
+
+@functools.lru_cache(maxsize=None)
+def certificates() -> Path:
+    """A folder with a CA and a leaf as the program makes them, made once per run and copied to each daemon."""
+    folder = RUN / 'certificates'
+    folder.mkdir()
+    (folder / 'config.ini').write_text('')
+    v.ensure_certificate(v.load_config(folder / 'config.ini', {}), time.time())
+    return folder / 'certs'
+
+
+@functools.lru_cache(maxsize=None)
+def path_without_ffmpeg() -> str:
+    """A PATH on which there is openssl, but no ffmpeg."""
+    folder = RUN / 'no-ffmpeg'
+    folder.mkdir()
+    for name in ('openssl', 'sh', 'ip', 'hostname', 'uname'):
+        if shutil.which(name):
+            (folder / name).symlink_to(shutil.which(name))
+    return str(folder)
+
+
+@functools.lru_cache(maxsize=None)
+def hurried_program(constants: Tuple[Tuple[str, str], ...]) -> Path:
+    """A copy of the program in which these module constants (name, expression) have another value."""
+    program = Path(tempfile.mkdtemp(prefix='hurried-', dir=RUN)) / 'videoserverd.py'
+    text = (HERE / 'videoserverd.py').read_text(encoding='utf-8')
+    for name, value in constants:
+        text, times = re.subn(f'(?m)^{name} = [^#\n]*', f'{name} = {value}  ', text)
+        assert times == 1, name
+    program.write_text(text, encoding='utf-8')
+    return program
+
+
+def clean_environment() -> Dict[str, str]:
+    """This environment without what configures the daemon, yt-dlp or Python."""
+    return {name: text for name, text in os.environ.items() if not name.upper().startswith(OWN_VARIABLES)}
+
+
+class Answer(NamedTuple):
+    """An answer; `json` is the parsed body, or the bytes of one that is not JSON."""
+    status: int
+    headers: Any
+    json: Any
+
+
+class Client:
+    """A phone: HTTPS with only our CA trusted. A connection per request, or one kept alive."""
+
+    def __init__(self, port: int, ca: Optional[Path], key: str = '', keep_alive: bool = False, host: str = '127.0.0.1',
+                 timeout: float = 20):
+        self.port, self.host, self.key, self.keep_alive, self.timeout = port, host, key, keep_alive, timeout
+        self.context = ssl.create_default_context(cafile=str(ca)) if ca else None
+        self.kept: Any = None
+
+    def connection(self) -> Any:
+        """A new connection, of http.client."""
+        if not self.context:
+            return http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
+        return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=self.context)
+
+    def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
+        """One request; a body that is not bytes goes as JSON; headers: X_Forwarded_For='…'."""
+        fields = {'X-API-Key': self.key} if self.key else {}
+        if body is not None and not isinstance(body, bytes):
+            body, fields['Content-Type'] = json.dumps(body).encode(), 'application/json'
+        fields.update({name.replace('_', '-'): text for name, text in headers.items()})
+        link = self.kept or self.connection()
+        self.kept = None
+        try:
+            link.request(method, path, body, fields)
+            reply = link.getresponse()
+            data = reply.read()
+        except BaseException:
+            link.close()
+            raise
+        if self.keep_alive and not reply.will_close:
+            self.kept = link
+        else:
+            link.close()
+        is_json = reply.headers.get_content_type() == 'application/json' and data
+        return Answer(reply.status, reply.headers, json.loads(data) if is_json else data)
+
+    def get(self, path: str, **headers: str) -> Answer:
+        """GET."""
+        return self.request('GET', path, None, **headers)
+
+    def post(self, path: str, body: Any = None, **headers: str) -> Answer:
+        """POST of JSON, of bytes, or of nothing."""
+        return self.request('POST', path, body, **headers)
+
+    def delete(self, path: str, **headers: str) -> Answer:
+        """DELETE."""
+        return self.request('DELETE', path, None, **headers)
+
+    def socket(self) -> socket.socket:
+        """A connected TLS socket (plain without a CA) to say on it what no library would."""
+        plain = socket.create_connection((self.host, self.port), self.timeout)
+        return self.context.wrap_socket(plain, server_hostname=self.host) if self.context else plain
+
+    def raw(self, data: bytes, seconds: float = 5) -> bytes:
+        """Sends `data` as it is; what comes back until the server closes or says nothing for `seconds`."""
+        answer = b''
+        with self.socket() as link, contextlib.suppress(OSError):
+            link.settimeout(seconds)
+            link.sendall(data)
+            while True:
+                piece = link.recv(1 << 16)
+                if not piece:
+                    break
+                answer += piece
+        return answer
+
+    def close(self) -> None:
+        """Ends the kept connection."""
+        if self.kept:
+            self.kept.close()
+            self.kept = None
+
+
+class Daemon:
+    """`videoserverd.py` as a process. Keyword arguments are sections of its config.ini.
+
+    env: added to a clean environment (None removes). prefix: words before the command line (strace…).
+    hurry: constants of the program with the values they have here, so that a test need not wait for minutes.
+    start=False: only the folder and its config.ini are made."""
+    alive: 'set[Daemon]' = set()
+
+    def __init__(self, site: Any = None, env: Optional[Dict[str, Any]] = None, prefix: Sequence[str] = (),
+                 start: bool = True, vendor: bool = True, folder: Optional[Path] = None,
+                 hurry: Optional[Dict[str, Any]] = None, **settings: Dict[str, Any]):
+        constants = tuple((name, repr(value)) for name, value in (hurry or {}).items())
+        self.program = hurried_program(constants) if constants else HERE / 'videoserverd.py'
+        self.folder = folder or Path(tempfile.mkdtemp(prefix='daemon-', dir=RUN))
+        self.prefix, self.site = list(prefix), site
+        self.env = {**clean_environment(), 'HOME': str(self.folder)}
+        self.change_env({**({'SSL_CERT_FILE': site.ca_bundle} if site else {}), **(env or {})})
+        self.process: Any = None
+        self.client: Any = None
+        self.poller: Any = None  # asks for the status, on one connection
+        self.port, self.exit_code = 0, None
+        self.settings = {name: dict(keys) for name, keys in BASE_SETTINGS.items()}
+        if site:
+            self.settings['downloader']['proxy'] = site.proxy
+        self.configure(**settings)
+        self.config = v.load_config(self.file, {})
+        self.database, self.output = self.config.database.path, self.config.downloads.output_directory
+        if not (self.folder / 'certs').exists() and self.config.server.tls:
+            shutil.copytree(certificates(), self.folder / 'certs')
+        if vendor:
+            vendored()
+        Daemon.alive.add(self)
+        if start:
+            self.start()
+
+    # -- its configuration
+
+    @property
+    def file(self) -> Path:
+        """Its config.ini."""
+        return self.folder / 'config.ini'
+
+    def configure(self, **settings: Dict[str, Any]) -> None:
+        """Changes config.ini; it is read at the next start."""
+        for name, keys in settings.items():
+            self.settings.setdefault(name, {}).update(keys)
+        self.file.write_text(''.join(f'[{name}]\n' + ''.join(f'{key} = {text}\n' for key, text in keys.items())
+                                     for name, keys in self.settings.items()), encoding='utf-8')
+
+    def change_env(self, env: Dict[str, Any]) -> None:
+        """Changes its environment from the next start on; None removes."""
+        self.env.update(env)
+        self.env = {name: str(text) for name, text in self.env.items() if text is not None}
+
+    # -- its life
+
+    def command_line(self, *words: str) -> List[str]:
+        """How it, or one of its commands, is started."""
+        return [*self.prefix, sys.executable, str(self.program), '--config', str(self.file), *words]
+
+    def run(self, *words: str, seconds: float = 30, **options: Any) -> Any:
+        """Runs a command (`add URL`, `doctor`…) beside it; .returncode, .stdout (both channels)."""
+        return subprocess.run(self.command_line(*words), env=self.env, encoding='utf-8', timeout=seconds, **{
+            'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, **options})
+
+    def start(self, seconds: float = 20) -> 'Daemon':
+        """Starts it and waits until it listens; AssertionError with its log if it does not."""
+        self.launch()
+        wait_until(self.listens, seconds, lambda: 'the daemon listens; it said:\n' + self.tail())
+        if self.poller:
+            self.poller.close()
+        self.client, self.poller = self.new_client(), self.new_client(keep_alive=True)
+        return self
+
+    def launch(self) -> None:
+        """Starts it and does not wait."""
+        self.exit_code = None
+        with (self.folder / 'console.txt').open('ab') as console:
+            self.process = subprocess.Popen(self.command_line(), env=self.env, cwd=str(self.folder), stdout=console,
+                                            stderr=console, stdin=subprocess.DEVNULL, start_new_session=True)
+
+    def listens(self) -> bool:
+        """Does it? Its lock file tells on which port; one of an earlier life does not count."""
+        if self.process.poll() is not None:
+            raise AssertionError(f'the daemon ended with {self.process.returncode}:\n{self.tail()}')
+        try:
+            told = json.loads(Path(f'{self.database}.lock').read_text())
+            if os.getpgid(told['pid']) != self.process.pid or not told['port']:
+                return False
+            socket.create_connection(('127.0.0.1', told['port']), 5).close()
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        self.pid, self.port = told['pid'], told['port']
+        return True
+
+    def new_client(self, **options: Any) -> Client:
+        """A further client; options as Client has them."""
+        return Client(self.port, self.folder / 'certs/ca.crt' if self.config.server.tls else None, **options)
+
+    def running(self) -> bool:
+        """Is the process there?"""
+        return bool(self.process) and self.process.poll() is None
+
+    def wait_exit(self, seconds: float = 10) -> int:
+        """Its exit code, once it has ended."""
+        try:
+            self.exit_code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f'the daemon runs on after {seconds} s:\n{self.tail()}') from None
+        return self.exit_code
+
+    def signal(self, number: int) -> None:
+        """Sends it a signal."""
+        os.kill(self.pid if self.port else self.process.pid, number)
+
+    def kill(self) -> None:
+        """kill -9 of the daemon alone: what it started is its own to take along."""
+        self.signal(signal.SIGKILL)
+        self.wait_exit()
+
+    def terminate(self, seconds: float = 10) -> float:
+        """SIGTERM; how many seconds it took to end."""
+        began = time.monotonic()
+        self.signal(signal.SIGTERM)
+        self.wait_exit(seconds)
+        return time.monotonic() - began
+
+    def restart(self) -> 'Daemon':
+        """Stops it as a service manager does, and starts it anew (on another port)."""
+        if self.running():
+            self.terminate()
+        return self.start()
+
+    def close(self) -> None:
+        """Kills it and all it started; removes its folder."""
+        Daemon.alive.discard(self)
+        if self.poller:
+            self.poller.close()
+        if self.process:
+            with contextlib.suppress(OSError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- what it does
+
+    def submit(self, url: str, **fields: Any) -> str:
+        """Posts a link; its download_id. AssertionError unless it is queued."""
+        status, _, body = self.client.post('/api/v1/download', {'url': str(url), 'client_id': 'test', **fields})
+        assert status == 202, (status, body)
+        return body['download_id']
+
+    def status(self, id: str) -> Dict[str, Any]:
+        """The status row of a download."""
+        try:
+            status, _, body = self.poller.get(f'/api/v1/status/{id}')
+        except (OSError, http.client.HTTPException):  # a kept connection may end at any time
+            status, _, body = self.poller.get(f'/api/v1/status/{id}')
+        assert status == 200, (status, body)
+        return body
+
+    def watch(self, id: str, seconds: float = 30) -> List[Dict[str, Any]]:
+        """Every different status row of a download until it is completed or failed."""
+        seen: List[Dict[str, Any]] = []
+
+        def ended() -> bool:
+            row = self.status(id)
+            if not seen or row != seen[-1]:
+                seen.append(row)
+            return row['status'] in ('completed', 'failed')
+        wait_until(ended, seconds, f'{id} ends')
+        return seen
+
+    def wait_for(self, id: str, happens: Callable[[Dict[str, Any]], Any], seconds: float = 30) -> Dict[str, Any]:
+        """The first status row of which happens(row) is true."""
+        last: Dict[str, Any] = {}
+
+        def look() -> bool:
+            last.update(self.status(id))
+            return bool(happens(last))
+        try:
+            wait_until(look, seconds)
+        except AssertionError:
+            raise AssertionError(f'not within {seconds} s; its status is {last}') from None
+        return last
+
+    def wait_status(self, id: str, wanted: str, seconds: float = 30) -> Dict[str, Any]:
+        """The status row as soon as it is `wanted`; AssertionError at once if it ends as something else."""
+        row = self.wait_for(id, lambda row: row['status'] in (wanted, 'completed', 'failed'), seconds)
+        if row['status'] != wanted:
+            raise AssertionError(f'wanted {wanted}, it is {row}')
+        return row
+
+    def download(self, url: str, seconds: float = 30, **fields: Any) -> Dict[str, Any]:
+        """Submits, waits, and returns the completed row."""
+        return self.wait_status(self.submit(url, **fields), 'completed', seconds)
+
+    def fails(self, url: str, seconds: float = 30, **fields: Any) -> Dict[str, Any]:
+        """Submits, waits, and returns the failed row."""
+        return self.wait_status(self.submit(url, **fields), 'failed', seconds)
+
+    def clear(self) -> None:
+        """Cancels what has not ended, so that the next test finds free workers."""
+        for row in self.rows("SELECT id FROM downloads WHERE status IN ('queued', 'downloading')"):
+            self.client.post(f'/api/v1/download/{row["id"]}/cancel')
+
+    # -- what it leaves and uses
+
+    def rows(self, query: str = 'SELECT * FROM downloads', *values: Any) -> List[Dict[str, Any]]:
+        """A read-only look at its database."""
+        with contextlib.closing(sqlite3.connect(f'file:{self.database}?mode=ro', uri=True, timeout=10)) as database:
+            database.row_factory = sqlite3.Row
+            return [dict(row) for row in database.execute(query, values)]
+
+    def row(self, id: str) -> Dict[str, Any]:
+        """The database's row of a download."""
+        return self.rows('SELECT * FROM downloads WHERE id = ?', id)[0]
+
+    def files(self) -> List[str]:
+        """The names that are visible in its output folder."""
+        return sorted(path.name for path in self.output.iterdir() if not path.name.startswith('.'))
+
+    def partials(self) -> List[Path]:
+        """The files under .incomplete."""
+        return sorted(path for path in (self.output / '.incomplete').rglob('*') if path.is_file())
+
+    def log(self) -> str:
+        """All it has logged and printed."""
+        paths = self.folder / 'console.txt', self.folder / 'logs/server.log'
+        return '\n'.join(path.read_text(errors='replace') for path in paths if path.exists())
+
+    def tail(self, lines: int = 40) -> str:
+        """The last lines of its log."""
+        return '\n'.join(self.log().splitlines()[-lines:])
+
+    def rss(self) -> float:
+        """Its resident memory, in MB (Linux: of the daemon alone, not of what it started)."""
+        try:
+            return int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{self.pid}/status').read_text())[1]) / 1024
+        except FileNotFoundError:
+            return int(subprocess.check_output(['ps', '-o', 'rss=', '-p', str(self.pid)])) / 1024
+
+    def threads(self) -> int:
+        """How many threads it has."""
+        return len(os.listdir(f'/proc/{self.pid}/task'))
+
+    def descriptors(self) -> List[str]:
+        """What its open file descriptors point to."""
+        found = []
+        for path in Path(f'/proc/{self.pid}/fd').iterdir():
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(path))
+        return found
+
+    def processes(self) -> List[Tuple[int, str]]:
+        """(pid, command) of every living process of its session: itself and what it started."""
+        found = []
+        for entry in Path('/proc').glob('[0-9]*'):
+            with contextlib.suppress(OSError):
+                name, _, rest = (entry / 'stat').read_text().partition('(')[2].rpartition(')')
+                if int(rest.split()[3]) == self.process.pid and rest.split()[0] != 'Z':
+                    found.append((int(entry.name), name))
+        return found
+
+
+@atexit.register
+def kill_the_living() -> None:
+    """What an interrupted run has left."""
+    for daemon in list(Daemon.alive):
+        daemon.close()
+
+
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run that is told to end takes its daemons along
+
+
+class DaemonTest(unittest.TestCase):
+    """Tests that share a stand-in and a daemon; what follows is told to the daemon; settings None: no daemon."""
+    settings: Optional[Dict[str, Dict[str, Any]]] = {}
+    env: Dict[str, Any] = {}
+    hurry: Dict[str, Any] = {}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.site = Standin()
+        cls.addClassCleanup(cls.site.close)
+        if cls.settings is not None:
+            cls.daemon = Daemon(site=cls.site, env=cls.env, hurry=cls.hurry, **cls.settings)
+            cls.addClassCleanup(cls.daemon.close)
+
+    def setUp(self) -> None:
+        if self.settings is not None:
+            self.addCleanup(self.daemon.clear)
+            self.addCleanup(self.report, self.daemon)
+
+    def new_daemon(self, **options: Any) -> Daemon:
+        """A daemon of this test's own, killed at its end; arguments as Daemon has them."""
+        daemon = Daemon(**{'site': self.site, **options})
+        self.addCleanup(daemon.close)
+        self.addCleanup(self.report, daemon)
+        return daemon
+
+    def report(self, daemon: Daemon) -> None:
+        """Shows the end of the daemon's log when the test has failed."""
+        outcome = self._outcome  # its `success` is true again while cleanups run; up to Python 3.10 it keeps the errors
+        known = (*outcome.result.failures, *outcome.result.errors, *getattr(outcome, 'errors', ()))
+        if any(test is self and problem for test, problem in known):
+            print(f'\n--- {self.id()}: the daemon said\n{daemon.tail()}\n---', file=sys.stderr)
+
+
+# ---------- law ---------------------------------------------------------------------------
+# What the source itself has to keep: the law of the map, Python 3.9, nothing but the standard
+# library, small functions, and documents that say what the code does.
+
+SOURCE = (HERE / 'videoserverd.py').read_text(encoding='utf-8')
+TREE = ast.parse(SOURCE)
+LONGEST_FUNCTION = 40  # lines
+LONGEST_LINE = 120
+MOST_LINES = 7510  # a fifth of them the page, a quarter blank, comment or docstring; no room to grow
+
+
+def first_definitions(tree: ast.Module) -> Dict[str, int]:
+    """Line of each module-level name's first definition."""
+    found: Dict[str, int] = {}
+    for statement in tree.body:
+        names = [getattr(statement, 'name', '')]
+        if not names[0]:
+            names = [node.id for node in ast.walk(statement) if isinstance(getattr(node, 'ctx', None), ast.Store)
+                     and isinstance(node, ast.Name)]
+            names += [(alias.asname or alias.name).partition('.')[0] for alias in getattr(statement, 'names', ())]
+        for name in names:
+            found.setdefault(name, statement.lineno)
+    return found
+
+
+def global_uses(code: Any) -> List[Tuple[str, int, str]]:
+    """(name, line, where) of each global that `code` and the code inside it reads; the compiler knows what is local."""
+    found, line = [], code.co_firstlineno
+    lines = dict(dis.findlinestarts(code))
+    stored = {step.argval for step in dis.get_instructions(code) if step.opname == 'STORE_NAME'}
+    at_top = code.co_name == '<module>'
+    for step in dis.get_instructions(code):
+        line = lines.get(step.offset) or line
+        if step.opname == 'LOAD_GLOBAL' or step.opname == 'LOAD_NAME' and (at_top or step.argval not in stored):
+            found.append((step.argval, line, code.co_name))
+    for inner in code.co_consts:
+        if hasattr(inner, 'co_code'):
+            found += global_uses(inner)
+    return found
+
+
+def functions(tree: ast.AST) -> List[Any]:
+    """All functions and methods, nested ones too."""
+    return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def imported(tree: ast.AST) -> List[Tuple[str, int]]:
+    """(top package, line) of each import, wherever it stands."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name.partition('.')[0], node.lineno) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            found.append((node.module.partition('.')[0], node.lineno))
+    return found
+
+
+def banners(source: str) -> Dict[str, int]:
+    """Line of each section's banner."""
+    return {found[1]: source.count('\n', 0, found.start()) + 1
+            for found in re.finditer(r'^# -{10} (\w+) -+$', source, re.M)}
+
+
+class TestLaw(unittest.TestCase):
+    """The source keeps its own law."""
+
+    def test_a_name_is_used_only_below_the_line_that_defines_it(self):
+        defined = first_definitions(TREE)
+        wrong = sorted({f'line {line} ({where}): {name} is defined in line {defined[name]}'
+                        for name, line, where in global_uses(compile(SOURCE, 'videoserverd.py', 'exec'))
+                        if name in defined and line < defined[name]})
+        self.assertEqual(wrong, [])
+
+    def test_only_the_standard_library_and_yt_dlp_are_imported(self):
+        known = getattr(sys, 'stdlib_module_names', None)
+        if not known:
+            self.skipTest('Python 3.9 cannot tell')
+        self.assertEqual([where for where in imported(TREE) if where[0] not in known | {'yt_dlp'}], [])
+
+    def test_yt_dlp_is_imported_only_inside_functions_of_section_download(self):
+        begin, lines = banners(SOURCE), sorted(banners(SOURCE).values()) + [SOURCE.count('\n') + 1]
+        end = lines[lines.index(begin['download']) + 1] if 'download' in begin else 0
+        inside = {node.lineno for function in functions(TREE) for node in ast.walk(function) if hasattr(node, 'lineno')}
+        wrong = [line for name, line in imported(TREE) if name == 'yt_dlp'
+                 and not (begin.get('download', 0) < line < end and line in inside)]
+        self.assertEqual(wrong, [])
+
+    def test_syntax_of_python_3_9(self):
+        ast.parse(SOURCE, feature_version=(3, 9))
+        ast.parse(Path(__file__).read_text(encoding='utf-8'), feature_version=(3, 9))
+
+    def test_no_function_is_longer_than_40_lines(self):
+        long = [f'{node.name}: {node.end_lineno - node.lineno + 1}' for node in functions(TREE)
+                if node.end_lineno - node.lineno >= LONGEST_FUNCTION]
+        self.assertEqual(long, [])
+
+    def test_lines_are_short_and_statements_are_not_packed(self):
+        for file in (HERE / 'videoserverd.py', Path(__file__)):
+            text = file.read_text(encoding='utf-8')
+            wide = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > LONGEST_LINE]
+            tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+            packed = [token.start[0] for token in tokens if token.type == tokenize.OP and token.string == ';']
+            self.assertEqual((file.name, wide, packed), (file.name, [], []))
+        self.assertLessEqual(SOURCE.count('\n'), MOST_LINES)
+
+    def test_the_docstring_maps_every_section_in_order(self):
+        told = re.findall(r'^    (\w+) {2,}\S', ast.get_docstring(TREE, clean=False), re.M)
+        self.assertEqual(told, list(banners(SOURCE)))
+
+    def test_no_name_is_defined_twice(self):
+        for file in (HERE / 'videoserverd.py', Path(__file__)):
+            tree = ast.parse(file.read_text(encoding='utf-8'))
+            names = collections.Counter(
+                (getattr(scope, 'name', file.name), node.name)
+                for scope in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+                for node in scope.body if hasattr(node, 'name'))
+            self.assertEqual([name for name, times in names.items() if times > 1], [])  # the second would hide it
+
+    def test_config_ini_has_every_key_with_its_default(self):
+        parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
+        parser.read(HERE / 'config.ini', encoding='utf-8')
+        written = {name: dict(parser[name]) for name in parser.sections()}
+        self.assertEqual(written, {name: {key: row.default for key, row in rows.items()}
+                                   for name, rows in v.SETTINGS.items()})
+
+    @unittest.skipUnless(hasattr(v, 'settings_table'), 'settings_table() is not there')
+    def test_the_settings_table_of_the_readme_is_the_one_of_the_code(self):
+        found = v.settings_table().strip() in (HERE / 'README.md').read_text(encoding='utf-8')
+        self.assertTrue(found, 'README.md lacks the table that videoserverd.settings_table() gives')
+
+
+# ---------- the main job ------------------------------------------------------------------
+# From a phone's POST to a playable file on disk: the real daemon, the real yt-dlp, the stand-in.
+
+
+def same_bytes(daemon: Any, row: Dict[str, Any], *routes: Any) -> None:
+    """AssertionError unless the files of a completed row are, in order, what the routes serve."""
+    wanted = [hashlib.sha256(route.body).hexdigest() for route in routes]
+    found = [hashlib.sha256((daemon.output / file['name']).read_bytes()).hexdigest() for file in row['files']]
+    assert found == wanted, row['files']
+
+
+def streams(file: Path) -> List[str]:
+    """The codecs in `file`, as ffprobe tells; its container's magic is right in any case."""
+    assert file.read_bytes()[4:8] == b'ftyp', file
+    if not shutil.which('ffprobe'):
+        return []
+    told = subprocess.run(['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_name', '-of', 'csv=p=0', str(file)],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+    assert told.returncode == 0, told.stdout
+    return sorted(told.stdout.split())
+
+
+class TestMainJob(DaemonTest):
+    """A shared link is stored, acknowledged, downloaded."""
+    settings = {'downloads': {'max_concurrent': 2, 'max_retries': 2}}
+
+    def test_tiktok_post(self):
+        post = self.site.tiktok(title='Katze springt 🐈', size=300_000)
+        row = self.daemon.download(post)
+        self.assertEqual(row['filename'], f'Katze springt 🐈_{post.id}.mp4')
+        self.assertEqual([file['name'] for file in row['files']], [row['filename']])
+        self.assertEqual((row['title'], row['file_size'], row['progress']), ('Katze springt 🐈', 300_000, 100))
+        self.assertEqual((row['retry_count'], row['error_message'], row['next_attempt_at']), (0, None, None))
+        self.assertIsNotNone(row['completed_at'])
+        same_bytes(self.daemon, row, post.media[0])
+        self.assertIn(row['filename'], self.daemon.files())
+
+    def test_instagram_post_reel_and_tv(self):
+        posts = [self.site.instagram(kind=kind) for kind in ('p', 'reel', 'tv')]
+        for post, id in [(post, self.daemon.submit(post)) for post in posts]:
+            with self.subTest(post):
+                row = self.daemon.wait_status(id, 'completed')
+                self.assertTrue(row['filename'].endswith(f'_{post.id}.mp4'), row['filename'])
+                same_bytes(self.daemon, row, post.media[0])
+
+    def test_carousel_gives_all_its_videos(self):
+        post = self.site.instagram('video', 'video', 'video', kind='p')
+        row = self.daemon.download(post)
+        self.assertEqual(len(row['files']), 3)
+        self.assertEqual(row['filename'], row['files'][0]['name'])
+        self.assertEqual(row['file_size'], sum(file['size'] for file in row['files']))
+        same_bytes(self.daemon, row, *post.media)
+
+    def test_photo_in_between_spoils_nothing(self):
+        post = self.site.instagram('video', 'photo', 'video', kind='p')
+        same_bytes(self.daemon, self.daemon.download(post), *post.media)
+
+    def test_short_and_shared_forms(self):
+        post, reel = self.site.tiktok(), self.site.instagram()
+        forms = [self.site.short(post, form) for form in ('vt', 't')]
+        forms += [self.site.share(reel, form) for form in ('', 'reel/')]
+        forms += [f'Look at this! 🐈 {self.site.short(post)} #cats', f'{reel}?igsh=MzRlODBiNWFlZA==',
+                  f'https://www.instagram.com/tester/reel/{reel.id}/', f'{post}?is_from_webapp=1&sender_device=pc']
+        for text, id in [(text, self.daemon.submit(text)) for text in forms]:
+            with self.subTest(text):
+                row = self.daemon.wait_status(id, 'completed')
+                same_bytes(self.daemon, row, (reel if 'instagram' in row['url'] else post).media[0])
+
+    def test_best_quality_that_an_iphone_plays(self):
+        post = self.site.tiktok(formats=('h264_540p', 'bytevc1_1080p', 'bytevc2_1080p'))  # the last plays nowhere
+        ids = [(post.media[1], self.daemon.submit(post))]
+        for codec in ('vp9', 'av1'):  # larger than the H.264 file beside it
+            reel = self.site.instagram(dash=codec)
+            ids.append((reel.media[0], self.daemon.submit(reel)))
+        for route, id in ids:
+            same_bytes(self.daemon, self.daemon.wait_status(id, 'completed'), route)
+
+    @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
+    def test_better_video_and_sound_are_merged(self):
+        post = self.site.instagram(dash='h264')
+        row = self.daemon.download(post)
+        self.assertEqual(streams(self.daemon.output / row['filename']), ['aac', 'h264'])
+        self.assertTrue(self.site.asked('cdninstagram.com', f'/o1/{post.id}-v.mp4'))
+
+    def test_passing_failure_of_the_page_is_tried_again(self):
+        posts = [self.site.tiktok(page={'fail': [503, 'reset']}), self.site.instagram(page={'fail': [429, 502]})]
+        for post, id in [(post, self.daemon.submit(post)) for post in posts]:
+            with self.subTest(post):
+                row = self.daemon.wait_status(id, 'completed')
+                same_bytes(self.daemon, row, post.media[0])
+                self.assertEqual((row['retry_count'], row['error_message']), (2, None))
+
+    def test_passing_failure_of_the_media_is_got_over(self):
+        posts = {name: self.site.tiktok(size=200_000, fail=[name, name] if name == 503 else [name])
+                 for name in (503, 403, 'half', 'reset', 'html')}
+        for name, id in [(name, self.daemon.submit(post)) for name, post in posts.items()]:
+            with self.subTest(name):
+                same_bytes(self.daemon, self.daemon.wait_status(id, 'completed'), posts[name].media[0])
+
+    def test_retries_end_and_say_why(self):
+        post = self.site.tiktok(page={'fail': [503] * 99})
+        row = self.daemon.fails(post)
+        self.assertEqual((row['retry_count'], post.page.hits), (2, 3))
+        self.assertRegex(row['error_message'], r'503|again|not answer')
+
+    def test_one_that_can_never_work_fails_at_once_and_says_why(self):
+        cases = [(self.site.tiktok(state='gone'), 'deleted|not exist|gone|removed|not there'),
+                 (self.site.tiktok(state='private'), 'private|permission|log'),
+                 (self.site.instagram(state='deleted'), 'deleted|not exist|gone|removed|not there'),
+                 (self.site.instagram(state='geo'), 'country'),
+                 (self.site.instagram('photo'), 'video')]
+        for (post, words), id in [(case, self.daemon.submit(case[0])) for case in cases]:
+            with self.subTest(post):
+                row = self.daemon.wait_status(id, 'failed')
+                self.assertRegex(row['error_message'].lower(), words)
+                self.assertNotRegex(row['error_message'], r'--cookies|yt-dlp -U|issues\?q|caused by|Traceback')
+                self.assertLessEqual(post.page.hits, 2)
+
+    def test_login_wall_and_blocked_address_get_one_more_try(self):
+        posts = [self.site.tiktok(state='login'), self.site.tiktok(state='blocked'), self.site.instagram(state='login')]
+        for post, id in [(post, self.daemon.submit(post)) for post in posts]:
+            with self.subTest(post):
+                row = self.daemon.wait_status(id, 'failed')
+                self.assertEqual(row['retry_count'], 1)
+                self.assertRegex(row['error_message'].lower(), 'cookies|log in|proxy|address')
+
+    def test_page_instead_of_media_is_no_success(self):
+        row = self.daemon.fails(self.site.tiktok(html=True))
+        self.assertTrue(row['error_message'])
+        self.assertFalse(row['files'])
+
+    def test_only_whole_files_are_visible(self):
+        post = self.site.tiktok(title='half', size=400_000, hold_at=200_000)
+        id = self.daemon.submit(post)
+        post.media[0].wait_held()
+        self.assertEqual([name for name in self.daemon.files() if post.id in name], [])
+        post.media[0].release()
+        self.assertIn(self.daemon.wait_status(id, 'completed')['filename'], self.daemon.files())
+        wait_until(lambda: not [path for path in self.daemon.partials() if id in str(path)], 5, 'nothing is left')
+
+    def test_any_title_makes_a_name_of_at_most_255_bytes(self):
+        titles = ['😀' * 72, 'a/b\\c:d*e?f"g<h>i|j', '..hidden', '-rf', '\u202eexe.4pm', '\u00e9' * 300]
+        for title, id in [(title, self.daemon.submit(self.site.tiktok(title=title))) for title in titles]:
+            with self.subTest(title):
+                name = self.daemon.wait_status(id, 'completed')['filename']
+                self.assertLessEqual(len(name.encode()), 255)
+                self.assertRegex(name, r'^[^.\-/\\\u202e][^/\\\u202e]*_\d{19}\.mp4$')
+
+    def test_same_post_twice_keeps_both_files(self):
+        post = self.site.tiktok(title='twin')
+        rows = [self.daemon.download(post) for _ in range(2)]
+        self.assertNotEqual(rows[0]['filename'], rows[1]['filename'])
+        self.assertLessEqual({row['filename'] for row in rows}, set(self.daemon.files()))
+
+    def test_redirect_to_a_private_address_is_refused(self):
+        addresses = '127.0.0.1', '10.0.0.1', '169.254.169.254', '2130706433', '[::1]', 'localhost', 'router.local'
+        posts = [self.site.tiktok(redirect=f'http://{address}/secret') for address in addresses]
+        for post, id in [(post, self.daemon.submit(post)) for post in posts]:
+            with self.subTest(post.media[0].redirect):
+                self.daemon.wait_status(id, 'failed')
+        self.assertEqual([request for request in self.site.requests if request.path == '/secret'], [])
+
+    def test_progress_is_monotone_and_visible_within_a_second(self):
+        post = self.site.instagram('video', 'video', kind='p', size=700_000, speed=700_000)
+        id = self.daemon.submit(post)
+        began = time.monotonic()
+        self.daemon.wait_for(id, lambda row: 0 < row['progress'] < 100, 5)
+        self.assertLess(time.monotonic() - began, fair(2))
+        rows = self.daemon.watch(id)
+        self.assertTrue(all(row['title'] for row in rows), 'the title is known before the end')
+        seen = [row['progress'] for row in rows]
+        self.assertEqual(seen, sorted(seen))
+        self.assertGreater(len(set(seen)), 3)
+        self.assertEqual(seen[-1], 100)
+
+
+class TestDirectLinks(DaemonTest):
+    """Direct mp4, HLS and DASH of any site, loopback allowed."""
+    settings = {'downloader': {'proxy': ''}, 'security': ANYWHERE, 'downloads': {'max_concurrent': 2}}
+
+    def test_mp4(self):
+        for https in (False, True):
+            post = self.site.direct(https=https, size=250_000)
+            row = self.daemon.download(post)
+            same_bytes(self.daemon, row, post.page)
+            self.assertIn(post.id, row['filename'])
+
+    def test_hls(self):
+        for kind in ('hls', 'hls_aes'):
+            with self.subTest(kind):
+                post = self.site.direct(kind)
+                row = self.daemon.download(post)
+                self.assertTrue(row['filename'].endswith('.mp4' if shutil.which('ffmpeg') else '.ts'), row)
+                self.assertEqual([route.hits for route in post.media], [1] * 4)
+                if shutil.which('ffmpeg'):
+                    self.assertEqual(streams(self.daemon.output / row['filename']), ['aac', 'h264'])
+
+    @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
+    def test_dash_is_merged(self):
+        row = self.daemon.download(self.site.direct('dash', size=400_000))
+        self.assertEqual(streams(self.daemon.output / row['filename']), ['aac', 'h264'])
+
+    def test_missing_segment_is_no_success(self):
+        post = self.site.direct('hls')
+        post.media[2].status = 404
+        id = self.daemon.submit(post)
+        row = self.daemon.wait_for(id, lambda row: row['retry_count'] or row['status'] == 'failed')
+        self.assertNotEqual(row['status'], 'completed')
+
+
+class TestWithoutFfmpeg(DaemonTest):
+    """A machine that has no ffmpeg."""
+    settings = {'downloader': {'proxy': ''}, 'security': ANYWHERE}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.env = {'PATH': path_without_ffmpeg()}
+        super().setUpClass()
+
+    def test_mp4_and_hls_without_ffmpeg(self):
+        post = self.site.direct(size=250_000)
+        same_bytes(self.daemon, self.daemon.download(post), post.page)
+        self.assertGreater(self.daemon.download(self.site.direct('hls'))['file_size'], 10_000)
+
+    def test_tiktok_and_instagram_without_ffmpeg(self):
+        daemon = self.new_daemon(env=self.env)
+        for post in (self.site.tiktok(), self.site.instagram(dash='h264')):
+            with self.subTest(post):
+                same_bytes(daemon, daemon.download(post), post.media[0])
+
+
+class TestCancel(DaemonTest):
+    """Cancel works in under a second in every phase."""
+    settings = {'downloader': {'proxy': ''}, 'security': ANYWHERE}
+
+    def cancel(self, daemon: Daemon, id: str) -> None:
+        """Cancels; under a second later it has failed, nothing is left and the worker is free."""
+        began = time.monotonic()
+        status, _, body = daemon.client.post(f'/api/v1/download/{id}/cancel')
+        row = daemon.wait_status(id, 'failed', 5)
+        self.assertLess(time.monotonic() - began, fair(1))
+        self.assertEqual((status, row['error_message']), (200, 'Cancelled'))
+        daemon.download(self.site.direct() if daemon is self.daemon else self.site.tiktok(), 5)
+        self.assertEqual(daemon.status(id)['status'], 'failed')  # it does not rise from the dead
+        self.assertEqual([path for path in daemon.partials() if id in str(path)], [])
+
+    def test_cancel_while_queued(self):
+        first = self.site.direct(hold_at=1)
+        running = self.daemon.submit(first)
+        first.page.wait_hits(2)
+        waiting = self.daemon.submit(self.site.direct())
+        status, _, body = self.daemon.client.post(f'/api/v1/download/{waiting}/cancel')
+        self.assertEqual((status, body['status'], body['error_message']), (200, 'failed', 'Cancelled'))
+        self.cancel(self.daemon, running)
+
+    def test_cancel_while_the_page_is_silent(self):
+        post = self.site.direct('hls', page={'fail': ['hang'] * 9})
+        id = self.daemon.submit(post)
+        post.page.wait_hits()
+        self.cancel(self.daemon, id)
+
+    def test_cancel_while_the_media_stalls(self):
+        post = self.site.direct(size=300_000, hold_at=100_000)
+        id = self.daemon.submit(post)
+        post.page.wait_held(2)
+        self.cancel(self.daemon, id)
+
+    def test_cancel_while_the_server_drips_a_byte_a_second(self):
+        post = self.site.direct('hls', page={'drip': 1.0})
+        id = self.daemon.submit(post)
+        post.page.wait_hits()
+        self.cancel(self.daemon, id)
+        post = self.site.direct('hls', drip=1.0)
+        id = self.daemon.submit(post)
+        post.media[0].wait_hits()
+        self.cancel(self.daemon, id)
+
+    def test_cancel_during_hls(self):
+        post = self.site.direct('hls', size=1_000_000)
+        post.media[2].set(hold_at=10_000)
+        id = self.daemon.submit(post)
+        post.media[2].wait_held()
+        self.cancel(self.daemon, id)
+
+    def test_cancel_through_the_proxy(self):
+        daemon = self.new_daemon(downloader={'proxy': self.site.proxy})
+        post = self.site.tiktok(hold_at=10_000)
+        id = daemon.submit(post)
+        post.media[0].wait_held()
+        self.cancel(daemon, id)
+
+    @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
+    def test_cancel_during_the_merge(self):
+        daemon = self.new_daemon(env={'PATH': self.sleepy_ffmpeg()}, **self.settings)
+        id = daemon.submit(self.site.direct('dash'))
+        wait_until(lambda: [name for _, name in daemon.processes() if name == 'sleep'], 20, 'ffmpeg is at work')
+        self.assertEqual(daemon.status(id)['phase'], 'merge')
+        began = time.monotonic()
+        daemon.client.post(f'/api/v1/download/{id}/cancel')
+        self.assertEqual(daemon.wait_status(id, 'failed', 5)['error_message'], 'Cancelled')
+        self.assertLess(time.monotonic() - began, fair(1))
+        wait_until(lambda: [name for _, name in daemon.processes() if name == 'sleep'] == [], 2, 'ffmpeg is gone')
+
+    def sleepy_ffmpeg(self) -> str:
+        """A PATH whose ffmpeg tells its version and never ends a merge."""
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        script = f'#!/bin/sh\ncase "$*" in *-c*copy*) exec sleep 60;; esac\nexec {shutil.which("ffmpeg")} "$@"\n'
+        (folder / 'ffmpeg').write_text(script)
+        (folder / 'ffmpeg').chmod(0o755)
+        (folder / 'ffprobe').symlink_to(shutil.which('ffprobe'))
+        return f'{folder}{os.pathsep}{os.environ["PATH"]}'
+
+
+class TestEndAndResume(DaemonTest):
+    """Stopped, killed, stalled: what a download that did not finish goes through."""
+    settings = None
+
+    def half_way(self, daemon: Daemon, post: Any, held: int = 1) -> str:
+        """Submits, and waits until the transfer is held and a good part is on disk."""
+        id = daemon.submit(post)
+        post.media[0].wait_held(held)
+        some = post.media[0].hold_at // 3  # yt-dlp reads ever larger blocks: the last one is not on disk
+        wait_until(lambda: any(path.stat().st_size >= some for path in daemon.partials() if id in str(path)), 10,
+                   'some of it is on disk')
+        return id
+
+    def finish(self, daemon: Daemon, post: Any, id: str) -> Dict[str, Any]:
+        """Starts the daemon again; the download ends well, without an attempt counted."""
+        post.media[0].release()
+        daemon.start()
+        row = daemon.wait_status(id, 'completed')
+        same_bytes(daemon, row, post.media[0])
+        self.assertEqual(len([file for file in daemon.files() if post.id in file]), 1)
+        return row
+
+    def test_sigterm_stops_in_under_5_seconds_and_the_next_start_resumes(self):
+        daemon = self.new_daemon()
+        post = self.site.tiktok(size=3_000_000, hold_at=2_000_000)
+        id = self.half_way(daemon, post)
+        self.assertLess(daemon.terminate(fair(10)), fair(5))
+        self.assertEqual((daemon.row(id)['status'], daemon.row(id)['retry_count']), ('queued', 0))
+        self.assertEqual(self.finish(daemon, post, id)['retry_count'], 0)
+        self.assertRegex(post.media[0].ranges_asked[-1], r'^bytes=\d{6,}-')
+
+    def test_resumes_from_the_partial_file_after_kill_9(self):
+        daemon = self.new_daemon(downloader={'proxy': ''}, security=ANYWHERE)
+        post = self.site.direct(size=3_000_000, hold_at=2_000_000)
+        id = self.half_way(daemon, post, 2)
+        daemon.kill()
+        self.assertEqual(self.finish(daemon, post, id)['retry_count'], 0)
+        self.assertRegex(post.page.ranges_asked[-1], r'^bytes=\d{6,}-')
+
+    def test_starts_over_when_the_file_is_another_one(self):
+        daemon = self.new_daemon(downloads={'max_concurrent': 2})
+        posts = [self.site.tiktok(size=3_000_000, hold_at=2_000_000) for _ in range(2)]
+        ids = [self.half_way(daemon, post) for post in posts]
+        daemon.kill()
+        longer = self.site.tiktok(id=posts[0].id, size=3_100_000)
+        other_format = self.site.tiktok(id=posts[1].id, size=3_000_000, formats=('h264_720p',))
+        daemon.start()
+        for post, id in zip((longer, other_format), ids):
+            same_bytes(daemon, daemon.wait_status(id, 'completed'), post.media[0])
+
+    def test_starts_over_where_the_server_cannot_resume(self):
+        daemon = self.new_daemon()
+        post = self.site.tiktok(size=3_000_000, hold_at=2_000_000, ranges=False)
+        id = self.half_way(daemon, post)
+        daemon.kill()
+        self.finish(daemon, post, id)
+
+    def test_timeout_ends_an_attempt_without_progress(self):
+        daemon = self.new_daemon(downloader={'timeout': 5}, downloads={'max_concurrent': 3, 'max_retries': 0})
+        posts = [self.site.tiktok(hold_at=10_000), self.site.tiktok(drip=0.2),
+                 self.site.tiktok(page={'fail': ['hang'] * 9})]
+        began = time.monotonic()
+        for id in [daemon.submit(post) for post in posts]:
+            row = daemon.wait_status(id, 'failed')
+            self.assertRegex(row['error_message'], 'Nothing|nothing|no progress|64 KB')
+        self.assertLess(time.monotonic() - began, fair(9))
+
+
+# ---------- stand-in ----------------------------------------------------------------------
+# A loopback stand-in for TikTok, Instagram, their CDNs and any direct origin: a proxy that ends
+# TLS itself with a CA of its own, real media of any size, and every misbehaviour on demand.
+#
+#     site = Standin()                                      # site.proxy, site.ca_bundle
+#     post = site.tiktok(title='Cat', size=500_000, hold_at=100_000)
+#     str(post), post.id, post.page, post.media[0]          # a URL, and the routes behind it
+#     post.media[0].wait_held(); post.media[0].release(); post.media[0].ranges
+#     site.tiktok(page={'fail': [503, 503]}); site.tiktok(state='private'); site.short(post, 'vm')
+#     site.instagram('video', 'photo', 'video', title='…'); site.direct('hls'); site.close()
+
+# One second of H.264 and AAC as mp4 and as MPEG-TS, made once by ffmpeg: no test needs one for its media.
+TINY_MP4 = zlib.decompress(base64.b85decode(
+    'c-oazZ%9*76u<Ay=}@Z~v*sGPXo?X*np&pWnw2Zk1XBVd+jgJsvG=z5-rKU!SQ0S<KUoBpkU<*sM>PCU2pJSAVf3Xzev1++2to*|FYDa*wtUVhb$'
+    'P#c?>*<-bIv{I_Z~vX(k5L9u%e$wh(=@vlsH4~Vm?q>jF9#`@ArogLL49RV6<##KFgpGd6ovX+$wo*Lu(EV<k2AsPA{y_NM1RnW~Db0d+j(W<2nF'
+    'gd23~`B*JWFI8j<U5%(*frM~c(b;82J<K(;BWHh~$H@iHT6B3#biy5_LGwl5irw?-sv7xT>tgj6gh7d11Ri|miiq4D$rcHH??4ZC|lr?oqlw2IFC'
+    'q+rbDw~I-X{(fiTs$ma-jT4#J^}U?j&*gGl$WMzgfSL_H=#leWuMB5eL#8bFc0S#YHv;*CQV5rFH2R!{i760_srNS>o}ay2b^Lco&$lwB?<8YXLu'
+    'AKqbSM6Pvi=o^hlA52{|3tk>;C0?pE2WVFleqRo>tWwE{K(SimOIKv8o0m-N~P2&J0<6#&SYZd!wIbPB>z)c+HG4Z@`*2sgJn;i`eQ_HZh~iT<EZ'
+    'ZP^HWtRh@zoN#)PU*_~*$W|36+odG3`QY#1Tybq$>0-6=g_ScRmYb;whr<P+OoMr|Emv0NLv^T_79?7Ou6Y5a!-}Gp(?zjS+9#=Lp;x+0BGV*Rk%'
+    '}I45<TcRC1fh9s6u2p3Vr@kLkrIcP$Cns18^5G19Fqt9>Bzb;ODqR4Egggi>`J;_JoFtdnNOMAeKmt%6LXf)M}f$anNkR83=Id=IL049lADwf!_#'
+    'K!DFXH87&zgYhfZi`H@$M9=nriL^Rd=x+^w1&~9pYQCC?X6@q2^-VXH)Je_^l?=5xr4PEne_j|qNAMIB&y?B0pZhK$Rx#2+~+G#TEZfq%xMm=@Y)'
+    'BL)LiHRu^LJbI)b!fnRP#2s$dG?AWg_>a^m+7C8(+%z;*+}DvjeP6+{_IBHmX3Sb1|f*&-#o9gj}6sm&4b5l_y3Nvx7iwP$<~>L!r5E7eVN9hPhS'
+    'hV@%udvl3&H%@yfyiUQWy~JJDMheNz9!>#2M6I7Q%%Brogw*4c%{*yyo^#b4dFWUD{!4IRk'))
+TINY_TS = zlib.decompress(base64.b85decode(
+    'c-nJ!5Hw(HU~u}N%D{M#f#E;ne+I@s4I&;wjBIXhxdo}|oWZF@WtqvT28QJ|&ZqtlCgASC0CGFS241k+85ln>Xl-QK^nWM-_W-clnKsCR-Tsi_1A'
+    '{b(;D5;YfsKo$G%tmLqxMDl;B>nqgMr)y28K4DItCm{fRXWlfuW&+Rgr;{H4zjyoF71By3+yfWr8B^(+{{XFfcQ)fCvSffE8{a$&3?Dj4GRejMR='
+    'M`HrIuOdA()NiZ-mcAl>JzkXJ_RKP)BYrktnrKT1a7B<b=dGhMyY?I{Pg<To7le4qU9y_&hWvAS_bym4oBVpNGkdU^Nh(U0)+O=yLzQ>Q}@^0O_^'
+    '#Cx<2oB8@15Pu7Lo>yI(~RL10S1Omb~w|_zyRcwx>XaAQXOZ>*mIQb@sDd!aCc-hNIyU~=Nw@00y~HOM&kdE2@Z_)e;6ec*vVwNI|vF6&C(rQz6%'
+    'ZEyec$=^Qw_Z00YB41GKz~lvlV@K9XLlH!}U`hzLk_<zZm<_`m#Z&4*o6C8Z0O@`x0brrbKW-`8p5LT6T)xnAy8zpiD@$#iBlk~{HK?c{9HUM>lZ'
+    'C$Cg%Q*Ii2fXaDG^G()js=43-UgYG~PPJ>B{k~>r_^w?C%&Ug!4s_3}oX@C|R~dwdaC#RW!s*?(SAc<$OKGswO-LDyS7aw@rKG|afAZ<4|LZ-Ue)'
+    '?JK08H;jMGgbuzyl2SkdojFxk(=YVf(#B'))
+
+
+def padding(size: int, seed: Any) -> bytes:
+    """`size` bytes that differ from seed to seed, so that a mix of two files never passes for one."""
+    block = random.Random(str(seed)).getrandbits(8 << 16).to_bytes(1 << 16, 'big')
+    return (block * (size // len(block) + 1))[:size]
+
+
+def padded_mp4(data: bytes, size: int, seed: Any) -> bytes:
+    """`data` grown to `size` bytes by a box that players skip."""
+    room = size - len(data)
+    return data if room < 8 else data + struct.pack('>I4s', room, b'free') + padding(room - 8, seed)
+
+
+def padded_ts(data: bytes, size: int, seed: Any) -> bytes:
+    """`data` grown to about `size` bytes by null packets."""
+    filler = padding(184, seed)
+    return data + (b'\x47\x1f\xff\x10' + filler) * max(0, (size - len(data)) // 188)
+
+
+@functools.lru_cache(maxsize=None)
+def ffmpeg_made(suffix: str, *options: str) -> bytes:
+    """What ffmpeg makes of TINY_MP4 with `options`; TINY_MP4 itself where there is none or it cannot."""
+    if not shutil.which('ffmpeg'):
+        return TINY_MP4
+    folder = Path(tempfile.mkdtemp(dir=RUN))
+    source, target = folder / 'tiny.mp4', folder / f'made{suffix}'
+    source.write_bytes(TINY_MP4)
+    done = subprocess.run(['ffmpeg', '-v', 'error', '-nostdin', '-i', str(source), *options, str(target)],
+                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return target.read_bytes() if done.returncode == 0 else TINY_MP4
+
+
+ENCODERS = {'h265': 'libx265', 'vp9': 'libvpx-vp9', 'av1': 'libaom-av1'}
+
+
+def movie(size: int = 0, seed: Any = 0, codec: str = 'h264') -> bytes:
+    """A playable mp4 of `size` bytes; `codec` is what is really inside where ffmpeg can make it."""
+    encoder = ENCODERS.get(codec)
+    data = ffmpeg_made('.mp4', '-c:v', encoder, '-c:a', 'copy') if encoder else TINY_MP4
+    return padded_mp4(data, size, seed)
+
+
+def sound(size: int = 0, seed: Any = 0) -> bytes:
+    """A playable m4a of `size` bytes."""
+    return padded_mp4(ffmpeg_made('.m4a', '-vn', '-c:a', 'copy'), size, seed)
+
+
+def fragments(stream: str, number: int) -> Tuple[bytes, List[bytes]]:
+    """(init, segments) of TINY_MP4's 'v'ideo or 'a'udio for DASH."""
+    data = ffmpeg_made('.mp4', '-map', '0:' + stream, '-c', 'copy', '-movflags',
+                       'frag_every_frame+empty_moov+default_base_moof+skip_trailer')
+    cuts = [found.start() - 4 for found in re.finditer(b'moof', data)] or [len(data) // 2]
+    step = max(1, len(cuts) // number)
+    cuts = cuts[::step][:number] + [len(data)]
+    return data[:cuts[0]], [data[a:b] for a, b in zip(cuts, cuts[1:])]
+
+
+def run_openssl(*args: Any, data: bytes = b'') -> bytes:
+    """What the openssl command prints."""
+    return subprocess.run(['openssl', *map(str, args)], input=data, check=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+
+
+STANDIN_NAMES = ('tiktok.com', 'www.tiktok.com', 'vm.tiktok.com', 'vt.tiktok.com', 'm.tiktok.com', 'webcast.tiktok.com',
+                 '*.us.tiktok.com', '*.tiktokcdn.com', 'instagram.com', '*.instagram.com', '*.cdninstagram.com',
+                 '*.fbcdn.net', 'example.com', '*.example.com', 'example.net', '*.example.net', 'pypi.org',
+                 'files.pythonhosted.org', 'localhost')
+CA_TEXT = 'basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n'
+LEAF_TEXT = ('basicConstraints=critical,CA:FALSE\nkeyUsage=critical,digitalSignature\nextendedKeyUsage=serverAuth\n'
+             'subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nsubjectAltName=IP:127.0.0.1,'
+             + ','.join('DNS:' + name for name in STANDIN_NAMES))
+
+
+@functools.lru_cache(maxsize=None)
+def standin_certificates() -> Path:
+    """Folder with ca.pem, leaf.pem (with its key): the stand-in's own, made once per run."""
+    folder = RUN / 'standin'
+    folder.mkdir()
+    for name, text in (('ca', CA_TEXT), ('leaf', LEAF_TEXT)):
+        (folder / (name + '.ext')).write_text(text)
+        run_openssl('ecparam', '-name', 'prime256v1', '-genkey', '-noout', '-out', folder / (name + '.key'))
+        run_openssl('req', '-new', '-key', folder / (name + '.key'), '-subj', '/CN=stand-in ' + name,
+                '-out', folder / (name + '.csr'))
+        signer = ['-signkey', folder / 'ca.key'] if name == 'ca' else [
+            '-CA', folder / 'ca.pem', '-CAkey', folder / 'ca.key', '-set_serial', '2']
+        run_openssl('x509', '-req', '-in', folder / (name + '.csr'), *signer, '-days', '30', '-sha256',
+                '-extfile', folder / (name + '.ext'), '-out', folder / (name + '.pem'))
+    with (folder / 'leaf.pem').open('ab') as chain:
+        chain.write((folder / 'leaf.key').read_bytes())
+    return folder
+
+
+class SiteRequest(NamedTuple):
+    """One request as the stand-in got it; `path` without, `query` with the words after '?'."""
+    time: float
+    method: str
+    host: str
+    path: str
+    query: Dict[str, str]
+    headers: Any
+    body: bytes
+
+
+SiteReply = Tuple[int, Dict[str, str], bytes]
+HTML = b'<!DOCTYPE html><html><head><title>Oops</title></head><body>Something went wrong</body></html>'
+
+
+class SiteRoute:
+    """One address of the stand-in, how it misbehaves, and what was asked of it. All may be changed at any time.
+
+    body: bytes, or a function of the SiteRequest returning (status, headers, bytes).
+    fail: what the next requests get instead, one item each: a status, 'reset' (RST), 'hang' (never a
+          word), 'html' (200 and a page), 'half' (half of the body, then the end).
+    hold_at: stop after that many bytes of the body (counted from its start, also for a Range) until release().
+    drip: seconds per byte. speed: bytes per second. half: every answer ends in the middle.
+    html: a page under the media's own type. ranges, etag: as servers without them. cookie: asked
+          for, else 403. redirect: 302 to there. status, headers, type: of the answer.
+    """
+
+    def __init__(self, body: Any = b'', type: str = 'text/html; charset=utf-8', **behaviour: Any):
+        self.body, self.type, self.status, self.headers = body, type, 200, {}
+        self.fail, self.hold_at, self.drip, self.speed = [], None, 0.0, None
+        self.half = self.html = False
+        self.ranges = self.etag = True
+        self.cookie = self.redirect = ''
+        self.requests: List[SiteRequest] = []
+        self.sent = 0           # bytes of body sent in all
+        self.held = 0           # transfers that have reached hold_at
+        self.gate = threading.Event()
+        self.set(**behaviour)
+
+    def set(self, **behaviour: Any) -> 'SiteRoute':
+        """Changes how it behaves from the next request on."""
+        unknown = set(behaviour) - set(vars(self))
+        if unknown:
+            raise TypeError(f'a SiteRoute has no {unknown}')
+        vars(self).update(behaviour)
+        self.fail = list(self.fail)
+        if 'hold_at' in behaviour:
+            self.gate.clear()
+        return self
+
+    @property
+    def hits(self) -> int:
+        """Requests so far."""
+        return len(self.requests)
+
+    @property
+    def ranges_asked(self) -> List[str]:
+        """The Range header of each request so far, '' where there was none."""
+        return [request.headers.get('Range', '') for request in self.requests]
+
+    def wait_hits(self, number: int = 1, seconds: float = 20) -> None:
+        """Waits for the n-th request."""
+        wait_until(lambda: self.hits >= number, seconds, lambda: f'{number} requests, got {self.hits}')
+
+    def wait_held(self, number: int = 1, seconds: float = 20) -> None:
+        """Waits for the n-th transfer to stand at hold_at (a direct link: 2, as yt-dlp looks at it first)."""
+        wait_until(lambda: self.held >= number, seconds, lambda: f'{number} transfers held, got {self.held}')
+
+    def release(self) -> None:
+        """Lets held transfers go on, and later ones pass."""
+        self.hold_at = None
+        self.gate.set()
+
+    def tag(self, body: bytes) -> str:
+        """The ETag of `body`."""
+        return '"%08x"' % zlib.crc32(body)
+
+    def reply(self, request: SiteRequest) -> SiteReply:
+        """The answer when nothing misbehaves."""
+        if self.cookie and self.cookie not in request.headers.get('Cookie', ''):
+            return 403, {}, b'no cookie'
+        if self.redirect:
+            return 302, {'Location': self.redirect}, b''
+        if callable(self.body):
+            return self.body(request)
+        body = HTML if self.html else self.body
+        headers = {'Content-Type': self.type, **self.headers}
+        if self.status != 200 or not isinstance(body, bytes):
+            return self.status, headers, body
+        return self.part(request, headers, body)
+
+    def part(self, request: SiteRequest, headers: Dict[str, str], body: bytes) -> SiteReply:
+        """All of `body`, or the Range that was asked for."""
+        if self.etag:
+            headers['ETag'] = self.tag(body)
+        if self.ranges:
+            headers['Accept-Ranges'] = 'bytes'
+        asked = re.fullmatch(r'bytes=(\d+)-(\d*)', request.headers.get('Range', ''))
+        condition = request.headers.get('If-Range', '')
+        if not self.ranges or not asked or condition and condition != headers.get('ETag'):
+            return 200, headers, body
+        start, end = int(asked[1]), min(int(asked[2] or len(body)), len(body) - 1)
+        if start > end:
+            return 416, {'Content-Range': f'bytes */{len(body)}'}, b''
+        headers['Content-Range'] = f'bytes {start}-{end}/{len(body)}'
+        return 206, headers, body[start:end + 1]
+
+
+class Post(str):
+    """A URL to share, and what lies behind it: `id`, `page` (SiteRoute), `media` (its SiteRoutes, in order)."""
+    id: str
+    page: SiteRoute
+    media: List[SiteRoute]
+
+    @classmethod
+    def of(cls, url: str, id: str, page: SiteRoute, media: Sequence[SiteRoute]) -> 'Post':
+        post = cls(url)
+        post.id, post.page, post.media = id, page, list(media)
+        return post
+
+
+class SiteWriter:
+    """The file that http.server writes an answer's head to."""
+
+    def __init__(self, connection: socket.socket):
+        self.write, self.closed = connection.sendall, False  # as http.server wants a file to be
+
+    def flush(self) -> None:
+        """Nothing is buffered."""
+
+    def close(self) -> None:
+        """The connection is closed elsewhere."""
+        self.closed = True
+
+
+class SiteHandler(BaseHTTPRequestHandler):
+    """Answers for all hosts: as a proxy (CONNECT or an absolute URL) or as the origin itself."""
+    protocol_version = 'HTTP/1.1'
+    timeout = 60
+    tunnel = ''
+
+    def setup(self) -> None:
+        self.site = self.server.site
+        if self.server.encrypted:
+            self.request.settimeout(10)
+            self.request = self.site.tls.wrap_socket(self.request, server_side=True)
+        super().setup()
+        self.wfile = SiteWriter(self.connection)
+
+    def finish(self) -> None:
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        self.connection.close()
+
+    def log_message(self, *args: Any) -> None:
+        """Says nothing."""
+
+    def do_CONNECT(self) -> None:
+        self.tunnel = self.path.rpartition(':')[0].strip('[]').lower()
+        self.site.connects.append(self.path)
+        if not self.site.knows(self.tunnel):
+            return self.send_error(502, 'no such host')
+        self.wfile.write(b'HTTP/1.1 200 Connection established\r\n\r\n')
+        self.connection = self.request = self.site.tls.wrap_socket(self.connection, server_side=True)
+        self.rfile, self.wfile = self.connection.makefile('rb'), SiteWriter(self.connection)
+        self.close_connection = False
+
+    def read_request(self) -> SiteRequest:
+        """The request, its host taken from the tunnel, the absolute URL or the Host header."""
+        parts = urlsplit(self.path)
+        host = self.tunnel or parts.hostname or self.headers.get('Host', '').rpartition(':')[0]
+        body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
+        query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+        return SiteRequest(time.monotonic(), self.command, host, parts.path or '/', query, self.headers, body)
+
+    def do_GET(self) -> None:
+        request = self.read_request()
+        self.site.requests.append(request)
+        route = self.site.route(request)
+        route.requests.append(request)
+        trouble = route.fail.pop(0) if route.fail else None
+        with contextlib.suppress(OSError):
+            self.answer(request, route, trouble)
+
+    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+
+    def answer(self, request: SiteRequest, route: SiteRoute, trouble: Any) -> None:
+        """Sends the answer, or what `trouble` makes of it."""
+        if trouble in ('reset', 'hang'):
+            return self.cut(trouble)
+        status, headers, body = route.reply(request)
+        if trouble == 'html':
+            status, body = 200, HTML
+        elif trouble not in (None, 'half'):
+            status, headers, body = trouble, {'Content-Type': 'text/html'}, HTML
+        self.send_response(status)
+        for name, value in {'Content-Length': str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if request.method != 'HEAD':
+            self.send_body(request, route, body, len(body) // 2 if route.half or trouble == 'half' else len(body))
+
+    def cut(self, trouble: str) -> None:
+        """Ends the connection by RST, or never says a word."""
+        self.close_connection = True
+        if trouble == 'hang':
+            while not self.gone(0.05):
+                pass
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        socket.socket(fileno=self.connection.detach()).close()
+
+    def send_body(self, request: SiteRequest, route: SiteRoute, body: bytes, end: int) -> None:
+        """The body up to `end`, at the route's pace, stopping at its hold."""
+        asked = re.match(r'bytes=(\d+)-', request.headers.get('Range', ''))
+        offset = int(asked[1]) if asked and route.ranges else 0
+        at = 0
+        while at < end:
+            hold = end if route.hold_at is None else max(0, route.hold_at - offset)
+            if at >= hold and not self.hold(route):
+                return
+            step = 1 if route.drip else min(1 << 16, int(route.speed / 20) + 1 if route.speed else 1 << 16)
+            chunk = body[at:min(end, at + step, hold if hold > at else end)]
+            self.connection.sendall(chunk)
+            at += len(chunk)
+            route.sent += len(chunk)
+            pause = route.drip or (len(chunk) / route.speed if route.speed else 0)
+            if pause and self.gone(pause):
+                return
+        self.close_connection |= end < len(body)
+
+    def hold(self, route: SiteRoute) -> bool:
+        """Waits at the hold; False if the client went away meanwhile."""
+        route.held += 1
+        while not route.gate.is_set():
+            if self.gone(0.02):
+                return False
+        return True
+
+    def gone(self, seconds: float) -> bool:
+        """Waits; True as soon as the client has closed or the stand-in is to end."""
+        readable = select.select([self.connection], [], [], seconds)[0]
+        self.close_connection |= bool(readable) or self.site.closing
+        return bool(readable) or self.site.closing
+
+
+class SiteServer(ThreadingHTTPServer):
+    """A listener of the stand-in; `encrypted`: TLS from the first byte."""
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, site: 'Standin', encrypted: bool):
+        super().__init__(('127.0.0.1', 0), SiteHandler)
+        self.site, self.encrypted = site, encrypted
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    def handle_error(self, *args: Any) -> None:
+        """Clients go away: that is what they are made to do here."""
+
+
+def script_json(value: Any) -> str:
+    """JSON that may stand in a script element."""
+    return json.dumps(value).replace('</', '<\\/')
+
+
+def html_page(*inside: str) -> bytes:
+    """A page with `inside` in its body."""
+    return ('<!DOCTYPE html><html><head><title>x</title></head><body>' + '\n'.join(inside) + '</body></html>').encode()
+
+
+TIKTOK_STATUS = {  # itemInfo-less answers by webapp.video-detail.statusCode
+    'private': 10222, 'private_post': 10216, 'blocked': 10204, 'unavailable': 10231, 'server_error': 100004}
+CODES = 'ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_'
+
+
+def shortcode(number: int) -> str:
+    """Instagram's short code of a media number."""
+    text = ''
+    while number:
+        number, digit = divmod(number, 64)
+        text = CODES[digit] + text
+    return text
+
+
+class Standin:
+    """The stand-in for the sites; see the banner above. close() ends it and everything it holds."""
+
+    def __init__(self) -> None:
+        folder = standin_certificates()
+        self.ca_bundle = str(folder / 'ca.pem')
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.tls.load_cert_chain(folder / 'leaf.pem')
+        self.routes: Dict[Tuple[str, str], SiteRoute] = {}
+        self.requests: List[SiteRequest] = []   # everything, in order
+        self.connects: List[str] = []       # host:port of each CONNECT
+        self.closing = False
+        self.numbers = random.Random()
+        plain, encrypted = SiteServer(self, False), SiteServer(self, True)
+        self.servers = plain, encrypted
+        self.proxy = self.http = f'http://127.0.0.1:{plain.server_address[1]}'
+        self.https = f'https://127.0.0.1:{encrypted.server_address[1]}'
+        self.furniture()
+
+    def close(self) -> None:
+        """Ends all transfers and listeners."""
+        self.closing = True
+        for server in self.servers:
+            server.shutdown()
+            server.server_close()
+
+    def __enter__(self) -> 'Standin':
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.close()
+
+    # -- routes
+
+    def add(self, host: str, path: str, body: Any = b'', type: str = 'text/html; charset=utf-8',
+            **behaviour: Any) -> SiteRoute:
+        """Answers https://host/path (and http) with `body`: bytes, or a function of the SiteRequest."""
+        route = self.routes[host, path.rstrip('/') or '/'] = SiteRoute(body, type, **behaviour)
+        return route
+
+    def route(self, request: SiteRequest) -> SiteRoute:
+        """The route of a request. Unknown paths are 404; address literals answer as a careless server would."""
+        key = request.host, request.path.rstrip('/') or '/'
+        if key not in self.routes:
+            literal = re.fullmatch(r'[\d.]+|[\da-f:]+', request.host) and request.host != '127.0.0.1'
+            self.routes[key] = SiteRoute(movie(), 'video/mp4') if literal else SiteRoute(HTML, status=404)
+        return self.routes[key]
+
+    def knows(self, host: str) -> bool:
+        """Is there anything at `host`?"""
+        return any(host == known for known, _ in self.routes) or bool(re.fullmatch(r'[\d.]+|[\da-f:]+', host))
+
+    def asked(self, host: str = '', path: str = '') -> List[SiteRequest]:
+        """The requests so far whose host ends with `host` and whose path starts with `path`."""
+        return [r for r in list(self.requests) if r.host.endswith(host) and r.path.startswith(path)]
+
+    def furniture(self) -> None:
+        """What the sites have besides posts."""
+        self.add('www.tiktok.com', '/login', html_page('Log in'))
+        for host in ('vm.tiktok.com', 'vt.tiktok.com', 'm.tiktok.com', 'instagram.com'):
+            self.add(host, '/', html_page())
+        start = html_page('<script id="__eqmc" type="application/json">{"l": "lsd"}</script>')
+        self.add('www.instagram.com', '/', start,
+                 headers={'Set-Cookie': 'csrftoken=csrf; Domain=.instagram.com; Path=/'})
+        self.add('www.instagram.com', '/accounts/login', html_page('Log in'))
+        for host in ('www.instagram.com', 'i.instagram.com'):
+            self.add(host, '/api/v1/web/get_ruling_for_content', self.instagram_ruling)
+        self.add('www.instagram.com', '/graphql/query', self.instagram_graphql)
+        self.instagram_posts: Dict[str, Dict[str, Any]] = {}
+
+    def number(self) -> int:
+        """A media number of its own, as long as the sites' are."""
+        return self.numbers.randrange(7 * 10 ** 18, 75 * 10 ** 17)
+
+    # -- TikTok
+
+    def tiktok(self, id: str = '', title: str = 'A cat jumps', size: int = 100_000, state: str = 'fine',
+               formats: Sequence[str] = ('h264_540p',), user: str = 'tester', known_size: bool = True,
+               codecs: bool = False, page: Optional[Dict[str, Any]] = None, **media: Any) -> Post:
+        """A TikTok post. `formats`: such as h264_540p, bytevc1_1080p, bytevc2_720p; a media SiteRoute each, in order.
+
+        state: fine, private, private_post, blocked, unavailable, server_error (status codes), gone (404),
+        login, classified, challenge (fine after a JavaScript puzzle), changed (a page of another make),
+        sound (a slide show: nothing but the music). codecs: H.265 really is H.265. page, media: behaviour."""
+        id = id or str(self.number())
+        routes = {form: self.tiktok_media(id, form, size, codecs, media) for form in formats if state != 'sound'}
+        struct_ = self.tiktok_item(id, title, user, routes, known_size)
+        detail = {'statusCode': TIKTOK_STATUS.get(state, 0), 'statusMsg': ''}
+        if state == 'classified':
+            struct_ = {'id': id, 'isContentClassified': True}
+        if state not in TIKTOK_STATUS:
+            detail['itemInfo'] = {'itemStruct': struct_}
+        if state == 'login':
+            page = {'redirect': 'https://www.tiktok.com/login?redirect_url=x', **(page or {})}
+        route = self.add('www.tiktok.com', f'/@{user}/video/{id}', self.tiktok_page(detail, state), **(page or {}))
+        for name in ('_', ''):
+            self.routes['www.tiktok.com', f'/@{name}/video/{id}'] = route
+        if state == 'gone':
+            route.status = 404
+        return Post.of(f'https://www.tiktok.com/@{user}/video/{id}', id, route, list(routes.values()))
+
+    def tiktok_media(self, id: str, form: str, size: int, codecs: bool, behaviour: Dict[str, Any]) -> SiteRoute:
+        """The CDN's route of one format."""
+        codec = 'h265' if codecs and form.startswith('bytevc1') else 'h264'
+        body = behaviour.get('body') or movie(size, (id, form), codec)
+        return self.add('v16-webapp-prime.us.tiktok.com', f'/video/tos/{id}/{form}/', type='video/mp4',
+                        **{'cookie': 'tt_chain_token=chain', **behaviour, 'body': body})
+
+    def tiktok_item(self, id: str, title: str, user: str, routes: Dict[str, SiteRoute], known_size: bool) -> Any:
+        """The itemStruct of a post."""
+        base = f'https://v16-webapp-prime.us.tiktok.com/video/tos/{id}/'
+        rates = [{'GearName': form, 'Bitrate': 900_000 + at, 'CodecType': form.split('_')[0], 'PlayAddr': {
+            'Uri': id, 'UrlKey': f'v12044gd0000_{form}_{900_000 + at}',
+            'UrlList': [f'{base}{form}/?a=1988&mime_type=video_mp4'],
+            **({'DataSize': str(len(route.body))} if known_size else {})}}
+            for at, (form, route) in enumerate(routes.items())]
+        self.add('v16-webapp-prime.us.tiktok.com', f'/music/{id}/', sound(20_000, id), 'audio/mp4')
+        return {
+            'id': id, 'desc': title, 'createTime': '1763000000',
+            'author': {'id': '69' + '0' * 17, 'uniqueId': user, 'nickname': user.title(), 'secUid': 'MS4w' + user},
+            'video': {'id': id, 'duration': 1 if rates else 0, 'width': 576, 'height': 1024, 'ratio': '540p',
+                      'cover': f'https://p16-sign.tiktokcdn.com/{id}.jpg',
+                      'playAddr': rates[0]['PlayAddr']['UrlList'][0] if rates else '', 'bitrateInfo': rates},
+            'music': {'id': '1', 'title': 'original sound', 'authorName': user, 'duration': 1,
+                      'playUrl': f'https://v16-webapp-prime.us.tiktok.com/music/{id}/?mime_type=audio_mp4'},
+            'stats': {'diggCount': 1, 'shareCount': 2, 'commentCount': 3, 'playCount': 4}}
+
+    def tiktok_page(self, detail: Dict[str, Any], state: str) -> Callable[[SiteRequest], SiteReply]:
+        """The function that answers for a post's page."""
+        data = script_json({'__DEFAULT_SCOPE__': {'webapp.video-detail': detail}})
+        fine = html_page(f'<script id="__UNIVERSAL_DATA_FOR_REHYDRATION__" type="application/json">{data}</script>')
+        digest = base64.b64encode(hashlib.sha256(b'salt' + b'77').digest()).decode()
+        puzzle = base64.b64encode(json.dumps(
+            {'v': {'a': base64.b64encode(b'salt').decode(), 'c': digest}}).encode()).decode().rstrip('=')
+        riddle = html_page(f'Please wait...<p id="cs" class="{puzzle}"></p><p id="wci" class="_wafchallengeid"></p>')
+
+        def answer(request: SiteRequest) -> SiteReply:
+            solved = '_wafchallengeid' in request.headers.get('Cookie', '')
+            body = {'changed': html_page('A new look'), 'challenge': fine if solved else riddle}.get(state, fine)
+            return (404 if state == 'gone' else 200), {
+                'Content-Type': 'text/html; charset=utf-8',
+                'Set-Cookie': 'tt_chain_token=chain; Domain=.tiktok.com; Path=/; Secure; HttpOnly'}, body
+        return answer
+
+    def short(self, post: str, form: str = 'vm', **behaviour: Any) -> Post:
+        """A short link to `post`: form vm, vt (hosts), t (www.tiktok.com/t/…) or m (m.tiktok.com/v/…)."""
+        code = 'ZM' + uuid.uuid4().hex[:7]
+        host, path = {'t': ('www.tiktok.com', f'/t/{code}/')}.get(form, (form + '.tiktok.com', f'/{code}/'))
+        route = self.add(host, path, **{'redirect': str(post) + '?_t=8abc&_r=1', **behaviour})
+        return Post.of(f'https://{host}{path}', code, route, getattr(post, 'media', []))
+
+    # -- Instagram
+
+    def instagram(self, *items: str, id: str = '', title: Optional[str] = None, size: int = 100_000,
+                  state: str = 'fine', kind: str = 'reel', user: str = 'tester', dash: str = '',
+                  page: Optional[Dict[str, Any]] = None, **media: Any) -> Post:
+        """An Instagram post; items: 'video' (left out: one), 'photo'; several are a carousel. A SiteRoute per video.
+
+        kind: reel, p, tv. dash: codec ('vp9', 'av1') of a better, video-only format beside the H.264 file.
+        state: fine, private, login (redirect), restricted, geo, deleted (404), changed (no data in the page)."""
+        number = self.number()
+        id = id or shortcode(number)
+        found = [self.instagram_item(item, self.number() if len(items) > 1 else number, size, dash, media)
+                 for item in items or ('video',)]
+        whole = {'pk': str(number), 'code': id, 'title': title, 'taken_at': 1763000000, 'like_count': 5,
+                 'user': {'username': user, 'full_name': user.title(), 'pk': '42'}, 'caption': {'text': 'A caption'}}
+        whole.update(found[0][0] if len(found) == 1 else {'carousel_media': [item for item, _ in found]})
+        whole.update(pk=str(number), code=id)
+        if state == 'login':
+            page = {'redirect': 'https://www.instagram.com/accounts/login/?next=x', **(page or {})}
+        post = {'product': whole, 'state': state}
+        self.instagram_posts[id] = self.instagram_posts[str(number)] = post
+        route = SiteRoute(functools.partial(self.instagram_page, post), **(page or {}))
+        self.instagram_addresses(id, number, user, route, post)
+        return Post.of(f'https://www.instagram.com/{kind}/{id}/', id, route, [r for _, r in found if r])
+
+    def instagram_addresses(self, id: str, number: int, user: str, route: SiteRoute, post: Dict[str, Any]) -> None:
+        """Registers everything under which a post is reached."""
+        for host in ('www.instagram.com', 'instagram.com'):
+            for kind in ('p', 'reel', 'reels', 'tv', f'{user}/reel', f'{user}/p'):
+                self.routes[host, f'/{kind}/{id}'] = route
+
+        def info(request: SiteRequest) -> SiteReply:
+            if 'sessionid' not in request.headers.get('Cookie', ''):
+                return 403, {}, b'{"message": "login_required", "status": "fail"}'
+            return 200, {'Content-Type': 'application/json'}, json.dumps({'items': [post['product']]}).encode()
+        for host in ('www.instagram.com', 'i.instagram.com'):
+            self.add(host, f'/api/v1/media/{number}/info/', info)
+
+    def instagram_item(self, kind: str, number: int, size: int, dash: str, behaviour: Dict[str, Any]) -> Any:
+        """(media, SiteRoute or None) of one picture or video of a post."""
+        host, code = 'scontent.cdninstagram.com', shortcode(number)
+        item = {'pk': str(number), 'code': code, 'media_type': 1, 'image_versions2': {
+            'candidates': [{'url': f'https://{host}/{code}.jpg', 'width': 640, 'height': 1136}]}}
+        if kind == 'photo':
+            return item, None
+        body = behaviour.get('body') or movie(size, code)
+        route = self.add(host, f'/o1/{code}.mp4', type='video/mp4', **{**behaviour, 'body': body})
+        item.update(media_type=2, video_duration=1.0, has_audio=True, video_versions=[
+            {'type': 101, 'id': '101', 'url': f'https://{host}/o1/{code}.mp4?efg=1', 'width': 640, 'height': 1136}])
+        if dash:
+            item['video_dash_manifest'] = self.instagram_dash(host, code, dash, size)
+        return item, route
+
+    def instagram_dash(self, host: str, code: str, codec: str, size: int) -> str:
+        """A DASH manifest of a larger, video-only format in `codec`, and the sound."""
+        self.add(host, f'/o1/{code}-v.mp4', padded_mp4(ffmpeg_made(
+            '.mp4', '-an', '-c:v', ENCODERS.get(codec, 'copy')), size, code), 'video/mp4')
+        self.add(host, f'/o1/{code}-a.mp4', sound(20_000, code), 'audio/mp4')
+        words = {'vp9': 'vp09.00.31.08', 'av1': 'av01.0.05M.08', 'h265': 'hvc1.1.6.L93', 'h264': 'avc1.64001f'}[codec]
+        base = f'<BaseURL>https://{host}/o1/{code}-%s.mp4</BaseURL>'
+        return dash_manifest([('video/mp4', words, 'width="1080" height="1920"', 3_000_000, base % 'v'),
+                              ('audio/mp4', 'mp4a.40.2', 'audioSamplingRate="44100"', 64_000, base % 'a')])
+
+    def instagram_visible(self, post: Dict[str, Any]) -> Optional[Dict[str, Any]]:
+        """The post's data as one sees it without an account, None if one does not."""
+        return post['product'] if post['state'] == 'fine' else None
+
+    def instagram_page(self, post: Dict[str, Any], request: SiteRequest) -> SiteReply:
+        """The page of a post: 2026's place for its data."""
+        media = {'xig_polaris_media': {'if_not_gated_logged_out': self.instagram_visible(post)}}
+        stream = ['adp_PolarisPost', {'__bbox': {'complete': True, 'result': {'data': media}}}]
+        loader = {'__bbox': {'require': [['RelayPrefetchedStreamCache', 'next', [], stream]]}}
+        data = script_json({'require': [['ScheduledServerJS', 'handle', None, [loader]]]})
+        script = f'<script type="application/json" data-content-len="9" data-sjs>{data}</script>'
+        body = html_page(script if post['state'] != 'changed' else 'A new look')
+        return (404 if post['state'] == 'deleted' else 200), {'Content-Type': 'text/html; charset=utf-8'}, body
+
+    def instagram_ruling(self, request: SiteRequest) -> SiteReply:
+        """May this post be seen? Sets the session's cookie."""
+        state = self.instagram_posts.get(request.query.get('target_id', ''), {}).get('state', 'deleted')
+        title = {'restricted': 'Restricted Video', 'geo': 'Content not available in your country'}.get(state, '')
+        answer = {'status': 'ok', **({'title': title, 'description': 'It is not for everybody'} if title else {})}
+        return 200, {'Content-Type': 'application/json',
+                     'Set-Cookie': 'csrftoken=csrf; Domain=.instagram.com; Path=/'}, json.dumps(answer).encode()
+
+    def instagram_graphql(self, request: SiteRequest) -> SiteReply:
+        """The data of a post as yt-dlp 2025 asks for it."""
+        code = json.loads(request.query.get('variables', '{}')).get('shortcode', '')
+        post = self.instagram_posts.get(code, {'state': 'deleted'})
+        if post['state'] in ('login', 'changed') or post['state'] == 'deleted' and code in self.instagram_posts:
+            return 401, {'Content-Type': 'text/html'}, html_page('Log in')
+        page = self.routes['www.instagram.com', f'/p/{code}'] if code in self.instagram_posts else SiteRoute()
+        if page.fail:
+            return 500, {'Content-Type': 'text/html'}, HTML  # the page says what is wrong
+        product = self.instagram_visible(post)
+        data = {'data': {'xdt_shortcode_media': product and self.instagram_node(product)}}
+        return 200, {'Content-Type': 'application/json'}, json.dumps(data).encode()
+
+    def instagram_node(self, product: Dict[str, Any]) -> Dict[str, Any]:
+        """A product in the words of 2025's GraphQL."""
+        node = {'id': product['pk'], 'shortcode': product['code'], 'title': product.get('title'), 'is_video': False,
+                'display_url': product.get('image_versions2', {}).get('candidates', [{}])[0].get('url'),
+                'edge_media_to_caption': {'edges': [{'node': {'text': 'A caption'}}]},
+                'owner': {'id': '42', **product.get('user', {})}, 'dimensions': {'width': 640, 'height': 1136},
+                'edge_media_preview_like': {'count': 5}}
+        if 'video_versions' in product:
+            node.update(is_video=True, __typename='GraphVideo', video_url=product['video_versions'][0]['url'],
+                        video_duration=1.0, dash_info={'video_dash_manifest': product.get('video_dash_manifest')})
+        if 'carousel_media' in product:
+            edges = [{'node': self.instagram_node(item)} for item in product['carousel_media']]
+            node.update(__typename='GraphSidecar', edge_sidecar_to_children={'edges': edges})
+        return node
+
+    def share(self, post: Post, form: str = 'reel/', **behaviour: Any) -> Post:
+        """An instagram.com/share/[reel/|p/]… link, which redirects to `post`."""
+        code = 'BA' + uuid.uuid4().hex[:8]
+        route = self.add('www.instagram.com', f'/share/{form}{code}/', **{'redirect': str(post), **behaviour})
+        return Post.of(f'https://www.instagram.com/share/{form}{code}/', code, route, post.media)
+
+    def story(self, user: str = 'tester', size: int = 100_000, **media: Any) -> Post:
+        """An Instagram story: only for those who are logged in."""
+        number = self.number()
+        item, route = self.instagram_item('video', number, size, '', media)
+        reels = {'reels': {'42': {'user': {'pk': '42', 'username': user, 'full_name': user.title()}, 'items': [item]}}}
+
+        def answer(request: SiteRequest) -> SiteReply:
+            seen = 'sessionid' in request.headers.get('Cookie', '')
+            return 200, {'Content-Type': 'application/json'}, json.dumps(reels if seen else {'status': 'ok'}).encode()
+        for host in ('www.instagram.com', 'i.instagram.com'):
+            self.add(host, '/api/v1/feed/reels_media/', answer)
+        body = html_page('<script>{"user":{"pk":"42","username":"%s"}}</script>' % user)
+        page = self.add('www.instagram.com', f'/stories/{user}/{number}/', body)
+        return Post.of(f'https://www.instagram.com/stories/{user}/{number}/', str(number), page, [route])
+
+    # -- any other origin
+
+    def direct(self, kind: str = 'mp4', size: int = 100_000, name: str = '', parts: int = 4, https: bool = False,
+               host: str = '', page: Optional[Dict[str, Any]] = None, **media: Any) -> Post:
+        """A direct link: kind mp4, hls, hls_aes, dash (video and sound apart), m4a.
+
+        On 127.0.0.1 without a proxy, or at https://host/… (names of STANDIN_NAMES) through it. `size` is that of
+        all segments together; `page` is the behaviour of the playlist (mp4: the media itself is the page)."""
+        name = name or 'clip-' + uuid.uuid4().hex[:8]
+        base = f'https://{host}' if host else self.https if https else self.http
+        make = getattr(self, 'direct_' + kind)
+        tail, routes = make(host or '127.0.0.1', f'/d/{name}', size, parts, page or {}, media)
+        return Post.of(f'{base}/d/{name}{tail}', name, routes[0], routes[1:] or routes)
+
+    def direct_mp4(self, host: str, path: str, size: int, parts: int, page: Any, media: Any) -> Any:
+        """(ending, routes) of one file; the page is the medium."""
+        return '.mp4', [self.add(host, path + '.mp4', type='video/mp4', **{'body': movie(size, path), **page, **media})]
+
+    def direct_m4a(self, host: str, path: str, size: int, parts: int, page: Any, media: Any) -> Any:
+        """The same, sound alone."""
+        return '.m4a', [self.add(host, path + '.m4a', type='audio/mp4', **{'body': sound(size, path), **page, **media})]
+
+    def direct_hls(self, host: str, path: str, size: int, parts: int, page: Any, media: Any, key: bytes = b'') -> Any:
+        """(ending, routes) of a playlist and its segments."""
+        lines = ['#EXTM3U', '#EXT-X-VERSION:3', '#EXT-X-TARGETDURATION:1', '#EXT-X-MEDIA-SEQUENCE:0']
+        if key:
+            lines.append(f'#EXT-X-KEY:METHOD=AES-128,URI="{path}.key"')
+            self.add(host, path + '.key', key, 'application/octet-stream')
+        routes = []
+        for at in range(parts):
+            body = padded_ts(TINY_TS, size // parts, (path, at))
+            if key:
+                body = run_openssl('enc', '-aes-128-cbc', '-K', key.hex(), '-iv', '%032x' % at, data=body)
+            routes.append(self.add(host, f'{path}/{at}.ts', type='video/mp2t', **{'body': body, **media}))
+            lines += ['#EXT-X-DISCONTINUITY'] * bool(at) + ['#EXTINF:1.0,', f'{path}/{at}.ts']
+        index = '\n'.join(lines + ['#EXT-X-ENDLIST', '']).encode()
+        return '.m3u8', [self.add(host, path + '.m3u8', index, 'application/vnd.apple.mpegurl', **page)] + routes
+
+    def direct_hls_aes(self, *args: Any) -> Any:
+        """The same, encrypted."""
+        return self.direct_hls(*args, key=hashlib.md5(args[1].encode()).digest())
+
+    def direct_dash(self, host: str, path: str, size: int, parts: int, page: Any, media: Any) -> Any:
+        """(ending, routes) of a manifest, the segments of the video, then of the sound."""
+        routes, sets = [], []
+        for stream, codec, extra in (('v', 'avc1.42c00a', 'width="72" height="128"'), ('a', 'mp4a.40.2', '')):
+            init, segments = fragments(stream, parts)
+            share = size // len(segments) if stream == 'v' else 0
+            self.add(host, f'{path}/{stream}-init.mp4', init, 'video/mp4')
+            urls = [f'<Initialization sourceURL="{path}/{stream}-init.mp4"/>']
+            for at, body in enumerate(segments):
+                routes.append(self.add(host, f'{path}/{stream}-{at}.m4s', type='video/iso.segment',
+                                       **{'body': padded_mp4(body, share, (path, at)), **media}))
+                urls.append(f'<SegmentURL media="{path}/{stream}-{at}.m4s"/>')
+            inside = f'<SegmentList timescale="{len(segments)}" duration="1">{"".join(urls)}</SegmentList>'
+            sets.append((('video' if stream == 'v' else 'audio') + '/mp4', codec, extra, 400_000, inside))
+        index = dash_manifest(sets).encode()
+        return '.mpd', [self.add(host, path + '.mpd', index, 'application/dash+xml', **page)] + routes
+
+
+def dash_manifest(sets: Sequence[Tuple[str, str, str, int, str]]) -> str:
+    """A static MPD of one second: (type, codecs, further attributes, bandwidth, inside) of each set."""
+    parts = [f'<AdaptationSet mimeType="{type}"><Representation id="{at}" codecs="{codecs}" {extra} '
+             f'bandwidth="{rate}">{inside}</Representation></AdaptationSet>'
+             for at, (type, codecs, extra, rate, inside) in enumerate(sets)]
+    return ('<?xml version="1.0"?><MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" '
+            'profiles="urn:mpeg:dash:profile:isoff-on-demand:2011" minBufferTime="PT1S" '
+            'mediaPresentationDuration="PT1S"><Period>' + ''.join(parts) + '</Period></MPD>')
+
+
+
+
+# ---------- jobs --------------------------------------------------------------------------
+# Pure functions, judged by others: a browser's idea of a URL (WHATWG), yt-dlp's own parser.
+
+def security(domains: Sequence[str] = ('tiktok.com', 'instagram.com'), private: bool = False) -> Any:
+    """A [security] section."""
+    return v.SimpleNamespace(allowed_domains=tuple(domains), allow_private_targets=private, max_url_length=2048)
+
+
+LISTED, ANY_SITE, ANY_PLACE = security(), security(['*']), security(['*'], private=True)
+
+
+def refusal(function: Callable[..., Any], *args: Any) -> str:
+    """The code of the Refused that function(*args) raises; '' if it raises none."""
+    try:
+        function(*args)
+    except v.Refused as error:
+        assert error.message and not v.UNSAFE.search(error.message), error.message
+        return error.code
+    return ''
+
+
+# What a browser makes of a text (https://url.spec.whatwg.org), written for this test and from the
+# standard alone, so that it shares no mistake with the program.
+
+def browser_ipv4(host: str) -> Optional[str]:
+    """The IPv4 parser: 1 to 4 numbers, decimal, octal or hexadecimal, the last of them filling the rest."""
+    numbers = []
+    for part in host.split('.'):
+        base, digits = 10, part
+        if part[:2] in ('0x', '0X'):
+            base, digits = 16, part[2:]
+        elif part.startswith('0'):
+            base, digits = 8, part[1:]
+        if digits and not set(digits.lower()) <= set('0123456789abcdef'[:base]):
+            return None
+        numbers.append(int(digits or '0', base))
+    if len(numbers) > 4 or any(number > 255 for number in numbers[:-1]) or numbers[-1] >= 256 ** (5 - len(numbers)):
+        return None
+    value = numbers[-1] + sum(number << 8 * (3 - place) for place, number in enumerate(numbers[:-1]))
+    return str(v.ipaddress.IPv4Address(value))
+
+
+def browser_host(text: str) -> Optional[str]:
+    """The host that a browser would contact for `text` in its address bar's place; None: it would not."""
+    text = re.sub('[\t\r\n]', '', text.strip(''.join(map(chr, range(33)))))
+    match = re.match(r'(?i)https?:[/\\]*([^/\\?#]*)', text)
+    if not match:
+        return None
+    host, port = re.fullmatch(r'(?s)(\[[^\]]*\]|[^:]*)(:.*)?|.*', match[1].rpartition('@')[2]).group(1, 2)
+    if host is None or not re.fullmatch(r':[0-9]*', port or ':') or int((port or ':')[1:] or 0) > 65535:
+        return None
+    if host.startswith('['):
+        try:
+            return f'[{int(v.ipaddress.IPv6Address(host[1:-1])):x}]'
+        except ValueError:
+            return None
+    data = re.sub(rb'%([0-9A-Fa-f]{2})', lambda found: bytes.fromhex(found[1].decode()),
+                  host.encode('utf-8', 'replace'))
+    return browser_name(data.decode('utf-8', 'replace'))
+
+
+DROPPED = re.compile('[\xad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u2060-\u2064\u3164'
+                     '\ufe00-\ufe0f\ufeff\uffa0\U000e0100-\U000e01ef]')
+
+
+def browser_name(name: str) -> Optional[str]:
+    """Domain to ASCII (UTS 46, not transitional), near enough, then the forbidden code points and IPv4."""
+    name = ''.join(part if part in 'ßς' else v.unicodedata.normalize('NFKC', part.casefold())
+                   for part in DROPPED.sub('', name)).replace('\u3002', '.')
+    labels = []
+    for label in name.split('.'):
+        label = v.unicodedata.normalize('NFC', label)
+        if label.startswith('xn--'):
+            try:
+                label = label[4:].encode('ascii').decode('punycode')
+            except UnicodeError:
+                return None
+            if label.isascii() or label != v.unicodedata.normalize('NFKC', label.lower()):
+                return None
+        labels.append(label if label.isascii() else 'xn--' + label.encode('punycode', 'replace').decode())
+    name = '.'.join(labels)
+    if not name or re.search(r'[\0-\x20#%/:<>?@\[\\\]^|\x7f]', name):
+        return None
+    if re.fullmatch(r'(?i)[0-9]+|0x[0-9a-f]*', name.rstrip('.').rpartition('.')[2]) and not name.endswith('..'):
+        return browser_ipv4(name[:-1] if name.endswith('.') else name)
+    return name.rstrip('.')
+
+
+# Traps: what URL parsers have disagreed about (WPT's urltestdata.json, Orange Tsai's list, FACTS of our own).
+TRAPS = [
+    r'http://127.0.0.1\@tiktok.com/', r'https://tiktok.com\@evil.com/', r'https://tiktok.com\.evil.com/',
+    r'https:\\evil.com\tiktok.com',
+    r'https://evil.com\\tiktok.com/', 'https://tiktok.com@evil.com/', 'https://tiktok.com:443@evil.com/',
+    'https://a:b@tiktok.com/',
+    'https://@tiktok.com/', 'https://:@tiktok.com/', 'https://tiktok.com%40evil.com/', 'https://tiktok.com%2eevil.com/',
+    'https://tiktok.com%00.evil.com/', 'https://evil.com%23.tiktok.com/', 'https://evil.com%2f.tiktok.com/',
+    'https://%74iktok.com/',
+    'https://evil.com#.tiktok.com/', 'https://evil.com?.tiktok.com/', 'https://evil.com;.tiktok.com/',
+    'https://evil.com&.tiktok.com/',
+    'https://tiktok.com\t.evil.com/', 'https://tik\ttok.com/', 'https://tik\ntok.com/',
+    'https://tiktok.com\r\n.evil.com/', 'ht\ttps://evil.com/',
+    'https://tiktok.com\0.evil.com/', 'https://tiktok.com .evil.com/', 'https://tiktok.com\x7f.evil.com/',
+    'https://tiktok.com\xa0.evil.com/',
+    'https://tiktok.com\u3002evil.com/', 'https://tiktok.com\uff0eevil.com/', 'https://tiktok.com\uff61evil.com/',
+    'https://tiktok.com\u2024evil.com/',
+    'https://tiktok.com\uff0fevil.com/', 'https://tiktok.com\uff20evil.com/', 'https://tiktok.com\uff03.evil.com/',
+    'https://tiktok.com\uff1a80/',
+    'https://tiktok.com\xad/', 'https://tik\u200btok.com/', 'https://tik\u2060tok.com/', 'https://tiktok\ufe0f.com/',
+    'https://tik\u034ftok.com/',
+    'https://ｔｉｋｔｏｋ.com/', 'https://ⓣⓘⓚⓣⓞⓚ.com/', 'https://tiktoK.com/', 'https://tıktok.com/', 'https://TİKTOK.com/',
+    'https://faß.de/',
+    'https://βόλος.com/', 'https://xn--tiktok-.com/', 'https://xn--tiktok.com/', 'https://xn--.com/',
+    'https://xn--a.com/', 'https://xn--zn7c.com/',
+    'https://xn--fa-hia.de/', 'https://XN--BCHER-KVA.de/', 'https://bücher.de/', 'https://Bücher.de/',
+    'https://bu\u0308cher.de/', 'https://例え.jp/',
+    'https://tiktok.com./', 'https://tiktok.com../', 'https://.tiktok.com/', 'https://tiktok..com/', 'https://./',
+    'https:///', 'https://', 'https:',
+    'https:tiktok.com/', 'https:/tiktok.com/', 'https:///tiktok.com/', 'https:////evil.com/', '//tiktok.com/',
+    'tiktok.com/', '/\\evil.com/',
+    'https://tiktok.com:/', 'https://tiktok.com:0/', 'https://tiktok.com:00443/', 'https://tiktok.com:65536/',
+    'https://tiktok.com:80:443/',
+    'https://tiktok.com:٤٤٣/', 'https://tiktok.com:+443/', 'https://tiktok.com:-1/', 'https://tiktok.com:4_43/',
+    'https://tiktok.com:443 /',
+    'http://2130706433/', 'http://0x7f000001/', 'http://0x7f.1/', 'http://0177.0.0.1/', 'http://127.1/',
+    'http://127.0.0.1./', 'http://127.0.0.1/',
+    'http://0/', 'http://0x/', 'http://1.2.3.4.5/', 'http://256.1.1.1/', 'http://1.2.3.08/', 'http://１２７.０.０.１/',
+    'http://a.0x1/', 'http://9.9.9.9/',
+    'http://[::1]/', 'http://[::ffff:127.0.0.1]/', 'http://[::127.0.0.1]/', 'http://[fe80::1%25eth0]/',
+    'http://[fe80::1%eth0]/', 'http://[2606:4700::1111]/',
+    'http://[2606:4700:0:0:0:0:0:1111]:80/', 'http://[::1/', 'http://::1]/', 'http://[v1.a]/', 'http://[]/',
+    'http://[1:2:3:4:5:6:7]/', 'http://[::1]x/',
+    'ftp://tiktok.com/', 'file:///etc/passwd', 'javascript:alert(1)', 'data:text/html,x', 'httpss://tiktok.com/',
+    'hxxps://tiktok.com/', 'http+x://tiktok.com/',
+    'httpſ://tiktok.com/',
+    'https://evil-tiktok.com/', 'https://tiktok.com.evil.com/', 'https://tiktok.comevil.com/', 'https://tiktok.co/',
+    'https://com/', 'https://xtiktok.com/',
+    'https://tiktok.com\ud800/', 'https://tiktok.com/\ud800', 'https://tiktok.com/\udfff?\ud800',
+    'https://*.tiktok.com/', 'https://$.tiktok.com/',
+    'https://_.tiktok.com/', 'https://-.tiktok.com/', 'https://a_b.tiktok.com/', "https://'.tiktok.com/",
+    'https://a,b.tiktok.com/', 'https://~.tiktok.com/',
+    'https://' + 'a' * 63 + '.tiktok.com/', 'https://' + 'a' * 64 + '.tiktok.com/',
+    'https://' + 'a.' * 130 + 'tiktok.com/',
+    'https://tiktok.com/../../x', 'https://tiktok.com//evil.com/', 'https://tiktok.com/%2e%2e/',
+    'https://tiktok.com/@evil.com', 'https://tiktok.com?@evil.com',
+    'https://tiktok.com#@evil.com', 'https://tiktok.com/?u=http://evil.com', 'https://tiktok.com/a b',
+    'https://tiktok.com/ü?ü#ü', 'https://tiktok.com/<>"{}|^`',
+]
+
+
+class TestOneUrl(unittest.TestCase):
+    """The URL that is judged is the URL that is stored and fetched, and no browser reads it otherwise."""
+
+    def test_never_accepts_what_a_browser_would_send_elsewhere(self):
+        for text in TRAPS:
+            for settings in (LISTED, ANY_SITE, ANY_PLACE):
+                with self.subTest(text=text):
+                    self.judge(text, settings)
+
+    def judge(self, text: str, settings: Any) -> None:
+        """Accepted: it is its own canonical form, on the list, and a browser goes to the same host with either."""
+        try:
+            url = v.check_url(text, settings)
+        except v.Refused as error:
+            self.assertFalse(v.UNSAFE.search(error.message))
+            return
+        self.assertTrue(url.isascii() and url.isprintable() and ' ' not in url and '\\' not in url and '#' not in url)
+        self.assertEqual(v.check_url(url, settings), url)
+        self.assertTrue(browser_host(url))
+        self.assertEqual(browser_host(text), browser_host(url))
+        if settings is LISTED:
+            self.assertRegex(url, r'^https://([a-z0-9_-]+\.)*(tiktok|instagram)\.com/')
+        self.assertEqual(urlsplit(url).hostname.strip('[]'), re.match(r'https?://\[?([^]/]*?)\]?(:\d+)?/', url)[1])
+
+    def test_nothing_is_taken_out_of_a_link_silently(self):
+        for text in ('https://tiktok.com/a b', 'https://tiktok.com/a\\b', 'https://tiktok.com/a\tb',
+                     'https://tiktok.com/\n',
+                     ' https://tiktok.com/', 'https://tiktok.com/?\xa0', 'https://tiktok.com/\0',
+                     'https://tiktok.com/\u202e',
+                     'https://u@tiktok.com/', 'https://%74iktok.com/', 'https://xn--tiktok-.com/',
+                     'https://xn--BCHER.de/',
+                     'http://a.b:0/', 'http://a.b:65536/', 'http://a.b:1e3/', 'http://0x7f.1/', 'http://0177.0.0.1/'):
+            for settings in (LISTED, ANY_PLACE):
+                with self.subTest(text=text):
+                    self.assertEqual(refusal(v.check_url, text, settings), 'bad_url')
+
+    @unittest.skipUnless(shutil.which('node'), 'node is not installed')
+    def test_a_real_url_parser_agrees(self):
+        odd = [chr(code) for code in (*range(128), 0xa0, 0xad, 0xdf, 0x130, 0x131, 0x17f, 0x3c2, 0x200b, 0x200c, 0x200d,
+                                      0x2044, 0x2100,
+                                      0x212a, 0x2260, 0x2488, 0x3002, 0xfe0f, 0xfeff, 0xff0e, 0xff0f, 0xff1a, 0xff20,
+                                      0xfffd, 0x1f600)]
+        texts = TRAPS + [shape.replace('*', character) for character in odd for shape in (
+            'https://tiktok.com*evil.com/', 'https://evil.com*tiktok.com/', 'https://tiktok.com*',
+            'https://*tiktok.com/', 'https://tik*tok.com/x',
+            'https*://tiktok.com/', 'https:*//tiktok.com/', 'https://tiktok.com:4*43/', 'https://evil.com*.tiktok.com/',
+            'https://tiktok.com/*@evil.com')]
+        accepted = [(text, v.check_url(text, settings)) for text in texts for settings in (LISTED, ANY_PLACE)
+                    if not refusal(v.check_url, text, settings)]
+        script = ('const host = t => { try { return new URL(t).hostname.replace(/\\.$/, "") } catch { return null } };'
+                  'const pairs = JSON.parse(require("fs").readFileSync(0));'
+                  'console.log(JSON.stringify(pairs.map(pair => pair.map(host))))')
+        found = subprocess.run(['node', '-e', script], input=json.dumps(accepted), capture_output=True, text=True,
+                               check=True, timeout=60)
+        self.assertGreater(len(accepted), 100)
+        for (text, url), (there, here) in zip(accepted, json.loads(found.stdout)):
+            with self.subTest(text=text, url=url):
+                self.assertEqual(there, here)
+
+    def test_canonical_form(self):
+        for text, settings, url in [
+                ('HTTP://WWW.TikTok.COM:80/@u/video/1?a=1&b=%20#frag', LISTED,
+                 'https://www.tiktok.com/@u/video/1?a=1&b=%20'),
+                ('https://tiktok.com.', LISTED, 'https://tiktok.com/'),
+                ('https://tiktok.com?x', LISTED, 'https://tiktok.com/?x'),
+                ('https://www.tiktok.com/ü/"|', LISTED, 'https://www.tiktok.com/%C3%BC/%22%7C'),
+                ('http://Example.org:8080/a', ANY_SITE, 'http://example.org:8080/a'),
+                ('http://example.org:80', ANY_SITE, 'http://example.org/'),
+                ('https://Bücher.example/ä', ANY_SITE, 'https://xn--bcher-kva.example/%C3%A4'),
+                ('http://[2606:4700:0:0::1111]:8080/', ANY_SITE, 'http://[2606:4700::1111]:8080/'),
+                ('http://127.0.0.1:5000/v.mp4', ANY_PLACE, 'http://127.0.0.1:5000/v.mp4'),
+                ('http://nas/v', ANY_PLACE, 'http://nas/v')]:
+            with self.subTest(text=text):
+                self.assertEqual(v.check_url(text, settings), url)
+
+    def test_refusals_have_stable_codes(self):
+        for text, settings, code in [
+                ('https://evil.com/', LISTED, 'domain_not_allowed'),
+                ('https://xtiktok.com/', LISTED, 'domain_not_allowed'),
+                ('https://tiktok.com:8443/', LISTED, 'bad_url'), ('http://tiktok.com:443/', LISTED, 'bad_url'),
+                ('https://u@tiktok.com/', LISTED, 'bad_url'), ('ftp://tiktok.com/', LISTED, 'bad_url'),
+                ('https://tiktok.com/' + 'a' * 2030, LISTED, 'url_too_long'),
+                ('https://tiktok.com/' + 'ü' * 1000, LISTED, 'url_too_long'),
+                ('https://tiktok.com/' + 'a' * (2048 - 19), LISTED, ''),
+                ('https://tiktok.com/' + 'a' * (2048 - 18), LISTED, 'url_too_long'),
+                ('http://localhost/', ANY_SITE, 'private_address'),
+                ('http://x.localhost/', ANY_SITE, 'private_address'),
+                ('http://pi.local/', ANY_SITE, 'private_address'), ('http://router/', ANY_SITE, 'private_address'),
+                ('http://192.168.1.1/', ANY_SITE, 'private_address'),
+                ('http://169.254.169.254/', ANY_SITE, 'private_address'),
+                ('http://[::ffff:10.0.0.1]/', ANY_SITE, 'private_address'),
+                ('http://127.0.0.1/', security(['127.0.0.1']), 'private_address'),
+                ('http://192.168.1.1/', ANY_PLACE, ''), ('http://2130706433/', ANY_PLACE, 'bad_url'),
+                ('http://127.1/', ANY_PLACE, 'bad_url')]:
+            with self.subTest(text=text[:80]):
+                self.assertEqual(refusal(v.check_url, text, settings), code)
+
+    def test_addresses_of_no_public_place(self):
+        for address in ('127.0.0.1', '10.1.2.3', '172.16.0.1', '192.168.0.1', '169.254.1.1', '100.64.0.1', '0.0.0.0',
+                        '224.0.0.1', '255.255.255.255',
+                        '240.0.0.1', '192.0.2.1', '198.18.0.1', '::1', '::', 'fe80::1', 'fe80::1%eth0', 'fc00::1',
+                        'fec0::1', 'ff02::1', '2001:db8::1',
+                        '::ffff:127.0.0.1', '::ffff:a00:1', '::127.0.0.1', '64:ff9b::7f00:1', '64:ff9b:1::1',
+                        '2002:7f00:1::', '2001::1', '100::1'):
+            with self.subTest(address=address):
+                self.assertFalse(v.is_public(address))
+        for address in ('8.8.8.8', '2606:4700::1111', '::ffff:8.8.8.8', '64:ff9b::808:808', '2002:808:808::1',
+                        '192.0.3.1'):
+            with self.subTest(address=address):
+                self.assertTrue(v.is_public(address))
+
+
+SHARED = [  # what arrives, and the canonical links that are in it
+    ('https://vm.tiktok.com/ZMabc123/', ['https://vm.tiktok.com/ZMabc123/']),
+    ('vm.tiktok.com/ZMabc123', ['https://vm.tiktok.com/ZMabc123']),
+    ('vt.tiktok.com/ZSabc/', ['https://vt.tiktok.com/ZSabc/']),
+    ('Www.TikTok.com/@a.b_c/video/7123?is_from_webapp=1&sender_device=pc',
+     ['https://www.tiktok.com/@a.b_c/video/7123?is_from_webapp=1&sender_device=pc']),
+    ('https://www.tiktok.com/t/ZTabc/?k=1', ['https://www.tiktok.com/t/ZTabc/?k=1']),
+    ('https://www.tiktok.com/@user/photo/7123', ['https://www.tiktok.com/@user/photo/7123']),
+    ('https://www.instagram.com/reel/C1_-x/?igsh=MWx5==', ['https://www.instagram.com/reel/C1_-x/?igsh=MWx5==']),
+    ('https://www.instagram.com/reels/C1x/', ['https://www.instagram.com/reels/C1x/']),
+    ('https://www.instagram.com/p/C1x-', ['https://www.instagram.com/p/C1x-']),
+    ('https://instagram.com/tv/C1x_', ['https://instagram.com/tv/C1x_']),
+    ('https://www.instagram.com/stories/some.one/31/', ['https://www.instagram.com/stories/some.one/31/']),
+    ('https://www.instagram.com/some.one/reel/C1x/', ['https://www.instagram.com/some.one/reel/C1x/']),
+    ('https://www.instagram.com/share/reel/BAx?igsh=1', ['https://www.instagram.com/share/reel/BAx?igsh=1']),
+    ('Look at this! https://vm.tiktok.com/ZM1/', ['https://vm.tiktok.com/ZM1/']),
+    ('Check out Anna\'s video! #TikTok > https://vm.tiktok.com/ZM1/ Get the app: https://www.tiktok.com/tiktoklite',
+     ['https://vm.tiktok.com/ZM1/', 'https://www.tiktok.com/tiktoklite']),
+    ('Schau dir Müllers Video an – „https://vm.tiktok.com/ZM1/“!', ['https://vm.tiktok.com/ZM1/']),
+    ('«https://vm.tiktok.com/ZM1»', ['https://vm.tiktok.com/ZM1']),
+    ('(https://vm.tiktok.com/ZM1/).', ['https://vm.tiktok.com/ZM1/']),
+    ('[a](https://vm.tiktok.com/ZM1)', ['https://vm.tiktok.com/ZM1']),
+    ('<https://vm.tiktok.com/ZM1>', ['https://vm.tiktok.com/ZM1']),
+    ('**https://vm.tiktok.com/ZM1**', ['https://vm.tiktok.com/ZM1']),
+    ('"https://vm.tiktok.com/ZM1",', ['https://vm.tiktok.com/ZM1']),
+    ("'https://vm.tiktok.com/ZM1'?!…", ['https://vm.tiktok.com/ZM1']),
+    ('https://vm.tiktok.com/ZM1🔥🔥', ['https://vm.tiktok.com/ZM1']),
+    ('🔥https://vm.tiktok.com/ZM1/❤️', ['https://vm.tiktok.com/ZM1/']),
+    ('看看这个视频https://vm.tiktok.com/ZM1/，太好笑了！', ['https://vm.tiktok.com/ZM1/']),
+    ('复制打开：vm.tiktok.com/ZM1。快看', ['https://vm.tiktok.com/ZM1']),
+    ('この動画https://vm.tiktok.com/ZM1/面白い', ['https://vm.tiktok.com/ZM1/']),
+    ('شاهد هذا \u200fhttps://vm.tiktok.com/ZM1/\u200f', ['https://vm.tiktok.com/ZM1/']),
+    ('\u2068https://vm.tiktok.com/ZM1/\u2069', ['https://vm.tiktok.com/ZM1/']),
+    ('\ufeffhttps://vm.tiktok.com/ZM1/\u200b', ['https://vm.tiktok.com/ZM1/']),
+    ('Смотри https://vm.tiktok.com/ZM1/, класс', ['https://vm.tiktok.com/ZM1/']),
+    ('https://vm.tiktok.com/ZM1/\nhttps://vm.tiktok.com/ZM2/\r\nvm.tiktok.com/ZM3',
+     [f'https://vm.tiktok.com/ZM{n}' + '/' * (n < 3) for n in (1, 2, 3)]),
+    ('https://vm.tiktok.com/ZM1,https://vm.tiktok.com/ZM2;https://vm.tiktok.com/ZM3',
+     [f'https://vm.tiktok.com/ZM{n}' for n in (1, 2, 3)]),
+    ('https://vm.tiktok.com/ZM1https://vm.tiktok.com/ZM2', [f'https://vm.tiktok.com/ZM{n}' for n in (1, 2)]),
+    ('https://www.tiktok.com/login?redirect_url=https://www.tiktok.com/@a/video/1',
+     ['https://www.tiktok.com/login?redirect_url=https://www.tiktok.com/@a/video/1']),
+    ('HTTPS://VM.TIKTOK.COM/ZM1', ['https://vm.tiktok.com/ZM1']),
+    ('http://vm.tiktok.com/ZM1', ['https://vm.tiktok.com/ZM1']),
+    ('https://www.tiktok.com/@a(b)/video/1 (https://www.tiktok.com/@a(b))',
+     ['https://www.tiktok.com/@a(b)/video/1', 'https://www.tiktok.com/@a(b)']),
+    ('https://tiktok.com\nhttps://vm.tiktok.com/1', ['https://tiktok.com/', 'https://vm.tiktok.com/1']),
+    ('https://tiktok.com\nNice', []), ('https://tiktok.com\u3002evil.com/x', []),
+    ('https://tiktok.com\n.evil.com/x', []),
+    ('me@tiktok.com/x', []), ('https://evil.com/vm.tiktok.com/ZM1', []), ('eviltiktok.com/x', []),
+    ('étiktok.com/x', []), ('no link', []), ('', []),
+    ('Do you know tiktok.com? Or and/or e.g./i.e.', []), ('https://', []), ('http:// https:// ://', []),
+]
+
+
+class TestSharedText(unittest.TestCase):
+    """`url` may be a URL or shared text with one in it: every form of link and sentence."""
+
+    def test_every_form_of_link_and_sentence(self):
+        for text, urls in SHARED:
+            with self.subTest(text=text):
+                found = [item for _, item in v.parse_links(text, LISTED)] if v.find_urls(text) else []
+                self.assertEqual([item for item in found if isinstance(item, str)], urls)
+                if urls:
+                    self.assertEqual(v.parse_submission({'url': text}, LISTED).url, urls[0])
+                else:
+                    self.assertIn(refusal(v.parse_submission, {'url': text}, LISTED),
+                                  ('no_url', 'bad_url', 'domain_not_allowed'))
+
+    def test_listed_domains_need_no_scheme(self):
+        self.assertEqual(v.parse_submission({'url': 'see youtu.be/abc'}, security(['youtu.be'])).url,
+                         'https://youtu.be/abc')
+
+    def test_the_first_link_that_can_be_taken(self):
+        self.assertEqual(v.parse_submission({'url': 'https://evil.com/ https://vm.tiktok.com/1'}, LISTED).url,
+                         'https://vm.tiktok.com/1')
+        self.assertEqual(refusal(v.parse_submission, {'url': 'https://evil.com/ https://u@tiktok.com/1'}, LISTED),
+                         'domain_not_allowed')
+
+    def test_control_characters_are_not_taken_out_of_a_link(self):
+        for text in ('https://www.tik\ttok.com/@a', 'https://www.tiktok.com/@a\t1', 'https://www.tiktok.com/@a\0',
+                     'https://www.tiktok.com/\x1b[31m'):
+            self.assertEqual(refusal(v.parse_submission, {'url': text}, LISTED), 'bad_url', text)
+
+    def test_every_link_in_order_and_once(self):
+        text = ('https://vm.tiktok.com/2 vm.tiktok.com/1 https://evil.com/ http://vm.tiktok.com/2#x '
+                'https://evil.com/ https://vm.tiktok.com/3')
+        rows = v.parse_batch({'text': text, 'client_id': 'c', 'timestamp': 5}, LISTED)
+        self.assertEqual([written for written, _ in rows],
+                         ['https://vm.tiktok.com/2', 'https://vm.tiktok.com/1', 'https://evil.com/',
+                          'https://vm.tiktok.com/3'])
+        self.assertEqual(rows[0][1], v.Submission('https://vm.tiktok.com/2', 'c', 5, ()))
+        self.assertEqual(rows[2][1].code, 'domain_not_allowed')
+        self.assertEqual(refusal(v.parse_batch, {'text': 'nothing'}, LISTED), 'no_url')
+        self.assertEqual(refusal(v.parse_batch, {'text': ['x']}, LISTED), 'bad_field')
+
+    def test_long_texts_take_linear_time(self):
+        for piece in ('http://', 'https://a', 'a.', 'a.b/', 'tiktok.com/', '((((', 'https://tiktok.com/(', ')',
+                      'https://x\n', 'https://x/)', '\u0301', 'xn--'):
+            started = time.thread_time()
+            refusal(v.parse_submission, {'url': 'https://x/' + piece * (60000 // len(piece))}, LISTED)
+            refusal(v.parse_submission, {'url': piece * (60000 // len(piece))}, LISTED)
+            self.assertLess(time.thread_time() - started, 2, piece)
+
+
+class TestSubmission(unittest.TestCase):
+    """A submission: types are checked, the field is named, nothing odd gets through to SQLite, JSON or the log."""
+    good = {'url': 'https://vm.tiktok.com/1'}
+
+    def test_defaults(self):
+        self.assertEqual(v.parse_submission(self.good, LISTED),
+                         v.Submission('https://vm.tiktok.com/1', 'unknown', None, ()))
+        self.assertEqual(v.parse_submission({**self.good, 'client_id': None, 'timestamp': None,
+                                             'ytdlp_cli_parameters': None, 'x': 1}, LISTED),
+                         v.Submission('https://vm.tiktok.com/1', 'unknown', None, ()))
+
+    def test_any_non_negative_integer_is_a_timestamp(self):
+        for value in (0, 1, 1700000000, 10 ** 30, 10 ** 3900, 1.7e9):
+            self.assertEqual(v.parse_submission({**self.good, 'timestamp': value}, LISTED).timestamp, value)
+        for value in (-1, True, False, 1.5, float('inf'), float('nan'), '5', [], {}, 10 ** 5000, -1e300):
+            self.assertEqual(refusal(v.parse_submission, {**self.good, 'timestamp': value}, LISTED), 'bad_field',
+                             str(value)[:20] if value != 10 ** 5000 else '')
+
+    def test_client_id_can_be_stored_and_shown(self):
+        for value in ('iPhone von Jörg', '👨\u200d👩\u200d👧 iPad', 'a' * 128, 'x'):
+            self.assertEqual(v.parse_submission({**self.good, 'client_id': value}, LISTED).client_id, value)
+        self.assertEqual(v.parse_submission({**self.good, 'client_id': ' x\n'}, LISTED).client_id, 'x')
+        for value in ('a\nb', 'a\0', '\ud800', 'a\u202eb', 'a\u2028b', 'a' * 129, 5, ['x'], {}, True, '\x9b1m'):
+            self.assertEqual(refusal(v.parse_submission, {**self.good, 'client_id': value}, LISTED), 'bad_field',
+                             repr(value))
+
+    def test_wrong_types_are_refused_with_the_fields_name(self):
+        for name, values in {'url': (5, [], {}, True), 'client_id': (5,), 'timestamp': ('x',),
+                             'ytdlp_cli_parameters': (5, {}, [1], [None], True, 1.5)}.items():
+            for value in values:
+                with self.subTest(name=name, value=value), self.assertRaisesRegex(v.Refused, name):
+                    v.parse_submission({**self.good, name: value}, LISTED)
+        for fields in ({}, {'url': None}, {'url': ''}, {'url': '  '}):
+            self.assertEqual(refusal(v.parse_submission, fields, LISTED), 'no_url')
+
+    def test_half_characters_never_get_through(self):
+        item = v.parse_submission({'url': 'a \ud83d https://vm.tiktok.com/1\udc00 \udfff'}, LISTED)
+        self.assertEqual(item.url, 'https://vm.tiktok.com/1')
+        json.dumps(item).encode('utf-8')
+
+
+# Each option of OPTIONS at least once; what follows it is given to yt-dlp's own parser too.
+SAME_AS_YTDLP = [
+    ['-f', 'bv*+ba/b'], ['-fmp4'], ['--format=bv*[height<=720][vcodec^=avc1]+ba/b[ext=mp4]'],
+    ['-f', 'b[format_note!*="x y"]'], ['-f', '((bv*[fps>?30]/bv) + ba)/(b / w)'], ['-S', 'res:720,+size'],
+    ['-S', 'vcodec:h264', '--format-sort', 'res~480,ext:mp4:m4a'], ['--merge-output-format', 'mkv/mp4'],
+    ['--prefer-free-formats'],
+    ['--prefer-free-formats', '--no-prefer-free-formats'], ['-r', '50k'],
+    ['--limit-rate', '4.2M'], ['--rate-limit=1000000'], ['-r1G'],
+    ['-R', '5'], ['--retries', '0'], ['--fragment-retries=7'], ['--extractor-retries', '2'], ['--socket-timeout', '10'],
+    ['-N', '3'],
+    ['--concurrent-fragments=1'], ['--user-agent', 'Mozilla/5.0 (X11)'], ['--referer', 'https://a.b/c?d'],
+    ['--user-agent=a', '--referer=http://b'],
+    ['-I', '1:3,5'], ['-I', '-1'], ['--playlist-items', '::2,7-9,-3::-1,1:inf'], ['--no-playlist'],
+    ['--no-playlist', '--yes-playlist'], ['--yes-playlist'],
+    ['-x'], ['--extract-audio', '--audio-format', 'mp3'], ['-x', '--audio-format=best'],
+    ['-x', '--audio-format', 'vorbis', '-f', 'ba'], ['--audio-format', 'mp3'],
+    ['--write-subs'], ['--write-srt', '--no-write-subs'], ['--no-write-srt'], ['--embed-subs'],
+    ['--write-subs', '--embed-subs'],
+    ['--embed-subs', '--no-write-subs'], ['--embed-subs', '--no-embed-subs'], ['--sub-langs', 'en,de-CH,-live_chat'],
+    ['--srt-langs', 'en', '--sub-langs=all'],
+    ['--embed-metadata'], ['--add-metadata', '--no-embed-metadata'], ['--no-add-metadata'], ['--mtime'],
+    ['--mtime', '--no-mtime'], ['--restrict-filenames'],
+    ['--restrict-filenames', '--no-restrict-filenames'],
+    ['-x', '--embed-subs', '--embed-metadata', '--audio-format', 'm4a', '-f', 'b', '-N', '2'],
+]
+ASK_YTDLP = '''
+import json, sys
+sys.path.insert(0, sys.argv[1])
+import yt_dlp
+from yt_dlp.options import create_parser
+def read(words):
+    params = yt_dlp.parse_options(['--ignore-config', *words]).ydl_opts
+    return {name: value for name, value in params.items() if name != '_warnings'}
+base = read([])
+steps = [step['key'] for step in base['postprocessors']]
+def differs(words):
+    found = {name: value for name, value in read(words).items() if value != base[name]}
+    if 'postprocessors' in found:
+        found['postprocessors'] = [step for step in found['postprocessors'] if step['key'] not in steps]
+    return found
+options = [spelling for option in create_parser().option_list for spelling in option._short_opts + option._long_opts]
+options += [spelling for group in create_parser().option_groups for option in group.option_list
+            for spelling in option._short_opts + option._long_opts]
+print(json.dumps({'params': [differs(words) for words in json.load(sys.stdin)], 'options': options,
+                  'base': {name: base[name] for name in DIRECT}}))
+'''
+
+
+@functools.lru_cache(maxsize=None)
+def ytdlp_says() -> Dict[str, Any]:
+    """What the vendored yt-dlp's own parser makes of SAME_AS_YTDLP, and every option that it knows."""
+    vendored()
+    script = f'DIRECT = {sorted(v.PARAMS)!r}\n' + ASK_YTDLP
+    done = subprocess.run([sys.executable, '-I', '-c', script, str(v.Vendor(HERE / 'vendor').current())],
+                          input=json.dumps(SAME_AS_YTDLP),
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+class TestOptions(unittest.TestCase):
+    """Options that can neither run a program, nor read or write a path, nor change where the network goes."""
+
+    def test_options_mean_what_ytdlp_makes_of_them(self):
+        said = ytdlp_says()
+        for words, theirs in zip(SAME_AS_YTDLP, said['params']):
+            with self.subTest(words=words):
+                ours = v.ytdlp_params(json.loads(json.dumps(v.parse_options(words))))  # as the store hands it back
+                self.assertEqual({name: value for name, value in ours.items() if value != said['base'].get(name, '')},
+                                 theirs)
+        used = {spelling for words in SAME_AS_YTDLP for spelling in v.OPTIONS for word in words
+                if v.split_option(word)[0] == spelling}
+        self.assertEqual(used, set(v.OPTIONS), 'each option has an example')
+
+    def test_every_option_of_ytdlp_is_in_the_table_or_refused(self):
+        known = ytdlp_says()['options']
+        self.assertGreater(len(known), 250)
+        self.assertLessEqual(set(v.OPTIONS), set(known), 'the table knows nothing that yt-dlp does not')
+        for spelling in known:
+            if spelling not in v.OPTIONS:
+                for words in ([spelling], [spelling, 'x'], [spelling + '=x'], ['-x', spelling + 'x']):
+                    with self.subTest(words=words), self.assertRaises(v.Refused) as caught:
+                        v.parse_options(words)
+                    self.assertEqual(caught.exception.code, 'option_not_allowed')
+                    self.assertIn(spelling[:40], caught.exception.message)
+
+    def test_anything_else_is_refused_by_name(self):
+        for words, name in [(['--exec', 'rm'], '--exec'), (['--exec=rm'], '--exec'), (['-o', '/etc/x'], '-o'),
+                            (['-oX'], '-o'), (['--form', 'b'], '--form'),
+                            (['--forma=b'], '--forma'), (['--'], '--'), (['-'], '-'), (['x'], 'x'), ([''], "''"),
+                            (['http://a/'], 'http://a/'),
+                            (['-f', 'b', 'http://a/'], 'http://a/'), (['--Format', 'b'], '--Format'),
+                            (['–f', 'b'], '–f'), ([' -f', 'b'], ' -f'),
+                            (['--format\0', 'b'], '--format'), (['--password=secret'], '--password'),
+                            (['-psecret'], '-p')]:
+            with self.subTest(words=words), self.assertRaises(v.Refused) as caught:
+                v.parse_options(words)
+            self.assertEqual(caught.exception.code, 'option_not_allowed')
+            self.assertIn(name, caught.exception.message)
+            self.assertNotIn('secret', caught.exception.message)
+
+    def test_values_are_checked(self):
+        for words in (['-f'], ['-f', ''], ['-f', '-'], ['-f', ' - '], ['-f', 'b[title~=(a+)+$]'], ['-f', 'all'],
+                      ['-f', 'mergeall'], ['-f', 'b,w'], ['-f', 'b\n'],
+                      ['-f', 'b' * 301], ['-f', '(' * 11 + 'b' + ')' * 11], ['-f', 'b  [a=b]'], ['-f', '['],
+                      ['-f', 'b[a]'], ['-f', 'b(w)'],
+                      ['-f', '(b'], ['-f', 'b+'], ['-f', '/b'], ['-f', 'b[height<x]'], ['-f', 'b w'], ['-f', 'ü'],
+                      ['-S', ''],
+                      ['-S', 'res:720,,'], ['-S', 'a b'], ['-S', 'x' * 31],
+                      ['-S', 'res:' + 'a' * 31], ['-S', ','.join(['res'] * 31)], ['--merge-output-format', 'exe'],
+                      ['--merge-output-format', '../x'], ['-r', '0'],
+                      ['-r', '1'], ['-r', '-5M'], ['-r', 'inf'], ['-r', 'nan'], ['-r', '1e9'], ['-r', '٣M'],
+                      ['-R', 'infinite'], ['-R', '-1'], ['-R', '1.5'], ['-R', '٣'],
+                      ['--socket-timeout', '0'], ['--socket-timeout', '0.001'], ['--socket-timeout', 'inf'],
+                      ['--socket-timeout', 'nan'], ['-N', '0'], ['-N', '-1'],
+                      ['--user-agent', ''], ['--user-agent', 'a\r\nX: y'], ['--user-agent', 'ü'],
+                      ['--user-agent', 'a' * 257], ['--user-agent', ' a'],
+                      ['--referer', 'x'], ['--referer', 'file:///etc/passwd'], ['--referer', 'http://a\nb'],
+                      ['--referer', 'http://a b'], ['-I', ''], ['-I', '1,'],
+                      ['-I', '::0'], ['-I', '1:2:00'], ['-I', '99999'], ['-I', 'x'], ['-I', '٣'],
+                      ['-I', '1,' * 40 + '1'], ['--audio-format', 'exe'], ['--audio-format', 'm4a>mp3'],
+                      ['--sub-langs', 'en.*'], ['--sub-langs', '(a+)+$'], ['--sub-langs', ''], ['--sub-langs', 'en,'],
+                      ['-xy'], ['--embed-subs=yes'], ['--mtime=']):
+            with self.subTest(words=words):
+                self.assertEqual(refusal(v.parse_options, words), 'bad_option')
+
+    def test_numbers_are_held_to_a_limit(self):
+        words = '-N 99 -R 999 --socket-timeout 9999 --fragment-retries 100 --extractor-retries 50'
+        self.assertEqual(dict(v.parse_options(words)),
+                         {'concurrent_fragment_downloads': 4, 'retries': 20, 'socket_timeout': 120,
+                          'fragment_retries': 20, 'extractor_retries': 10})
+
+    def test_a_list_or_a_shell_like_string(self):
+        self.assertEqual(v.parse_options('-f "bv* + ba" --referer \'http://a/\''),
+                         v.parse_options(['-f', 'bv* + ba', '--referer', 'http://a/']))
+        self.assertEqual(v.parse_options(''), ())
+        self.assertEqual(v.parse_options([]), ())
+        for value in ("-f 'b", '-f b\\', 'x' * 5000, ' ' * 4096 + '-x', ['-x'] * 65, '-x ' * 65, ['-f', 'b' * 5000], 5,
+                      {}, [5], [['-f']],
+                      b'-x'):
+            with self.subTest(value=str(value)[:20]):
+                self.assertEqual(refusal(v.parse_options, value), 'bad_field')
+
+    def test_each_download_gets_params_of_its_own(self):
+        options = v.parse_options('-S res -x --sub-langs en --user-agent a')
+        first = v.ytdlp_params(options)
+        for value in first.values():
+            if hasattr(value, 'clear'):
+                value.clear()
+        self.assertNotEqual(v.ytdlp_params(options), first)
+        self.assertEqual(v.ytdlp_params([('exec_cmd', 'rm'), ('outtmpl', '/x'), ('format', 'b')]), {'format': 'b'})
+
+
+class TestFileNames(unittest.TestCase):
+    """`%(title)s_%(id)s.%(ext)s`, any title: at most 255 bytes, id and extension kept."""
+    titles = ['Hello', '', ' ', '...', '-rf', '.hidden', '../../etc/passwd', 'a/b\\c:d*e?f"g<h>i|j', 'con',
+              'a\0b\x1bc\nd', '\u202egnp.exe', '\ud800', '\u200f\u200e',
+              'x' * 500, 'ü' * 300, '漢' * 300, '😀' * 300, '👨\u200d👩\u200d👧\u200d👦' * 40, 'e\u0301' * 200,
+              '\u0301' * 300, 'a\u00ad\u200bb', '\u3000wide\u3000', '~x', '%(id)s', '$(rm)',
+              'a' * 226 + '😀', 'CON', '\ufeffx', '\U000e0041x', '~' * 300, 'مرحبا\u200cبالعالم']
+    ids = ['7123456789012345678', 'C1_-x', '-abc', '_abc', '.abc', 'a/b', 'a.b', 'é', 'e\u0301', 'x' * 99, 'x' * 100,
+           'x' * 101, 'x' * 300, 'x' * 299 + 'y', '😀' * 80, '', '..', '\ud800', '\ud801', ' a', 'a ']
+
+    def test_never_over_255_bytes_and_never_without_id_or_extension(self):
+        for title in self.titles:
+            for media_id in self.ids:
+                for ext, part in (('mp4', ''), ('mp4', '2'), ('vtt', 'zh-Hans'), ('srt', 'x' * 50), ('../sh', '../x'),
+                                  ('', '.'), ('x' * 40, '\n')):
+                    name = v.file_name(title, media_id, ext, part)
+                    with self.subTest(name=name):
+                        self.assertLessEqual(len(name.encode('utf-8')), 255)
+                        self.assertNotRegex(name, r'^[-. ~]|[\0-\x1f\x7f-\x9f/\\:*?"<>|]|\.$')
+                        self.assertNotRegex(name, r'[\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]')
+                        self.assertEqual(name, v.unicodedata.normalize('NFC', name))
+                        self.assertRegex(name, r'\.[A-Za-z0-9]{1,10}$')
+                        self.assertEqual(name, Path(name).name)
+                        if re.fullmatch(r'[\w-]{1,99}', media_id, re.A):
+                            self.assertRegex(name, f'(^_?|_){re.escape(media_id)}(\\.[^.]+)?\\.[^.]+$')
+
+    def test_two_ids_never_share_a_name_by_trimming(self):
+        for title in self.titles:
+            names = {v.file_name(title, media_id, 'mp4').lower() for media_id in self.ids}
+            self.assertEqual(len(names), len(self.ids), title)
+        self.assertEqual(len({v.file_name('t', 'i', 'vtt', part) for part in
+                              ('en', 'de', 'x' * 17, 'x' * 18, '/', ':')}), 6)
+
+    def test_names_are_pleasant(self):
+        for args, name in [(('Hello World', '7123', 'mp4'), 'Hello World_7123.mp4'), (('', '7123', 'mp4'), '7123.mp4'),
+                           (('What?', '1', 'mp4'), 'What__1.mp4'),
+                           (('Café ☕️', '1', 'mp4'), 'Café ☕️_1.mp4'), (('a\n  b', '1', 'MP4'), 'a b_1.MP4'),
+                           (('A/B', '1', 'vtt', 'en'), 'A_B_1.en.vtt'),
+                           (('', '-x', 'mp4'), '_-x.mp4'), (('.a', 'b', 'mp4'), 'a_b.mp4'),
+                           (('👨\u200d👩', '1', 'mp4'), '👨\u200d👩_1.mp4')]:
+            self.assertEqual(v.file_name(*args), name)
+
+    def test_a_subtitle_begins_like_its_video(self):
+        for title in self.titles:
+            stem = v.file_name(title, 'id', 'mp4')[:-len('.mp4')]
+            self.assertEqual(v.file_name(title, 'id', 'ttml', 'zh-Hans'), stem + '.zh-Hans.ttml')
+
+    def test_media_by_extension(self):
+        self.assertEqual([v.media_type(name) for name in ('a.MP4', 'a.srt', 'a', 'a.exe')],
+                         ['video/mp4', 'application/x-subrip'] + ['application/octet-stream'] * 2)
+
+
+class TestStates(unittest.TestCase):
+    """Statuses, what may follow what, and when."""
+
+    def test_every_state_is_reached_and_left(self):
+        self.assertEqual({after for _, after in v.TRANSITIONS.values()}, set(v.STATES))
+        self.assertEqual({state for before, _ in v.TRANSITIONS.values() for state in before}, set(v.STATES))
+        sources = [before for before, after in v.TRANSITIONS.values() if after == 'downloading']
+        self.assertEqual(sources, [('queued',)])
+        self.assertNotIn('completed', [state for before, after in v.TRANSITIONS.values() if after != 'completed'
+                                       for state in before])
+
+    def test_tried_again_after_1_5_and_15_minutes(self):
+        delays = (60, 300, 900)
+        self.assertEqual([v.next_step(v.Outcome('retry'), attempt, 3, delays) for attempt in (1, 2, 3, 4)],
+                         [('retry', 60), ('retry', 300), ('retry', 900), ('fail', 0)])
+
+    def test_the_last_delay_repeats(self):
+        self.assertEqual([v.backoff(attempt, (1, 2)) for attempt in (1, 2, 3, 50)], [1, 2, 2, 2])
+        self.assertTrue(100 <= v.backoff(1, (100,), 0.5) <= 110)
+
+    def test_what_follows_an_outcome(self):
+        for kind, step in {'done': 'finish', 'give_up': 'fail', 'cancelled': 'fail', 'stopped': 'requeue',
+                           'pause': 'requeue'}.items():
+            self.assertEqual(v.next_step(v.Outcome(kind), 1, 3, (60,)), (step, 0))
+        login = v.Outcome('retry', 'login', 'Log in.', tries=2)
+        self.assertEqual([v.next_step(login, attempt, 3, (60,))[0] for attempt in (1, 2)], ['retry', 'fail'])
+        self.assertEqual(v.next_step(v.Outcome('retry', tries=9), 1, 0, (60,)), ('fail', 0))
+        self.assertEqual([v.last_words(login, 2), v.last_words(login, 1),
+                          v.last_words(v.Outcome('give_up', '', 'Gone.'), 2)],
+                         ['Log in. Tried 2 times.', 'Log in.', 'Gone.'])
+
+    def test_site_for_display(self):
+        self.assertEqual([v.site_of(url) for url in ('https://vm.tiktok.com/x', 'https://www.example.org:8080/',
+                                                     'http://[::1]:80/x')],
+                         ['tiktok.com', 'example.org', '[::1]'])
+        self.assertEqual([v.site_of(url) for url in ('http://[bad', 'x', '', 'http://a.b:1?c')],
+                         ['[bad', 'x', '', 'a.b'])
+
+
+# ---------- fuzz --------------------------------------------------------------------------
+# `test_videoserverd.py fuzz --cases 1000000`: what strangers send, made by hypothesis (not part of
+# the suite: pip install hypothesis). What it ever found is a plain test in the section concerned.
+
+WORDS = ['https://', 'http://', 'HTTPS:', '//', '/', '\\', '@', ':', '.', '..', '?', '#', '%', '%2e', '%00', '&', '=',
+         '-', '_', '[', ']', '(', ')',
+         'tiktok.com', 'vm.tiktok.com', 'www.instagram.com', 'evil.com', 'localhost', '127.0.0.1', '0x7f', '::1',
+         '::ffff:', 'xn--', 'xn--bcher-kva',
+         'com', 'tiktok', '443', ':80', ':8443', '65536', '0', '1', ' ', '\n', '\r\n', '\t', '\0', '\x7f', '\xa0',
+         '\xad', '\u200b', '\u200d', '\u3002',
+         '\uff0e', '\uff0f', '\uff20', '\ufe0f', '\ud800', '\udfff', '\u202e', 'ß', 'ς', 'İ', 'ı', 'ſ', 'K', '\u212a',
+         'é', 'e\u0301',
+         'Ω', '漢', '😀', '١', 'ｔ', '，', '。',
+         '/@user/video/7123', '/reel/C1_-x/?igsh=a==', '/ZM1/', '"', "'", '<', '>', '…', ',', '!', 'Look: ', '看', ';']
+HOSTS = ['tiktok.com', 'instagram.com', 'tiktok', '.com', '.', 'evil', '-', '_', 'x', '1', '0x', '127.0.0.1', '.1', '@',
+         ':', '%', '%2e',
+         '[', ']', '::1', 'xn--', 'bcher-kva', '\ufe0f', '\u200d', '\xad', '\u3002', 'ß', 'ü', 'ſ', '\u212a', 'İ', '例',
+         '\u0301', '\t', '\\']
+VALUES = ['b', 'bv*+ba/b', '[height<=720]', '~=', '-', 'all', ',', 'res:720', '+size', 'mp4', 'mkv', '/', '1M', '0',
+          '5', '99999999999', 'inf', 'nan', '1:3',
+          '::0', '-1', 'en', 'en.*', '(a+)+$', 'http://a/', 'Mozilla/5.0', '\r\n', '\0', '"', "'", '\\', ' ', '=',
+          'x' * 300, '٣', 'é', '\ud800', '%(id)s',
+          'best', 'm4a', '$(rm)', '`']
+LINES = [b'GET / HTTP/1.1', b'POST /api/v1/download HTTP/1.1', b'GET', b' ', b'/', b'HTTP/1.1', b'HTTP/1.0',
+         b'HTTP/0.9', b'Host: pi.local', b'Host:',
+         b'Content-Length: 5', b'Content-Length: +5', b'Content-Length: 5, 5', b'Transfer-Encoding: chunked',
+         b'Expect: 100-continue', b'X', b': ', b':',
+         b'\r\n', b'\r', b'\n', b'\t', b'\0', b'\xff', b'..', b'%2e%2e', b'%2f', b'%00', b'?a=b&c', b'http://evil/',
+         b'*', b'[::1]:80', b'a' * 300]
+FUZZ: Dict[str, Callable[..., None]] = {}  # NAME: one case, on what `fuzz_inputs` makes for it
+
+
+def fuzz_case(function: Callable[..., None]) -> Callable[..., None]:
+    """Registers `fuzz_NAME(...)`."""
+    FUZZ[function.__name__[len('fuzz_'):]] = function
+    return function
+
+
+def storable(value: Any) -> None:
+    """It goes into SQLite and the log, as JSON, and comes out the same; no control character in it."""
+    text = json.dumps(value, ensure_ascii=False)
+    text.encode('utf-8')
+    assert v.UNSAFE.sub('', text) == text, value
+
+
+def judge_host(url: str, settings: Any) -> None:
+    """A browser, urllib and the list agree on the host of a canonical URL."""
+    host, split = browser_host(url), urlsplit(url).hostname
+    assert host and (host.startswith('[') or split == host), url
+    if settings.allowed_domains != ('*',):
+        assert any(host == domain or host.endswith('.' + domain) for domain in settings.allowed_domains), url
+
+
+@fuzz_case
+def fuzz_submission(fields: Dict[str, Any], settings: Any) -> None:
+    """Refused, or a canonical URL on the list that a browser reads alike."""
+    try:
+        item = v.parse_submission(fields, settings)
+    except v.Refused as error:
+        storable([error.code, error.message])
+        return
+    storable(item)
+    assert v.check_url(item.url, settings) == item.url
+    judge_host(item.url, settings)
+
+
+@fuzz_case
+def fuzz_link(text: str, settings: Any) -> None:
+    """A link is refused, or leads a browser where its canonical form leads it."""
+    try:
+        url = v.check_url(text, settings)
+    except v.Refused:
+        return
+    assert v.check_url(url, settings) == url
+    judge_host(url, settings)
+    assert browser_host(text) in (browser_host(url), None), (text, url)
+
+
+@fuzz_case
+def fuzz_batch(fields: Dict[str, Any], settings: Any) -> None:
+    """Every link answered for, each canonical URL once."""
+    try:
+        rows = v.parse_batch({**fields, 'text': fields.get('url')}, settings)
+    except v.Refused as error:
+        storable([error.code, error.message])
+        return
+    urls = [item.url for _, item in rows if isinstance(item, v.Submission)]
+    assert rows and len(set(urls)) == len(urls)
+    storable([str(item) if isinstance(item, v.Refused) else item for _, item in rows])
+
+
+@fuzz_case
+def fuzz_options(value: Any) -> None:
+    """Refused, or params that only the table could make."""
+    try:
+        options = v.parse_options(value)
+    except v.Refused as error:
+        storable([error.code, error.message])
+        return
+    storable(options)
+    params = v.ytdlp_params(json.loads(json.dumps(options)))
+    assert params == v.ytdlp_params(options)
+    assert set(params) <= v.PARAMS | {'http_headers', 'postprocessors', 'final_ext'}, params
+    assert '~=' not in str(params.get('format')) and params.get('concurrent_fragment_downloads', 1) in (1, 2, 3, 4)
+
+
+@fuzz_case
+def fuzz_name(title: str, media_id: str, ext: str, part: str) -> None:
+    """One component of a path, at most 255 bytes, that tells other ids apart."""
+    name = v.file_name(title, media_id, ext, part)
+    storable(name)
+    assert len(name.encode('utf-8')) <= 255 and '/' not in name and not name.startswith(('.', '-')), name
+    assert v.file_name(title, media_id + 'x', ext, part) != name
+    assert re.search(r'[^.]\.[A-Za-z0-9]{1,10}$', name), name
+
+
+@fuzz_case
+def fuzz_head(data: bytes) -> None:
+    """Refused, or one request that h11 (where it is installed) reads alike; no smuggled length, no climbing path."""
+    try:
+        head = v.parse_head(data)
+    except v.HTTPError:
+        return
+    lines = [f'{head.method} {head.target} {head.version}']
+    lines += [f'{name}: {value}' for name, values in head.fields.items() for value in values]
+    assert v.parse_head('\r\n'.join(lines).encode('latin-1')) == head
+    for read, shape in ((v.body_length, r'None|\d+'), (v.request_host, r'[a-z0-9.:_-]*')):
+        with contextlib.suppress(v.HTTPError):
+            assert re.fullmatch(shape, str(read(head.fields)))
+    with contextlib.suppress(v.HTTPError):
+        path = v.decode_path(head.target.partition('?')[0])
+        assert not re.search(r'[\0-\x1f\\]|(^|/)\.\.?(/|$)', path), path
+    read_like_h11(data, head)
+
+
+def read_like_h11(data: bytes, head: Any) -> None:
+    """h11 reads the same method, target and fields, or refuses."""
+    try:
+        import h11
+    except ImportError:
+        return
+    peer = h11.Connection(h11.SERVER)
+    peer.receive_data(data + b'\r\n\r\n')
+    try:
+        event = peer.next_event()
+    except h11.RemoteProtocolError:
+        return
+    assert isinstance(event, h11.Request), (data, event)
+    assert (event.method.decode(), event.target.decode()) == (head.method, head.target), (data, event)
+    fields: Dict[str, List[str]] = {}
+    for name, value in event.headers:
+        fields.setdefault(name.decode(), []).append(value.decode('latin-1'))
+    if 'content-length' not in fields:  # h11 folds equal ones; body_length refuses two
+        assert fields == head.fields, (data, event)
+
+
+def fuzz_inputs(make: Any) -> Dict[str, Tuple[Any, ...]]:
+    """Strategies of hypothesis for each case of FUZZ."""
+    text = make.text(make.characters(exclude_categories=()), max_size=30)
+    pieces = make.lists(make.one_of(make.sampled_from(WORDS), make.sampled_from(WORDS), text), max_size=12).map(''.join)
+    hosts = make.lists(make.sampled_from(HOSTS), min_size=1, max_size=6).map(''.join)
+    to_hosts = make.tuples(make.sampled_from(['https://', 'http://']), hosts,
+                           make.sampled_from(['', '/', '/x', '?', '#', '\\', ':80', '.'])).map(''.join)
+    links = make.one_of(pieces, to_hosts, to_hosts,
+                        make.tuples(make.sampled_from(TRAPS), pieces).map(''.join),
+                        make.tuples(make.sampled_from([text for text, _ in SHARED]), pieces).map(''.join))
+    settings = make.sampled_from([LISTED, LISTED, ANY_SITE, ANY_PLACE])
+    odd = make.one_of(make.none(), make.booleans(), make.integers(), make.floats(), text, make.lists(text, max_size=3),
+                      make.dictionaries(text, text, max_size=2))
+    word = make.one_of(make.sampled_from(sorted(v.OPTIONS)), make.sampled_from(VALUES), text,
+                       make.tuples(make.sampled_from(sorted(v.OPTIONS)), make.sampled_from(['', '=', ' ']),
+                                   make.sampled_from(VALUES)).map(''.join))
+    pairs = make.lists(make.tuples(make.sampled_from(sorted(v.OPTIONS)),
+                                   make.lists(make.sampled_from(VALUES), max_size=3).map(''.join)),
+                       max_size=4).map(lambda found: [word for pair in found for word in pair])
+    whole = make.lists(make.sampled_from(SAME_AS_YTDLP), max_size=4).map(lambda found: sum(found, []))
+    options = make.one_of(make.lists(word, max_size=6), pairs, whole,
+                          make.tuples(whole, pairs).map(lambda two: two[0] + two[1]),
+                          make.lists(word, max_size=6).map(' '.join), odd)
+    fields = make.fixed_dictionaries({'url': make.one_of(links, links, links, odd)}, optional={
+        'client_id': make.one_of(text, odd), 'timestamp': make.one_of(make.integers(min_value=0), odd),
+        'ytdlp_cli_parameters': options})
+    titles = make.one_of(text, pieces, make.tuples(text, make.integers(1, 60)).map(lambda pair: pair[0] * pair[1]))
+    head = make.lists(make.one_of(make.sampled_from(LINES), make.sampled_from(LINES), make.binary(max_size=20)),
+                      max_size=14).map(b''.join)
+    heads = make.one_of(head, head.map(b'GET / HTTP/1.1\r\n'.__add__),
+                        make.lists(make.sampled_from(LINES), max_size=8).map(
+        lambda lines: b'\r\n'.join([b'GET /api/v1/health HTTP/1.1', *lines])))
+    return {'submission': (fields, settings), 'link': (links, settings), 'batch': (fields, settings),
+            'options': (options,),
+            'name': (titles, titles, text, text), 'head': (heads,)}
+
+
+def fuzz_one(name: str, drawn: Any, cases: int) -> Tuple[int, str]:
+    """Cases run of FUZZ[name], and the traceback of one that failed, shrunk: it shows the seed to keep as a test."""
+    import traceback
+
+    import hypothesis
+    run = []
+
+    def case(given: Tuple[Any, ...]) -> None:
+        run.append(None)
+        FUZZ[name](*given)
+
+    while len(run) < cases:
+        check = hypothesis.given(drawn)(case)
+        check = hypothesis.settings(max_examples=min(5000, cases - len(run)),  # it remembers each case of a batch
+                                    database=None, deadline=None,
+                                    suppress_health_check=list(hypothesis.HealthCheck))(check)
+        try:
+            hypothesis.seed(random.getrandbits(64))(check)()
+        except Exception:
+            return len(run), traceback.format_exc()
+    return len(run), ''
+
+
+@command
+def cmd_fuzz(args: List[str]) -> int:
+    """`fuzz [--cases 1000000] [NAME…]`: so many cases in all, shared by the NAMEs of FUZZ; exit code 1 if one fails."""
+    try:
+        import hypothesis.strategies as make
+    except ImportError:
+        print('fuzz needs hypothesis: python3 -m pip install hypothesis h11')
+        return 2
+    cases = int(args[args.index('--cases') + 1]) if '--cases' in args else 1_000_000
+    inputs, names, failed = fuzz_inputs(make), [name for name in args if name in FUZZ] or list(FUZZ), 0
+    for name in names:
+        started = time.monotonic()
+        count, trouble = fuzz_one(name, make.tuples(*inputs[name]), cases // len(names))
+        print(f'{name:12} {count:9,} cases {time.monotonic() - started:7.0f} s   {trouble or "ok"}', flush=True)
+        failed += bool(trouble)
+    return 1 if failed else 0
+# ---------- promises ----------------------------------------------------------------------
+# Acknowledged is stored: what reaches the disk and when, kill -9, the phone's repeats, limits, bad
+# starts, commands. Each test bears the words of the promise it holds.
+
+IN_THE_CLEAR = {'server': {'tls': 'off'}}  # so that strace shows the answers
+
+
+def tiktok_link(number: int) -> str:
+    """A link that is taken but leads nowhere: what counts is the row."""
+    return f'https://www.tiktok.com/@somebody/video/{number}'
+
+
+class Strace:
+    """strace on a running daemon; `inject` as strace has it: fdatasync:error=EIO. The lines seen are kept."""
+
+    def __init__(self, daemon: Daemon, *inject: str, calls: str = 'fdatasync,fsync,pwrite64,sendto,rename',
+                 paths: str = ''):
+        self.file = daemon.folder / f'strace-{time.monotonic_ns()}.txt'
+        words = [word for rule in inject for word in ('-e', f'inject={rule}')]
+        for path in ([paths, *map(str, Path(paths).rglob('*'))] if paths else []):
+            words += ['-P', path]
+        self.process = subprocess.Popen(
+            ['strace', '-f', '-y', '-s', '40', '-e', f'trace={calls}', *words, '-o', str(self.file),
+             '-p', str(daemon.pid)], stderr=subprocess.PIPE, encoding='utf-8')
+        line = 'begins'
+        while 'attached' not in line:
+            assert line, 'strace ended: is the daemon there?'
+            line = self.process.stderr.readline()
+
+    def __enter__(self) -> 'Strace':
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self.process.terminate()
+        self.process.communicate()
+
+    def lines(self) -> List[str]:
+        """What the daemon did, call by call; unfinished calls joined with their ends."""
+        begun: Dict[str, str] = {}
+        whole = []
+        for line in self.file.read_text(errors='replace').splitlines():
+            thread, _, call = line.partition(' ')
+            call = call.strip()
+            if call.endswith('<unfinished ...>'):
+                begun[thread] = call[:-len('<unfinished ...>')]
+                continue
+            resumed = re.match(r'<\.\.\. \w+ resumed>(.*)', call)
+            whole.append(begun.pop(thread, '') + resumed[1] if resumed else call)
+        return whole
+
+
+@unittest.skipUnless(shutil.which('strace'), 'strace is not installed')
+class TestStoredBeforeAcknowledged(DaemonTest):
+    """Store before ack, group commit."""
+    settings = {**IN_THE_CLEAR, 'downloads': {'min_free_space': '9000GB'}}  # paused: only links are taken
+
+    def test_every_202_comes_after_wal_write_and_sync(self):
+        with Strace(self.daemon) as trace:
+            for number in range(20):
+                self.daemon.submit(tiktok_link(number))
+        kinds = []
+        for line in trace.lines():
+            if re.match(r'pwrite64\(\d+<[^>]*-wal>', line):
+                kinds.append('w')
+            elif re.match(r'f(data)?sync\(\d+<[^>]*-wal>\)\s+= 0', line):
+                kinds.append('s')
+            elif 'HTTP/1.1 202' in line:
+                kinds.append('A')
+        self.assertRegex(''.join(kinds), r'^(w+sA){20}$')  # alone, each pays one sync and waits for nobody
+
+    def test_requests_that_arrive_during_a_commit_share_the_next(self):
+        with Strace(self.daemon, 'fdatasync:delay_enter=300000') as trace:
+            threads = [threading.Thread(target=self.daemon.submit, args=(tiktok_link(1000 + number),))
+                       for number in range(24)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+        syncs = sum(bool(re.match(r'fdatasync\(\d+<[^>]*-wal>', line)) for line in trace.lines())
+        self.assertEqual(sum('HTTP/1.1 202' in line for line in trace.lines()), 24)
+        self.assertLessEqual(syncs, 6)
+
+    def test_an_error_at_commit_gives_503_and_the_daemon_works_again_when_the_disk_does(self):
+        for rule in ('fdatasync:error=EIO', 'pwrite64:error=ENOSPC', 'pwrite64:error=EIO'):
+            with self.subTest(rule):
+                with Strace(self.daemon, rule):
+                    status, headers, body = self.daemon.client.post('/api/v1/download', {'url': tiktok_link(5)})
+                    self.assertEqual((status, body['code']), (503, 'cannot_store'), body)
+                    self.assertTrue(int(headers['Retry-After']))
+                    self.assertEqual(self.daemon.client.get('/api/v1/health').status, 503)
+                self.daemon.submit(tiktok_link(6), timestamp=time.monotonic_ns())
+                self.assertEqual(self.daemon.client.get('/api/v1/health').status, 200)
+
+
+class TestKill9(DaemonTest):
+    """kill -9 at any moment: every acknowledged link is there, one row and one set of files each."""
+    settings = None
+
+    def test_acknowledged_url_survives_kill_9(self):
+        tally = KillTally(self.new_daemon(downloads={'max_concurrent': 2}), self.site)
+        tally.rounds(4)
+        self.assertEqual(tally.wrong(), [])
+        self.assertGreater(len(tally.acknowledged), 3)
+
+    def test_a_link_that_takes_the_process_down_three_times_costs_an_attempt(self):
+        daemon = self.new_daemon(downloads={'max_retries': 0})
+        post = self.site.tiktok(hold_at=20_000)
+        id = daemon.submit(post)
+        for crash in range(1, 4):
+            post.page.wait_hits(crash)
+            self.assertEqual((daemon.status(id)['status'], daemon.status(id)['retry_count']), ('downloading', 0))
+            daemon.kill()
+            daemon.start()
+        row = daemon.wait_status(id, 'failed')
+        self.assertIn('The server ended 3 times', row['error_message'])
+
+
+class KillTally:
+    """Posts to a daemon that is killed again and again, and counts from outside what became of it."""
+
+    def __init__(self, daemon: Daemon, site: Any):
+        self.daemon, self.site = daemon, site
+        self.acknowledged: Dict[str, str] = {}  # id → link
+        self.chance = random.Random(7)
+
+    def rounds(self, number: int) -> None:
+        """So many lives of the daemon, each ended by kill -9 at a random moment under load."""
+        for _ in range(number):
+            end = threading.Event()
+            posters = [threading.Thread(target=self.post, args=(end,)) for _ in range(3)]
+            for poster in posters:
+                poster.start()
+            time.sleep(self.chance.uniform(0.0, 0.7))
+            self.daemon.kill()
+            end.set()
+            for poster in posters:
+                poster.join()
+            self.daemon.start()
+
+    def post(self, end: threading.Event) -> None:
+        """One phone: a link after the other until the daemon dies under it."""
+        client = self.daemon.new_client()
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            while not end.is_set():
+                link = self.site.tiktok(size=self.chance.choice((30_000, 300_000)))
+                status, _, body = client.post('/api/v1/download', {'url': link, 'client_id': 'k', 'timestamp': 1})
+                if status in (200, 202):
+                    self.acknowledged[body['download_id']] = str(link)
+                time.sleep(0.15)
+
+    def wrong(self, seconds: float = 60) -> List[str]:
+        """Waits for the queue to end; every fault there is."""
+        unfinished = "SELECT 1 FROM downloads WHERE status IN ('queued', 'downloading')"
+        wait_until(lambda: not self.daemon.rows(unfinished), seconds)
+        rows = {row['id']: row for row in self.daemon.rows()}
+        faults = [f'lost: {id}' for id in self.acknowledged if id not in rows]
+        faults += [f'twice: {url}' for url, count in collections.Counter(
+            row['url'] for row in rows.values()).items() if count > 1]
+        faults += [f'{id}: {row["status"]} {row["error_message"]}' for id, row in rows.items()
+                   if row['status'] != 'completed']
+        named = sorted(name for row in rows.values() for name, _, _ in json.loads(row['files'] or '[]'))
+        visible = sorted(name for name in self.daemon.files() if not name.startswith('.'))
+        return faults if named == visible else [*faults, f'files: {set(named) ^ set(visible)}']
+
+
+@command
+def cmd_kill(args: List[str]) -> int:
+    """`kill [--times 300]`: kills the daemon so often, under load and mid-download; exit code 1 if a link is lost."""
+    times = int(args[args.index('--times') + 1]) if '--times' in args else 300
+    site = Standin()
+    daemon = Daemon(site=site, downloads={'max_concurrent': 2})
+    tally = KillTally(daemon, site)
+    began = time.monotonic()
+    tally.rounds(times)
+    faults = tally.wrong(600)
+    print(f'{times} times kill -9 in {time.monotonic() - began:.0f} s: {len(tally.acknowledged)} links acknowledged, '
+          f'{len(daemon.rows())} rows, {len(daemon.files())} files, {len(faults)} faults')
+    print('\n'.join(faults[:20]))
+    daemon.close()
+    site.close()
+    return 1 if faults else 0
+
+
+class TestPhone(DaemonTest):
+    """What a phone sends, sends again, sends in one go."""
+    settings = {'downloads': {'min_free_space': '9000GB'}}
+
+    def post(self, **fields: Any) -> Answer:
+        return self.daemon.client.post('/api/v1/download', fields)
+
+    def post_bytes(self, body: bytes, content_type: str) -> Answer:
+        return self.daemon.client.post('/api/v1/download', body, Content_Type=content_type)
+
+    def test_same_client_url_timestamp_gets_the_same_id(self):
+        first = self.post(url=tiktok_link(1), client_id='a', timestamp=9)
+        again = self.post(url=tiktok_link(1), client_id='a', timestamp=9)
+        self.assertEqual((first.status, again.status), (202, 200))
+        self.assertEqual(first.json['download_id'], again.json['download_id'])
+        for fields in ({'client_id': 'b', 'timestamp': 9}, {'client_id': 'a', 'timestamp': 10}, {'client_id': 'a'}):
+            self.assertEqual(self.post(url=tiktok_link(1), **fields).status, 202, fields)
+        self.daemon.restart()
+        self.assertEqual(self.post(url=tiktok_link(1), client_id='a', timestamp=9).json['download_id'],
+                         first.json['download_id'])
+
+    def test_same_one_when_both_arrive_at_once(self):
+        ids = []
+        threads = [threading.Thread(target=lambda: ids.append(self.daemon.new_client().post(
+            '/api/v1/download', {'url': tiktok_link(2), 'client_id': 'a', 'timestamp': 1}).json['download_id']))
+            for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(len(ids), 12)
+        self.assertEqual(len(set(ids)), 1)
+
+    def test_a_timestamp_of_any_size_is_only_compared(self):
+        huge = 10 ** 60
+        first = self.post(url=tiktok_link(3), client_id='a', timestamp=huge)
+        self.assertEqual(first.status, 202)
+        self.assertEqual(self.post(url=tiktok_link(3), client_id='a', timestamp=huge).json['download_id'],
+                         first.json['download_id'])
+        for bad in (-1, 1.5, '1', True):
+            self.assertEqual(self.post(url=tiktok_link(3), timestamp=bad).status, 400, bad)
+
+    def test_a_whole_offline_list_in_one_commit_each_link_answered_for(self):
+        before = self.daemon.rows('SELECT count(*) AS n FROM downloads')[0]['n']
+        text = f'first {tiktok_link(11)}\nthen {tiktok_link(12)} and https://example.com/x\n{tiktok_link(13)}'
+        wanted = {'text': text, 'client_id': 'list', 'timestamp': 5}
+        status, _, body = self.daemon.client.post('/api/v1/downloads', wanted)
+        self.assertEqual((status, body['message'].split('.')[0], body['keep']), (202, '3 queued, 1 refused', ''))
+        self.assertEqual([sorted(row) for row in body['downloads']],
+                         [['download_id', 'url']] * 2 + [['error', 'url']] + [['download_id', 'url']])
+        self.assertEqual(self.daemon.rows('SELECT count(*) AS n FROM downloads')[0]['n'], before + 3)
+        again = self.daemon.client.post('/api/v1/downloads', {'text': text, 'client_id': 'list', 'timestamp': 5}).json
+        self.assertEqual(again['downloads'], body['downloads'])
+
+    def test_while_the_queue_is_paused_the_message_says_so(self):
+        self.assertIn('paused: The disk is full', self.post(url=tiktok_link(21)).json['message'])
+        health = self.daemon.client.get('/api/v1/health').json
+        self.assertEqual(health['status'], 'degraded')
+        self.assertIn('The disk is full', health['paused'])
+
+    def test_every_answer_is_json_with_a_message(self):
+        for answer, status in ((self.post(url=''), 400), (self.post(), 400), (self.post(url='no link here'), 400),
+                               (self.post(url='https://example.com/'), 403),
+                               (self.post(url=tiktok_link(1) + 'x' * 3000), 400),
+                               (self.daemon.client.get('/api/v1/status/nonsense'), 404),
+                               (self.daemon.client.get('/api/v1/history?limit=0'), 400),
+                               (self.daemon.client.get('/api/v1/history?limit=201'), 400),
+                               (self.daemon.client.get('/nowhere'), 404),
+                               (self.daemon.client.delete('/api/v1/history'), 405),
+                               (self.post_bytes(b'{"url": 1}', 'text/plain'), 415),
+                               (self.post_bytes(b'{', 'application/json'), 400),
+                               (self.post(url='x' * 17000), 413)):
+            self.assertEqual(answer.status, status, answer.json)
+            self.assertEqual((answer.json['status'], answer.json['error']), ('error', answer.json['message']))
+            self.assertRegex(answer.json['message'], r'^[A-Za-z].*[.]$')
+            self.assertLessEqual({'code', 'timestamp'}, set(answer.json))
+
+    def test_history_newest_first_paged_filtered_searched(self):
+        ids = [self.post(url=tiktok_link(300 + number)).json['download_id'] for number in range(5)]
+        body = self.daemon.client.get('/api/v1/history?limit=3').json
+        self.assertEqual([row['download_id'] for row in body['downloads']], ids[:1:-1])
+        body = self.daemon.client.get('/api/v1/history?limit=2&offset=3').json
+        self.assertEqual([row['download_id'] for row in body['downloads']], ids[1::-1])
+        self.assertEqual(self.daemon.client.get('/api/v1/history?q=video/30').json['total'], 5)
+        self.assertEqual(self.daemon.client.get('/api/v1/history?q=%25').json['total'], 0)
+        self.assertEqual(self.daemon.client.get('/api/v1/history?status=completed').json['total'], 0)
+
+    def test_every_request_is_logged_with_control_characters_escaped(self):
+        self.post(url=tiktok_link(77), client_id='line\u2028break')
+        self.post(url=tiktok_link(78), client_id='phone-77')
+        wait_until(lambda: 'client_id=phone-77' in self.daemon.log(), 5)
+        self.assertRegex(self.daemon.log(),
+                         r'\d\d:\d\d:\d\d.* "POST /api/v1/download" 202 .*client_id=phone-77 url=https://www')
+        self.assertTrue(all(line.isprintable() for line in self.daemon.log().split('\n')))
+
+
+class TestWhoIsAnswered(DaemonTest):
+    """Rate limit per client_id, keys, allowed clients."""
+    settings = {'security': {'requests_per_hour': '3'}, 'downloads': {'min_free_space': '9000GB'}}
+    env = {'VIDEOSERVER_API_KEYS': 'first-key,zweiter-schlüssel'}
+
+    def test_rate_limit_per_client_id_survives_a_restart(self):
+        self.daemon.client.key = 'first-key'
+        post = lambda client: self.daemon.client.post(  # noqa: E731
+            '/api/v1/download', {'url': tiktok_link(time.monotonic_ns()), 'client_id': client})
+        self.assertEqual([post('a').status for _ in range(4)], [202, 202, 202, 429])
+        answer = post('a')
+        self.assertTrue(3500 < int(answer.headers['Retry-After']) <= 3600)
+        self.assertEqual(post('b').status, 202)
+        self.daemon.restart()
+        self.daemon.client.key = 'first-key'
+        self.assertEqual(post('a').status, 429)
+        body = self.daemon.client.post('/api/v1/downloads', {
+            'text': ' '.join(tiktok_link(number) for number in range(4)), 'client_id': 'b'}).json
+        self.assertEqual(body['message'].split('.')[0], '2 queued, 2 refused')
+        self.assertEqual(body['keep'].split(), [tiktok_link(2), tiktok_link(3)])
+
+    def test_keys_are_asked_for_everywhere_but_on_the_page_and_a_bare_health(self):
+        client = self.daemon.new_client()
+        for path in ('/api/v1/history', '/metrics', f'/api/v1/status/{uuid.uuid4()}', '/listDownloads'):
+            self.assertIn(client.get(path).status, (401, 418), path)
+        self.assertEqual(client.post('/api/v1/download', {'url': tiktok_link(1)}).status, 401)
+        self.assertEqual(client.get('/listDownloads').json['errorCode'], 'key_wanted')
+        self.assertEqual(set(client.get('/api/v1/health').json), {'status', 'version', 'uptime', 'queue_size'})
+        for path in ('/', '/setup', '/ca.crt', '/ca.mobileconfig', '/page.css', '/page.js'):
+            self.assertEqual(client.get(path).status, 200, path)
+        for key in ('first-key', 'zweiter-schlüssel'.encode().decode('latin-1')):
+            client.key = key
+            self.assertEqual(client.get('/api/v1/history').status, 200, key)
+        client.key = 'first-ke'
+        self.assertEqual(client.get('/api/v1/history').status, 401)
+        self.assertNotIn('first-key', self.daemon.log())
+
+    def test_only_allowed_clients_are_answered(self):
+        daemon = self.new_daemon(security={'allowed_clients': '192.168.77.0/24'})
+        self.assertEqual(daemon.client.get('/api/v1/health').status, 403)
+
+
+class TestBadStarts(DaemonTest):
+    """One clear line each, exit codes as in the contract, nothing destroyed."""
+    settings = None
+
+    def ends(self, daemon: Daemon, code: int, *words: str) -> str:
+        done = daemon.run(seconds=20)
+        self.assertEqual(done.returncode, code, done.stdout)
+        lines = [line for line in done.stdout.splitlines() if line.startswith('videoserverd: ')]
+        self.assertEqual(len(lines), 1, done.stdout)
+        self.assertNotIn('Traceback', done.stdout)
+        for word in words:
+            self.assertIn(word, lines[0])
+        return lines[0]
+
+    def test_bad_configuration_names_file_section_key_and_what_is_accepted(self):
+        for settings, words in (({'server': {'port': 'http'}}, ('config.ini', '[server]', 'port', 'whole number')),
+                                ({'server': {'prot': '1'}}, ('[server]', 'prot', 'accepted: host, port')),
+                                ({'sever': {'port': '1'}}, ('[sever]', 'accepted: server, database')),
+                                ({'downloads': {'retry_delays': '1,x'}}, ('retry_delays', '60,300,900')),
+                                ({'s3': {'endpoint': 'https://s3.test'}}, ('[s3]', 'bucket'))):
+            with self.subTest(settings):
+                daemon = self.new_daemon(start=False)
+                daemon.configure(**settings)
+                self.ends(daemon, 2, *words)
+        self.ends(self.new_daemon(start=False, env={'VIDEOSERVER_SERVER_PORTS': '1'}), 2, 'VIDEOSERVER_SERVER_PORTS')
+
+    def test_port_in_use(self):
+        with socket.socket() as taken:
+            taken.bind(('127.0.0.1', 0))
+            taken.listen()
+            self.ends(self.new_daemon(start=False, server={'port': str(taken.getsockname()[1])}), 1, 'port', 'in use')
+
+    def test_second_daemon_on_one_database_refuses_naming_the_first(self):
+        daemon = self.new_daemon()
+        self.ends(daemon, 1, f'process {daemon.pid}', f'port {daemon.port}')
+        daemon.submit(tiktok_link(1))
+
+    def test_unreadable_key_and_corrupt_certificate(self):
+        daemon = self.new_daemon(start=False)
+        (daemon.folder / 'certs/server.key').write_text('nonsense')
+        (daemon.folder / 'certs/ca.key').unlink()
+        self.ends(daemon, 1, 'server.key')
+        self.assertEqual((daemon.folder / 'certs/server.key').read_text(), 'nonsense')
+
+    def test_missing_openssl(self):
+        daemon = self.new_daemon(start=False, env={'PATH': str(RUN / 'nothing-here')})
+        shutil.rmtree(daemon.folder / 'certs')
+        self.ends(daemon, 1, 'openssl')
+
+    def test_corrupt_database_destroys_nothing_and_says_how_to_restore(self):
+        daemon = self.new_daemon()
+        daemon.client.post('/api/v1/downloads', {'text': ' '.join(tiktok_link(number) for number in range(200))})
+        daemon.terminate()
+        whole = daemon.database.read_bytes()
+        flipped = bytearray(whole)
+        flipped[4096 * 3:4096 * 3 + 64] = os.urandom(64)
+        for damaged in (whole[:len(whole) // 2], b'not a database' * 1000, bytes(flipped)):
+            daemon.database.write_bytes(damaged)
+            self.ends(daemon, 1, 'damaged', 'backups')
+            self.assertEqual(daemon.database.read_bytes(), damaged)
+
+    def test_a_database_of_document_a_alone_is_taken_over(self):
+        daemon = self.new_daemon(start=False)
+        daemon.database.parent.mkdir()
+        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
+            db.executescript(v.DOCUMENT_A_SCHEMA)
+            db.execute("INSERT INTO downloads (id, url, client_id, status, created_at, last_updated) "
+                       "VALUES (?, ?, 'old', 'queued', 1, 1)", (str(uuid.uuid4()), str(self.site.tiktok())))
+            db.commit()
+        daemon.start()
+        wait_until(lambda: daemon.rows("SELECT 1 FROM downloads WHERE status = 'completed'"), 20)
+        self.assertEqual(daemon.client.get('/api/v1/history').json['total'], 1)
+
+    def test_read_only_or_missing_output_folder_is_told_and_got_over(self):
+        daemon = self.new_daemon(start=False)
+        daemon.output.write_text('a file where the folder should be')
+        daemon.start()
+        id = daemon.submit(self.site.tiktok())
+        self.assertIn('cannot be used', daemon.client.get('/api/v1/health').json['paused'])
+        daemon.output.unlink()
+        daemon.wait_status(id, 'completed')
+        self.assertEqual(daemon.client.get('/api/v1/health').json['paused'], None)
+
+    def test_an_unplugged_disk_is_not_an_empty_folder(self):
+        daemon = self.new_daemon()
+        daemon.download(self.site.tiktok())
+        away = daemon.output.with_name('unplugged')
+        daemon.output.rename(away)
+        daemon.output.mkdir()  # the mount point
+        wait_until(lambda: daemon.client.get('/api/v1/health').json['paused'], 20)
+        id = daemon.submit(self.site.tiktok())
+        self.assertIn('disk plugged in', daemon.client.get('/api/v1/health').json['paused'])
+        self.assertEqual(daemon.files(), [])
+        daemon.output.rmdir()
+        away.rename(daemon.output)
+        daemon.wait_status(id, 'completed')
+
+    def test_a_full_disk_pauses_the_queue_and_it_resumes_by_itself(self):
+        daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})
+        id = daemon.submit(self.site.tiktok())
+        self.assertEqual(daemon.status(id)['status'], 'queued')
+        daemon.configure(downloads={'min_free_space': '1MB'})
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_status(id, 'completed')
+
+
+class TestCommands(DaemonTest):
+    """add, list, doctor, backup beside a running daemon and without one."""
+    settings = None
+
+    def test_add_and_list_with_and_without_a_daemon(self):
+        daemon = self.new_daemon(start=False, downloads={'min_free_space': '9000GB'})
+        self.assertEqual(daemon.run('add', tiktok_link(1)).returncode, 0)
+        daemon.start()
+        done = daemon.run('add', f'look: {tiktok_link(2)}', 'https://example.com/')
+        self.assertEqual(done.returncode, 1, done.stdout)
+        self.assertIn('refused', done.stdout)
+        self.assertEqual(len(daemon.rows()), 2)
+        self.assertIn('2 queued', daemon.run('list').stdout)
+        daemon.terminate()
+        self.assertIn(tiktok_link(2), daemon.run('list').stdout)
+
+    def test_doctor_names_each_fault_and_what_mends_it(self):
+        daemon = self.new_daemon()
+        done = daemon.run('doctor')
+        self.assertIn('health: ', done.stdout)
+        self.assertNotIn('Traceback', done.stdout)
+        daemon.terminate()
+        daemon.output.rename(daemon.output.with_name('elsewhere'))
+        done = daemon.run('doctor')
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, r'BAD +output folder: .*\n +mend: ')
+        self.assertRegex(done.stdout, r'BAD +server: not running')
+
+    def test_backup_while_running_and_restoring_it(self):
+        daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})
+        daemon.client.post('/api/v1/downloads', {'text': ' '.join(tiktok_link(number) for number in range(30))})
+        copy = daemon.folder / 'copy.db'
+        self.assertEqual(daemon.run('backup', str(copy)).returncode, 0)
+        self.assertEqual(stat.S_IMODE(copy.stat().st_mode), 0o600)
+        daemon.terminate()
+        for name in ('', '-wal', '-shm'):
+            with contextlib.suppress(OSError):
+                Path(f'{daemon.database}{name}').rename(f'{daemon.database}{name}.old')
+        shutil.copy(copy, daemon.database)
+        daemon.start()
+        self.assertEqual(daemon.client.get('/api/v1/history').json['total'], 30)
+
+    def test_daily_copies_beside_the_database(self):
+        daemon = self.new_daemon(database={'backups': '2'}, start=False)
+        folder = daemon.database.parent / 'backups'
+        folder.mkdir(parents=True)
+        for day in ('2020-01-01', '2020-01-02', '2020-01-03'):
+            (folder / f'downloads-{day}.db').write_text('old')
+        daemon.start()
+        wait_until(lambda: sorted(file.name for file in folder.iterdir()) == [
+            'downloads-2020-01-03.db', f'downloads-{time.strftime("%Y-%m-%d")}.db'], 10)
+
+    def test_setup_only_provisions(self):
+        daemon = self.new_daemon(start=False)
+        shutil.rmtree(daemon.folder / 'certs')
+        for words in ('made', 'kept'):
+            done = daemon.run('setup')
+            self.assertEqual(done.returncode, 0, done.stdout)
+            self.assertIn(words, done.stdout)
+        self.assertEqual(stat.S_IMODE((daemon.folder / 'certs/server.key').stat().st_mode), 0o600)
+
+    def test_a_config_before_or_after_the_command(self):
+        daemon = self.new_daemon(start=False)
+        for words in (['--config', str(daemon.file), 'setup'], ['setup', '--config', str(daemon.file)]):
+            done = subprocess.run([sys.executable, str(HERE / 'videoserverd.py'), *words], env=daemon.env,
+                                  stdout=subprocess.PIPE, encoding='utf-8')
+            self.assertEqual(done.returncode, 0, done.stdout)
+
+
+class TestSignals(DaemonTest):
+    """SIGTERM stops, SIGHUP starts anew in place."""
+    settings = None
+
+    def test_a_wrong_new_configuration_is_logged_and_the_old_one_runs_on(self):
+        daemon = self.new_daemon()
+        daemon.configure(downloads={'max_retries': 'many'})
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: 'restart refused' in daemon.log(), 10)
+        daemon.download(self.site.tiktok())
+
+    def test_sighup_takes_up_a_new_configuration_and_port_in_the_same_process(self):
+        daemon = self.new_daemon()
+        pid = daemon.pid
+        daemon.configure(security={'requests_per_hour': '1'})
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: daemon.log().count('listening on') == 2, 10)
+        self.assertTrue(daemon.running())
+        self.assertEqual(json.loads(Path(f'{daemon.database}.lock').read_text())['pid'], pid)
+        answers = [daemon.client.post('/api/v1/download', {'url': tiktok_link(number)}) for number in (1, 2)]
+        self.assertEqual([answer.status for answer in answers], [202, 429])
+
+    def test_log_rotates_by_size(self):
+        daemon = self.new_daemon(logging={'max_size': '4k', 'backup_count': '2'})
+        for _ in range(150):
+            daemon.poller.get(f'/api/v1/status/{uuid.uuid4()}')
+        self.assertEqual(sorted(path.name for path in (daemon.folder / 'logs').iterdir()),
+                         ['server.log', 'server.log.1', 'server.log.2'])
+
+
+
+
+# ---------- accidents ---------------------------------------------------------------------
+# What happens between two lines: a commit that is told to have failed and has not, a cancel that comes as
+# the attempt ends, a signal between two lives, half an emoji from a site.
+
+class TestAccidents(unittest.TestCase):
+    """The row's state and the heap never part."""
+
+    def setUp(self):
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(folder),
+                                           'VIDEOSERVER_DATABASE_PATH': str(folder / 'd.db')})
+        self.store = v.Store(folder / 'd.db')
+        self.store.open()
+        self.addCleanup(self.store.close)
+        self.scheduler = v.Scheduler(self.config, self.store, v.Board(), None, lambda: None, lambda *_: None, None)
+        submission = v.parse_submission({'url': 'https://www.tiktok.com/@a/video/1'}, self.config.security)
+        self.download_id = self.store.add(submission, 1)[0]
+
+    def in_heap(self) -> bool:
+        return self.download_id in [entry[2] for entry in self.scheduler._heap]
+
+    def test_half_an_emoji_in_a_title_is_stored(self):
+        self.store.claim(self.download_id, 2)
+        outcome = v.Outcome('done', title='a\n\ud83d', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),))
+        self.assertTrue(self.store.finish(self.download_id, outcome, Path('/tmp'), 3, False))
+        self.assertEqual(self.store.get(self.download_id)['title'], 'a \ufffd')
+
+    def test_a_claim_that_was_stored_though_told_to_have_failed_is_taken_back(self):
+        self.store.claim(self.download_id, 2)
+        self.scheduler._attempt(self.download_id, v.Run())
+        self.assertEqual(self.store.get(self.download_id)['status'], 'queued')
+        self.assertTrue(self.in_heap())
+
+    def test_one_that_is_not_due_after_all_keeps_its_place(self):
+        self.store.claim(self.download_id, 2)
+        self.store.retry_later(self.download_id, 1, 1 << 40, v.Outcome('retry'), 3)
+        self.scheduler._attempt(self.download_id, v.Run())
+        self.assertTrue(self.in_heap())
+
+    def test_a_retry_that_was_stored_before_is_in_the_heap_all_the_same(self):
+        job = self.store.claim(self.download_id, 2)
+        self.store.retry_later(self.download_id, 1, 99, v.Outcome('retry'), 3)
+        self.scheduler._store_outcome(job, v.Outcome('retry', 'network', 'x'), 4)
+        self.assertTrue(self.in_heap())
+
+    def test_a_cancel_as_the_attempt_ends_holds(self):
+        job = self.store.claim(self.download_id, 2)
+        self.scheduler._running[self.download_id] = run = v.Run()
+
+        def end(reason):
+            self.scheduler._store_outcome(job, v.Outcome('retry', 'network', 'x'), 4)
+            self.scheduler._running.clear()
+        run.attempt = type('Attempt', (), {'stop': staticmethod(end)})
+        self.assertTrue(self.scheduler.cancel(self.download_id, 5))
+        self.assertEqual(self.store.get(self.download_id)['error_message'], 'Cancelled')
+
+    def test_a_lock_kept_for_another_database_is_not_taken_for_this_one(self):
+        first = v.Lock(self.config.database.path)
+        first.take()
+        second = v.Lock(self.config.database.path.with_name('e.db'), first.fd)
+        second.take()
+        self.addCleanup(second.release)
+        self.assertTrue(v.Lock(second.path.with_name('e.db')).running())
+        self.assertFalse(v.Lock(self.config.database.path).running())
+
+
+class TestSignalsBetweenTwoLives(DaemonTest):
+    """A second SIGHUP while the first is being answered."""
+    settings = None
+
+    def test_sighups_one_after_the_other_never_end_it(self):
+        daemon = self.new_daemon()
+        for _ in range(12):
+            daemon.signal(signal.SIGHUP)
+            time.sleep(0.1)
+        wait_until(lambda: daemon.log().count('listening on') >= 2, 20)
+        self.assertTrue(daemon.running())
+        self.assertEqual(stat.S_IMODE((daemon.folder / 'logs/server.log').stat().st_mode), 0o600)
+# ---------- soak --------------------------------------------------------------------------
+# An hour of mixed load on one daemon, counted from outside.
+
+SOAK_POST_SECONDS = 0.7     # between posts
+SOAK_RESTART_SECONDS = 240  # between re-executions
+
+
+class Soak:
+    """Posts, failures, cancels, deletions and re-executions; figures every few seconds."""
+
+    def __init__(self, seconds: float):
+        self.seconds, self.chance = seconds, random.Random(3)
+        self.site = Standin()
+        self.daemon = Daemon(site=self.site, downloads={'max_concurrent': 2, 'retry_delays': '1', 'max_retries': 1},
+                             logging={'max_size': '1MB', 'backup_count': '1'}, database={'backups': '1'})
+        self.links = {'completed': [self.site.tiktok(size=60_000) for _ in range(20)]
+                                   + [self.site.instagram() for _ in range(5)],
+                      'failed': [self.site.tiktok(state=state) for state in ('gone', 'private', 'unavailable')]}
+        self.wanted: Dict[str, str] = {}  # id → how it must end; 'any' after a cancel, 'gone' after a deletion
+        self.rows: List[Dict[str, float]] = []
+        self.restarts = 0
+
+    def run(self) -> List[str]:
+        """The faults, none if all is well."""
+        began = time.monotonic()
+        next_restart, next_look = began + SOAK_RESTART_SECONDS / 2, began
+        while time.monotonic() - began < self.seconds:
+            self.post()
+            if time.monotonic() > next_restart:
+                next_restart += SOAK_RESTART_SECONDS
+                self.restarts += 1
+                self.daemon.signal(signal.SIGHUP)
+            if time.monotonic() > next_look:
+                next_look += max(2.0, self.seconds / 200)
+                self.look(time.monotonic() - began)
+            time.sleep(SOAK_POST_SECONDS)
+        return self.lost() + self.drift()
+
+    def post(self) -> None:
+        """One link; now and then one is cancelled or deleted. An answer that does not come is asked for again."""
+        wish = 'failed' if self.chance.random() < 0.15 else 'completed'
+        stamp = time.monotonic_ns()
+        body = self.call('POST', '/api/v1/download', {
+            'url': str(self.chance.choice(self.links[wish])), 'client_id': 'soak', 'timestamp': stamp})
+        id = body['download_id']
+        self.wanted[id] = wish
+        if self.chance.random() < 0.1:
+            self.call('POST', f'/api/v1/download/{id}/cancel')
+            self.wanted[id] = 'any'
+        if self.chance.random() < 0.1:
+            victim = self.chance.choice(list(self.wanted))
+            if self.wanted[victim] != 'gone':
+                if self.call('DELETE', f'/api/v1/download/{victim}')['status'] == 'deleted':
+                    self.wanted[victim] = 'gone'
+
+    def call(self, method: str, path: str, body: Any = None) -> Dict[str, Any]:
+        """An answer; a connection that breaks is tried again, as a phone does."""
+        for _ in range(20):
+            try:
+                return self.daemon.client.request(method, path, body).json
+            except (OSError, http.client.HTTPException) as error:
+                print(f'  {time.strftime("%H:%M:%S")} {method} again after {error!r}', flush=True)
+                time.sleep(0.5)
+        raise AssertionError(f'{method} {path}: no answer')
+
+    def look(self, at: float) -> None:
+        """One row of figures."""
+        row = {'at': at, 'rss': self.daemon.rss(), 'threads': self.daemon.threads(),
+               'descriptors': len(self.daemon.descriptors()), 'links': len(self.wanted)}
+        self.rows.append(row)
+        if len(self.rows) % 10 == 1:
+            print('  '.join(f'{name} {value:.0f}' for name, value in row.items()), flush=True)
+
+    def lost(self) -> List[str]:
+        """What the outside tally and the database do not agree on."""
+        wait_until(lambda: self.call('GET', '/api/v1/health')['queue_size'] == 0, 300, 'the queue ends')
+        found = {row['id']: row['status'] for row in self.daemon.rows()}
+        return [f'{id}: {found.get(id, "gone")}, wanted {wish}' for id, wish in self.wanted.items()
+                if found.get(id, 'gone') != wish and wish != 'any']
+
+    def drift(self) -> List[str]:
+        """Figures of the last quarter that are more than 5 % above those of the first."""
+        quarter = max(1, len(self.rows) // 4)
+        faults = []
+        for name in ('rss', 'threads', 'descriptors'):
+            first, last = (sorted(row[name] for row in rows)[len(rows) // 2] for rows in (
+                self.rows[:quarter], self.rows[-quarter:]))
+            print(f'{name}: median of the first quarter {first:.1f}, of the last {last:.1f}')
+            if last > first * 1.05 + (name != 'rss'):
+                faults.append(f'{name} grew from {first:.1f} to {last:.1f}')
+        return faults
+
+
+@command
+def cmd_soak(args: List[str]) -> int:
+    """`soak [--minutes 60]`: exit code 1 if a link is lost or memory, threads or descriptors grow."""
+    minutes = float(args[args.index('--minutes') + 1]) if '--minutes' in args else 60
+    soak = Soak(minutes * 60)
+    faults = soak.run()
+    print(f'{minutes:g} minutes: {len(soak.wanted)} links, {soak.restarts} re-executions, {len(faults)} faults')
+    print('\n'.join(faults[:20]))
+    soak.daemon.close()
+    soak.site.close()
+    return 1 if faults else 0
+
+
+
+# ---------- download ----------------------------------------------------------------------
+# Real yt-dlp in this very process against the stand-in; what has to die, grow or start afresh
+# runs in a process of its own (DRIVER).
+
+DRIVER = '''
+import json, logging, os, sys
+sys.path.insert(0, sys.argv[1])
+import videoserverd as v
+from pathlib import Path
+logging.basicConfig(level=logging.ERROR)
+config = v.load_config(Path(sys.argv[2]), {})
+def attempt(url, id='job', options=(), number=1, told=lambda progress: None):
+    return v.Attempt(v.Job(id, url, tuple(options), number), config, Path(sys.argv[3]), told)
+def say(*words):
+    print(*words, flush=True)
+'''
+
+
+@functools.lru_cache(maxsize=None)
+def ytdlp_folder() -> Path:
+    """The unpacked yt-dlp of the harness."""
+    vendored()
+    return v.Vendor(HERE / 'vendor').current()
+
+
+def full_disk(free: int) -> Any:
+    """Patches free_space to tell of so many bytes."""
+    return unittest.mock.patch.object(v, 'free_space', lambda folder: free)
+
+
+class DownloadTest(unittest.TestCase):
+    """A stand-in for the class, a folder for each test."""
+    together = 'downloads'  # one import of yt-dlp
+    site: Any
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.site = Standin()
+        cls.addClassCleanup(cls.site.close)
+        patch = unittest.mock.patch.dict(os.environ, {'SSL_CERT_FILE': cls.site.ca_bundle})
+        patch.start()
+        cls.addClassCleanup(patch.stop)
+        logging.getLogger('videoserverd').setLevel(logging.CRITICAL)
+        cls.addClassCleanup(logging.getLogger('videoserverd').setLevel, logging.NOTSET)
+        quiet = warnings.catch_warnings()
+        quiet.__enter__()
+        cls.addClassCleanup(quiet.__exit__, None, None, None)
+        warnings.simplefilter('ignore', ResourceWarning)  # yt-dlp leaves it to the garbage collector to close
+
+    def setUp(self) -> None:
+        warnings.simplefilter('ignore', ResourceWarning)  # yt-dlp leaves files open when it is stopped
+        self.folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.output = self.folder / 'out'
+        self.output.mkdir()
+        self.told: List[Any] = []
+        self.numbers = iter(range(1, 1000))
+
+    def config(self, proxy: bool = True, **sections: Dict[str, Any]) -> Any:
+        """A Config of built-in values and these; `proxy`: everything goes through the stand-in."""
+        settings = {'downloads': {'output_directory': 'out', 'min_free_space': '1MB', 'retry_delays': '0'},
+                    'downloader': {'proxy': self.site.proxy} if proxy else {}}
+        for name, keys in sections.items():
+            settings.setdefault(name, {}).update(keys)
+        file = self.folder / 'config.ini'
+        file.write_text(''.join(f'[{name}]\n' + ''.join(f'{key} = {text}\n' for key, text in keys.items())
+                                for name, keys in settings.items()))
+        return v.load_config(file, {})
+
+    def attempt(self, url: str, id: str = '', options: Sequence[str] = (), config: Any = None) -> Any:
+        """An Attempt at `url`; progress goes to self.told."""
+        job = v.Job(id or f'job{next(self.numbers)}', str(url), v.parse_options(list(options)), 1)
+        return v.Attempt(job, config or self.config(), ytdlp_folder(), self.told.append)
+
+    def fetch(self, url: str, *args: Any, **more: Any) -> Any:
+        """The Outcome of an Attempt."""
+        return self.attempt(url, *args, **more).run()
+
+    def direct_config(self, **sections: Any) -> Any:
+        """For direct links to 127.0.0.1."""
+        return self.config(proxy=False, **{'security': ANYWHERE, **sections})
+
+    def in_background(self, attempt: Any) -> Any:
+        """Runs the attempt in a thread; .outcome once it has ended, .wait() for that."""
+        run = SimpleNamespace(outcome=None)
+
+        def work():
+            run.outcome = attempt.run()
+        run.thread = threading.Thread(target=work, daemon=True)
+        run.thread.start()
+        self.addCleanup(run.thread.join, 20)
+        self.addCleanup(attempt.stop, 'stopped')
+
+        def wait(seconds=20):
+            run.thread.join(seconds)
+            self.assertFalse(run.thread.is_alive(), 'the attempt goes on')
+            return run.outcome
+        run.wait = wait
+        return run
+
+    def driver(self, code: str, config: Any = None, env: Optional[Dict[str, str]] = None) -> Any:
+        """A process that runs DRIVER and `code`; .stdout is a pipe."""
+        config = config or self.config()
+        variables = {**os.environ, **(env or {})}
+        variables.pop('PYTHONDONTWRITEBYTECODE', None)  # compiling costs more than the rest
+        process = subprocess.Popen(
+            [sys.executable, '-c', DRIVER + textwrap.dedent(code), str(HERE), str(config.file), str(ytdlp_folder())],
+            stdout=subprocess.PIPE, encoding='utf-8', env=variables)
+        self.addCleanup(process.stdout.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        return process
+
+    def finished(self) -> Dict[str, bytes]:
+        """What is visible in the output folder."""
+        return {path.name: path.read_bytes() for path in self.output.iterdir() if not path.name.startswith('.')}
+
+    def assert_ends(self, outcome: Any, kind: str, reason: str, tries: Any = None) -> None:
+        self.assertEqual((outcome.kind, outcome.reason, outcome.tries), (kind, reason, tries), outcome)
+        self.assertRegex(outcome.message, r'^[A-Zy][^\n]{10,250}\.$|^Cancelled$')
+        self.assertNotRegex(outcome.message, '--|github|ERROR')
+
+    def assert_done(self, outcome: Any, *bodies: Any) -> List[str]:
+        """It ended with files of these bodies (routes or bytes), in this order; their names."""
+        self.assertEqual(outcome.kind, 'done', outcome)
+        expected = [body if isinstance(body, bytes) else body.body for body in bodies]
+        self.assertEqual([(self.output / file.name).read_bytes() == body
+                          for file, body in zip(outcome.files, expected)], [True] * len(expected))
+        self.assertEqual(len(outcome.files), len(expected))
+        return [file.name for file in outcome.files]
+
+
+def gap(progress: Sequence[Any]) -> float:
+    """The largest fall of the percentage."""
+    percents = [told.percent for told in progress]
+    return max([a - b for a, b in zip(percents, percents[1:])], default=0)
+
+
+class TestPosts(DownloadTest):
+    """Links to posts become files."""
+
+    def test_a_tiktok_becomes_a_whole_playable_file_under_its_final_name(self):
+        post = self.site.tiktok(title='Ein Häschen / 🐇', size=300_000)
+        with unittest.mock.patch('os.fsync', side_effect=os.fsync) as sync, self.assertLogs(v.log, 'INFO') as logs:
+            outcome = self.fetch(post, 'an-id')
+        names = self.assert_done(outcome, post.media[0])
+        self.assertEqual(names, [v.file_name('Ein Häschen / 🐇', post.id, 'mp4')])
+        self.assertEqual(outcome.files[0][1:], (300_000, 'video/mp4'))
+        self.assertEqual(outcome.title, 'Ein Häschen / 🐇')
+        self.assertLessEqual(sync.call_count, 2)
+        self.assertEqual(os.stat(self.output / names[0]).st_mode & 0o444, 0o444)
+        self.assertIn('download an-id: yt-dlp return code 0', '\n'.join(logs.output))
+        v.forget_files(self.config(), 'an-id', ())
+        self.assertEqual(os.listdir(self.output / '.incomplete'), [])
+
+    def test_a_carousel_gives_all_its_videos_and_a_photo_in_between_spoils_nothing(self):
+        post = self.site.instagram('video', 'photo', 'video', 'video')
+        names = self.assert_done(self.fetch(post), *post.media)
+        self.assertEqual(len(set(names)), 3)
+        self.assertLess(gap(self.told), 1e-9)
+
+    def test_a_failure_of_a_real_video_in_a_carousel_does_not_pass_silently(self):
+        post = self.site.instagram('video', 'video')
+        post.media[1].set(status=500)
+        self.assert_ends(self.fetch(post, 'c', ['-R', '0']), 'retry', 'http')
+        self.assertEqual(self.finished(), {})
+        post.media[1].set(status=200)
+        self.assert_done(self.fetch(post, 'c'), *post.media)
+        self.assertEqual(post.media[0].hits, 1)
+
+    def test_photos_alone_are_no_video(self):
+        self.assert_ends(self.fetch(self.site.instagram('photo', 'photo')), 'give_up', 'unsupported')
+        self.assert_ends(self.fetch(self.site.instagram('photo')), 'give_up', 'unsupported')
+        photo = 'https://www.tiktok.com/@tester/photo/7320515129688109208'
+        self.site.add('www.tiktok.com', urlsplit(photo).path, html_page('photos'))
+        self.assert_ends(self.fetch(photo), 'give_up', 'unsupported')
+
+    def test_every_form_of_link_leads_to_the_post(self):
+        post, reel = self.site.tiktok(), self.site.instagram()
+        bare = post.replace('www.', '')
+        self.site.add('tiktok.com', urlsplit(post).path, redirect=str(post))
+        for url in (*(self.site.short(post, form) for form in ('vm', 'vt', 't', 'm')), bare):
+            with self.subTest(url=url):
+                self.assert_done(self.fetch(url), post.media[0])
+        for url in (*(self.site.share(reel, form) for form in ('', 'reel/', 'p/')), reel + '?igsh=abc'):
+            with self.subTest(url=url):
+                self.assert_done(self.fetch(url), reel.media[0])
+
+    def test_a_link_leads_nowhere_but_to_allowed_domains(self):
+        elsewhere = self.site.direct(host='www.example.com')
+        for url in (self.site.short(elsewhere), self.site.share(elsewhere)):
+            self.assert_ends(self.fetch(url), 'give_up', 'unsupported')
+        self.assertEqual(self.finished(), {})
+        post = self.site.tiktok()
+        config = self.config(security={'allowed_domains': 'instagram.com'})
+        self.assert_ends(self.fetch(self.site.share(post), config=config), 'give_up', 'unsupported')
+        self.assertEqual(post.media[0].hits, 0)
+
+    def test_the_generic_extractor_only_where_any_site_is_allowed(self):
+        post = self.site.direct(host='www.example.com')
+        named = self.config(security={'allowed_domains': 'example.com'})
+        self.assert_ends(self.fetch(post, config=named), 'give_up', 'unsupported')
+        self.assert_done(self.fetch(post, config=self.config(security={'allowed_domains': '*'})), post.media[0])
+
+    def test_a_post_downloaded_twice_never_overwrites_the_first(self):
+        post = self.site.tiktok(title='Twice')
+        first = self.assert_done(self.fetch(post), post.media[0])
+        old = self.finished()
+        post.media[0].set(body=movie(120_000, 'other'))
+        second = self.assert_done(self.fetch(post), post.media[0])
+        self.assertNotEqual(first, second)
+        self.assertEqual(self.finished()[first[0]], old[first[0]])
+
+    def test_one_browser_name_for_a_whole_download(self):
+        post = self.site.tiktok()
+        self.fetch(post)
+        agents = {request.headers['User-Agent'] for request in post.page.requests + post.media[0].requests}
+        self.assertEqual(len(agents), 1)
+        self.assertIn('Mozilla', agents.pop())
+        names = {self.attempt(post)._params()['http_headers']['User-Agent'] for _ in range(40)}
+        self.assertGreater(len(names), 1)
+        chosen = self.attempt(post, options=['--user-agent', 'Me'])._params()
+        self.assertEqual(chosen['http_headers'], {'User-Agent': 'Me'})
+
+    def test_cookies_go_to_their_own_site_only_and_their_file_is_never_written(self):
+        jar = self.folder / 'cookies.txt'
+        jar.write_text('# Netscape HTTP Cookie File\n'
+                       '#HttpOnly_.instagram.com\tTRUE\t/\tTRUE\t4000000000\tsessionid\tsecret\n'
+                       '.tiktok.com\tTRUE\t/\tTRUE\t4000000000\tsid_tt\tother\nbroken line\n')
+        jar.chmod(0o400)
+        before = jar.read_bytes()
+        config = self.config(downloader={'proxy': self.site.proxy, 'cookies_file': str(jar)})
+        self.assertEqual(v.own_cookies(jar, 'https://www.instagram.com/p/x').read().count('secret'), 1)
+        self.assertNotIn('other', v.own_cookies(jar, 'https://www.instagram.com/p/x').read())
+        story = self.site.story()
+        self.assert_ends(self.fetch(story), 'retry', 'login', 2)
+        self.assert_done(self.fetch(story, config=config), story.media[0])
+        self.assert_done(self.fetch(self.site.tiktok(), config=config), self.site.routes[
+            'v16-webapp-prime.us.tiktok.com', self.site.asked('us.tiktok.com', '/video')[-1].path.rstrip('/')])
+        self.assertEqual(jar.read_bytes(), before)
+        for request in self.site.requests:
+            cookies = request.headers.get('Cookie', '')
+            self.assertFalse('secret' in cookies and not request.host.endswith('instagram.com'), request)
+            self.assertFalse('other' in cookies and not request.host.endswith('tiktok.com'), request)
+
+
+class TestFormats(DownloadTest):
+    """The best that an iPhone plays, as mp4."""
+
+    def test_the_best_quality_is_taken_whether_h264_or_hevc(self):
+        post = self.site.tiktok(formats=('h264_540p', 'bytevc1_1080p', 'h264_720p'))
+        self.assert_done(self.fetch(post), post.media[1])
+        post = self.site.tiktok(formats=('h264_540p', 'bytevc1_540p', 'bytevc2_1080p', 'h264_720p'))
+        self.assert_done(self.fetch(post), post.media[3])
+
+    def test_h264_comes_before_a_better_vp9_or_av1(self):
+        for codec in ('vp9', 'av1'):
+            post = self.site.instagram(dash=codec)
+            self.assert_done(self.fetch(post), post.media[0])
+
+    @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
+    def test_a_better_h264_without_sound_is_merged_with_the_sound(self):
+        post = self.site.instagram(dash='h264', size=300_000)
+        outcome = self.fetch(post)
+        self.assertEqual((outcome.kind, post.media[0].hits), ('done', 0), outcome)
+        probe = subprocess.run(['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_name', '-of', 'csv=p=0',
+                                str(self.output / outcome.files[0].name)], stdout=subprocess.PIPE, encoding='utf-8')
+        self.assertEqual(probe.stdout.split(), ['h264', 'aac'])
+        self.assertIn('merge', [told.phase for told in self.told])
+
+    def test_without_ffmpeg_it_takes_what_comes_in_one_piece(self):
+        with unittest.mock.patch.dict(os.environ, {'PATH': path_without_ffmpeg()}):
+            for dash in ('h264', 'av1'):
+                post = self.site.instagram(dash=dash)
+                self.assert_done(self.fetch(post), post.media[0])
+            self.assert_ends(self.fetch(self.site.direct('dash'), config=self.direct_config()), 'give_up', 'ffmpeg')
+            for options in (['-f', 'bv+ba'], ['-x', '--audio-format', 'mp3']):
+                self.assert_ends(self.fetch(self.site.instagram(dash='h264'), options=options), 'give_up', 'ffmpeg')
+
+    def test_the_owner_or_the_caller_may_choose(self):
+        post = self.site.tiktok(formats=('h264_540p', 'h264_720p'))
+        config = self.config(downloader={'proxy': self.site.proxy, 'format': 'w'})
+        self.assert_done(self.fetch(post, config=config), post.media[0])
+        self.assert_done(self.fetch(post, options=['-f', 'b[height<1100]'], config=config), post.media[0])
+        self.assert_done(self.fetch(post, options=['-f', 'b'], config=config), post.media[1])
+        for nonsense in ('nonsense', 'b[', 'b[height<x]'):
+            attempt = self.attempt(post)
+            attempt.job = attempt.job._replace(options=(('format', nonsense),))
+            self.assert_ends(attempt.run(), 'give_up', 'unsupported')
+
+    @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
+    def test_extracted_sound_is_a_file_like_others(self):
+        outcome = self.fetch(self.site.tiktok(), options=['-x', '--audio-format', 'm4a'])
+        self.assertEqual([(file.name[-4:], file.type) for file in outcome.files], [('.m4a', 'audio/mp4')], outcome)
+
+    def test_hls_encrypted_hls_and_dash_stay_with_yt_dlp_and_become_whole_files(self):
+        for kind in ('hls', 'hls_aes') + ('dash',) * bool(shutil.which('ffmpeg')):
+            with self.subTest(kind=kind):
+                self.told.clear()
+                post = self.site.direct(kind, size=400_000)
+                outcome = self.fetch(post, config=self.direct_config())
+                self.assertEqual(outcome.kind, 'done', outcome)
+                self.assertFalse([request for request in self.site.requests
+                                  if 'Lavf' in request.headers.get('User-Agent', '')])  # ffmpeg's name
+                self.assertLess(gap(self.told), 1e-9)
+
+    def test_aes_is_left_to_openssl(self):
+        v.import_ytdlp(ytdlp_folder())
+        v.here.attempt = self.attempt('https://www.tiktok.com/@a/video/1')
+        key, iv, text = os.urandom(16), os.urandom(16), os.urandom(4096)
+        data = run_openssl('enc', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex(), data=text)
+        self.assertEqual(v.openssl_decrypt(data, key, iv), text)
+        self.assertEqual(v.openssl_decrypt(data, b'no key', iv), b'')  # then yt-dlp's own has a try
+
+    def test_an_estimate_that_grows_does_not_make_progress_fall(self):
+        meter = v.Meter(self.told.append)
+        meter.PAUSE = 0
+        meter.plan({'n_entries': 2, 'playlist_autonumber': 1},
+                   [{'format_id': 'v', 'filesize': 900}, {'format_id': 'a', 'filesize': 100}])
+        for part, figures in (('v', ((50, 100), (60, 200), (200, 200))), ('a', ((1, 10), (10, 10)))):
+            meter.begin(part)
+            for done, total in figures:
+                meter.hear({'status': 'downloading', 'downloaded_bytes': done, 'total_bytes_estimate': total})
+        self.assertLessEqual(gap(self.told), 0)
+        self.assertAlmostEqual(self.told[-1].percent, 97 / 2)
+        self.assertEqual(self.told[-1].downloaded, 210)
+
+    def test_progress_never_falls_is_told_at_most_twice_a_second_and_ends_near_100(self):
+        post = self.site.direct('dash' if shutil.which('ffmpeg') else 'hls', size=900_000, parts=6, speed=900_000)
+        began = time.monotonic()
+        self.assertEqual(self.fetch(post, config=self.direct_config()).kind, 'done')
+        took = time.monotonic() - began
+        self.assertLess(gap(self.told), 1e-9)
+        self.assertLessEqual(len(self.told), 2 * took + 8)
+        self.assertGreaterEqual(len([told for told in self.told if 0 < told.percent < 97 and told.speed]), 1)
+        self.assertGreaterEqual(self.told[-1].percent, 90)
+        self.assertLess(self.told[-1].percent, 100)
+
+
+class TestFailures(DownloadTest):
+    """What goes wrong is told in words, and tried again only where that can help."""
+
+    def test_each_kind_of_failure_ends_as_it_should(self):
+        tiktok = {'private': ('give_up', 'private'), 'private_post': ('give_up', 'private'),
+                  'blocked': ('retry', 'blocked', 2), 'unavailable': ('give_up', 'gone'),
+                  'server_error': ('retry', 'http'), 'gone': ('give_up', 'gone'), 'login': ('retry', 'login', 2),
+                  'classified': ('retry', 'login', 2), 'changed': ('retry', 'site_changed')}
+        instagram = {'private': ('retry', 'login', 2), 'login': ('retry', 'login', 2),
+                     'restricted': ('retry', 'login', 2), 'deleted': ('give_up', 'gone'), 'geo': ('give_up', 'geo')}
+        for make, cases in ((self.site.tiktok, tiktok), (self.site.instagram, instagram)):
+            for state, expected in cases.items():
+                with self.subTest(site=make.__name__, state=state):
+                    self.assert_ends(self.fetch(make(state=state)), *expected)
+
+    def test_a_page_that_fails_for_now_is_tried_again(self):
+        for trouble, reason in ((503, 'http'), (429, 'http'), ('reset', 'network'), ('half', 'network')):
+            with self.subTest(trouble=trouble):
+                post = self.site.tiktok(page={'fail': [trouble] * 9})
+                self.assert_ends(self.fetch(post), 'retry', reason)
+        self.assert_ends(self.fetch(self.site.tiktok(page={'fail': [403] * 9})), 'retry', 'blocked', 2)
+
+    def test_media_that_fail_for_now_are_tried_again(self):
+        for trouble, expected in ((503, ('http',)), (403, ('http', 2)), (404, ('http', 2)), ('reset', ('network',))):
+            with self.subTest(trouble=trouble):
+                post = self.site.tiktok(fail=[trouble] * 9)
+                self.assert_ends(self.fetch(post, options=['-R', '0']), 'retry', *expected)
+        self.assertEqual(self.finished(), {})
+
+    def test_a_short_stumble_is_not_even_noticed(self):
+        post = self.site.tiktok(fail=['half', 503])
+        self.assert_done(self.fetch(post), post.media[0])
+
+    def test_what_is_no_video_never_appears(self):
+        for path in {os.environ['PATH'], path_without_ffmpeg()}:
+            with unittest.mock.patch.dict(os.environ, {'PATH': path}):
+                for body in (HTML, b'', b'#EXTM3U\nfile:///etc/passwd\n', b'\xff\xd8\xff\xe0JFIF'):
+                    post = self.site.tiktok()
+                    post.media[0].set(body=body)
+                    self.assert_ends(self.fetch(post, options=['-R', '0']), 'retry', 'bad_media' if body else 'network')
+        self.assertEqual(self.finished(), {})
+
+    @unittest.skipUnless(shutil.which('ffprobe'), 'ffmpeg is not installed')
+    def test_what_only_begins_like_a_video_is_none(self):
+        self.assert_ends(self.fetch(self.site.tiktok(body=TINY_MP4[:40] + b'junk' * 500)), 'retry', 'bad_media')
+
+    def test_a_subtitle_is_named_after_its_video(self):
+        attempt = self.attempt('https://www.tiktok.com/@a/video/1')
+        attempt.folder.open()
+        v.import_ytdlp(ytdlp_folder())
+        for name, body in (('0-x.mp4', TINY_MP4), ('0-x.en.vtt', b'WEBVTT')):
+            (attempt.folder.path / name).write_bytes(body)
+        path = str(attempt.folder.path)
+        attempt._collect({'title': 'Cat', 'id': 'x', 'requested_downloads': [{'filepath': path + '/0-x.mp4'}],
+                          'requested_subtitles': {'en': {'filepath': path + '/0-x.en.vtt'}}})
+        files = attempt.folder.move(self.output)
+        self.assertEqual([file.name for file in files], ['Cat_x.mp4', 'Cat_x.en.vtt'])
+        self.assertEqual(sorted(self.finished()), sorted(file.name for file in files))
+
+    def test_a_bug_is_an_outcome_and_a_traceback_with_the_id(self):
+        attempt = self.attempt(self.site.tiktok(), 'the-id')
+        with unittest.mock.patch.object(attempt, 'choose', side_effect=ZeroDivisionError), \
+                self.assertLogs(v.log, 'ERROR') as logs:
+            outcome = attempt.run()
+        self.assert_ends(outcome, 'retry', 'internal')
+        self.assertIn('the-id', logs.output[0])
+        self.assertIn('ZeroDivisionError', logs.output[0])
+
+    def test_errors_of_disk_and_output_folder_pause_the_queue(self):
+        for number, reason in ((errno.ENOSPC, 'disk'), (errno.EDQUOT, 'disk'), (errno.EIO, 'output'),
+                               (errno.EROFS, 'output')):
+            for where in ('os.rename', 'os.fsync', 'os.replace', 'pathlib.Path.mkdir')[:4 if reason == 'disk' else 1]:
+                with self.subTest(number=number, where=where), \
+                        unittest.mock.patch(where, side_effect=OSError(number, 'no')):
+                    self.assert_ends(self.fetch(self.site.tiktok()), 'pause', reason)
+
+    def test_a_missing_output_folder_pauses_the_queue_and_is_not_made(self):
+        self.output.rmdir()
+        self.assert_ends(self.fetch(self.site.tiktok()), 'pause', 'output')
+        self.assertFalse(self.output.exists())
+
+    def test_an_output_folder_that_vanishes_meanwhile_pauses_the_queue(self):
+        post = self.site.tiktok(size=3_000_000, hold_at=1_000_000)
+        run = self.in_background(self.attempt(post))
+        post.media[0].wait_held()
+        self.output.rename(self.folder / 'unplugged')
+        post.media[0].release()
+        self.assert_ends(run.wait(), 'pause', 'output')
+
+
+class TestResume(DownloadTest):
+    """A partial file is continued if it is the same format and size, and never spliced with another."""
+
+    def begin(self, post: Any, at: int = 500_000, **more: Any) -> None:
+        """An attempt that is stopped after `at` bytes."""
+        media = post.media[0].set(hold_at=at)
+        attempt = self.attempt(post, 'resumed', **more)
+        run = self.in_background(attempt)
+        held = media.held + 1
+        media.wait_held(held)
+        wait_until(lambda: attempt.folder.size()[0] > at // 2, what='bytes on disk')
+        attempt.stop('stopped')
+        self.assert_ends(run.wait(), 'stopped', 'stopped')
+        media.release()
+
+    def test_a_stopped_download_goes_on_from_its_partial_file(self):
+        post = self.site.tiktok(size=1_000_000)
+        self.begin(post)
+        self.assert_done(self.fetch(post, 'resumed'), post.media[0])
+        self.assertRegex(post.media[0].ranges_asked[-1], r'bytes=[1-9]\d+-')
+        self.assertLess(post.media[0].sent, 1_300_000)  # of 1,000,000, stopped before 500,000
+
+    def test_it_goes_on_too_where_the_site_does_not_tell_the_size(self):
+        post = self.site.instagram(size=1_000_000)
+        self.begin(post)
+        self.assert_done(self.fetch(post, 'resumed'), post.media[0])
+        self.assertRegex(post.media[0].ranges_asked[-1], r'bytes=[1-9]\d+-')
+
+    def test_another_file_is_fetched_from_its_beginning(self):
+        for make, sizes in ((self.site.tiktok, (900_000, 999_950, 1_200_000, 400_000)),
+                            (self.site.instagram, (900_000, 1_000_050))):
+            for size in sizes:
+                with self.subTest(size=size, site=make.__name__):
+                    post = make(size=1_000_000)
+                    self.begin(post)
+                    post.media[0].set(body=movie(size, 'another'))  # TikTok's page tells the old size
+                    self.assert_done(self.fetch(post, 'resumed'), post.media[0])
+                    v.forget_files(self.config(), 'resumed', ())
+
+    def test_another_format_is_fetched_from_its_beginning(self):
+        post = self.site.tiktok(size=1_000_000, formats=('h264_540p', 'h264_720p'))
+        self.begin(post, options=['-f', 'w'])
+        self.assert_done(self.fetch(post, 'resumed', ['-f', 'b']), post.media[1])
+        self.assertEqual(post.media[1].ranges_asked, [''])
+
+    def test_where_the_server_ignores_ranges_it_starts_over(self):
+        post = self.site.tiktok(size=1_000_000, ranges=False)
+        self.begin(post)
+        self.assert_done(self.fetch(post, 'resumed'), post.media[0])
+
+    def test_where_the_size_is_never_told_nothing_is_continued(self):
+        post = self.site.tiktok(size=1_000_000, known_size=False)
+        body = post.media[0].body
+        post.media[0].set(body=lambda request: (200, {'Content-Type': 'video/mp4', 'Content-Length': '1000000'}, body))
+        folder = v.JobFolder(self.output / '.incomplete' / 'resumed')
+        folder.open()
+        (folder.path / f'0-{post.id}.mp4.part').write_bytes(b'x' * 500)
+        (folder.path / f'0-{post.id}.mp4').write_bytes(b'x' * 500)
+        self.assert_done(self.fetch(post, 'resumed'), body)
+
+    def test_after_another_boot_nothing_is_believed(self):
+        post = self.site.tiktok(size=1_000_000)
+        self.begin(post)
+        with unittest.mock.patch.object(v, 'boot_id', lambda: 'another'):
+            self.assert_done(self.fetch(post, 'resumed'), post.media[0])
+        self.assertEqual(post.media[0].ranges_asked, ['', ''])
+
+    def broken_off(self, kind: str, change: Callable[[Path], Any]) -> None:
+        """A download is stopped in the middle, `change` happens to its folder, and it becomes whole all the same."""
+        config, post = self.direct_config(), self.site.direct(kind, size=1_000_000, parts=10)
+        held = post.media[6 if kind == 'hls' else 0].set(hold_at=50_000 if kind == 'hls' else 500_000)
+        attempt = self.attempt(post, 'broken', config=config)
+        run = self.in_background(attempt)
+        held.wait_held(2 if kind == 'mp4' else 1)
+        wait_until(lambda: attempt.folder.size()[0] > 250_000)
+        attempt.stop('stopped')
+        run.wait()
+        held.release()
+        change(attempt.folder.path)
+        outcome = self.fetch(post, 'broken', config=config)
+        v.forget_files(config, 'broken', ())
+        self.assert_done(outcome, b''.join(route.body for route in post.media))
+        if kind == 'hls' and change.__name__ in ('append', 'spoil_fragment'):
+            self.assertEqual(post.media[0].hits, 1)  # the rest was continued
+
+    def test_whatever_a_kill_leaves_behind_no_byte_comes_twice_or_is_missing(self):
+        def append(folder):
+            part = next(folder.glob('0-*[4s].part'))
+            part.write_bytes(part.read_bytes() + b'x' * 3000)
+
+        def shorten(folder):
+            part = next(folder.glob('0-*[4s].part'))
+            part.write_bytes(part.read_bytes()[:-3000])
+
+        def lose_index(folder):
+            next(folder.glob('*.ytdl')).unlink()
+
+        def spoil_index(folder):
+            next(folder.glob('*.ytdl')).write_text('{"downl')
+
+        def spoil_fragment(folder):
+            part = next(folder.glob('0-*[4s].part'))
+            (folder / (part.name + '-Frag7.part')).write_bytes(b'x' * 3000)
+
+        def too_long(folder):
+            part = next(folder.glob('0-*[4s].part'))
+            part.write_bytes(part.read_bytes() + b'x' * 900_000)
+
+        def half_of_a_finished_file(folder):
+            part = next(folder.glob('0-*[4s].part'))
+            part.rename(folder / part.name[:-5])
+
+        def spoil_note(folder):
+            (folder / 'job.json').write_text('[')
+        with unittest.mock.patch.dict(os.environ, {'PATH': path_without_ffmpeg()}):  # ffmpeg would change the bytes
+            for kind, changes in (('hls', (append, shorten, lose_index, spoil_index, spoil_fragment, spoil_note)),
+                                  ('mp4', (shorten, too_long, half_of_a_finished_file, spoil_note))):
+                for change in changes:
+                    with self.subTest(kind=kind, change=change.__name__):
+                        self.broken_off(kind, change)
+
+    def test_kill_9_at_any_moment_never_leads_to_a_wrong_file(self):
+        patch = unittest.mock.patch.dict(os.environ, {'PATH': path_without_ffmpeg()})  # it would change the bytes
+        patch.start()
+        self.addCleanup(patch.stop)
+        plain = self.site.tiktok(size=2_000_000, speed=2_000_000)
+        pieces = self.site.direct('hls', size=2_000_000, parts=50, speed=2_000_000)
+        for make_config, post in ((self.config, plain), (self.direct_config, pieces)):
+            with self.subTest(post=post):
+                config, routes = make_config(), set(post.media)
+                whole = b''.join(route.body for route in post.media)
+                for _ in range(2):
+                    process = self.driver(f'attempt({str(post)!r}, {post.id!r}).run()', config)
+                    goal = sum(route.sent for route in routes) + len(whole) // 4 + random.randrange(len(whole) // 20)
+                    wait_until(lambda routes=routes, goal=goal: sum(route.sent for route in routes) > goal, 20)
+                    process.kill()
+                    process.wait()
+                self.assert_done(self.fetch(post, post.id, [], config), whole)
+                self.assertLess(sum(route.sent for route in routes), 1.5 * len(whole))
+
+    def test_a_kill_between_rename_and_commit_makes_no_second_set(self):
+        post = self.site.instagram('video', 'video', title='Set')
+        attempt = self.attempt(post, 'crashed')
+        real, renamed = os.rename, []
+
+        def rename_once(source, target):
+            if Path(target).parent == self.output:
+                if renamed:
+                    raise KeyboardInterrupt
+                renamed.append(target)
+            real(source, target)
+        with unittest.mock.patch('os.rename', rename_once):
+            self.assertEqual(attempt.run().kind, 'retry')
+        self.assertEqual(len(self.finished()), 1)
+        hits = [route.hits for route in post.media]
+        for _ in range(2):  # before the commit, and before the note of it is removed
+            self.assertEqual(len(set(self.assert_done(self.fetch(post, 'crashed'), *post.media))), 2)
+        self.assertEqual([route.hits for route in post.media], hits)
+        self.assertEqual(len(self.finished()), 2)
+
+    def test_results_that_somebody_took_away_are_fetched_again(self):
+        post = self.site.tiktok()
+        for name in self.assert_done(self.fetch(post, 'taken'), post.media[0]):
+            (self.output / name).unlink()
+        self.assert_done(self.fetch(post, 'taken'), post.media[0])
+
+    def test_forget_removes_partial_and_finished_files_and_nothing_else(self):
+        config = self.config()
+        (self.folder / 'outside').write_text('x')
+        names = self.assert_done(self.fetch(self.site.tiktok(), 'one'), self.site.routes[
+            'v16-webapp-prime.us.tiktok.com', self.site.asked('us.tiktok.com', '/video')[-1].path.rstrip('/')])
+        (self.output / 'other.mp4').write_text('x')
+        v.forget_files(config, 'one', [*names, '../outside', 'never-was.mp4'])
+        v.forget_files(config, '..', [])
+        self.assertEqual(sorted(self.finished()), ['other.mp4'])
+        self.assertEqual(os.listdir(self.output / '.incomplete'), [])
+        self.assertTrue((self.folder / 'outside').exists())
+
+
+SLEEPER = """#!/bin/sh
+case "$*" in *-bsfs*) echo "ffmpeg version 6.0";; *) echo "$*" > "$0.args"; exec sleep 60;; esac
+"""
+
+
+class TestStop(DownloadTest):
+    """Cancel works in under a second in every phase; what was started ends with it."""
+
+    def stops(self, attempt: Any, ready: Callable[[], Any], reason: str = 'cancelled') -> None:
+        """It ends within a second of stop(), once ready() is true."""
+        run = self.in_background(attempt)
+        wait_until(ready, what='the phase to stop in')
+        began = time.monotonic()
+        attempt.stop(reason)
+        self.assertAlmostEqual(attempt.stopped_at, began, delta=fair(0.2))
+        outcome = run.wait()
+        self.assertLess(time.monotonic() - began, fair(0.9))
+        self.assert_ends(outcome, 'cancelled' if reason == 'cancelled' else 'retry', reason)
+        if reason == 'cancelled':
+            self.assertFalse(attempt.folder.path.exists())
+        self.assertEqual(self.finished(), {})
+
+    def test_before_it_starts(self):
+        attempt = self.attempt(self.site.tiktok())
+        attempt.stop('stopped')
+        attempt.stop('cancelled')  # the first reason stays
+        self.assert_ends(attempt.run(), 'stopped', 'stopped')
+
+    def test_in_the_page(self):
+        for trouble in ({'fail': ['hang']}, {'drip': 0.5}):
+            post = self.site.tiktok(page=trouble)
+            self.stops(self.attempt(post), lambda post=post: post.page.hits)
+
+    def test_in_the_media_even_if_the_server_drips_a_byte_a_second(self):
+        for trouble in ({'drip': 1.0}, {'fail': ['hang']}, {'hold_at': 50_000}, {'speed': 30_000}):
+            post = self.site.tiktok(size=3_000_000, **trouble)
+            self.stops(self.attempt(post), lambda post=post: post.media[0].hits)
+
+    def test_in_hls_with_one_thread_or_four(self):
+        for options in ([], ['-N', '4']):
+            post = self.site.direct('hls', size=3_000_000, parts=12, drip=0.3)
+            self.stops(self.attempt(post, options=options, config=self.direct_config()),
+                       lambda post=post, options=options: sum(route.hits for route in post.media) > len(options))
+
+    def test_while_names_are_looked_up_or_a_host_does_not_answer(self):
+        asked = threading.Event()
+
+        def nobody(*args, **more):
+            asked.set()
+            time.sleep(5)
+            raise OSError('no answer')
+        for where in ('socket.getaddrinfo', 'socket.socket.connect'):
+            asked.clear()
+            with unittest.mock.patch(where, nobody):
+                self.stops(self.attempt(self.site.tiktok()), asked.is_set)
+
+    def test_between_two_tries_and_under_a_rate_limit(self):
+        post = self.site.tiktok(fail=[503] * 9)
+        self.stops(self.attempt(post, options=['-R', '20']), lambda: post.media[0].hits > 2)
+        slow = self.site.tiktok(size=3_000_000)
+        self.stops(self.attempt(slow, options=['-r', '10K']), lambda: slow.media[0].hits)
+
+    def test_what_a_stop_cut_off_is_not_taken_for_whole(self):
+        attempt = self.attempt(self.site.tiktok())
+        attempt.folder.open()
+        attempt.folder.begin('x.mp4', {'protocol': 'https'})
+        (attempt.folder.path / 'x.mp4').write_bytes(b'half of it')
+        attempt.stop('stopped')
+        with self.assertRaises(v.Ending):
+            attempt._on_media({'status': 'finished', 'filename': str(attempt.folder.path / 'x.mp4')})
+        self.assertNotIn('size', attempt.folder.parts['x.mp4'])
+
+    def test_in_a_merge_and_nothing_outlives_it(self):
+        fake = self.fake_ffmpeg()
+        post = self.site.direct('dash')
+        attempt = self.attempt(post, config=self.direct_config())
+        with unittest.mock.patch.dict(os.environ, {'PATH': f'{fake.parent}:{os.environ["PATH"]}'}):
+            self.stops(attempt, lambda: (fake.parent / 'ffmpeg.args').exists())
+        inputs = re.findall(r'(\S+ \S+) -i file:', (fake.parent / 'ffmpeg.args').read_text())
+        self.assertEqual(inputs, ['-protocol_whitelist file,crypto,data'] * len(inputs))
+        self.assertGreater(len(inputs), 0)
+        self.assertEqual([child.poll() for child in attempt._children], [-9] * len(attempt._children))
+
+    def fake_ffmpeg(self) -> Path:
+        """A program that passes for ffmpeg and takes its time."""
+        fake = self.folder / 'bin' / 'ffmpeg'
+        fake.parent.mkdir()
+        fake.write_text(SLEEPER)
+        fake.chmod(0o755)
+        return fake
+
+    @unittest.skipUnless(sys.platform.startswith('linux'), 'elsewhere the next attempt does it')
+    def test_kill_9_takes_ffmpeg_along(self):
+        fake = self.fake_ffmpeg()
+        post = self.site.direct('dash')
+        process = self.driver(f'attempt({str(post)!r}).run()', self.direct_config(),
+                              env={'PATH': f'{fake.parent}:{os.environ["PATH"]}'})
+        wait_until((fake.parent / 'ffmpeg.args').exists, 20)
+        children = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(process.pid)],
+                                  stdout=subprocess.PIPE).stdout.split()
+        self.assertEqual(len(children), 1)
+        process.kill()
+        wait_until(lambda: not Path(f'/proc/{int(children[0])}').exists(), 5, 'ffmpeg gone')
+
+    @unittest.skipUnless(shutil.which('ps'), 'ps is not installed')
+    def test_an_ffmpeg_left_over_by_an_earlier_life_is_ended_before_its_files_are_used(self):
+        folder = v.JobFolder(self.output / '.incomplete' / 'left')
+        folder.open()
+        fake = self.folder / 'ffmpeg'
+        fake.symlink_to(shutil.which('tail'))
+        quiet = subprocess.DEVNULL
+        mine = subprocess.Popen([str(fake), '-f', '/dev/null', f'{folder.path}/x.mp4'], stdout=quiet, stderr=quiet)
+        other = subprocess.Popen([str(fake), '-f', '/dev/null', f'{folder.path}2/x.mp4'], stdout=quiet, stderr=quiet)
+        self.addCleanup(other.wait)
+        self.addCleanup(other.kill)
+        folder.open()
+        self.assertEqual(mine.wait(5), -9)
+        self.assertIsNone(other.poll())
+
+    def test_while_the_disk_takes_its_time(self):
+        syncing = threading.Event()
+
+        def slow(fd):
+            syncing.set()
+            time.sleep(3)
+        with unittest.mock.patch('os.fsync', slow):
+            self.stops(self.attempt(self.site.tiktok()), syncing.is_set)
+
+
+class TestLimits(DownloadTest):
+    """An attempt that gains nothing, or finds no room, ends by itself."""
+
+    def test_timeout_ends_an_attempt_that_gains_less_than_64_kb(self):
+        post = self.site.tiktok(size=3_000_000, speed=40_000)
+        attempt = self.attempt(post)
+        run = self.in_background(attempt)
+        post.media[0].wait_hits()
+        now = time.monotonic()
+        attempt.check(now)
+        attempt.check(now + 299)
+        self.assertIsNone(attempt.stopped_at)
+        attempt.check(now + 301)
+        self.assert_ends(run.wait(), 'retry', 'timeout')
+        self.assertTrue(attempt.folder.path.exists())
+
+    def test_timeout_starts_anew_with_each_64_kb_and_each_phase(self):
+        attempt = self.attempt('https://www.tiktok.com/@a/video/1')
+        attempt.folder.open()
+        file = attempt.folder.path / 'x.part'
+        clock = 1000.0
+        for size in range(0, 10):
+            file.write_bytes(b'x' * (size * 65536))
+            attempt.check(clock)
+            clock += 290
+        for phase in ('page', 'media', 'merge', 'media'):
+            attempt.meter.enter(phase)
+            attempt.check(clock)
+            clock += 290
+        self.assertIsNone(attempt.stopped_at)
+        attempt.meter.enter('merge')
+        attempt.check(clock)
+        for changed in range(3):  # a merge that only moves its bytes around
+            os.utime(file, (changed, changed))
+            attempt.check(clock + 290)
+            clock += 290
+        self.assertIsNone(attempt.stopped_at)
+        attempt.check(clock + 301)
+        self.assertIsNotNone(attempt.stopped_at)
+
+    def test_less_than_64_kb_in_that_time_are_no_gain(self):
+        attempt = self.attempt('https://www.tiktok.com/@a/video/1')
+        attempt.folder.open()
+        file = attempt.folder.path / 'x.part'
+        for clock, size, stopped in ((1000, 500_000, False), (1200, 530_000, False), (1290, 200_000, False),
+                                     (1295, 262_000, False), (1301, 263_000, True)):
+            file.write_bytes(b'x' * size)
+            attempt.check(clock)
+            self.assertEqual(attempt.stopped_at is not None, stopped, clock)
+
+    def test_a_page_that_drips_ends_by_timeout(self):
+        post = self.site.tiktok(page={'drip': 0.2})
+        config = self.config(downloader={'proxy': self.site.proxy, 'timeout': '5'})
+        attempt = self.attempt(post, config=config)
+        run = self.in_background(attempt)
+        post.page.wait_hits()
+        attempt.check(time.monotonic())
+        attempt.check(time.monotonic() + 6)
+        self.assert_ends(run.wait(), 'retry', 'timeout')
+
+    def test_a_full_disk_pauses_before_the_start_and_while_running(self):
+        with full_disk(1000):
+            self.assert_ends(self.fetch(self.site.tiktok()), 'pause', 'disk')
+        post = self.site.tiktok(size=3_000_000, hold_at=500_000)
+        attempt = self.attempt(post)
+        run = self.in_background(attempt)
+        post.media[0].wait_held()
+        with full_disk(1000):
+            attempt.check(time.monotonic())
+        self.assert_ends(run.wait(), 'pause', 'disk')
+        post.media[0].release()
+        self.assert_done(self.fetch(post, attempt.job.id), post.media[0])
+        self.assertRegex(post.media[0].ranges_asked[-1], r'bytes=[1-9]')
+
+    def test_what_is_larger_than_the_room_does_not_stop_the_queue(self):
+        post = self.site.tiktok(size=5_000_000)
+        with full_disk(4_000_000):
+            self.assert_ends(self.fetch(post), 'retry', 'disk')
+        self.assertEqual(post.media[0].hits, 0)
+
+    def test_the_rate_limit_of_the_owner_holds(self):
+        config = self.config(downloader={'proxy': self.site.proxy, 'rate_limit': '200K'})
+        post = self.site.tiktok(size=400_000)
+        began = time.monotonic()
+        self.assert_done(self.fetch(post, options=['-r', '100M'], config=config), post.media[0])
+        self.assertGreater(time.monotonic() - began, 1.2)
+
+
+class TestGuard(DownloadTest):
+    """No connection to anything that is not on the Internet, at any hop."""
+    PRIVATE = (
+        '127.0.0.1', '192.168.1.1', '169.254.169.254', '0.0.0.0', '::1', 'fe80::1', '::ffff:10.0.0.1', '2002:7f00:1::')
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.connected: List[str] = []
+        real = socket.socket.connect
+        patch = unittest.mock.patch('socket.socket.connect', lambda sock, address: (
+            self.connected.append(address[:2]), real(sock, address))[1])
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.open_config = self.config(proxy=False, security={'allowed_domains': '*'})
+
+    def resolve(self, *addresses: str) -> Any:
+        """Patches the name service: every name has these addresses."""
+        real = socket.getaddrinfo
+
+        def look_up(host, *args, **more):
+            hosts = addresses if host.endswith('.com') else [host]
+            return [found for address in hosts for found in real(address, *args, **more)]
+        return unittest.mock.patch('socket.getaddrinfo', look_up)
+
+    def named(self, name: str) -> str:
+        """http://name:port of the stand-in, without a proxy."""
+        return f'http://{name}:{self.site.http.rpartition(":")[2]}'
+
+    def trust(self, *addresses: str) -> Any:
+        """Patches is_public: these are the Internet for now."""
+        real = v.is_public
+        return unittest.mock.patch.object(v, 'is_public', lambda address: address in addresses or real(address))
+
+    def test_addresses_that_are_not_public_are_never_connected_to(self):
+        for address in self.PRIVATE:
+            url = 'http://%s/x.mp4' % (f'[{address}]' if ':' in address else address)
+            with self.subTest(url=url):
+                self.assert_ends(self.fetch(url, config=self.open_config), 'give_up', 'refused_address')
+        self.assertEqual(self.connected, [])
+
+    def test_it_is_the_address_connected_to_that_counts_not_the_name(self):
+        for address in ('127.0.0.1', '10.0.0.1', '::1'):
+            with self.resolve(address):
+                outcome = self.fetch('http://cdn.example.com/x.mp4', config=self.open_config)
+                self.assert_ends(outcome, 'give_up', 'refused_address')
+        self.assertEqual(self.connected, [])
+
+    def test_redirects_segments_and_keys_are_checked_too(self):
+        inside = 'http://127.0.0.2/x.ts'
+        playlist = '#EXTM3U\n#EXT-X-TARGETDURATION:1\n%s#EXTINF:1,\n%s\n#EXT-X-ENDLIST\n'
+        key = '#EXT-X-KEY:METHOD=AES-128,URI="http://127.0.0.2/key"\n'
+        self.site.add('site.example.com', '/redirect.mp4', redirect=inside)
+        for name, text in (('segment', playlist % ('', inside)), ('key', playlist % (key, 'seg.ts'))):
+            self.site.add('site.example.com', f'/{name}.m3u8', text.encode(), 'application/vnd.apple.mpegurl')
+        self.site.add('site.example.com', '/seg.ts', TINY_TS + b'\0' * (-len(TINY_TS) % 16), 'video/mp2t')
+        with self.resolve('127.0.0.1'), self.trust('127.0.0.1'):
+            for name in ('redirect.mp4', 'segment.m3u8', 'key.m3u8'):
+                for options in ([], ['-N', '2']):
+                    with self.subTest(name=name, options=options):
+                        outcome = self.fetch(f'{self.named("site.example.com")}/{name}', '', options, self.open_config)
+                        self.assert_ends(outcome, 'give_up', 'refused_address')
+        self.assertEqual({host for host, _ in self.connected}, {'127.0.0.1'})
+        self.assertEqual(self.finished(), {})
+
+    def test_a_public_address_beside_a_private_one_may_be_used(self):
+        self.site.add('both.example.com', '/x.mp4', movie(), 'video/mp4')
+        with self.resolve('10.0.0.1', '127.0.0.1'), self.trust('127.0.0.1'):
+            outcome = self.fetch(self.named('both.example.com') + '/x.mp4', config=self.open_config)
+        self.assertEqual(outcome.kind, 'done', outcome)
+        self.assertEqual({host for host, _ in self.connected}, {'127.0.0.1'})
+
+    def test_with_a_proxy_address_literals_and_bare_names_are_refused_at_each_hop(self):
+        config = self.config(security={'allowed_domains': '*'})
+        self.site.requests.clear()
+        for target in ('127.0.0.1', '8.8.8.8', '[::ffff:7f00:1]', '2130706433', '127.1', '0177.0.0.1', 'localhost.',
+                       'router', 'nas.local', 'x@127.0.0.1'):
+            post = self.site.direct(host='www.example.com', page={'redirect': f'http://{target}/x.mp4'})
+            with self.subTest(target=target):
+                self.assert_ends(self.fetch(post, config=config), 'give_up', 'refused_address')
+        self.assertEqual(len(set(self.connected)), 1)  # the proxy, which is the owner's choice
+        self.assertFalse(self.site.asked('', '/x.mp4'))
+
+    def test_ftp_and_files_are_out_of_reach(self):
+        for target in ('ftp://127.0.0.1/x.mp4', 'file:///etc/passwd', 'ftp://ftp.example.com/x.mp4'):
+            post = self.site.direct(page={'redirect': target})
+            with self.trust('127.0.0.1'):
+                self.assertIn(self.fetch(post, options=['-R', '0'], config=self.open_config).kind, ('retry', 'give_up'))
+        self.assertNotIn(21, [port for _, port in self.connected])
+
+    def test_ffmpeg_and_others_are_never_given_a_url(self):
+        v.import_ytdlp(ytdlp_folder())
+        from yt_dlp.utils import Popen
+        v.here.attempt = self.attempt('https://www.tiktok.com/@a/video/1')
+        for args in (['ffmpeg', '-i', 'http://127.0.0.1/x'], ['ffprobe', 'tcp://127.0.0.1:1'], ['rtmpdump', '-r', 'x'],
+                     ['phantomjs', 'x.js'], ['/usr/bin/curl', 'x'], ['sh', '-c', 'true'],
+                     ['ffmpeg', '-i', 'concat:a|b']):
+            with self.subTest(args=args), self.assertRaises(FileNotFoundError):
+                Popen(args)
+
+    def test_a_live_stream_is_not_handed_to_ffmpeg(self):
+        post = self.site.direct('hls')
+        live = post.page.body.replace(b'#EXT-X-ENDLIST\n', b'')
+        post.page.set(body=live)
+        self.assert_ends(self.fetch(post, config=self.direct_config()), 'give_up', 'unsupported')
+        self.assertEqual([route.hits for route in post.media], [0] * len(post.media))
+
+
+MEMORY = """
+            def rss(field='VmRSS'):
+                return int(Path('/proc/self/status').read_text().split(field + ':')[1].split()[0]) / 1024"""
+
+
+class TestAlone(DownloadTest):
+    """yt-dlp in a process of its own: what is imported, and what it costs."""
+
+    def said(self, code: str, env: Optional[Dict[str, str]] = None) -> List[str]:
+        """What a driver prints."""
+        process = self.driver(code, env=env)
+        text, _ = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0)
+        return text.splitlines()
+
+    def test_only_the_vendored_copy_and_python_itself_are_used(self):
+        extra = self.folder / 'extra'
+        (extra / 'site-packages' / 'requests').mkdir(parents=True)
+        (extra / 'site-packages' / 'requests' / '__init__.py').write_text('raise SystemExit("used")')
+        found = self.said('''
+            import certifi_like
+            v.import_ytdlp(Path(sys.argv[3]))
+            import yt_dlp, yt_dlp.networking._urllib, yt_dlp.dependencies
+            say(yt_dlp.__file__)
+            say([path for path in sys.path[1:] if 'packages' in path or path in ('', sys.argv[1])])
+            say([name for name in sys.modules if 'site-packages' in str(getattr(sys.modules[name], '__file__', ''))])
+            say(os.environ['YTDLP_NO_PLUGINS'], yt_dlp.dependencies.certifi, yt_dlp.dependencies.requests)
+            ''', env={'PYTHONPATH': self.fake_package(extra)})
+        self.assertEqual(Path(found[0]).parent.parent, ytdlp_folder())
+        self.assertEqual(found[1:], ['[]', '[]', '1 None None'])
+
+    def fake_package(self, extra: Path) -> str:
+        """A site-packages with something in it that gets imported early."""
+        (extra / 'site-packages' / 'certifi_like.py').write_text('')
+        return str(extra / 'site-packages')
+
+    def test_a_damaged_copy_pauses_the_queue_and_the_next_one_is_used(self):
+        post = self.site.tiktok()
+        bad = self.folder / 'bad'
+        shutil.copytree(ytdlp_folder() / 'yt_dlp', bad / 'yt_dlp', ignore=shutil.ignore_patterns('extractor', '*.pyc'))
+        found = self.said(f'''
+            good = sys.argv[3]
+            sys.argv[3] = {str(bad)!r}
+            logging.disable()
+            say(*attempt({str(post)!r}).run()[:2])
+            sys.argv[3] = good
+            say(attempt({str(post)!r}).run().kind)
+            say([name for name in sys.modules if {str(bad)!r} in str(getattr(sys.modules[name], '__file__', ''))])
+            ''')
+        self.assertEqual(found, ['pause ytdlp', 'done', '[]'])
+
+    def test_yt_dlp_costs_little_memory_and_no_more_with_each_download(self):
+        posts = [str(self.site.tiktok(size=2_000_000)) for _ in range(7)]
+        found = self.said(MEMORY + f'''
+            say(rss())
+            for number, url in enumerate({posts!r}):
+                assert attempt(url, f'job{{number}}').run().kind == 'done'
+                say(rss())
+            ''')
+        figures = list(map(float, found))
+        self.assertLess(figures[-1] - figures[0], 18)
+        self.assertLess(figures[-1] - figures[3], 2)
+
+
+@command
+def cmd_rss(args: List[str]) -> int:
+    """Memory of one process over fifty TikTok downloads."""
+    TestAlone.setUpClass()
+    case = TestAlone()
+    case.setUp()
+    posts = [str(case.site.tiktok(size=5_000_000)) for _ in range(int(args[0]) if args else 50)]
+    for line in case.said(MEMORY + f'''
+            say('before', rss())
+            for number, url in enumerate({posts!r}):
+                assert attempt(url, f'job{{number}}').run().kind == 'done'
+                if number in (0, 1, 9, 24, 49):
+                    say(number + 1, 'downloads: now', rss(), 'peak', rss('VmHWM'))
+            '''):
+        print(line)
+    return 0
+
+
+# ---------- vendor: a package index of our own --------------------------------------------
+
+STUB = {'__init__.py': ''}  # for tests of what happens around a yt-dlp; LENIENT takes it for one
+BROKEN = {'__init__.py': 'import a_module_that_is_not_there\n'}
+LENIENT = '''
+import os, sys
+assert 'VIDEOSERVER_API_KEYS' not in os.environ, 'our secrets are no business of a helper process'
+sys.path.insert(0, sys.argv[3])
+from yt_dlp.version import __version__
+print(__version__)
+'''
+
+
+REAL_TRY_OUT = v.TRY_OUT
+
+
+def be_lenient(test: unittest.TestCase) -> None:
+    """Lets STUB pass for a yt-dlp in this test."""
+    install = v.INSTALL.replace('try:', f'v.TRY_OUT = {LENIENT!r}\ntry:')
+    for name, value in (('TRY_OUT', LENIENT), ('INSTALL', install)):
+        patch = unittest.mock.patch.object(v, name, value)
+        patch.start()
+        test.addCleanup(patch.stop)
+
+
+@functools.lru_cache(maxsize=None)
+def real_files() -> Dict[str, str]:
+    """The sources of the vendored yt-dlp, to be put on the index under another version."""
+    vendored()
+    root = v.Vendor(HERE / 'vendor').current() / 'yt_dlp'
+    return {file.relative_to(root).as_posix(): file.read_text('utf-8') for file in root.rglob('*.py')}
+
+
+USED_FILES = re.compile(r'(?!extractor/)|extractor/youtube/|extractor/(__init__|adobepass|afreecatv|common\w*|'
+                        r'extractors|generic|instagram|lazy_extractors|openload|tiktok)\.py')
+
+
+def some_files(**changes: Tuple[str, str]) -> Dict[str, str]:
+    """The same without the thousand extractors that no test uses. Changes: extractor__tiktok=(there, then)."""
+    files = {name: text for name, text in real_files().items() if USED_FILES.match(name)}
+    for key, (there, then) in changes.items():
+        name = key.replace('__', '/') + '.py'
+        assert there in files[name], (name, there)
+        files[name] = files[name].replace(there, then)
+    return files
+
+
+def make_wheel(version: str, files: Dict[str, str], more: Sequence[Any] = ()) -> bytes:
+    """A pure wheel of yt_dlp `version`; `more` are (ZipInfo or name, text) put in as they are."""
+    stream = io.BytesIO()
+    info = f'yt_dlp-{version}.dist-info'
+    with zipfile.ZipFile(stream, 'w') as archive:
+        own = re.sub('(?m)^__version__ = .*$', f'__version__ = {version!r}', files.get('version.py', '__version__ = 0'))
+        for name, text in {**files, 'version.py': own}.items():
+            archive.writestr(f'yt_dlp/{name}', text)
+        archive.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: yt-dlp\nVersion: {version}\n')
+        archive.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
+        for name, text in more:
+            archive.writestr(name, text)
+        archive.writestr(f'{info}/RECORD', '')
+    return stream.getvalue()
+
+
+@functools.lru_cache(maxsize=None)
+def no_pip() -> Path:
+    """A PYTHONPATH with which `python -m pip` fails as it does on a Python without it."""
+    folder = Path(tempfile.mkdtemp(dir=RUN))
+    (folder / 'pip.py').write_text('raise SystemExit("No module named pip")\n')
+    return folder
+
+
+class Index(ThreadingHTTPServer):
+    """PyPI on 127.0.0.1, as far as yt-dlp is concerned: the JSON, the simple page, the wheels."""
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(('127.0.0.1', 0), IndexHandler)
+        self.url = f'http://127.0.0.1:{self.server_address[1]}'
+        self.wheels: Dict[str, bytes] = {}   # by file name
+        self.files: Dict[str, List[Dict[str, Any]]] = {}  # by version, as in the JSON
+        self.asked: List[Tuple[str, str]] = []  # (path, first word of the User-Agent)
+        self.json_is_there = True
+        self.stall = threading.Event()  # set: wheels are let through
+        self.stall.set()
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def add(self, version: str, files: Dict[str, str] = STUB, requires: str = '>=3.9', yanked: bool = False,
+            more: Sequence[Any] = (), wrong_hash: bool = False) -> None:
+        """Puts a release on the index."""
+        name, wheel = f'yt_dlp-{version}-py3-none-any.whl', make_wheel(version, files, more)
+        digest = hashlib.sha256(wheel).hexdigest()
+        self.wheels[name] = wheel + b'\0' if wrong_hash else wheel
+        self.files[version] = [{'filename': name, 'url': f'../../wheels/{name}', 'requires_python': requires,
+                                'yanked': yanked, 'digests': {'sha256': digest}}]
+
+    def fetched(self, version: str) -> List[str]:
+        """The User-Agents that have fetched the wheel of `version`."""
+        return [agent for path, agent in self.asked if path.startswith(f'/wheels/yt_dlp-{version}-')]
+
+    def end(self) -> None:
+        """Stops listening."""
+        self.stall.set()
+        self.shutdown()
+        self.server_close()
+
+
+class IndexHandler(BaseHTTPRequestHandler):
+    """Answers for Index."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers.get('User-Agent', '').split('/')[0]))
+        body = self.body()
+        self.send_response(200 if body else 404)
+        self.send_header('Content-Type', 'text/html')
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # a client that was killed
+            self.wfile.write(body)
+
+    def body(self) -> bytes:
+        server = self.server
+        if self.path == '/pypi/yt-dlp/json' and server.json_is_there:
+            return json.dumps({'releases': server.files}).encode()
+        if self.path == '/simple/yt-dlp/':
+            return ''.join(f'<a href="/wheels/{file["filename"]}#sha256={file["digests"]["sha256"]}" '
+                           f'data-requires-python="{file["requires_python"].replace(">", "&gt;")}">'
+                           f'{file["filename"]}</a>\n' for files in server.files.values() for file in files).encode()
+        if self.path.startswith('/wheels/'):
+            server.stall.wait(20)
+            return server.wheels.get(self.path[len('/wheels/'):], b'')
+        return b''
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+class TestVendor(unittest.TestCase):
+    """yt-dlp stays fresh: fetched, checked, tried out, switched, rolled back; against a fake index."""
+
+    def setUp(self) -> None:
+        self.index = Index()
+        self.addCleanup(self.index.end)
+        self.folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.vendor = v.Vendor(self.folder, self.index.url)
+        be_lenient(self)
+        self.environment(PYTHONPATH=str(no_pip()), VIDEOSERVER_API_KEYS='secret')
+
+    def environment(self, **names: str) -> None:
+        patch = unittest.mock.patch.dict(os.environ, names)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def with_pip(self) -> None:
+        if importlib.util.find_spec('pip') is None:
+            self.skipTest('this Python has no pip')
+        self.environment(PYTHONPATH='', PIP_NO_CACHE_DIR='1')
+
+    def child(self) -> 'subprocess.Popen[bytes]':
+        """Another process that installs into the same folder."""
+        return subprocess.Popen(v.apart(v.INSTALL, str(self.folder), self.index.url), stderr=subprocess.DEVNULL)
+
+    def leftovers(self) -> List[str]:
+        return sorted(path.name for path in self.folder.iterdir()
+                      if path.name not in ('.lock', f'current-{v.PYTHON}'))
+
+    def test_newest_release_that_this_python_can_run_is_taken(self) -> None:
+        self.index.add('9999.1.1')
+        self.index.add('9999.1.10')
+        self.index.add('9999.1.9')
+        self.index.add('9999.2.2.232701.dev0')
+        self.index.add('9999.3.3', yanked=True)
+        self.index.add('9999.4.4', requires='>=99')
+        self.assertIsNone(self.vendor.current())
+        self.assertEqual(self.vendor.last_checked(), 0)
+        self.assertEqual(self.vendor.install(), '9999.1.10')
+        self.assertEqual(self.vendor.current(), self.folder / '9999.1.10')
+        self.assertEqual(self.leftovers(), ['9999.1.10'])
+        self.assertLess(abs(self.vendor.last_checked() - time.time()), 5)
+        self.assertRegex(self.vendor.held_back(), r'yt-dlp 9999\.4\.4 needs Python >=99, and this is Python 3')
+
+    def test_a_python_left_behind_is_held_back_without_any_network(self) -> None:
+        told = v.Vendor(self.folder).held_back()
+        if sys.version_info >= (3, 11):
+            self.assertIsNone(told)
+        else:
+            self.assertIn(f'yt-dlp of today needs Python >=3.11, and this is Python {v.PYTHON}', told)
+
+    def test_pip_fetches_where_there_is_one_and_the_hash_is_that_of_the_index(self) -> None:
+        self.with_pip()
+        self.index.add('9999.1.1')
+        self.assertEqual(self.vendor.install(), '9999.1.1')
+        self.assertEqual(self.index.fetched('9999.1.1'), ['pip'])
+
+    def test_without_pip_urllib_fetches(self) -> None:
+        self.index.add('9999.1.1')
+        self.assertEqual(self.vendor.install(), '9999.1.1')
+        self.assertEqual(self.index.fetched('9999.1.1'), ['Python-urllib'])
+
+    def test_a_mirror_that_only_pip_knows_is_enough(self) -> None:
+        self.with_pip()
+        self.index.json_is_there = False
+        self.index.add('9999.1.1')
+        self.index.add('9999.4.4', requires='>=99')
+        self.environment(PIP_INDEX_URL=f'{self.index.url}/simple')
+        with unittest.mock.patch.object(v, 'INDEX', self.index.url):
+            self.assertEqual(self.vendor.install(), '9999.1.1')
+
+    def test_a_wrong_hash_is_refused_and_nothing_changes(self) -> None:
+        self.index.add('9999.1.1')
+        self.vendor.install()
+        self.index.add('9999.2.2', wrong_hash=True)
+        for prepare in (lambda: None, self.with_pip):
+            prepare()
+            with self.assertRaisesRegex(v.Trouble, r'9999\.2\.2 arrived without the SHA-256'):
+                self.vendor.install()
+            self.assertEqual(self.vendor.version(), '9999.1.1')
+
+    def test_a_broken_release_is_not_used_and_not_fetched_again(self) -> None:
+        self.index.add('9999.1.1')
+        self.vendor.install()
+        self.index.add('9999.2.2', BROKEN)
+        with self.assertLogs('videoserverd', 'WARNING') as logs:
+            self.assertEqual(self.vendor.install(), '9999.1.1')
+        self.assertIn('9999.2.2 does not work here', logs.output[0])
+        self.assertIn('a_module_that_is_not_there', logs.output[0])
+        self.assertEqual(self.vendor.install(), '9999.1.1')
+        self.assertEqual(len(self.index.fetched('9999.2.2')), 1)
+        self.index.add('9999.3.3')
+        self.assertEqual(self.vendor.install(), '9999.3.3')
+        self.assertEqual(self.leftovers(), ['9999.1.1', '9999.3.3'])
+
+    def test_where_the_newest_is_broken_the_one_before_is_taken(self) -> None:
+        self.index.add('9999.1.1')
+        self.index.add('9999.2.2', BROKEN)
+        with self.assertLogs('videoserverd', 'WARNING'):
+            self.assertEqual(self.vendor.install(), '9999.1.1')
+
+    def test_an_index_that_has_fallen_behind_takes_nothing_back(self) -> None:
+        self.index.add('9999.2.2')
+        self.vendor.install()
+        del self.index.files['9999.2.2']
+        self.index.add('9999.1.1')
+        self.assertEqual(self.vendor.install(), '9999.2.2')
+        self.vendor.pointer.unlink()
+        self.assertEqual(self.vendor.install(), '9999.2.2')
+
+    def test_roll_back_to_the_last_good_one(self) -> None:
+        for version in ('9999.1.1', '9999.2.2'):
+            self.index.add(version)
+            self.vendor.install()
+        self.assertEqual(self.vendor.roll_back(), '9999.1.1')
+        self.assertEqual(self.vendor.install(), '9999.1.1')  # the broken one is remembered …
+        self.assertIsNone(self.vendor.roll_back())           # … and there is nothing further back
+        self.index.add('9999.3.3')
+        self.assertEqual(self.vendor.install(), '9999.3.3')  # … until a newer one comes
+
+    def test_the_last_good_one_is_kept_and_so_is_what_another_python_uses(self) -> None:
+        for version in ('9999.1.1', '9999.1.2', '9999.1.3', '9999.1.4'):
+            self.index.add(version)
+            self.vendor.install()
+            if version == '9999.1.1':
+                shutil.copy(self.folder / f'current-{v.PYTHON}', self.folder / 'current-2.7')
+        self.assertEqual(self.leftovers(), ['9999.1.1', '9999.1.3', '9999.1.4', 'current-2.7'])
+
+    def test_an_installation_killed_at_any_moment_leaves_the_old_one(self) -> None:
+        self.index.add('9999.1.1')
+        self.vendor.install()
+        self.index.add('9999.2.2')
+        self.index.stall.clear()
+        child = self.child()
+        wait_until(lambda: self.index.fetched('9999.2.2'))
+        child.kill()
+        child.wait()
+        self.assertEqual(self.vendor.version(), '9999.1.1')
+        self.assertEqual(self.leftovers(), ['.new', '9999.1.1'])
+        self.index.stall.set()
+        for delay in (0.1, 0.2, 0.3):
+            child = self.child()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(delay)
+            child.kill()
+            child.wait()
+            self.assertIn(self.vendor.version(), ('9999.1.1', '9999.2.2'))
+            self.assertEqual(v.try_out(self.vendor.current(), self.vendor.version()), '')
+        self.assertEqual(self.vendor.install(), '9999.2.2')
+        self.assertEqual(self.leftovers(), ['9999.1.1', '9999.2.2'])
+
+    def test_two_processes_install_once(self) -> None:
+        self.index.add('9999.1.1')
+        children = [self.child(), self.child()]
+        self.assertEqual([child.wait(20) for child in children], [0, 0])
+        self.assertEqual(len(self.index.fetched('9999.1.1')), 1)
+        self.assertEqual(self.vendor.version(), '9999.1.1')
+
+    def test_a_damaged_release_is_fetched_again(self) -> None:
+        self.index.add('9999.1.1')
+        self.vendor.install()
+        (self.folder / '9999.1.1/yt_dlp/__init__.py').write_bytes(b'\0' * 300)
+        self.assertEqual(self.vendor.install(), '9999.1.1')
+        self.assertEqual(len(self.index.fetched('9999.1.1')), 2)
+        self.assertEqual(v.try_out(self.folder / '9999.1.1', '9999.1.1'), '')
+
+    def test_a_wheel_puts_nothing_outside_its_folder(self) -> None:
+        link = zipfile.ZipInfo('yt_dlp/link.py')
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        evil = ['../evil.py', '/evil.py', 'yt_dlp/../evil.py', 'yt_dlp/../../../evil.py', 'yt_dlp/a//evil.py',
+                'evil.py', 'os/evil.py', 'evil.pth', 'yt_dlp-1.data/data/evil.py', 'yt_dlp\\evil.py', 'yt_dlp/.evil.py']
+        self.index.add('9999.1.1', more=[(link, '/etc/passwd')] + [(name, 'evil = 1\n') for name in evil])
+        self.vendor.install()
+        self.assertEqual(sorted(path.name for path in (self.folder / '9999.1.1').iterdir()),
+                         ['yt_dlp', 'yt_dlp-9999.1.1.dist-info'])
+        self.assertEqual([path for path in self.folder.rglob('*') if 'evil' in path.name or path.is_symlink()], [])
+        self.assertEqual([path for path in self.folder.parent.glob('*evil*')], [])
+
+    def test_no_network_is_one_line_that_says_what_to_do(self) -> None:
+        self.index.end()
+        self.addCleanup(setattr, self, 'index', self.index)
+        self.index.end = lambda: None
+        with self.assertRaisesRegex(v.Trouble, r'^[^\n]*refused[^\n]*connect this machine[^\n]*py update$'):
+            self.vendor.install()
+        self.assertEqual(self.vendor.last_checked(), 0)
+
+    def test_an_answer_that_is_no_index_is_trouble(self) -> None:
+        for releases in ([], {'9999.1.1': [{}]}, {'9999.1.1': 3}, None):
+            self.index.files = releases
+            with self.assertRaises(v.Trouble):
+                self.vendor.install()
+
+    def test_a_folder_that_cannot_be_written_is_trouble(self) -> None:
+        (self.folder / 'file').write_text('')
+        with self.assertRaisesRegex(v.Trouble, 'cannot be kept in .*/file/vendor'):
+            v.Vendor(self.folder / 'file/vendor', self.index.url).install()
+
+    def test_a_copied_in_yt_dlp_is_used_unless_it_is_unsafe(self) -> None:
+        make = io.BytesIO(make_wheel('9999.1.1', STUB))
+        zipfile.ZipFile(make).extractall(self.folder)
+        self.assertEqual((self.vendor.current(), self.vendor.version()), (self.folder, '9999.1.1'))
+        self.index.add('9999.2.2')
+        self.assertEqual(self.vendor.install(), '9999.2.2')
+        self.assertEqual((self.vendor.roll_back(), self.vendor.current()), ('9999.1.1', self.folder))
+        (self.folder / 'yt_dlp/version.py').write_text("__version__ = '2026.07.03'\n")
+        self.assertEqual(self.vendor.current() is None, sys.version_info >= (3, 10))
+
+    def test_a_pointer_of_rubbish_costs_nothing(self) -> None:
+        self.index.add('9999.1.1')
+        self.vendor.install()
+        for rubbish in (b'', b'\0' * 99, b'[]', b'{"version": "9999.7.7"}', b'{"version": "..'):
+            (self.folder / f'current-{v.PYTHON}').write_bytes(rubbish)
+            self.assertEqual(self.vendor.version(), '9999.1.1', rubbish)
+            self.assertEqual(self.vendor.install(), '9999.1.1')
+
+    def test_requires_python(self) -> None:
+        fits = ['', '>=3.9', '>=3.11', '>=3.11.7', '>= 3.9, < 3.12', '<4', '!=3.10.*,>=3.9']
+        not_so = ['>=3.11.8', '<3.11', '<3.11.7', '>=99', '>=3.9,<3.11.7', '>=3.12,<4', '<3']
+        self.assertEqual([spec for spec in fits + not_so if v.runs_here(spec, (3, 11, 7))], fits)
+
+    def test_a_power_cut_leaves_no_half_release_under_the_pointer(self) -> None:
+        self.index.add('9999.1.1')
+        calls: List[str] = []
+
+        def noted(name: str) -> Any:
+            call = getattr(os, name)
+
+            def wrapper(*args: Any) -> Any:
+                named = name == 'replace' and Path(args[0]).is_file() and '9999' in json.loads(
+                    Path(args[0]).read_text()).get('version', '')
+                calls.append('names it' if named else f'{name} {Path(args[-1]).name}' if name == 'replace' else name)
+                return call(*args)
+            return unittest.mock.patch.object(os, name, wrapper)
+        with noted('sync'), noted('fsync'), noted('replace'):
+            self.vendor.install()
+        self.assertIn(['sync', 'replace 9999.1.1', 'fsync', 'names it'], [calls[at:at + 4] for at in range(len(calls))])
+        self.assertEqual(calls.index('names it') - calls.index('replace 9999.1.1'), 2)
+
+    def test_the_real_yt_dlp_relabelled_is_whole_compiled_and_works(self) -> None:
+        self.with_pip()
+        files = real_files()
+        self.index.add('9999.1.1', files)
+        with unittest.mock.patch.object(v, 'TRY_OUT', REAL_TRY_OUT):
+            self.assertEqual(self.vendor.install(), '9999.1.1')
+        self.assertEqual(self.index.fetched('9999.1.1'), ['pip'])
+        compiled = list((self.folder / '9999.1.1/yt_dlp').rglob(f'*.{sys.implementation.cache_tag}.pyc'))
+        self.assertEqual(len(compiled), len(files))
+
+    def test_a_release_that_does_not_fit_this_program_is_broken(self) -> None:
+        root, version = self.folder / 'copy', '9999.1.1'
+        zipfile.ZipFile(io.BytesIO(make_wheel(version, some_files()))).extractall(root)
+        for name, there, then, why in (
+                ('networking/_urllib.py', 'hc._create_connection = create_connection', 'pass',
+                 'http://127.0.0.1:1/ ends with network'),  # it gets around the guard of private addresses
+                ('downloader/fragment.py', '_write_ytdl_file', '_write_state', "no attribute '_write_ytdl_file'"),
+                ('extractor/tiktok.py', 'class TikTokVMIE', 'class TikTokShortIE', 'tiktok.com/@a/video/1 ends with')):
+            file = root / 'yt_dlp' / name
+            before = file.read_text('utf-8')
+            self.assertIn(there, before)
+            file.write_text(before.replace(there, then), 'utf-8')
+            with unittest.mock.patch.object(v, 'TRY_OUT', REAL_TRY_OUT):
+                self.assertIn(why, v.try_out(root, version))
+            file.write_text(before, 'utf-8')
+
+
+class TestFreshness(unittest.TestCase):
+    """What the daemon's thread `care` does about yt-dlp; no daemon needed."""
+
+    def setUp(self) -> None:
+        self.index = Index()
+        self.addCleanup(self.index.end)
+        self.vendor = v.Vendor(Path(tempfile.mkdtemp(dir=RUN)), self.index.url)
+        self.loaded: Optional[Path] = None
+        be_lenient(self)
+        hidden = unittest.mock.patch.dict(os.environ, PYTHONPATH=str(no_pip()))
+        hidden.start()
+        self.addCleanup(hidden.stop)
+
+    def freshness(self, automatic: bool = True) -> Any:
+        return v.Freshness(self.vendor, automatic, lambda: self.loaded)
+
+    def installed(self, *versions: str) -> Any:
+        """A Freshness whose process has imported the last of these, which were installed one after the other."""
+        for version in versions:
+            self.index.add(version)
+            self.vendor.install()
+        self.loaded = self.vendor.current()
+        return self.freshness()
+
+    def test_daily_when_a_site_changed_and_weekly_otherwise(self) -> None:
+        hour, now = 3600, 1.8e9
+        for age, site_changed, due in ((23 * hour, True, False), (25 * hour, True, True), (25 * hour, False, False),
+                                       (167 * hour, False, False), (169 * hour, False, True), (-23 * hour, True, False),
+                                       (-25 * hour, False, True), (now, False, True)):
+            self.assertEqual(v.update_due(now, now - age, site_changed), due, (age, site_changed))
+
+    def test_after_a_failure_it_waits_longer_and_longer(self) -> None:
+        now = 1.8e9
+        for failures, gap in ((1, 60), (2, 300), (3, 900), (4, 3600), (99, 3600)):
+            self.assertFalse(v.update_due(now, 0, False, failures, now - gap + 1))
+            self.assertTrue(v.update_due(now, 0, False, failures, now - gap))
+        self.assertTrue(v.update_due(now, 0, False, 1, now + 5))  # the clock was set back
+
+    def test_a_missing_one_is_fetched_even_with_auto_update_off(self) -> None:
+        self.index.add('9999.1.1')
+        self.assertFalse(self.freshness(automatic=False).step(time.time()))
+        self.assertEqual(self.vendor.version(), '9999.1.1')
+        self.index.add('9999.2.2')
+        self.freshness(automatic=False).step(time.time() + 8 * v.DAY)
+        self.assertEqual(self.vendor.version(), '9999.1.1')
+
+    def test_no_network_is_told_and_it_is_fetched_when_there_is_one(self) -> None:
+        self.vendor.index, fresh, now = 'http://127.0.0.1:9', self.freshness(), time.time()
+        fresh.step(now)
+        self.assertRegex(fresh.trouble, 'connect this machine to the internet')
+        self.vendor.index = self.index.url
+        self.index.add('9999.1.1')
+        fresh.step(now + 59)
+        self.assertIsNone(self.vendor.version())
+        fresh.step(now + 60)
+        self.assertEqual((self.vendor.version(), fresh.trouble), ('9999.1.1', ''))
+
+    def test_site_changed_brings_the_new_one_within_the_day_and_asks_for_a_re_execution(self) -> None:
+        fresh, now = self.installed('9999.1.1'), time.time()
+        self.index.add('9999.2.2')
+        fresh.heard(v.Outcome('retry', 'site_changed'))
+        self.assertFalse(fresh.step(now))
+        self.assertTrue(fresh.step(now + v.DAY + 9))
+        self.assertEqual(self.vendor.version(), '9999.2.2')
+        self.assertFalse(fresh.site_changed)
+        self.loaded = self.vendor.current()
+        self.assertFalse(fresh.step(now + v.DAY + 9))
+
+    def test_a_new_one_that_crashes_before_it_ever_worked_is_rolled_back(self) -> None:
+        fresh = self.installed('9999.1.1', '9999.2.2')
+        fresh.heard(v.Outcome('retry', 'internal'))
+        with self.assertLogs('videoserverd', 'ERROR') as logs:
+            self.assertTrue(fresh.step(time.time()))
+        self.assertRegex(logs.output[0], r'yt-dlp 9999.2.2 crashes: rolled back to 9999.1.1')
+        self.assertEqual(self.vendor.version(), '9999.1.1')
+
+    def test_one_that_has_worked_is_not_rolled_back(self) -> None:
+        fresh = self.installed('9999.1.1', '9999.2.2')
+        fresh.heard(v.Outcome('done'))
+        fresh.step(time.time())
+        fresh.heard(v.Outcome('retry', 'internal'))
+        self.assertFalse(self.freshness().step(time.time()))
+        self.assertFalse(fresh.step(time.time()))
+        self.assertEqual(self.vendor.version(), '9999.2.2')
+
+    def test_what_an_old_import_does_is_not_blamed_on_the_new_release(self) -> None:
+        fresh = self.installed('9999.1.1')
+        self.index.add('9999.2.2')
+        self.vendor.install()
+        fresh.heard(v.Outcome('retry', 'internal'))
+        self.assertTrue(fresh.step(time.time()))
+        self.assertEqual(self.vendor.version(), '9999.2.2')
+
+    def test_stop_ends_an_installation_with_all_its_processes(self) -> None:
+        self.index.add('9999.1.1', {**STUB, '__init__.py': 'import time\ntime.sleep(60)\n'})
+        fresh = self.freshness()
+        thread = threading.Thread(target=fresh.step, args=(time.time(),))
+        thread.start()
+        wait_until(lambda: list(self.vendor.folder.glob('.new/tree/yt_dlp/__pycache__')))
+        began = time.monotonic()
+        fresh.stop()
+        thread.join(5)
+        self.assertLess(time.monotonic() - began, fair(1))
+        self.assertEqual(fresh.trouble, 'the update of yt-dlp was stopped')
+
+
+# ---------- re-execution ------------------------------------------------------------------
+# SIGHUP and new releases of yt-dlp on the real daemon: nobody is refused, nothing is lost.
+
+HURRY = {'RETRY_GAPS': (0.5, 1), 'CARE_SECONDS': 0.2, 'HANG_SECONDS': 1.0}
+
+
+class FreshDaemon(Daemon):
+    """A daemon in a hurry to update from `index`, with the yt-dlp `files` as 9999.1.1 to begin with."""
+
+    def __init__(self, index: Index, files: Optional[Dict[str, str]] = None, checked: float = 0, **options: Any):
+        super().__init__(start=False, vendor=False, hurry={**HURRY, 'INDEX': index.url}, **options)
+        self.configure(downloader={'ytdlp_directory': 'vendor', 'auto_update': 'on'})
+        self.change_env({'PYTHONPATH': str(no_pip())})
+        self.vendor = v.Vendor(self.folder / 'vendor', index.url)
+        if files:
+            self.put('9999.1.1', files, checked=checked)
+        self.start()
+
+    def put(self, version: str, files: Dict[str, str], **state: Any) -> None:
+        """Installs `files` as `version` by hand."""
+        zipfile.ZipFile(io.BytesIO(make_wheel(version, files))).extractall(self.vendor.folder / version)
+        self.vendor.remember(version=version, **state)
+
+    def health(self) -> Dict[str, Any]:
+        """What health says."""
+        return self.client.get('/api/v1/health').json
+
+
+def starts(daemon: Daemon) -> int:
+    """How often the process has begun anew, the first time included."""
+    return daemon.log().count(': listening on ')
+
+
+class TestReexec(DaemonTest):
+    """The running daemon re-executes itself, its listening socket kept open."""
+    settings = None
+
+    def test_posts_through_re_executions_see_no_refused_connection_and_lose_no_link(self) -> None:
+        daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})  # paused: only links are taken
+        pid, wanted = daemon.pid, 4
+        ids: List[str] = []
+        failed: List[str] = []
+
+        def post() -> None:
+            client, url = daemon.new_client(timeout=30), 'https://www.tiktok.com/@a/video/'
+            while not failed and (len(ids) < 120 or starts(daemon) < wanted):
+                try:
+                    answer = client.post('/api/v1/download', {'url': f'{url}{uuid.uuid4().int}'})
+                    assert answer.status == 202, answer
+                    ids.append(answer.json['download_id'])
+                except Exception as error:
+                    failed.append(f'after {len(ids)} posts, in life {starts(daemon)}: {error!r}')
+        threads = [threading.Thread(target=post) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for life in range(1, wanted):
+            before = len(ids)
+            wait_until(lambda before=before: failed or len(ids) >= before + 20, 30)
+            daemon.signal(signal.SIGHUP)
+            wait_until(lambda life=life: failed or starts(daemon) > life, 30)
+        for thread in threads:
+            thread.join(60)
+        self.assertEqual(failed, [])
+        self.assertEqual((daemon.pid, daemon.running()), (pid, True))
+        self.assertEqual({row['id'] for row in daemon.rows()}, set(ids))
+        self.assertGreaterEqual(len(ids), 120)
+
+    def test_a_running_download_resumes_after_sighup_and_no_attempt_is_counted(self) -> None:
+        daemon, post = self.new_daemon(), self.site.tiktok(size=900_000, hold_at=500_000)
+        id = daemon.submit(post)
+        post.media[0].wait_held()
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: starts(daemon) == 2, 20)
+        post.media[0].wait_held(2)
+        post.media[0].release()
+        self.assertEqual(daemon.wait_status(id, 'completed')['retry_count'], 0)
+        self.assertRegex(post.media[0].ranges_asked[-1], r'bytes=[1-9]\d+-')
+
+    def test_sighup_with_a_wrong_configuration_is_logged_and_the_old_one_runs_on(self) -> None:
+        daemon = self.new_daemon()
+        daemon.configure(server={'port': 'rubbish'})
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: 'restart refused' in daemon.log(), 10)
+        self.assertEqual((daemon.client.get('/api/v1/health').status, starts(daemon)), (200, 1))
+
+
+class TestFreshDaemon(DaemonTest):
+    """A new yt-dlp comes into use by itself, a broken one goes out of use by itself."""
+    settings = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.index = Index()
+        cls.addClassCleanup(cls.index.end)
+
+    def setUp(self) -> None:
+        self.index.files.clear()
+        self.index.json_is_there = True
+        self.addCleanup(self.index.stall.set)
+
+    def fresh_daemon(self, files: Optional[Dict[str, str]] = None, **options: Any) -> FreshDaemon:
+        daemon = FreshDaemon(self.index, files, site=self.site, **options)
+        self.addCleanup(daemon.close)
+        self.addCleanup(self.report, daemon)
+        return daemon
+
+    def test_a_new_release_is_taken_up_when_idle(self) -> None:
+        self.index.add('9999.2.2', some_files(utils__networking=("'Accept-Language': 'en-us,en;q=0.5'",
+                                                                 "'Accept-Language': 'en-us,en;q=0.2'")))
+        self.index.stall.clear()
+        daemon, post = self.fresh_daemon(some_files()), self.site.tiktok(size=900_000, hold_at=500_000)
+        id = daemon.submit(post)
+        post.media[0].wait_held()
+        self.index.stall.set()
+        wait_until(lambda: daemon.vendor.version() == '9999.2.2', 40)
+        self.assertEqual((daemon.status(id)['status'], starts(daemon)), ('downloading', 1))
+        post.media[0].release()
+        daemon.wait_status(id, 'completed')
+        wait_until(lambda: starts(daemon) == 2, 20)
+        after = self.site.tiktok()
+        daemon.download(after)
+        self.assertEqual([post.page.requests[-1].headers['Accept-Language'][-3:],
+                          after.page.requests[-1].headers['Accept-Language'][-3:]], ['0.5', '0.2'])
+        self.assertEqual((daemon.health()['ytdlp_version'], starts(daemon)), ('9999.2.2', 2))
+
+    def test_with_a_wrong_configuration_the_old_release_goes_on_downloading(self) -> None:
+        daemon = self.fresh_daemon(some_files(), checked=time.time())
+        daemon.download(self.site.tiktok())
+        daemon.configure(server={'port': 'rubbish'})
+        daemon.put('9999.2.2', some_files())
+        wait_until(lambda: 'restart refused' in daemon.log(), 20)
+        self.assertEqual((daemon.download(self.site.tiktok())['status'], starts(daemon)), ('completed', 1))
+        self.assertRegex('\n'.join(daemon.health()['problems']), 'A restart was refused: .*rubbish')
+
+    def test_a_broken_release_is_rolled_back_and_logged(self) -> None:
+        self.index.add('9999.2.2', some_files(downloader__http=('def real_download(self, filename, info_dict):',
+                                                                'def real_download(self, filename):')))
+        self.index.add('9999.3.3', BROKEN)
+        daemon = self.fresh_daemon(some_files(), downloads={'retry_delays': 1})
+        wait_until(lambda: daemon.vendor.version() == '9999.2.2', 40)
+        wait_until(lambda: re.search('yt-dlp 9999.3.3 does not work here .*a_module_that_is_not_there', daemon.log()))
+        row = daemon.download(self.site.tiktok())
+        self.assertGreaterEqual(row['retry_count'], 1)
+        self.assertIn('yt-dlp 9999.2.2 crashes: rolled back to 9999.1.1', daemon.log())
+        self.assertEqual((daemon.health()['ytdlp_version'], starts(daemon)), ('9999.1.1', 2))
+
+    def test_without_a_network_it_runs_says_so_and_fetches_yt_dlp_when_it_can(self) -> None:
+        self.index.json_is_there = False
+        self.index.add('9999.1.1', some_files())
+        daemon = self.fresh_daemon()
+        id = daemon.submit(self.site.tiktok())
+        problems = wait_until(lambda: [text for text in daemon.health()['problems'] if 'internet' in text], 10)
+        self.assertRegex(problems[0], 'yt-dlp cannot be fetched: .* connect this machine to the internet.* update')
+        self.assertEqual((daemon.health()['status'], daemon.status(id)['status']), ('degraded', 'queued'))
+        self.index.json_is_there = True
+        self.assertEqual(daemon.wait_status(id, 'completed', 60)['retry_count'], 0)
+        wait_until(lambda: 'internet' not in str(daemon.health()['problems']), 10)
+
+    def test_a_worker_that_hangs_beyond_cancel_is_ended_by_a_re_execution(self) -> None:
+        daemon = self.fresh_daemon(some_files(extractor__tiktok=(
+            "'universal data', display_id", "'universal data', __import__('threading').Event().wait()")),
+            checked=time.time())
+        post = self.site.tiktok()
+        id = daemon.submit(post)
+        post.page.wait_hits()
+        daemon.client.post(f'/api/v1/download/{id}/cancel')
+        wait_until(lambda: starts(daemon) == 2, 20)
+        row = daemon.wait_status(id, 'failed')
+        self.assertEqual(row['error_message'], 'Cancelled')
+        daemon.download(self.site.instagram())
+
+    def test_a_changed_site_brings_an_update_and_the_download_is_tried_again_with_it(self) -> None:
+        outdated = some_files(extractor__tiktok=('__UNIVERSAL_DATA_FOR_REHYDRATION__', '__OF_LAST_YEAR__'))
+        self.index.add('9999.2.2', some_files())
+        daemon = self.fresh_daemon(outdated, checked=time.time() - v.DAY - 60,
+                                   downloads={'retry_delays': 1, 'max_retries': 60})
+        row = daemon.download(self.site.tiktok(), 60)
+        self.assertIn(' site_changed ', daemon.log())
+        self.assertGreaterEqual(row['retry_count'], 1)
+        self.assertEqual((daemon.health()['ytdlp_version'], starts(daemon)), ('9999.2.2', 2))
+
+# ---------- publish -----------------------------------------------------------------------
+# Links, SigV4 (judges: AWS's published vectors, botocore), the bucket (judge: OpenStack Swift,
+# which verifies signatures, behind a relay that can lose, stall and refuse), thumbnails.
+
+SUITE = v.Keys('AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY', 'us-east-1', 'service')
+SUITE_NOW = 1440938160  # 20150830T123600Z
+UNRESERVED = '-._~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
+SUITE_CASES = [  # AWS's Signature 4 test suite: name, method, path, query, headers, body, signature
+    ('get-vanilla', 'GET', '/', (), {}, b'', '5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31'),
+    ('get-utf8', 'GET', '/%E1%88%B4', (), {}, b'',
+     '8318018e0b0f223aa2bbf98705b62bb787dc9c0e678f255a891fd03141be5d85'),
+    ('get-space', 'GET', '/example%20space/', (), {}, b'',
+     '652487583200325589f1fba4c7e578f72c47cb61beeca81406b39ddec1366741'),
+    ('get-unreserved', 'GET', '/' + UNRESERVED, (), {}, b'',
+     '07ef7494c76fa4850883e2b006601f940f8a34d404d0cfa977f52a65bbf5f24f'),
+    ('get-vanilla-query-order-key-case', 'GET', '/', (('Param2', 'value2'), ('Param1', 'value1')), {}, b'',
+     'b97d918cfa904a5beff61c982a1b6f458b799221646efd99d3219ec94cdf2500'),
+    ('get-vanilla-query-order-key', 'GET', '/', (('Param1', 'value2'), ('Param1', 'Value1')), {}, b'',
+     'eedbc4e291e521cf13422ffca22be7d2eb8146eecf653089df300a15b2382bd1'),
+    ('get-vanilla-query-unreserved', 'GET', '/', ((UNRESERVED, UNRESERVED),), {}, b'',
+     '9c3e54bfcdf0b19771a7f523ee5669cdf59bc7cc0884027167c21bb143a40197'),
+    ('get-vanilla-utf8-query', 'GET', '/', (('\u1234', 'bar'),), {}, b'',
+     '2cdec8eed098649ff3a119c94853b13c643bcf08f8b0a1d91e12c9027818dd04'),
+    ('get-header-value-trim', 'GET', '/', (), {'My-Header1': ' value1', 'My-Header2': ' "a   b   c"'}, b'',
+     'acc3ed3afb60bb290fc8d2dd0098b9911fcaa05412b367055dee359757a9c736'),
+    ('post-vanilla', 'POST', '/', (), {}, b'', '5da7c1a2acd57cee7505fc6676e4e544621c30862966e37dddb68e92efbe5d6b'),
+    ('post-x-www-form-urlencoded', 'POST', '/', (), {'Content-Type': 'application/x-www-form-urlencoded'},
+     b'Param1=value1', 'ff11897932ad3f4e8b18135d722051e5ac45fc38421b1da7b9d196a0fe09473a'),
+]
+S3_DOCS = v.Keys('AKIAIOSFODNN7EXAMPLE', 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY', 'us-east-1')
+S3_DOCS_NOW = 1369353600  # 20130524T000000Z
+S3_DOCS_CASES = [  # "Signature Calculations for the Authorization Header", Amazon S3 API Reference
+    ('GET object', 'GET', '/test.txt', (), {'Range': 'bytes=0-9'}, b'',
+     'f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41'),
+    ('PUT object', 'PUT', '/test%24file.text', (), {
+        'Date': 'Fri, 24 May 2013 00:00:00 GMT', 'x-amz-storage-class': 'REDUCED_REDUNDANCY'},
+     b'Welcome to Amazon S3.', '98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd'),
+    ('GET bucket lifecycle', 'GET', '/', (('lifecycle', ''),), {}, b'',
+     'fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543'),
+    ('GET bucket', 'GET', '/', (('prefix', 'J'), ('max-keys', '2')), {}, b'',
+     '34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7'),
+]
+S3_DOCS_PRESIGNED = (
+    'https://examplebucket.s3.amazonaws.com/test.txt?X-Amz-Algorithm=AWS4-HMAC-SHA256'
+    '&X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F20130524%2Fus-east-1%2Fs3%2Faws4_request'
+    '&X-Amz-Date=20130524T000000Z&X-Amz-Expires=86400&X-Amz-SignedHeaders=host'
+    '&X-Amz-Signature=aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404')
+HARD_NAMES = [
+    'cat.mp4', 'Grüße – 猫 🐈‍⬛ #1 50% "a+b" & c?_7.mp4', "l'été; a=b, (x)~!*.mp4", 'שלום_1.mp4', 'e\u0301_1.mp4']
+
+try:
+    import botocore.auth
+    import botocore.awsrequest
+    import botocore.credentials
+except ImportError:
+    botocore = None
+
+
+def publish_config(**s3) -> v.Config:
+    """A configuration with an own output folder and these values in [s3]."""
+    folder = Path(tempfile.mkdtemp(dir=RUN))
+    (folder / 'out').mkdir()
+    values = {'endpoint': 'http://127.0.0.1:1', 'bucket': 'videos', **s3}
+    env = {f'VIDEOSERVER_S3_{key.upper()}': value for key, value in values.items()}
+    env['VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY'] = str(folder / 'out')
+    env.update(AWS_ACCESS_KEY_ID='test:tester', AWS_SECRET_ACCESS_KEY='testing')
+    config = v.load_config(None, env)
+    config.folder = folder
+    return config
+
+
+def given(query: str) -> Dict[str, str]:
+    """The parameters of a query."""
+    return {name: values[0] for name, values in parse_qs(query).items()}
+
+
+class TestLinks(unittest.TestCase):
+    """Links to finished files, and what opens them."""
+
+    secret = bytes(32)
+
+    def query(self, path, expires=1000):
+        return v.sign_path(self.secret, path, expires)[1:]
+
+    def test_public_base(self):
+        config = publish_config()
+        self.assertRegex(v.public_base(config, 8443), r'^https://[a-z0-9-]+\.local:8443$')
+        config.server.tls = False
+        self.assertRegex(v.public_base(config, 80), r'^http://[a-z0-9-]+\.local:80$')
+        config.server.public_base_url = 'https://example.org/videodownloader'
+        self.assertEqual(v.public_base(config, 8443), 'https://example.org/videodownloader')
+
+    def test_file_path_is_percent_encoded(self):
+        for name in HARD_NAMES:
+            path = v.file_path('7f', name)
+            self.assertTrue(path.isascii() and not re.search(r'[\s?#"&+;]', path), path)
+            self.assertEqual(v.unquote(path), f'/files/7f/{name}')
+
+    def test_a_signed_link_opens_its_file_until_it_expires(self):
+        for name in HARD_NAMES:
+            path = v.file_path('7f', name)
+            self.assertTrue(v.check_signature(self.secret, path, given(self.query(path)), 1000))
+            self.assertFalse(v.check_signature(self.secret, path, given(self.query(path)), 1001))
+
+    def test_a_link_whose_path_a_player_encodes_anew_still_opens(self):
+        query = given(self.query('/files/7f/(a)~.mp4'))
+        self.assertTrue(v.check_signature(self.secret, '/files/7f/%28a%29%7e.mp4', query, 1))
+
+    def test_forged_moved_and_prolonged_links_do_not_open(self):
+        path = v.file_path('7f', 'cat.mp4')
+        good = self.query(path)
+        other = good[:-1] + ('0' if good[-1] != '0' else '1')
+        for bad_path, bad in [
+                (path, ''), (path, 'expires=1000'), (path, good[:-1]), (path, other),
+                (path, 'expires=1000&signature='), (path, 'expires=1000&signature=%C3%A9'), (path, 'signature'),
+                *((path, good.replace('=1000', f'={text}')) for text in ('2000', '01000', '-1', '%D9%A1', '9' * 400)),
+                (v.file_path('7f', 'dog.mp4'), good), (v.file_path('80', 'cat.mp4'), good), ('/files/7f/\udc80', good)]:
+            self.assertFalse(v.check_signature(self.secret, bad_path, given(bad), 1), (bad_path, bad))
+        self.assertFalse(v.check_signature(b'another secret', path, given(good), 1))
+
+    def test_the_secret_is_made_once_and_is_the_owners_alone(self):
+        file = Path(tempfile.mkdtemp(dir=RUN)) / 'link.key'
+        first = v.link_secret(file)
+        self.assertEqual((len(first), file.stat().st_mode & 0o777), (64, 0o600))
+        self.assertEqual(v.link_secret(file), first)
+        file.write_bytes(b'')  # as a power cut may leave it
+        self.assertEqual(len(v.link_secret(file)), 64)
+        self.assertEqual(os.listdir(file.parent), ['link.key'])
+
+    def test_content_disposition_by_rfc_6266(self):
+        self.assertEqual(v.content_disposition('cat_1.mp4'), 'inline; filename="cat_1.mp4"')
+        self.assertEqual(v.content_disposition('€ rates.mp4', inline=False),
+                         "attachment; filename=\"_ rates.mp4\"; filename*=UTF-8''%E2%82%AC%20rates.mp4")
+        for name in [*HARD_NAMES, 'a"b\\c%41.mp4', 'a\r\nSet-Cookie: x.mp4', 'bad\udc80.mp4']:
+            value = v.content_disposition(name)
+            self.assertTrue(re.fullmatch(r'''inline; filename="[ !#-$&-\[\]-~]*"(; filename\*=UTF-8''[\w.~%-]+)?''',
+                                         value, re.A), value)
+            self.assertEqual(v.unquote(value.partition("''")[2]) or name, name.replace('\udc80', '?'))
+
+
+class TestSigV4(unittest.TestCase):
+    """Requests are signed as AWS publishes, and as botocore does."""
+
+    def signature(self, keys, now, host, case, **more):
+        _, method, path, query, headers, body, _ = case
+        payload = hashlib.sha256(body).hexdigest()
+        headers = {**headers, **({'X-Amz-Content-Sha256': payload} if keys.service == 's3' else {})}
+        signed = v.sign_v4(keys, now, method, host, path, query, headers, payload)
+        return signed['Authorization'].rpartition('Signature=')[2]
+
+    def test_published_suite(self):
+        for case in SUITE_CASES:
+            with self.subTest(case[0]):
+                self.assertEqual(self.signature(SUITE, SUITE_NOW, 'example.amazonaws.com', case), case[-1])
+
+    def test_documented_s3_examples(self):
+        for case in S3_DOCS_CASES:
+            with self.subTest(case[0]):
+                self.assertEqual(self.signature(S3_DOCS, S3_DOCS_NOW, 'examplebucket.s3.amazonaws.com', case), case[-1])
+
+    def test_documented_presigned_url(self):
+        base, path = v.bucket_address('https://{bucket}.s3.amazonaws.com', 'examplebucket', 'test.txt')
+        self.assertEqual(v.presign_v4(S3_DOCS, S3_DOCS_NOW, base, path, (), 86400), S3_DOCS_PRESIGNED)
+
+    def test_path_style_and_virtual_host_style(self):
+        for endpoint, bucket, key, url in [
+                ('http://127.0.0.1:9000', 'videos', 'a/b c.mp4', 'http://127.0.0.1:9000/videos/a/b%20c.mp4'),
+                ('https://S3.example.org:443/s3', 'videos', 'a', 'https://s3.example.org/s3/videos/a'),
+                ('https://{bucket}.s3.eu-west-3.amazonaws.com', 'videos', 'ü',
+                 'https://videos.s3.eu-west-3.amazonaws.com/%C3%BC'),
+                ('https://videos.s3.amazonaws.com', 'videos', '', 'https://videos.s3.amazonaws.com/'),
+                ('http://[::1]:9000', 'videos', 'a', 'http://[::1]:9000/videos/a')]:
+            self.assertEqual(''.join(v.bucket_address(endpoint, bucket, key)), url)
+
+    @unittest.skipUnless(botocore, 'botocore is not installed')
+    def test_botocore_signs_the_same(self):
+        """The same headers and presigned URLs as AWS's own library, for any name and both styles."""
+        now = int(time.time())
+        for endpoint in ('http://127.0.0.1:9000', 'https://{bucket}.s3.amazonaws.com', 'https://h.lan:443/sub'):
+            for name in HARD_NAMES:
+                bucket = v.Bucket(publish_config(endpoint=endpoint, region='eu-west-3', prefix='vids/'))
+                with self.subTest(endpoint=endpoint, name=name):
+                    url = bucket.presign(bucket.key('7f', name), name, 600, now)
+                    base, _, query = url.partition('?')
+                    said = {key: text for key, text in given(query).items() if key.startswith('response')}
+                    theirs = self.botocore_presigned(base, said, bucket.keys, now)
+                    self.assertEqual(parse_qs(query), parse_qs(urlsplit(theirs).query))
+                    self.assertEqual(self.our_put(base, bucket.keys, now), self.botocore_put(base, bucket.keys, now))
+
+    def botocore_auth(self, kind, keys, now, **more):
+        made = kind(botocore.credentials.Credentials(keys.access, keys.secret), 's3', keys.region, **more)
+        stamp = v.amz_date(now)
+        utc = botocore.auth.datetime.datetime.fromtimestamp(now, botocore.auth.datetime.timezone.utc)
+        clock = unittest.mock.patch.multiple(botocore.auth, create=True, get_current_datetime=lambda *a, **k: utc)
+        return made, stamp, clock
+
+    def botocore_presigned(self, url, query, keys, now):
+        auth, _, clock = self.botocore_auth(botocore.auth.S3SigV4QueryAuth, keys, now, expires=600)
+        request = botocore.awsrequest.AWSRequest('GET', url, params=query)
+        with clock:
+            auth.add_auth(request)
+        return request.url
+
+    def botocore_put(self, url, keys, now):
+        auth, _, clock = self.botocore_auth(botocore.auth.S3SigV4Auth, keys, now)
+        request = botocore.awsrequest.AWSRequest('PUT', url, headers={'Content-Type': 'video/mp4'}, data=b'x')
+        request.context['client_config'] = botocore.config.Config(s3={'payload_signing_enabled': True})
+        with clock:
+            auth.add_auth(request)
+        return request.headers['Authorization']
+
+    def our_put(self, url, keys, now):
+        payload = hashlib.sha256(b'x').hexdigest()
+        parts = urlsplit(url)
+        return v.sign_v4(keys, now, 'PUT', parts.netloc, parts.path, (), {
+            'Content-Type': 'video/mp4', 'X-Amz-Content-Sha256': payload}, payload)['Authorization']
+
+
+class Relay:
+    """A TCP relay in front of a server: ends TLS if told so, counts what clients send, and loses
+    or stalls connections once `limit` bytes have come from a client."""
+
+    def __init__(self, port: int, tls: Optional[ssl.SSLContext] = None):
+        self.target, self.tls, self.received = port, tls, 0
+        self.limit: Optional[int] = None
+        self.stall = False  # at the limit: stay silent instead of hanging up
+        self.stalled = threading.Event()
+        self._open: List[socket.socket] = []
+        self._listener = socket.create_server(('127.0.0.1', 0))
+        self.port = self._listener.getsockname()[1]
+        self.url = f'http{"s" if tls else ""}://127.0.0.1:{self.port}'
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                threading.Thread(target=self._serve, args=(self._listener.accept()[0],), daemon=True).start()
+
+    def _serve(self, client):
+        with contextlib.suppress(OSError):
+            client = self.tls.wrap_socket(client, server_side=True) if self.tls else client
+            self._open.append(client)
+            with client, socket.create_connection(('127.0.0.1', self.target)) as server:
+                self._open.append(server)
+                threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
+                self._pump(client, server, count=True)
+
+    def _pump(self, source, sink, count=False):
+        with contextlib.suppress(OSError):
+            while True:
+                block = source.recv(65536)
+                self.received += len(block) * count
+                if count and self.limit is not None and self.received > self.limit:
+                    if self.stall:
+                        self.stalled.set()
+                        threading.Event().wait(30)
+                    break
+                if not block:
+                    break
+                sink.sendall(block)
+        for end in (source, sink):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(end, socket.SHUT_RDWR)
+
+    def close(self):
+        for end in (self._listener, *self._open):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(end, socket.SHUT_RDWR)
+            end.close()
+
+
+class Swift:
+    """OpenStack Swift's S3: it verifies signatures. See .ci/s3server."""
+
+    python = '/usr/bin/python3'  # Debian's, which Debian's Swift belongs to
+    installed = shutil.which('swift-proxy-server') is not None
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen([self.python, str(HERE / '.ci/s3server'), str(self.folder)],
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        self.port = json.loads(self.process.stdout.readline())['port']
+        self.url = f'http://127.0.0.1:{self.port}'
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+        self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@functools.lru_cache(maxsize=None)
+def swift() -> Swift:
+    """The one of this run, with a bucket `videos`."""
+    if not Swift.installed:
+        raise unittest.SkipTest('OpenStack Swift is not installed')
+    one = Swift(Path(tempfile.mkdtemp(dir=RUN)))
+    atexit.register(one.kill)
+    v.Bucket(publish_config(endpoint=one.url))._call('PUT', '')
+    return one
+
+
+def own_certificate(folder: Path) -> Tuple[Path, ssl.SSLContext]:
+    """(file, context) of a self-signed certificate for 127.0.0.1."""
+    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
+                    '-days', '2', '-subj', '/CN=S3', '-addext', 'subjectAltName=IP:127.0.0.1',
+                    '-keyout', str(folder / 'key.pem'), '-out', str(folder / 'cert.pem')],
+                   check=True, stderr=subprocess.DEVNULL)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / 'cert.pem', folder / 'key.pem')
+    return folder / 'cert.pem', context
+
+
+def fetch(url: str) -> Tuple[int, Any, bytes]:
+    """(status, headers, body) of a GET."""
+    parts = urlsplit(url)
+    connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=20)
+    connection.request('GET', f'{parts.path}?{parts.query}')
+    response = connection.getresponse()
+    with contextlib.closing(connection):
+        return response.status, response.headers, response.read()
+
+
+PART = 256 << 10  # bytes; in place of 16 MB
+
+
+class WithBucket(unittest.TestCase):
+    """A bucket `videos` at a real S3 server behind a relay, and files to put there."""
+    together = 'buckets'  # one S3 server
+
+    @classmethod
+    def setUpClass(cls):
+        cls.swift = swift()
+        cls.addClassCleanup(v.log.setLevel, v.log.level)
+        v.log.setLevel('CRITICAL')  # it warns of each failure, and most of these tests are failures
+
+    def setUp(self):
+        self.relay = self.new_relay()
+        self.config = self.new_config()
+        self.output = self.config.downloads.output_directory
+        self.state = self.config.folder / 'state'
+        self.bucket = self.new_bucket()
+
+    def new_config(self):
+        return publish_config(endpoint=self.relay.url, prefix=self.id().rpartition('.')[2] + '/')
+
+    def new_relay(self, tls=None):
+        relay = Relay(self.swift.port, tls)
+        self.addCleanup(relay.close)
+        return relay
+
+    def new_bucket(self, **s3):
+        """A bucket object as a new process has it, with small parts above two of them."""
+        for key, value in s3.items():
+            setattr(self.config.s3, key, value)
+        return v.Bucket(self.config, 2 * PART, PART)
+
+    def file(self, name='cat_1.mp4', size=300_000):
+        path = self.output / name
+        path.write_bytes(os.urandom(size))
+        return path
+
+    def key(self, path):
+        return self.bucket.key('7f', path.name)
+
+    def put(self, path, bucket=None):
+        (bucket or self.bucket).put(path, self.key(path), 'video/mp4', self.state)
+
+    def refused(self, path, bucket=None):
+        with self.assertRaises(v.BucketError) as caught:
+            self.put(path, bucket)
+        self.assertNotIn('\n', str(caught.exception))
+        return caught.exception
+
+    def stored(self, path):
+        """What the bucket holds of it, fetched by a presigned link."""
+        return fetch(self.bucket.presign(self.key(path), path.name, 60, time.time()))
+
+    def uploads(self):
+        """Ids of the unfinished uploads in the bucket."""
+        _, answer = self.bucket._call('GET', '', (('uploads', ''), ('prefix', self.config.s3.prefix)))
+        return v.xml_texts(answer, 'UploadId')
+
+
+class TestBucket(WithBucket):
+    """Each finished file is also put into the bucket, and a presigned GET fetches it."""
+
+    def test_any_name_is_stored_and_fetched_by_a_presigned_link(self):
+        self.bucket = self.new_bucket(prefix='my videos/ü/')
+        for name in HARD_NAMES:
+            path = self.file(name)
+            with self.subTest(name):
+                self.put(path)
+                status, headers, body = self.stored(path)
+                self.assertEqual((status, headers['Content-Type'], body), (200, 'video/mp4', path.read_bytes()))
+                self.assertEqual(headers['Content-Disposition'], v.content_disposition(name))
+
+    def test_an_expired_or_changed_presigned_link_is_refused(self):
+        path = self.file()
+        self.put(path)
+        now = time.time()
+        self.assertEqual(fetch(self.bucket.presign(self.key(path), path.name, 60, now - 61))[0], 403)
+        self.assertEqual(fetch(self.bucket.presign(self.key(path), path.name, 60, now).replace('cat', 'dog'))[0], 403)
+
+    def test_presigned_for_the_public_endpoint(self):
+        """`public_endpoint` is what a phone reaches; it is signed for, though files go to the inner one."""
+        outer = self.new_relay()
+        self.bucket = self.new_bucket(public_endpoint=outer.url)
+        path = self.file()
+        self.put(path)
+        self.assertEqual((outer.received, self.stored(path)[2]), (0, path.read_bytes()))
+        self.assertGreater(outer.received, 0)
+
+    def test_virtual_host_addresses(self):
+        def lookup(host, port, *rest):
+            self.assertIn(host, ('videos.s3.example', '127.0.0.1'))
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, '', ('127.0.0.1', port))]
+        self.bucket = self.new_bucket(endpoint=f'http://{{bucket}}.s3.example:{self.relay.port}')
+        path = self.file()
+        with unittest.mock.patch('socket.getaddrinfo', lookup):
+            self.put(path)
+            self.assertEqual(self.stored(path)[2], path.read_bytes())
+
+    def test_a_file_that_is_there_is_not_sent_again(self):
+        path = self.file()
+        self.put(path)
+        self.relay.received = 0
+        self.put(path)
+        self.assertLess(self.relay.received, 2000)
+        os.utime(path, (1, 1))  # another file now
+        self.put(path)
+        self.assertGreater(self.relay.received, 300_000)
+
+    def test_an_empty_file(self):
+        path = self.file(size=0)
+        self.put(path)
+        self.assertEqual(self.stored(path)[::2], (200, b''))
+
+    def test_wrong_key_missing_bucket_and_server_down_say_what_to_do(self):
+        path = self.file()
+        down = socket.socket()
+        down.bind(('127.0.0.1', 0))  # bound but not listening: refuses
+        self.addCleanup(down.close)
+        for change, said in [
+                ({'secret': 'wrong'}, r'AWS_SECRET_ACCESS_KEY \(403 SignatureDoesNotMatch\)'),
+                ({'bucket': 'nothere'}, r"bucket nothere, has no such bucket: create it.*\(404 NoSuchBucket\)"),
+                ({'endpoint': f'http://127.0.0.1:{down.getsockname()[1]}'}, 'cannot be reached .*Connection refused')]:
+            self.config = self.new_config()
+            bucket = self.new_bucket(**{key: change[key] for key in change if key in ('bucket', 'endpoint')})
+            bucket.keys = bucket.keys._replace(**{key: change[key] for key in change if key in v.Keys._fields})
+            error = self.refused(path, bucket=bucket)
+            self.assertRegex(str(error), said)
+            self.assertLess(self.relay.received, 2000, 'the file was sent in vain')
+
+    def test_a_missing_file_and_a_server_without_sense_are_errors_of_one_line(self):
+        self.assertIn('No such file', str(self.refused(self.output / 'gone.mp4')))
+        listener = socket.create_server(('127.0.0.1', 0))
+        self.addCleanup(listener.close)
+
+        def nonsense():
+            with listener.accept()[0] as client:
+                client.recv(65536)
+                client.sendall(b'SSH-2.0-OpenSSH_9.6\r\n')
+        threading.Thread(target=nonsense, daemon=True).start()
+        nowhere = f'http://127.0.0.1:{listener.getsockname()[1]}'
+        error = self.refused(self.file(), bucket=self.new_bucket(endpoint=nowhere))
+        self.assertRegex(str(error), 'SSH-2.0')
+
+    def test_what_swift_never_says(self):
+        """Answers of AWS and MinIO that Swift does not know, as sentences."""
+        answers = []
+
+        class Canned(BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(answers[0])
+                self.send_header('Content-Length', str(len(answers[1])))
+                self.end_headers()
+                self.wfile.write(answers[1])
+
+            def do_PUT(self):  # as nginx does with a body that is too large: it does not read it
+                self.do_GET()
+                self.connection.shutdown(socket.SHUT_WR)
+                self.rfile.read(1 << 20)
+                self.close_connection = True
+
+            def log_message(self, *args):
+                pass
+        server = ThreadingHTTPServer(('127.0.0.1', 0), Canned)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        bucket_config = publish_config(endpoint=f'http://127.0.0.1:{server.server_port}')
+        bucket = v.Bucket(bucket_config)
+        for status, answer, said in [
+                (403, b'<Error><Code>InvalidAccessKeyId</Code></Error>', 'mend AWS_ACCESS_KEY_ID'),
+                (301, b'<Error><Code>PermanentRedirect</Code></Error>', 'mend .s3. endpoint'),
+                (503, b'<Error><Code>SlowDown</Code><Message>Reduce &lt;it&gt;</Message></Error>', 'Reduce <it>'),
+                (500, b'', r'Internal Server Error \(500\)$'),
+                (400, b'<Error><Code>RequestTimeout</Code></Error>', r'\(400 RequestTimeout\)'),
+                (200, b'  <Error><Code>InternalError</Code></Error>', r'\(200 InternalError\)')]:
+            answers[:] = status, answer
+            self.assertRegex(str(self.refused(self.file(size=10), bucket=bucket)), said)
+        answers[:] = 404, b'<Error><Code>NoSuchKey</Code></Error>'
+        error = self.refused(self.file(size=20 << 20), bucket=v.Bucket(bucket_config))
+        self.assertRegex(str(error), '404 NoSuchKey')  # the answer, though it came before all was sent
+
+    @unittest.skipUnless(shutil.which('openssl'), 'openssl is not installed')
+    def test_https_with_a_private_ca(self):
+        """https with a private CA that SSL_CERT_FILE names; without it the certificate is not trusted."""
+        ca, context = own_certificate(self.config.folder)
+        path, relay = self.file(size=3 * PART), self.new_relay(context)
+        bucket = self.new_bucket(endpoint=relay.url)
+        error = self.refused(path, bucket=bucket)
+        self.assertRegex(str(error), 'certificate verify failed.*name its CA in SSL_CERT_FILE')
+        hashing = unittest.mock.patch.object(v.Body, 'sha256', side_effect=AssertionError('TLS makes this needless'))
+        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=str(ca)), hashing:
+            self.put(path, bucket=bucket)
+        self.bucket = self.new_bucket(endpoint=self.swift.url)
+        self.assertEqual(self.stored(path)[2], path.read_bytes())
+
+    def test_a_large_file_goes_in_parts(self):
+        path = self.file(size=5 * PART + 12345)
+        self.put(path)
+        status, headers, body = self.stored(path)
+        self.assertEqual((status, headers['Content-Type'], body), (200, 'video/mp4', path.read_bytes()))
+        self.assertRegex(headers['ETag'], '-6"?$')
+        self.assertEqual((self.uploads(), self.state.exists()), ([], False))
+
+    def test_never_more_than_ten_thousand_parts(self):
+        path = self.file(size=3 * PART)
+        with unittest.mock.patch.object(v, 'MAX_PARTS', 2):
+            self.put(path)
+        self.assertRegex(self.stored(path)[1]['ETag'], '-2"?$')
+
+    def lose(self, path, parts=3):
+        """Lose the server after so many parts, and forget what was in memory."""
+        self.relay.limit = self.relay.received + parts * PART + 100_000
+        error = self.refused(path)
+        self.assertRegex(str(error), 'was lost')
+        self.relay.limit, self.relay.received, self.bucket = None, 0, self.new_bucket()
+
+    def test_an_upload_lost_in_the_middle_resumes_behind_the_last_whole_part(self):
+        path = self.file(size=6 * PART)
+        self.lose(path)
+        self.assertEqual(self.stored(path)[0], 404)
+        self.put(path)
+        self.assertLess(self.relay.received, 3 * PART + 20_000)
+        self.assertEqual((self.stored(path)[2], self.uploads()), (path.read_bytes(), []))
+
+    def test_an_upload_resumes_after_the_server_was_killed(self):
+        path = self.file(size=6 * PART)
+        self.lose(path)
+        self.swift.kill()
+        self.assertRegex(str(self.refused(path)), 'was lost|cannot be reached')
+        self.swift.start()
+        self.relay.target = self.swift.port
+        self.relay.received = 0
+        self.put(path)
+        self.assertLess(self.relay.received, 3 * PART + 20_000)
+        self.assertEqual(self.stored(path)[2], path.read_bytes())
+
+    def test_another_file_or_a_lost_state_begins_anew_and_leaves_nothing_behind(self):
+        path = self.file(size=6 * PART)
+        for spoil in (lambda: os.utime(path, (1, 1)), self.state.unlink, lambda: self.state.write_text('{"key":')):
+            self.lose(path)
+            self.assertEqual(len(self.uploads()), 1)
+            spoil()
+            self.put(path)
+            self.assertGreater(self.relay.received, 6 * PART)
+            self.assertEqual((self.stored(path)[2], self.uploads()), (path.read_bytes(), []))
+            self.bucket.delete(self.key(path))
+
+    def test_an_upload_that_somebody_aborted_begins_anew_at_the_next_try(self):
+        path = self.file(size=6 * PART)
+        self.lose(path)
+        self.bucket.delete(self.key(path))
+        error = self.refused(path)
+        self.assertEqual(error.code, 'NoSuchUpload')
+        self.put(path)
+        self.assertEqual(self.stored(path)[2], path.read_bytes())
+
+    def test_deleting_takes_object_and_unfinished_uploads(self):
+        path = self.file(size=6 * PART)
+        self.lose(path)
+        self.bucket.delete(self.key(path))
+        self.assertEqual(self.uploads(), [])
+        self.put(self.file(size=1000))
+        self.bucket.delete(self.key(path))
+        self.assertEqual(self.stored(path)[0], 404)
+        self.bucket.delete(self.key(path))  # gone already: fine
+
+    def hang_up_when_stalled(self, endpoint, relay, path):
+        bucket = v.Bucket(publish_config(endpoint=endpoint))  # in one piece, so that it stalls while it sends
+        relay.limit, relay.stall = 500_000, True
+        ended = []
+        thread = threading.Thread(target=lambda: ended.append(self.refused(path, bucket=bucket)))
+        thread.start()
+        self.assertTrue(relay.stalled.wait(10))
+        begun = time.monotonic()
+        bucket.hang_up()
+        thread.join(5)
+        self.assertLess(time.monotonic() - begun, fair(0.5))
+        self.assertEqual(len(ended), 1)
+        self.assertIn('stopped', str(self.refused(path, bucket=bucket)))
+
+    def test_a_stalled_upload_ends_at_once_when_told(self):
+        self.hang_up_when_stalled(self.relay.url, self.relay, self.file(size=30 << 20))
+
+    @unittest.skipUnless(shutil.which('openssl'), 'openssl is not installed')
+    def test_a_stalled_upload_over_tls_ends_at_once_when_told(self):
+        ca, context = own_certificate(self.config.folder)
+        relay = self.new_relay(context)
+        with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=str(ca)):
+            self.hang_up_when_stalled(relay.url, relay, self.file(size=30 << 20))
+
+    def test_a_server_that_stalls_is_left_after_a_while(self):
+        self.relay.limit, self.relay.stall = 500_000, True
+        with unittest.mock.patch.multiple(v, S3_SECONDS=0.5, S3_CONNECT_SECONDS=60):
+            self.assertRegex(str(self.refused(self.file(size=30 << 20))), 'was lost: .*timed out')
+
+
+class Rows:
+    """The store's three verbs, and what was said to them."""
+
+    def __init__(self, **rows):
+        self.rows = {id_: {'id': id_, 'files': files, 's3_attempts': 0, 'due': 0} for id_, files in rows.items()}
+        self.said: List[Any] = []
+
+    def due(self, now):
+        return [row for row in self.rows.values() if row['due'] is not None and row['due'] <= now]
+
+    def stored(self, id_, now):
+        self.rows[id_]['due'] = None
+        self.said.append((id_, 'stored'))
+
+    def later(self, id_, due, error, now):
+        if id_ in self.rows:
+            self.rows[id_].update(due=due, s3_attempts=self.rows[id_]['s3_attempts'] + 1)
+            self.said.append((id_, due - now, error))
+        return id_ in self.rows
+
+
+class TestUploader(WithBucket):
+    """Retried at growing gaps until it is done or the download is deleted; never failing the download."""
+
+    def uploader(self, rows):
+        folder = self.config.folder / 'uploads'
+        uploader = v.Uploader(self.config, self.bucket, folder, rows.due, rows.stored, rows.later)
+        self.addCleanup(lambda: uploader._thread.is_alive() and uploader.stop())
+        return uploader
+
+    def media(self, *names, size=300_000):
+        return tuple(v.MediaFile(self.file(name, size).name, size, 'video/mp4') for name in names)
+
+    def test_all_files_of_a_download_are_stored(self):
+        rows = Rows(a1=self.media(*HARD_NAMES), b2=self.media('dog.mp4'))
+        uploader = self.uploader(rows)
+        uploader.start()
+        wait_until(lambda: len(rows.said) == 2)
+        self.assertEqual(rows.said, [('a1', 'stored'), ('b2', 'stored')])
+        for name in HARD_NAMES:
+            body = fetch(self.bucket.presign(self.bucket.key('a1', name), name, 60, time.time()))[2]
+            self.assertEqual(body, (self.output / name).read_bytes())
+        rows.rows['c3'] = {'id': 'c3', 'files': self.media('fox.mp4'), 's3_attempts': 0, 'due': 0}
+        uploader.wake()
+        wait_until(lambda: ('c3', 'stored') in rows.said)
+        self.assertTrue(uploader.stop())
+
+    def test_a_failure_waits_for_the_schedulers_delays_then_doubling_up_to_six_hours(self):
+        self.relay.limit = 0
+        rows = Rows(a1=self.media('cat.mp4'))
+        uploader, now = self.uploader(rows), 1_800_000_000
+        for _ in range(9):
+            uploader.step(now)
+            now = rows.rows['a1']['due']
+            self.assertRegex(uploader.error, 'was lost')
+        self.assertEqual([said[1] for said in rows.said], [60, 300, 900, 1800, 3600, 7200, 14400, 21600, 21600])
+        self.relay.limit = None
+        uploader.step(now)
+        self.assertEqual((rows.said[-1], uploader.error), (('a1', 'stored'), None))
+
+    def test_a_server_that_is_down_is_not_asked_once_for_every_file(self):
+        self.relay.limit = 0
+        rows = Rows(**{f'a{n}': self.media(f'{n}.mp4', size=10) for n in range(5)})
+        uploader, now = self.uploader(rows), 1_800_000_000.0
+        self.assertEqual(uploader.step(now), 60)
+        self.assertEqual((uploader.step(now + 50), len(rows.said)), (10, 1))
+        uploader.step(now + 60)
+        self.assertEqual(len(rows.said), 2)
+        uploader.step(now - 3600)  # the clock was set back: that is no reason to wait an hour
+        self.assertEqual(len(rows.said), 3)
+
+    def test_stopping_takes_less_than_a_second_though_the_server_stalls_and_costs_no_attempt(self):
+        self.relay.limit, self.relay.stall = 500_000, True
+        rows = Rows(a1=self.media('cat.mp4', size=30 << 20))
+        uploader = self.uploader(rows)
+        uploader.start()
+        self.assertTrue(self.relay.stalled.wait(10))
+        begun = time.monotonic()
+        self.assertTrue(uploader.stop())
+        self.assertLess(time.monotonic() - begun, fair(0.8))
+        uploader.step(time.time())
+        self.assertEqual((rows.said, uploader.error), ([], None))
+
+    def test_a_deleted_download_is_deleted_in_the_bucket_too(self):
+        rows = Rows(a1=self.media('cat.mp4'))
+        uploader = self.uploader(rows)
+        uploader.step(time.time())
+        url = self.bucket.presign(self.bucket.key('a1', 'cat.mp4'), 'cat.mp4', 60, time.time())
+        self.assertEqual(fetch(url)[0], 200)
+        rows.rows.clear()
+        uploader.forget('a1', ['cat.mp4'])
+        self.relay.limit = 0  # the bucket is away just then
+        uploader.step(time.time())
+        self.assertRegex(uploader.error, 'was lost')
+        self.relay.limit = None
+        self.uploader(rows).step(time.time())  # after a restart
+        self.assertEqual(fetch(url)[0], 404)
+        self.assertEqual(list(uploader.folder.iterdir()), [])
+
+    def test_a_download_deleted_while_it_is_uploaded_leaves_nothing_in_the_bucket(self):
+        rows = Rows(a1=self.media('cat.mp4', size=30 << 20), b2=self.media('dog.mp4'))
+        self.relay.limit, self.relay.stall = 10 << 20, True
+        uploader = self.uploader(rows)
+        uploader.start()
+        self.assertTrue(self.relay.stalled.wait(10))
+        self.relay.limit = None
+        del rows.rows['a1']
+        (self.output / 'cat.mp4').unlink()
+        uploader.forget('a1', ['cat.mp4'])
+        wait_until(lambda: not list(uploader.folder.iterdir()))
+        self.assertEqual(rows.said, [('b2', 'stored')])
+        self.assertEqual(self.uploads(), [])
+
+
+def jpeg_size(data: bytes) -> Tuple[int, int]:
+    """(width, height) from the start-of-frame marker."""
+    return struct.unpack('>HH', re.search(rb'\xff[\xc0-\xc2]..\x08(.{4})', data, re.S)[1])[::-1]
+
+
+@unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
+class TestThumbnails(unittest.TestCase):
+    """A small JPEG of each finished video, made once."""
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.picture = self.folder / '7f.jpg'
+
+    def video(self, name, source):
+        path = self.folder / name
+        subprocess.run(['ffmpeg', '-nostdin', '-v', 'error', '-f', 'lavfi', '-i', source, f'file:{path}'], check=True)
+        return path
+
+    def test_a_small_jpeg_of_any_video(self):
+        for name, source, size in [('-tall: 100% #1 🐈.mp4', 'testsrc=size=540x960:duration=2:rate=2', (320, 568)),
+                                   ('wide.webm', 'testsrc=size=640x360:duration=2:rate=2', (320, 180)),
+                                   ('short.mkv', 'testsrc=size=640x640:duration=0.4:rate=5', (320, 320)),
+                                   ('little.mp4', 'testsrc=size=64x48:duration=2:rate=2', (64, 48))]:
+            with self.subTest(name):
+                self.assertTrue(v.make_thumbnail(self.video(name, source), self.picture))
+                data = self.picture.read_bytes()
+                self.assertEqual((data[:2], jpeg_size(data)), (b'\xff\xd8', size))
+                self.assertLess(len(data), 60_000)
+
+    def test_none_of_what_is_no_video_or_leads_to_other_files(self):
+        for name in ('secret.mp4', 'secret.ts'):
+            self.video(name, 'testsrc=size=64x48:duration=2:rate=2')
+        manifest = (b'<MPD xmlns="urn:mpeg:dash:schema:mpd:2011" type="static" mediaPresentationDuration="PT2S">'
+                    b'<Period><AdaptationSet><Representation id="1" bandwidth="1000" mimeType="video/mp4">'
+                    b'<BaseURL>secret.mp4</BaseURL></Representation></AdaptationSet></Period></MPD>')
+        others = {'song.m4a': None, 'junk.mp4': b'junk' * 1000, 'empty.mp4': b'', 'dash.mp4': b'<?xml?>' + manifest,
+                  'list.mp4': b'#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nsecret.ts\n#EXT-X-ENDLIST\n'}
+        for name, data in others.items():
+            with self.subTest(name):
+                path = self.folder / name
+                if data is None:
+                    self.video(name, 'sine=duration=1')
+                else:
+                    path.write_bytes(data)
+                self.assertFalse(v.make_thumbnail(path, self.picture))
+        self.assertFalse(v.make_thumbnail(self.folder / 'gone.mp4', self.picture))
+        self.assertEqual(sorted(os.listdir(self.folder)), sorted(['secret.mp4', 'secret.ts', *others]))
+
+    @unittest.skipUnless(sys.platform.startswith('linux'), 'only Linux ends children with their parent')
+    def test_ffmpeg_dies_with_us(self):
+        pipe = self.folder / 'pipe.mp4'
+        os.mkfifo(pipe)
+        code = f'import videoserverd as v; v.make_thumbnail(v.Path({str(pipe)!r}), v.Path({str(self.picture)!r}))'
+
+        def running():
+            listed = subprocess.run(['ps', '-axww', '-o', 'args='], stdout=subprocess.PIPE).stdout.decode()
+            return [line for line in listed.splitlines() if re.match(r'\S*ffmpeg ', line) and str(pipe) in line]
+        with subprocess.Popen([sys.executable, '-c', code], cwd=HERE) as parent:
+            wait_until(running)
+            parent.kill()
+        wait_until(lambda: not running())
+
+    def test_it_takes_a_limited_time(self):
+        pipe = self.folder / 'pipe.mp4'
+        os.mkfifo(pipe)
+        with unittest.mock.patch.object(v, 'THUMBNAIL_SECONDS', 0.3):
+            begun = time.monotonic()
+            self.assertFalse(v.make_thumbnail(pipe, self.picture))
+            self.assertLess(time.monotonic() - begun, fair(3))
+
+
+@command
+def cmd_upload(args: List[str]) -> int:
+    """Memory and speed of uploads: `upload [MB]`, a file of 2 GB to a server that takes all and keeps nothing."""
+    size = int(args[0] if args else 2048) << 20
+    sink = socket.create_server(('127.0.0.1', 0))
+
+    def swallow(client):
+        with client, client.makefile('rb') as stream:
+            length, line = 0, stream.readline()
+            put = line.startswith(b'PUT')
+            while line.strip():
+                length = int(line[15:]) if line.lower().startswith(b'content-length:') else length
+                line = stream.readline()
+            while length > 0:
+                length -= len(stream.read(min(length, 1 << 20)))
+            answer = b'<UploadId>1</UploadId>' if put is False else b''
+            client.sendall(b'HTTP/1.1 200 OK\r\nETag: "1"\r\nContent-Length: %d\r\n\r\n%s' % (len(answer), answer))
+
+    def serve():
+        while True:
+            swallow(sink.accept()[0])
+    threading.Thread(target=serve, daemon=True).start()
+    config = publish_config(endpoint=f'http://127.0.0.1:{sink.getsockname()[1]}')
+    path = config.downloads.output_directory / 'large.mp4'
+    with open(path, 'wb') as file:
+        file.truncate(size)
+    for what, above in (('in one piece', size), ('in parts', v.MULTIPART_ABOVE)):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        begun = time.monotonic()
+        v.Bucket(config, above).put(path, 'large.mp4', 'video/mp4', config.folder / 'state')
+        seconds = time.monotonic() - begun
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        print(f'{size >> 20} MB {what}: {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s, RSS grew by {grown} KB')
+    return 0
+
+# ---------- finished files, metrics, OpenAPI ----------------------------------------------
+# GET and HEAD of finished files by RFC 9110, links that expire, what must not come out; /metrics and
+# /openapi.json as other people's programs read them.
+
+FILES_KEY = 'sesame'
+GIGABYTES_4 = 4 << 30
+try:
+    import openapi_spec_validator
+except ImportError:
+    openapi_spec_validator = None
+try:
+    import prometheus_client.parser
+except ImportError:
+    prometheus_client = None
+
+
+def finished(daemon: Daemon, *files: Tuple[str, int]) -> str:
+    """The id of a completed download of files (name, size), stored while `daemon` is not running."""
+    store, now = v.Store(daemon.database), int(time.time())
+    daemon.output.mkdir(parents=True, exist_ok=True)
+    daemon.database.parent.mkdir(parents=True, exist_ok=True)
+    store.open()
+    fields = {'url': 'https://www.tiktok.com/@tester/video/1', 'client_id': 'test'}
+    id, _ = store.add(v.parse_submission(fields, daemon.config.security), now)
+    store.claim(id, now)
+    media = tuple(v.MediaFile(name, size, v.media_type(name)) for name, size in files)
+    store.finish(id, v.Outcome('done', title='T', files=media), daemon.output, now, False)
+    store.close()
+    for name, size in files:
+        with open(daemon.output / name, 'wb') as file:
+            file.write(random.Random(name).getrandbits(8 << 16).to_bytes(1 << 16, 'big')[:size])
+            file.truncate(size)
+    return id
+
+
+class FilesTest(unittest.TestCase):
+    """A daemon with finished downloads; no site, no yt-dlp."""
+    env: Dict[str, Any] = {}
+    kinds = {'clip': 'cat_1.mp4', 'empty': 'empty_1.mp4', 'html': 'page_1.html', 'gone': 'gone_1.mp4',
+             'link': 'link_1.mp4', 'pipe': 'pipe_1.mp4', 'folder': 'folder_1.mp4', 'huge': 'huge_1.mkv'}
+    sizes = {'empty': 0, 'huge': GIGABYTES_4 + 12345}
+
+    @classmethod
+    def setUpClass(cls):
+        cls.daemon = Daemon(start=False, vendor=False, env=cls.env)
+        cls.addClassCleanup(cls.daemon.close)
+        cls.ids = {kind: finished(cls.daemon, (name, cls.sizes.get(kind, 50_000))) for kind, name in cls.kinds.items()}
+        cls.names = finished(cls.daemon, *((name, 1000) for name in HARD_NAMES[1:]))
+        output = cls.daemon.output
+        for kind in ('gone', 'link', 'pipe', 'folder'):
+            (output / cls.kinds[kind]).unlink()
+        (output / cls.kinds['link']).symlink_to('/etc/passwd')
+        os.mkfifo(output / cls.kinds['pipe'])
+        (output / cls.kinds['folder']).mkdir()
+        (output / 'unknown.mp4').write_bytes(b'nobody asked for it')
+        cls.daemon.start()
+
+    def path(self, kind='clip'):
+        return v.file_path(self.ids[kind], self.kinds[kind])
+
+    def data(self, kind='clip'):
+        return (self.daemon.output / self.kinds[kind]).read_bytes()
+
+    def get(self, path=None, **headers):
+        return self.daemon.client.get(path or self.path(), **headers)
+
+
+class TestFiles(FilesTest):
+    """GET and HEAD of finished files: ETag, Last-Modified, Range, If-Range, If-None-Match."""
+
+    def test_a_whole_file_with_all_that_a_player_wants_to_know(self):
+        status, headers, body = self.get()
+        self.assertEqual((status, body), (200, self.data()))
+        info = (self.daemon.output / 'cat_1.mp4').stat()
+        wanted = {'Content-Type': 'video/mp4', 'Content-Length': '50000', 'Accept-Ranges': 'bytes',
+                  'X-Content-Type-Options': 'nosniff', 'Content-Disposition': 'inline; filename="cat_1.mp4"',
+                  'Last-Modified': time.strftime('%a, %d %b %Y %H:%M:%S GMT', time.gmtime(info.st_mtime))}
+        self.assertEqual({name: headers[name] for name in wanted}, wanted)
+        self.assertRegex(headers['ETag'], r'^"[\w.-]+"$')
+        self.assertIsNone(headers['Content-Range'])
+
+    def test_head_tells_the_same_and_sends_nothing(self):
+        for more in ({}, {'If_None_Match': '*'}):
+            whole, head = self.get(**more), self.daemon.client.request('HEAD', self.path(), **more)
+            self.assertEqual((head.status, head.json), (whole.status, b''))
+            self.assertEqual([pair for pair in head.headers.items() if pair[0] != 'Date'],
+                             [pair for pair in whole.headers.items() if pair[0] != 'Date'])
+
+    def test_head_knows_no_range(self):
+        """RFC 9110 section 14.2: GET is the only method that has ranges."""
+        head = self.daemon.client.request('HEAD', self.path(), Range='bytes=0-9')
+        self.assertEqual((head.status, head.headers['Content-Length']), (200, '50000'))
+        self.assertEqual(self.daemon.client.request('HEAD', self.path(), Range='bytes=50000-').status, 200)
+
+    def test_any_single_range(self):
+        data = self.data()
+        for text, start, end in [('0-0', 0, 1), ('0-1', 0, 2), ('0-', 0, 50000), ('49999-', 49999, 50000),
+                                 ('100-199', 100, 200), ('100-999999', 100, 50000), ('-1', 49999, 50000),
+                                 ('-60000', 0, 50000), ('0-49999', 0, 50000), ('007-008', 7, 9)]:
+            with self.subTest(text):
+                status, headers, body = self.get(Range=f'bytes={text}')
+                self.assertEqual((status, headers['Content-Range']), (206, f'bytes {start}-{end - 1}/50000'))
+                self.assertEqual((body, headers['Content-Length']), (data[start:end], str(end - start)))
+                self.assertEqual(headers['Content-Type'], 'video/mp4')
+
+    def test_416_when_out_of_reach(self):
+        for text in ('50000-', '50000-60000', '-0'):
+            with self.subTest(text):
+                status, headers, body = self.get(Range=f'bytes={text}')
+                self.assertEqual((status, headers['Content-Range']), (416, 'bytes */50000'))
+                self.assertIn('message', body)
+        self.assertEqual(self.get(self.path('empty'), Range='bytes=0-').status, 416)
+
+    def test_what_is_no_single_range_gets_the_whole_file(self):
+        for text in ('bytes=0-1,5-6', 'bytes=', 'bytes=-', 'bytes=5-4', 'bytes=a-b', 'lines=0-1', 'bytes=0x0-1',
+                     'bytes=1_0-20', 'bytes=+1-2', 'bytes=٠-١'.encode().decode('latin-1'), ''):
+            with self.subTest(text):
+                status, _, body = self.get(Range=text)
+                self.assertEqual((status, len(body)), (200, 50000))
+
+    def test_if_range(self):
+        _, headers, _ = self.get()
+        for validator, status in [
+                (headers['ETag'], 206), (headers['Last-Modified'], 206), ('"other"', 200), ('nonsense', 200),
+                ('W/' + headers['ETag'], 200), ('Sat, 01 Jan 2000 00:00:00 GMT', 200)]:
+            with self.subTest(validator):
+                self.assertEqual(self.get(Range='bytes=0-9', If_Range=validator).status, status)
+        self.assertEqual(self.get(Range='bytes=50000-', If_Range='"other"').status, 200)
+
+    def test_if_none_match_and_if_modified_since(self):
+        _, headers, _ = self.get()
+        etag, modified = headers['ETag'], headers['Last-Modified']
+        for more, status in [({'If_None_Match': etag}, 304), ({'If_None_Match': 'W/' + etag}, 304),
+                             ({'If_None_Match': f'"a", {etag}'}, 304), ({'If_None_Match': '*'}, 304),
+                             ({'If_None_Match': '"a"'}, 200), ({'If_Modified_Since': modified}, 304),
+                             ({'If_Modified_Since': 'Sat, 01 Jan 2000 00:00:00 GMT'}, 200),
+                             ({'If_Modified_Since': modified, 'If_None_Match': '"a"'}, 200),
+                             ({'If_None_Match': etag, 'Range': 'bytes=0-9'}, 304)]:
+            with self.subTest(more):
+                status_, answer, body = self.get(**more)
+                self.assertEqual(status_, status)
+                if status == 304:
+                    self.assertEqual((body, answer['ETag'], answer['Last-Modified']), (b'', etag, modified))
+
+    def test_another_file_has_another_etag(self):
+        etag, path = self.get().headers['ETag'], self.daemon.output / 'cat_1.mp4'
+        self.addCleanup(os.utime, path, ns=(path.stat().st_mtime_ns,) * 2)
+        os.utime(path, (1, 1))
+        self.assertNotEqual(self.get().headers['ETag'], etag)
+
+    def test_any_name(self):
+        """Content-Disposition by RFC 6266 with the real name, found by its percent-encoded path."""
+        for name in HARD_NAMES[1:]:
+            with self.subTest(name):
+                status, headers, body = self.get(v.file_path(self.names, name))
+                self.assertEqual((status, len(body), headers['Content-Type']), (200, 1000, 'video/mp4'))
+                self.assertEqual(headers['Content-Disposition'], v.content_disposition(name))
+
+    def test_an_empty_file(self):
+        status, headers, body = self.get(self.path('empty'))
+        self.assertEqual((status, headers['Content-Length'], body), (200, '0', b''))
+
+    def test_html_is_harmless(self):
+        """No script of a file ever runs with the rights of our page."""
+        _, headers, _ = self.get(self.path('html'))
+        self.assertEqual(headers['X-Content-Type-Options'], 'nosniff')
+        self.assertRegex(headers['Content-Security-Policy'], r"default-src 'none'.*sandbox(;|$)")
+        self.assertNotIn('html', headers['Content-Type'])
+
+    def test_only_files_the_database_knows_inside_the_output_folder_no_symlink_out(self):
+        id = self.ids['clip']
+        for path in [f'/files/{id}/unknown.mp4', f'/files/{id}/', f'/files/{id}', '/files/', f'/files/{id}/CAT_1.mp4',
+                     v.file_path(self.ids['empty'], 'cat_1.mp4'), v.file_path(str(uuid.uuid4()), 'cat_1.mp4'),
+                     f'/files/{id}/..%2f..%2fconfig.ini', f'/files/{id}/../{id}/cat_1.mp4',
+                     f'/files/{id}/%2e/cat_1.mp4', f'/files/{id}/cat_1.mp4%00', f'/files/{id}//cat_1.mp4',
+                     f'/files/{id}/cat_1.mp4/',
+                     f'/files/{id}/.incomplete', f'/files/{id.upper()}/cat_1.mp4', f'/files/{id}/%63at_1.mp4%2f..',
+                     *(self.path(kind) for kind in ('gone', 'link', 'pipe', 'folder'))]:
+            with self.subTest(path):
+                status, headers, body = self.get(path)
+                self.assertIn(status, (400, 404))
+                self.assertEqual(headers['Content-Type'], 'application/json')
+                self.assertIn('message', body)
+
+    def test_far_ranges_of_a_file_over_4_gb(self):
+        size = self.sizes['huge']
+        self.assertEqual(self.daemon.client.request('HEAD', self.path('huge')).headers['Content-Length'], str(size))
+        status, headers, body = self.get(self.path('huge'), Range='bytes=-10')
+        self.assertEqual((status, body), (206, bytes(10)))
+        self.assertEqual(headers['Content-Range'], f'bytes {size - 10}-{size - 1}/{size}')
+        self.assertEqual(self.get(self.path('huge'), Range=f'bytes={1 << 32}-{(1 << 32) + 4}').json, bytes(5))
+
+    def test_streaming_in_bounded_memory(self):
+        before = self.daemon.rss()
+        link = self.daemon.client.connection()
+        link.request('GET', self.path('huge'))
+        answer = link.getresponse()
+        for _ in range(100):
+            self.assertEqual(len(answer.read(1 << 20)), 1 << 20)
+        self.assertLess(self.daemon.rss() - before, 4)
+        link.close()
+
+    def test_a_file_that_shrinks_is_never_padded(self):
+        path = self.daemon.output / 'huge_1.mkv'
+        self.addCleanup(os.truncate, path, self.sizes['huge'])
+        link = self.daemon.client.connection()
+        link.request('GET', self.path('huge'))
+        answer = link.getresponse()
+        answer.read(1 << 20)
+        os.truncate(path, 64 << 20)
+        with self.assertRaises((http.client.IncompleteRead, OSError)):
+            answer.read()
+        link.close()
+
+
+class TestSignedLinks(FilesTest):
+    """With API keys on, links carry an expiring signature; a forged, expired or moved one gets 403."""
+    env = {'VIDEOSERVER_API_KEYS': FILES_KEY}
+
+    def row(self):
+        return self.daemon.new_client(key=FILES_KEY).get(f'/api/v1/status/{self.ids["clip"]}').json
+
+    def signed(self, expires, path=None):
+        secret = (self.daemon.database.parent / 'link.key').read_bytes()
+        return self.path() + v.sign_path(secret, path or self.path(), int(expires))
+
+    def test_a_player_can_follow_the_links_of_the_api(self):
+        row = self.row()
+        self.assertEqual(row['public_url'], row['files'][0]['url'])
+        address = urlsplit(row['public_url'])
+        path = f'{address.path}?{address.query}'
+        self.assertEqual(self.get(path).json, self.data())
+        self.assertEqual(self.get(path, Range='bytes=0-1').status, 206)
+        self.assertEqual(self.daemon.client.request('HEAD', path).status, 200)
+        expires = int(parse_qs(address.query)['expires'][0])
+        self.assertAlmostEqual(expires, time.time() + self.daemon.config.s3.url_expiry, delta=60)
+
+    def test_forged_expired_and_moved_links_get_403(self):
+        good = self.signed(time.time() + 100)
+        self.assertEqual(self.get(good).status, 200)
+        for path in [self.signed(time.time() - 1), good[:-1], good + '0',
+                     good.replace('expires=1', 'expires=2'), self.signed(time.time() + 100, self.path('empty')),
+                     good.replace('cat_1', 'dog_1'), good.replace(self.ids['clip'], self.ids['empty'])]:
+            with self.subTest(path):
+                status, _, body = self.get(path)
+                self.assertEqual(status, 403)
+                self.assertIn('link', body['message'])
+
+    def test_the_key_opens_files_too_and_without_either_it_is_asked_for(self):
+        self.assertEqual(self.get(X_API_Key=FILES_KEY).status, 200)
+        for path, headers in ((self.path(), {}), (self.path() + '?', {}), (self.path(), {'X_API_Key': 'wrong'})):
+            self.assertEqual(self.get(path, **headers).status, 401)
+
+    def test_links_outlive_a_restart(self):
+        good = self.signed(time.time() + 100)
+        self.daemon.restart()
+        self.assertEqual(self.get(good).status, 200)
+
+    def test_a_signature_opens_nothing_but_its_file(self):
+        query = self.signed(time.time() + 100).partition('?')[2]
+        for path in (f'/api/v1/status/{self.ids["clip"]}', '/api/v1/history', '/metrics'):
+            self.assertEqual(self.get(f'{path}?{query}').status, 401)
+
+
+class TestCopies(DaemonTest):
+    """With [s3] set each finished file is put into the bucket; trouble with it shows, and nothing is lost."""
+    settings = None
+    together = 'buckets'
+
+    @classmethod
+    def setUpClass(cls):
+        cls.swift = swift()
+        super().setUpClass()
+
+    def setUp(self):
+        self.relay = Relay(self.swift.port)
+        self.addCleanup(self.relay.close)
+        self.daemon = Daemon(self.site, start=False, env={
+            'VIDEOSERVER_S3_ENDPOINT': self.relay.url, 'VIDEOSERVER_S3_BUCKET': 'videos',
+            'AWS_ACCESS_KEY_ID': 'test:tester', 'AWS_SECRET_ACCESS_KEY': 'testing'})
+        self.addCleanup(self.daemon.close)
+
+    def public_url(self, id):
+        return self.daemon.client.get(f'/getVideoDownloadPublicURL?videoDownloadUUID={id}&URLTypeEnum=S3')
+
+    def copied(self, id, state='stored'):
+        return self.daemon.wait_for(id, lambda row: (row['s3'] or {}).get('state') == state,
+                                    120)  # its gaps double
+
+    def problems(self):
+        """What health says of the bucket; it may have other troubles, such as an old Python."""
+        status, _, body = self.daemon.client.get('/api/v1/health')
+        self.assertEqual((status, body['status']), (200, 'degraded' if body['problems'] else 'healthy'))
+        return ' '.join(problem for problem in body['problems'] if 'S3' in problem)
+
+    def test_a_finished_file_is_copied_and_url_type_s3_gives_a_presigned_get(self):
+        self.daemon.start()
+        row = self.daemon.download(self.site.tiktok(title='Größe 🐈', size=300_000))
+        id = row['download_id']
+        self.copied(id)
+        status, _, body = self.public_url(id)
+        self.assertEqual(status, 200, body)
+        status, headers, data = fetch(body['publicURL'])
+        self.assertEqual((status, headers['Content-Type']), (200, 'video/mp4'))
+        self.assertEqual(data, (self.daemon.output / row['filename']).read_bytes())
+        self.assertEqual(headers['Content-Disposition'], v.content_disposition(row['filename']))
+        self.assertEqual(self.problems(), '')
+        self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{id}').status, 200)
+        wait_until(lambda: fetch(body['publicURL'])[0] == 404)
+
+    def test_trouble_with_the_bucket_shows_in_status_and_health_and_is_got_over(self):
+        self.daemon.change_env({'AWS_SECRET_ACCESS_KEY': 'wrong'})
+        self.daemon.start()
+        row = self.daemon.download(self.site.tiktok(size=300_000))
+        id = row['download_id']
+        row = self.copied(id, 'failing')
+        self.assertEqual((row['status'], row['error_message']), ('completed', None))
+        self.assertIn('AWS_SECRET_ACCESS_KEY', row['s3']['error'])
+        self.assertIn('AWS_SECRET_ACCESS_KEY', self.problems())
+        status, _, body = self.public_url(id)
+        self.assertEqual((status, body['errorCode']), (418, 'downloadNotReady'))
+        self.daemon.change_env({'AWS_SECRET_ACCESS_KEY': 'testing'})
+        self.daemon.restart()
+        self.copied(id)
+        self.assertEqual(self.problems(), '')
+
+    def test_a_copy_lost_in_the_middle_is_finished_after_kill_9(self):
+        self.relay.limit, self.relay.stall = 200_000, True
+        self.daemon.start()
+        id = self.daemon.download(self.site.tiktok(size=3_000_000))['download_id']
+        self.assertTrue(self.relay.stalled.wait(20))
+        self.daemon.kill()
+        self.relay.limit = None
+        self.daemon.start()
+        self.copied(id)
+        self.assertEqual(len(fetch(self.public_url(id).json['publicURL'])[2]), 3_000_000)
+
+    def test_sigterm_takes_no_longer_though_the_bucket_stalls(self):
+        self.relay.limit, self.relay.stall = 200_000, True
+        self.daemon.start()
+        self.daemon.download(self.site.tiktok(size=3_000_000))
+        self.assertTrue(self.relay.stalled.wait(20))
+        self.assertLess(self.daemon.terminate(fair(10)), fair(4))
+
+
+class TestMetrics(DaemonTest):
+    """/metrics in Prometheus text."""
+
+    def figures(self):
+        status, headers, body = self.daemon.client.get('/metrics')
+        self.assertEqual((status, headers['Content-Type']), (200, 'text/plain; version=0.0.4; charset=utf-8'))
+        self.assertTrue(body.endswith(b'\n'))
+        families = list(prometheus_client.parser.text_string_to_metric_families(body.decode()))
+        self.assertEqual(len(families), len({family.name for family in families}), 'a family in two pieces')
+        return families
+
+    @unittest.skipUnless(prometheus_client, 'prometheus_client is not installed')
+    def test_valid_by_the_parser_of_prometheus_client(self):
+        """Queue by status, attempts and outcomes by reason, bytes, ack latency histogram, disk free, certificate
+        days, yt-dlp version."""
+        self.daemon.download(self.site.tiktok(size=1_234_567))
+        self.daemon.fails(self.site.tiktok(state='gone'))
+        wait_until(lambda: b'give_up' in self.daemon.client.get('/metrics').json)
+        families = {family.name: family for family in self.figures()}
+        value = {(sample.name, *sample.labels.values()): sample.value
+                 for family in families.values() for sample in family.samples}
+        by_status = [value['videoserverd_downloads', status] for status in ('completed', 'failed', 'queued')]
+        self.assertEqual(by_status, [1, 1, 0])
+        self.assertEqual(value['videoserverd_downloaded_bytes_total',], 1_234_567)
+        self.assertGreaterEqual(value['videoserverd_attempts_total', 'done', ''], 1)
+        self.assertTrue(any(key[:2] == ('videoserverd_attempts_total', 'give_up') and key[2] for key in value), value)
+        free = os.statvfs(self.daemon.output)
+        self.assertAlmostEqual(value['videoserverd_free_disk_bytes',], free.f_bavail * free.f_frsize, delta=1 << 30)
+        self.assertTrue(300 < value['videoserverd_certificate_days',] < 400)
+        self.assertEqual(value['videoserverd_ytdlp_info', vendored()], 1)
+        self.check_histogram(families['videoserverd_ack_seconds'])
+
+    def check_histogram(self, family):
+        self.assertEqual(family.type, 'histogram')
+        buckets = [(float(sample.labels['le']), sample.value) for sample in family.samples
+                   if sample.name.endswith('_bucket')]
+        self.assertEqual(buckets, sorted(buckets))
+        self.assertEqual([count for _, count in buckets], sorted(count for _, count in buckets))
+        self.assertEqual(buckets[-1], (float('inf'), 2))
+        rest = {sample.name: sample.value for sample in family.samples if not sample.name.endswith('_bucket')}
+        self.assertEqual(rest['videoserverd_ack_seconds_count'], 2)
+        self.assertGreater(rest['videoserverd_ack_seconds_sum'], 0)
+
+
+class TestOpenAPI(unittest.TestCase):
+    """/openapi.json: OpenAPI 3.1 of everything here, both dialects; true to the last status code (.ci/api-check)."""
+
+    @unittest.skipUnless(openapi_spec_validator, 'openapi-spec-validator is not installed')
+    def test_valid_by_openapi_spec_validator(self):
+        for keys in (False, True):
+            description = v.openapi(v.ROUTES, keys, 'https://pi.local:8443/videodownloader', v.SITES)
+            openapi_spec_validator.validate(json.loads(json.dumps(description)))
+            self.assertEqual(description['openapi'], '3.1.0')
+            self.assertEqual(description['servers'], [{'url': 'https://pi.local:8443/videodownloader'}])
+
+    def test_security_is_declared_only_while_keys_are_on(self):
+        off, on = (json.dumps(v.openapi(v.ROUTES, keys, 'https://h', v.SITES)) for keys in (False, True))
+        self.assertNotIn('securit', off)
+        self.assertNotIn('"401"', off)
+        self.assertIn('"X-API-Key"', on)
+
+    def test_every_route_is_described(self):
+        paths = v.openapi(v.ROUTES, True, 'https://h', v.SITES)['paths']
+        self.assertEqual({(route.path, route.method.lower()) for route in v.ROUTES},
+                         {(path, method) for path, methods in paths.items() for method in methods})
+        for path in ('/initiateDownload', '/listDownloads', '/getVideoDownloadPublicURL'):
+            for operation in paths[path].values():
+                self.assertEqual(set(operation['responses']), {'200', '418'})
+
+
+NGINX = '''
+worker_processes 1;
+pid %(folder)s/nginx.pid;
+error_log %(folder)s/nginx.log;
+events { worker_connections 64; }
+http {
+    access_log off;
+    sendfile on;
+    server {
+        listen 127.0.0.1:%(port)d ssl;
+        ssl_certificate %(folder)s/certs/server.crt;
+        ssl_certificate_key %(folder)s/certs/server.key;
+        root %(output)s;
+    }
+}
+'''
+
+
+def curl_seconds(url: str, ca: Path) -> float:
+    """How long curl takes for all of `url`."""
+    done = subprocess.run(['curl', '-sSf', '--cacert', str(ca), '-o', '/dev/null', '-w', '%{time_total}', url],
+                          stdout=subprocess.PIPE, check=True)
+    return float(done.stdout)
+
+
+@command
+def cmd_files(args: List[str]) -> int:
+    """Throughput of one file over TLS, ours and nginx's in turns, and memory meanwhile: `files [MB]`."""
+    size = int(args[0] if args else 1024) << 20
+    daemon = Daemon(start=False, vendor=False)
+    id = finished(daemon, ('large_1.mp4', size))
+    daemon.start()
+    with socket.create_server(('127.0.0.1', 0)) as taken:
+        port = taken.getsockname()[1]  # nginx cannot tell which port it took
+    conf = daemon.folder / 'nginx.conf'
+    conf.write_text(NGINX % {'folder': daemon.folder, 'output': daemon.output, 'port': port})
+    nginx = subprocess.Popen(['nginx', '-e', 'stderr', '-c', str(conf), '-g', 'daemon off; user root;'])
+    try:
+        wait_until(lambda: not socket.socket().connect_ex(('127.0.0.1', port)))
+        before, ca, ours, theirs = daemon.rss(), daemon.folder / 'certs/ca.crt', [], []
+        for _ in range(5):
+            ours.append(curl_seconds(f'https://127.0.0.1:{daemon.port}{v.file_path(id, "large_1.mp4")}', ca))
+            theirs.append(curl_seconds(f'https://127.0.0.1:{port}/large_1.mp4', ca))
+        speed, reference = size / min(ours) / 1e6, size / min(theirs) / 1e6
+        print(f'{size >> 20} MB over TLS: {speed:.0f} MB/s, nginx {reference:.0f} MB/s: {speed / reference:.2f} '
+              f'of nginx (aim: 0.8); RSS {before:.1f} MB before, {daemon.rss():.1f} MB after')
+        return speed < 0.8 * reference
+    finally:
+        nginx.terminate()
+        nginx.wait()
+        daemon.close()
+# ---------- certificate -------------------------------------------------------------------
+# The openssl command is the judge of what an iPhone would say; kills and full disks are real.
+
+NOW = max(time.time(), v.BUILT)
+YEAR = 365 * v.DAY
+
+
+def new_config(folder: Optional[Path] = None, **server: str) -> Any:
+    """A configuration whose certificates lie in <folder>/certs; keywords are keys of [server]."""
+    folder = folder or Path(tempfile.mkdtemp(prefix='certificate-', dir=RUN))
+    (folder / 'config.ini').write_text('[server]\n' + ''.join(f'{key} = {text}\n' for key, text in server.items()))
+    return v.load_config(folder / 'config.ini', {})
+
+
+def openssl(*words: Any, text: str = '', check: bool = True) -> str:
+    """What the openssl command says on both channels; AssertionError if it fails."""
+    done = subprocess.run(['openssl', *map(str, words)], input=text, encoding='utf-8', stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT)
+    if check and done.returncode:
+        raise AssertionError(f'openssl {words}: {done.stdout}')
+    return done.stdout
+
+
+def fields(file: Path) -> Dict[str, Any]:
+    """A certificate as openssl prints it: {'Issuer': …, 'X509v3 Basic Constraints': ('critical', 'CA:TRUE')}."""
+    found: Dict[str, Any] = {}
+    text = openssl('x509', '-in', file, '-noout', '-text', '-nameopt', 'sep_comma_plus_space').replace('CN = ', 'CN=')
+    for line in re.findall(r'^ +(Issuer|Subject|Not Before|Not After|Public-Key|ASN1 OID|Signature Algorithm|Version)'
+                           r' ?: (.*)$', text, re.M):
+        found.setdefault(*line)
+    for name, critical, body in re.findall(r'^ {12}(X509v3 [\w ]+): ?(critical)? *\n((?: {16}.*\n)+)', text, re.M):
+        found[name] = (critical, ' '.join(body.split()))
+    return found
+
+
+def sign_by_hand(config: Any, subject: str, names: str) -> Path:
+    """A leaf for `names` (as openssl writes them) signed by the CA with no regard to its constraints."""
+    folder = Path(tempfile.mkdtemp(dir=RUN))
+    openssl('req', '-new', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-subj', f'/CN={subject}',
+            '-keyout', folder / 'key', '-out', folder / 'request')
+    (folder / 'extensions').write_text(
+        f'subjectAltName={names}\nbasicConstraints=critical,CA:FALSE\nextendedKeyUsage=serverAuth\n'
+        'subjectKeyIdentifier=hash\nauthorityKeyIdentifier=keyid\nkeyUsage=critical,digitalSignature\n')
+    openssl('x509', '-req', '-in', folder / 'request', '-CA', config.server.ca_file, '-CAkey',
+            config.server.ca_file.with_name('ca.key'), '-set_serial', '7', '-days', '90', '-sha256',
+            '-extfile', folder / 'extensions', '-out', folder / 'leaf')
+    return folder / 'leaf'
+
+
+def verdict(config: Any, leaf: Path, *options: str) -> str:
+    """What `openssl verify` says of a leaf, strictly, as a client that trusts our CA only."""
+    return openssl('verify', '-x509_strict', '-purpose', 'sslserver', '-CAfile', config.server.ca_file, *options, leaf,
+                   check=False)
+
+
+def own_pair(config: Any, days: int = 20) -> None:
+    """Puts a self-signed certificate where the server's lies."""
+    config.server.cert_file.parent.mkdir(exist_ok=True)
+    openssl('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', days,
+            '-subj', '/CN=nas.example.org', '-addext', 'subjectAltName=DNS:nas.example.org,DNS:*.nas.example.org',
+            '-keyout', config.server.key_file, '-out', config.server.cert_file)
+
+
+def contents(config: Any) -> Dict[str, bytes]:
+    """All files of the certificates' folder."""
+    return {file.name: file.read_bytes() for file in config.server.ca_file.parent.iterdir()}
+
+
+def handshake(context: ssl.SSLContext, ca: Path, **client: Any) -> Tuple[Any, ...]:
+    """(version, cipher, ALPN, compression) over real sockets; keywords are set on the client's context."""
+    other = ssl.create_default_context(cafile=str(ca))
+    ciphers = client.pop('ciphers', None)
+    if ciphers:
+        other.set_ciphers(ciphers)
+    other.set_alpn_protocols(client.pop('alpn', ['h2', 'http/1.1']))
+    for name, value in client.items():
+        setattr(other, name, value)
+    near, far = socket.socketpair()
+
+    def serve() -> None:
+        with contextlib.suppress(OSError), context.wrap_socket(far, server_side=True) as link:
+            link.sendall(link.recv(9))
+            link.unwrap()
+    server = threading.Thread(target=serve)
+    server.start()
+    try:
+        with other.wrap_socket(near, server_hostname='localhost') as link:
+            link.sendall(b'something')
+            link.recv(9)
+            found = link.version(), link.cipher()[0], link.selected_alpn_protocol(), link.compression()
+            link.unwrap()
+            return found
+    finally:
+        far.close()
+        near.close()
+        server.join()
+
+
+class TestCertificateForAnIPhone(unittest.TestCase):
+    """Every point of what an iPhone asks for, by the openssl command's word."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.config = new_config(names='Pi.Lan, fd00::77, 192.168.77.7', public_base_url='https://videos.lan:8443')
+        cls.made, cls.changed = v.ensure_certificate(cls.config, NOW, names=['nas.home.arpa'], addresses=['10.9.8.7'])
+        cls.leaf, cls.ca = fields(cls.config.server.cert_file), fields(cls.config.server.ca_file)
+
+    def test_passes_openssl_verify_by_each_name_and_address(self):
+        words = {*self.made.names, *self.made.addresses}
+        host = socket.gethostname().split('.')[0].lower()
+        self.assertLessEqual({'pi.lan', 'fd00::77', '192.168.77.7', 'videos.lan', 'nas.home.arpa', '10.9.8.7',
+                              'localhost', '127.0.0.1', '::1', f'{host}.local'}, words)
+        for option, each in [('-verify_hostname', name) for name in self.made.names] + [
+                ('-verify_ip', address) for address in self.made.addresses]:
+            self.assertRegex(verdict(self.config, self.config.server.cert_file, option, each), r'\bOK\n$')
+        self.assertIn('mismatch', verdict(self.config, self.config.server.cert_file, '-verify_hostname', 'else.local'))
+        self.assertEqual((self.changed, self.made.own), (True, False))
+
+    def test_fails_for_apple_and_8_8_8_8_signed_by_the_same_ca(self):
+        good = sign_by_hand(self.config, 'x.local', 'DNS:x.local,IP:10.1.2.3')
+        self.assertRegex(verdict(self.config, good, '-verify_hostname', 'x.local'), r'\bOK\n$')
+        for subject, names in (('www.apple.com', 'DNS:www.apple.com'), ('x.local', 'DNS:x.local,IP:8.8.8.8'),
+                               ('x.local', 'DNS:x.local,IP:2001:4860::8'), ('x.local', 'DNS:locals')):
+            leaf = sign_by_hand(self.config, subject, names)
+            self.assertIn('permitted subtree violation', verdict(self.config, leaf))
+
+    def test_the_leaf_is_as_ios_wants_it(self):
+        leaf, host = self.leaf, self.made.names[0]
+        self.assertEqual(leaf['Subject'], f'CN={host}')
+        self.assertTrue(host.endswith('.local'))
+        self.assertEqual((leaf['Version'][:1], leaf['Signature Algorithm']), ('3', 'ecdsa-with-SHA256'))
+        self.assertEqual((leaf['Public-Key'], leaf['ASN1 OID']), ('(256 bit)', 'prime256v1'))
+        self.assertEqual(leaf['X509v3 Basic Constraints'], ('critical', 'CA:FALSE'))
+        self.assertEqual(leaf['X509v3 Key Usage'], ('critical', 'Digital Signature'))
+        self.assertEqual(leaf['X509v3 Extended Key Usage'], ('', 'TLS Web Server Authentication'))
+        self.assertEqual(leaf['X509v3 Authority Key Identifier'][1].replace('keyid:', ''),
+                         self.ca['X509v3 Subject Key Identifier'][1])
+        alternatives = re.findall(r'(DNS|IP Address):([^ ,]+)', leaf['X509v3 Subject Alternative Name'][1])
+        self.assertEqual([name for kind, name in alternatives if kind == 'DNS'], list(self.made.names))
+        self.assertEqual(len([name for kind, name in alternatives if kind != 'DNS']), len(self.made.addresses))
+
+    def test_the_ca_is_as_ios_wants_it(self):
+        ca = self.ca
+        self.assertEqual(ca['Subject'], 'CN=videoserverd on ' + self.made.names[0][:-len('.local')])
+        self.assertEqual((ca['Issuer'], self.leaf['Issuer']), (ca['Subject'], ca['Subject']))
+        self.assertEqual(ca['X509v3 Basic Constraints'], ('critical', 'CA:TRUE, pathlen:0'))
+        self.assertEqual(ca['X509v3 Key Usage'], ('critical', 'Certificate Sign, CRL Sign'))
+        self.assertEqual((ca['Signature Algorithm'], ca['ASN1 OID']), ('ecdsa-with-SHA256', 'prime256v1'))
+        critical, tree = ca['X509v3 Name Constraints']
+        self.assertEqual(critical, 'critical')
+        for permitted in ('DNS:local', 'DNS:lan', 'DNS:home.arpa', 'DNS:localhost', f'DNS:{v.machine_names()[1]}',
+                          'IP:10.0.0.0/255.0.0.0', 'IP:172.16.0.0/255.240.0.0', 'IP:192.168.0.0/255.255.0.0',
+                          'IP:100.64.0.0/255.192.0.0', 'IP:169.254.0.0/255.255.0.0', 'IP:127.0.0.0/255.0.0.0',
+                          'IP:FC00:0:0:0:0:0:0:0/FE00:0:0:0:0:0:0:0', 'IP:FE80:0:0:0:0:0:0:0/FFC0:0:0:0:0:0:0:0',
+                          'IP:0:0:0:0:0:0:0:1/FFFF:FFFF:FFFF:FFFF:FFFF:FFFF:FFFF:FFFF'):
+            self.assertIn(f' {permitted} ', f' {tree} ')
+        self.assertNotIn('Excluded', tree)
+
+    def test_dates(self):
+        for found, days in ((self.leaf, 397), (self.ca, 3652)):
+            first, last = (ssl.cert_time_to_seconds(found[name]) for name in ('Not Before', 'Not After'))
+            self.assertEqual(first, int(NOW - 86400))  # a Pi has no clock at boot
+            self.assertEqual(last - first, days * 86400)
+        self.assertEqual(self.made.not_after, last_of(self.leaf))
+
+    def test_the_profile_is_as_ios_wants_it(self):
+        profile = plistlib.loads(v.mobileconfig(self.config))
+        root, = profile.pop('PayloadContent')
+        der = ssl.PEM_cert_to_DER_cert(self.config.server.ca_file.read_text())
+        self.assertEqual((root['PayloadContent'], v.ca_der(self.config)), (der, der))
+        self.assertEqual((profile['PayloadType'], profile['PayloadVersion'], profile['TargetDeviceType']),
+                         ('Configuration', 1, 1))
+        self.assertEqual((root['PayloadType'], root['PayloadVersion']), ('com.apple.security.root', 1))
+        self.assertNotEqual(root['PayloadIdentifier'], profile['PayloadIdentifier'])
+        self.assertEqual(profile['PayloadDisplayName'], self.ca['Subject'][len('CN='):])
+        identities = {str(uuid.UUID(part['PayloadUUID'])).upper() for part in (profile, root)}
+        self.assertEqual(identities, {profile['PayloadUUID'], root['PayloadUUID']})
+        self.assertEqual(plistlib.loads(v.mobileconfig(self.config)), {**profile, 'PayloadContent': [root]})
+
+    def test_a_new_ca_replaces_the_profile(self):
+        config = new_config(Path(shutil.copytree(self.config.folder, tempfile.mkdtemp(dir=RUN) + '/copy')))
+        v.ensure_certificate(config, NOW, new_ca=True)
+        old, new = (plistlib.loads(v.mobileconfig(each)) for each in (self.config, config))
+        self.assertEqual(old['PayloadIdentifier'], new['PayloadIdentifier'])
+        self.assertNotEqual(old['PayloadUUID'], new['PayloadUUID'])
+        self.assertNotEqual(*(openssl('pkey', '-in', each.server.ca_file.with_name('ca.key'), '-pubout')
+                              for each in (self.config, config)))
+
+    def test_fingerprint_is_what_openssl_and_phones_show(self):
+        shown = openssl('x509', '-in', self.config.server.ca_file, '-noout', '-fingerprint', '-sha256')
+        self.assertEqual(shown.strip().partition('=')[2], v.ca_fingerprint(self.config))
+
+
+def last_of(found: Dict[str, Any]) -> int:
+    """Not After in epoch seconds."""
+    return int(ssl.cert_time_to_seconds(found['Not After']))
+
+
+class TestRenewal(unittest.TestCase):
+    """A leaf is renewed from the same CA, with no phone touched."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.template = new_config()
+        cls.first, _ = v.ensure_certificate(cls.template, NOW)
+
+    def setUp(self):
+        self.config = new_config(Path(shutil.copytree(self.template.folder, tempfile.mkdtemp(dir=RUN) + '/copy')))
+        self.before = contents(self.config)
+
+    def changed(self) -> set:
+        """Names of the files that are not as they were."""
+        now = contents(self.config)
+        return {name for name in {*now, *self.before} if now.get(name) != self.before.get(name)}
+
+    def test_a_start_with_a_good_certificate_runs_no_program_and_writes_nothing(self):
+        with unittest.mock.patch.object(v.subprocess, 'run', side_effect=AssertionError):
+            for now in (NOW, NOW + 366 * v.DAY - 60, 0):
+                self.assertEqual(v.ensure_certificate(self.config, now), (self.first, False))
+        self.assertEqual(self.changed(), set())
+
+    def test_under_30_days_left_gives_a_new_leaf_from_the_same_ca(self):
+        later = NOW + 366 * v.DAY + 60
+        made, changed = v.ensure_certificate(self.config, later)
+        self.assertEqual((changed, made.not_after), (True, int(later) + 396 * v.DAY))
+        self.assertEqual(self.changed(), {'server.crt'})  # the key stays: one file, one rename
+        self.assertRegex(verdict(self.config, self.config.server.cert_file, '-attime', str(int(later))), r'\bOK\n$')
+
+    def test_a_certificate_from_a_clock_that_was_ahead_is_renewed(self):
+        v.ensure_certificate(self.config, NOW + YEAR, force=True)
+        made, changed = v.ensure_certificate(self.config, NOW)
+        self.assertEqual((changed, made.not_after), (True, self.first.not_after))
+
+    def test_new_names_and_addresses_give_a_new_leaf(self):
+        with unittest.mock.patch.object(v.socket, 'gethostname', return_value='renamed'):
+            made, changed = v.ensure_certificate(self.config, NOW)
+            self.assertEqual((changed, made.names[0]), (True, 'renamed.local'))
+            self.assertNotIn('renamed', made.names)  # outside what this CA may sign for
+            self.assertFalse(v.ensure_certificate(self.config, NOW)[1])
+        here = ('127.0.0.1', '10.6.6.6', '2001:db8::1', '8.8.8.8')
+        with unittest.mock.patch.object(v, 'host_addresses', return_value=here):
+            made, changed = v.ensure_certificate(self.config, NOW)
+            self.assertEqual((changed, made.addresses), (True, ('127.0.0.1', '10.6.6.6')))
+        self.assertEqual(self.changed(), {'server.crt'})
+
+    def test_names_given_are_remembered_for_renewals(self):
+        for _ in range(2):
+            made, _ = v.ensure_certificate(self.config, NOW, ['NAS.lan.', '192.168.5.5'], ['fe80::1%eth0'])
+        later, _ = v.ensure_certificate(self.config, NOW + 380 * v.DAY)
+        for certificate in (made, later):
+            self.assertLessEqual({'nas.lan', '192.168.5.5', 'fe80::1'}, {*certificate.names, *certificate.addresses})
+        self.assertNotIn('ca.crt', self.changed())
+
+    def test_a_name_outside_needs_a_new_ca_and_the_message_says_so(self):
+        for word in ('videos.example.org', '8.8.8.8', '2001:db8::1', 'com'):
+            with self.assertRaisesRegex(v.Trouble, rf'^{re.escape(word)}: .*--new-ca'):
+                v.ensure_certificate(self.config, NOW, [word])
+        for word in ('no host', '10.0.0.0/8', '-x', '', 'a..b', 'x' * 64, '*.lan'):
+            with self.assertRaisesRegex(v.Trouble, 'is no host name'):
+                v.ensure_certificate(self.config, NOW, [word])
+        self.assertEqual(self.changed(), set())
+        v.ensure_certificate(self.config, NOW, ['videos.example.org', '8.8.8.8'], new_ca=True)
+        self.assertEqual(self.changed(), {'ca.crt', 'ca.key', 'server.crt', 'server.key', 'names.json'})
+        made, _ = v.ensure_certificate(self.config, NOW + 380 * v.DAY)
+        self.assertIn('8.8.8.8', made.addresses)
+        self.assertRegex(verdict(self.config, self.config.server.cert_file, '-attime', str(int(NOW + 380 * v.DAY)),
+                                 '-verify_hostname', 'videos.example.org'), r'\bOK\n$')
+        self.assertIn('permitted', verdict(self.config, sign_by_hand(self.config, 'x', 'DNS:www.apple.com')))
+
+    def test_a_configured_name_outside_is_left_out_and_logged(self):
+        config = new_config(self.config.folder, public_base_url='https://b.example',
+                            names='nas.lan, videos.example.org')
+        with self.assertLogs(v.log, 'WARNING') as logs:
+            made, _ = v.ensure_certificate(config, NOW)
+        self.assertRegex(logs.output[0], r'names: .*videos\.example\.org.*--new-ca')
+        self.assertEqual({'nas.lan', 'videos.example.org', 'b.example'} & {*made.names}, {'nas.lan'})
+        self.assertEqual([v.may_name(config, name) for name in ('nas.lan', 'b.example', '10.1.1.1', '9.9.9.9')],
+                         [True, False, True, False])
+        made, _ = v.ensure_certificate(config, NOW, new_ca=True)
+        self.assertIn('videos.example.org', made.names)
+
+    def test_a_host_called_tv_gets_no_ca_for_all_of_tv(self):
+        with unittest.mock.patch.object(v.socket, 'gethostname', return_value='TV'):
+            made, _ = v.ensure_certificate(self.config, NOW, new_ca=True)
+        self.assertEqual(made.names, ('tv.local', 'localhost'))
+        self.assertIn('permitted', verdict(self.config, sign_by_hand(self.config, 'x', 'DNS:arte.tv')))
+
+    def test_odd_host_names(self):
+        for host, names in {
+                'My Pi.fritz.box': ('my-pi.local', 'my-pi', 'my-pi.fritz.box', 'localhost'),
+                'localhost': ('localhost.local', 'localhost'), '': ('localhost.local', 'localhost'),
+                'x' * 64: ('x' * 63 + '.local', 'x' * 63, 'localhost'), 'ü': ('localhost.local', 'localhost')}.items():
+            with unittest.mock.patch.object(v.socket, 'gethostname', return_value=host):
+                self.assertEqual(v.machine_names(), names)
+                made, _ = v.ensure_certificate(new_config(), NOW)
+                self.assertLessEqual({*names}, {*made.names})
+
+    def test_addresses_that_come_and_go_are_left_out(self):
+        flags = {'1': '80', '2': '01', '3': '20', '4': '80'}  # permanent, temporary, deprecated, a container's
+        tables = {'/proc/net/fib_trie': '  |-- 10.9.0.0\n     /16 link UNICAST\n  |-- 10.9.0.7\n     /32 host LOCAL\n',
+                  '/proc/net/if_inet6': '\n'.join(f'fd{at:0>30} 02 40 00 {bits} {"veth4" if at == "4" else "eth0"}'
+                                                  for at, bits in flags.items())}
+        with unittest.mock.patch.object(v.Path, 'read_text', lambda path, **_: tables[str(path)]), \
+                unittest.mock.patch.object(v.socket, 'socket', side_effect=OSError):
+            self.assertEqual(v.host_addresses(), ('127.0.0.1', '::1', '10.9.0.7', 'fd00::1'))
+
+    def test_a_lost_ca_key_keeps_the_leaf_and_says_so(self):
+        (self.config.server.ca_file.with_name('ca.key')).unlink()
+        self.before = contents(self.config)
+        with self.assertLogs(v.log, 'WARNING') as logs:
+            self.assertEqual(v.ensure_certificate(self.config, NOW + 380 * v.DAY), (self.first, False))
+        self.assertRegex(logs.output[0], r'ca\.key is missing.*--new-ca')
+        for asked in ({'force': True}, {'names': ['x.lan']}):
+            with self.assertRaisesRegex(v.Trouble, r'ca\.key is missing.*--new-ca'):
+                v.ensure_certificate(self.config, NOW, **asked)
+        with self.assertRaisesRegex(v.Trouble, r'ca\.key is missing'):
+            v.ensure_certificate(self.config, NOW + 400 * v.DAY)  # expired by now: nothing usable left
+        self.assertEqual(self.changed(), set())
+        self.assertTrue(v.ensure_certificate(self.config, NOW, new_ca=True)[1])
+
+    def test_a_lost_leaf_is_made_anew_with_its_key(self):
+        self.config.server.cert_file.unlink()
+        self.assertTrue(v.ensure_certificate(self.config, NOW)[1])
+        self.assertEqual(self.changed(), {'server.crt'})
+
+    def test_broken_files_are_named_with_what_to_do(self):
+        other, locked = (openssl('genpkey', '-algorithm', 'EC', '-pkeyopt', 'ec_paramgen_curve:P-256', *more)
+                         for more in ((), ('-aes128', '-pass', 'pass:secret')))
+        for name, text in (('server.key', 'garbage'), ('server.key', None), ('server.key', other),
+                           ('server.key', locked), ('server.crt', ''), ('server.crt', 'garbage')):
+            self.setUp()
+            file = self.config.server.ca_file.with_name(name)
+            file.unlink()
+            if text is not None:
+                file.write_text(text)
+            with self.assertRaisesRegex(v.Trouble, rf'^[^\n]*{name}[^\n]*move both away[^\n]*$'):
+                v.ensure_certificate(self.config, NOW)
+
+    def test_the_leaf_never_outlives_its_ca(self):
+        end = last_of(fields(self.config.server.ca_file))
+        with self.assertLogs(v.log, 'WARNING') as logs:
+            made, _ = v.ensure_certificate(self.config, end - 20 * v.DAY)
+        self.assertEqual(made.not_after, end)
+        self.assertIn('--new-ca', logs.output[0])
+
+    def test_broken_names_json_does_not_matter_much(self):
+        self.config.server.ca_file.with_name('names.json').write_text('{"given": 7')
+        with self.assertLogs(v.log, 'WARNING'):
+            made, _ = v.ensure_certificate(self.config, NOW + 380 * v.DAY)
+        self.assertIn('localhost', made.names)
+
+
+class TestOwnCertificate(unittest.TestCase):
+    """The owner's certificate is left alone; only its expiry is reported."""
+
+    def test_own_certificate_is_left_alone(self):
+        for with_ca in (False, True):
+            config = new_config()
+            if with_ca:
+                v.ensure_certificate(config, NOW)
+            own_pair(config)
+            before = contents(config)
+            end = last_of(fields(config.server.cert_file))
+            with unittest.mock.patch.object(v.subprocess, 'run', side_effect=AssertionError):
+                for now in (NOW, NOW + YEAR, 0):
+                    made, changed = v.ensure_certificate(config, now)
+                self.assertEqual((made.own, changed), (True, False))
+                self.assertEqual(made.names, ('nas.example.org', '*.nas.example.org'))
+                self.assertEqual(made.not_after, end)
+                for asked in ({'force': True}, {'new_ca': True}, {'names': ['x.lan']}):
+                    with self.assertRaisesRegex(v.Trouble, 'your own certificate.*left alone'):
+                        v.ensure_certificate(config, NOW, **asked)
+            self.assertEqual(contents(config), before)
+            v.server_context(config)
+
+    def test_an_own_certificate_needs_no_folder_for_the_ca(self):
+        config = new_config(ca_file='/proc/1/nothing/ca.crt')
+        own_pair(config)
+        self.assertTrue(v.ensure_certificate(config, NOW)[0].own)
+        with self.assertRaisesRegex(v.Trouble, 'ca.crt is missing'):
+            v.mobileconfig(config)
+
+    def test_our_leaf_without_its_ca_counts_as_own(self):
+        config = new_config()
+        v.ensure_certificate(config, NOW)
+        config.server.ca_file.unlink()
+        self.assertTrue(v.ensure_certificate(config, NOW)[0].own)
+
+
+class TestClock(unittest.TestCase):
+    """A clock before the build date waits or says so instead of making a certificate nobody accepts."""
+
+    def test_a_clock_before_the_build_date_makes_no_certificate(self):
+        config = new_config()
+        with self.assertRaisesRegex(v.ClockWrong, 'the clock shows 1970-01-01.*timedatectl'):
+            v.ensure_certificate(config, 60)
+        self.assertEqual(contents(config), {})
+        made, _ = v.ensure_certificate(config, NOW)
+        with unittest.mock.patch.object(v.socket, 'gethostname', return_value='renamed'):
+            with self.assertLogs(v.log, 'WARNING') as logs:
+                self.assertEqual(v.ensure_certificate(config, 60), (made, False))
+        self.assertIn('the clock shows 1970', logs.output[0])
+        with self.assertRaises(v.ClockWrong):
+            v.ensure_certificate(config, 60, force=True)
+
+
+MAKER = '''
+import os, random, shutil, signal, sys, time
+import videoserverd as v
+config = v.load_config(v.Path(sys.argv[1]) / 'config.ini', {})
+now = float(sys.argv[2])
+log = v.log.addHandler(v.logging.NullHandler())
+
+def fork(work, **asked):
+    """Runs `work`, then a maker, in a child; its id."""
+    child = os.fork()
+    if not child:
+        os.umask(0)
+        work()
+        v.ensure_certificate(config, now, **asked)
+        os._exit(0)
+    return child
+
+def wait(child):
+    """Was it killed?"""
+    return os.waitpid(child, 0)[1] == signal.SIGKILL
+
+def pair():
+    """A handshake with the certificate as it lies there, by the CA as it lies there."""
+    return v.look_at_certificate(config)
+
+CHANGES = {'fsync': os, 'chown': os, 'rename': v.Path, 'replace': v.Path, 'chmod': v.Path, 'mkdir': v.Path,
+           'write_text': v.Path, 'rmtree': shutil, 'run': v.subprocess}
+
+def doomed(step, names=tuple(CHANGES)):
+    """Has this process killed at its `step`th change of the disk, of those named."""
+    left = [step]
+    def deadly(owner, name):
+        real = getattr(owner, name)
+        def call(*words, **more):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*words, **more)
+        setattr(owner, name, call)
+    for name in names:
+        deadly(CHANGES[name], name)
+'''
+
+
+class TestKillAndFullDisk(unittest.TestCase):
+    """A kill or a full disk leaves the old pair whole."""
+
+    def run_maker(self, config: Any, script: str) -> str:
+        """Runs MAKER and `script` in a process of its own; what it prints."""
+        done = subprocess.run([sys.executable, '-c', MAKER + script, str(config.folder), str(NOW)], cwd=str(HERE),
+                              encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual((done.returncode, done.stderr), (0, ''))
+        return done.stdout
+
+    def check_whole(self, config: Any) -> None:
+        """The files are a good set, the keys are private, nothing is left over."""
+        self.assertRegex(verdict(config, config.server.cert_file, '-verify_hostname', 'localhost'), r'\bOK\n$')
+        v.server_context(config)
+        for name in ('ca', 'server'):
+            file = config.server.ca_file.with_name(name)
+            self.assertEqual(openssl('pkey', '-in', file.with_suffix('.key'), '-pubout'),
+                             openssl('x509', '-in', file.with_suffix('.crt'), '-noout', '-pubkey'))
+        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in config.server.ca_file.parent.iterdir()}
+        self.assertEqual(modes, {'ca.crt': '0o644', 'ca.key': '0o600', 'names.json': '0o644', 'server.crt': '0o644',
+                          'server.key': '0o600'})
+
+    def test_kill_at_each_step_of_a_renewal(self):
+        config = new_config()
+        v.ensure_certificate(config, NOW)
+        steps = self.run_maker(config, '''
+step = 0
+while wait(fork(lambda: doomed(step), force=True)):
+    assert not pair().own            # whole as it lies there, with nothing repaired
+    step += 1
+print(step)
+''')
+        self.assertGreater(int(steps), 12)
+        self.check_whole(config)
+
+    def test_kill_at_each_step_of_a_new_ca_and_of_the_first(self):
+        for first, least in ((False, 15), (True, 6)):
+            config = new_config()
+            if not first:
+                v.ensure_certificate(config, NOW)
+            steps = self.run_maker(config, f'''
+step, first = 0, {first}
+def empty():
+    if first:
+        shutil.rmtree(config.server.ca_file.parent, ignore_errors=True)
+    doomed(step, ('rename', 'replace', 'rmtree') if first else ('rename', 'replace', 'rmtree', 'fsync'))
+while wait(fork(empty, new_ca=not first)):
+    found, _ = v.ensure_certificate(config, now)
+    assert not found.own and pair() == found
+    step += 1
+print(step)
+''')
+            self.assertGreater(int(steps), least)
+            self.check_whole(config)
+
+    def test_kill_9_at_random_moments(self):
+        config = new_config()
+        v.ensure_certificate(config, NOW)
+        self.run_maker(config, '''
+killed = 0
+for _ in range(10):
+    child = fork(lambda: None, force=True)
+    time.sleep(random.uniform(0, 0.08))
+    os.kill(child, signal.SIGKILL)
+    killed += wait(child)
+    assert not pair().own
+assert killed
+v.ensure_certificate(config, now, force=True)
+''')
+        self.check_whole(config)
+
+    def test_makers_at_the_same_time_take_turns(self):
+        config = new_config()
+        self.run_maker(config, '''
+children = [fork(lambda: None, new_ca=True) for _ in range(4)]
+assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+''')
+        self.check_whole(config)
+
+    def test_keys_are_private_whatever_the_umask(self):
+        config = new_config()
+        self.run_maker(config, '''
+def watch():
+    """Looks at each file when openssl has made it."""
+    real = v.subprocess.run
+    def run(*words, **more):
+        done = real(*words, **more)
+        assert os.stat(more['cwd']).st_mode & 0o777 == 0o700
+        assert not [name for name in os.listdir(more['cwd']) if name.endswith('.key')
+                    and os.stat(os.path.join(more['cwd'], name)).st_mode & 0o077]
+        return done
+    v.subprocess.run = run
+assert not wait(fork(watch))
+''')
+        self.check_whole(config)
+
+    def test_a_locked_ca_key_is_not_asked_for_on_the_terminal(self):
+        config = new_config()
+        v.ensure_certificate(config, NOW)
+        key = config.server.ca_file.with_name('ca.key')
+        key.write_text(openssl('pkey', '-in', key, '-aes128', '-passout', 'pass:secret'))
+        self.run_maker(config, '''
+import pty
+child, terminal = pty.fork()
+if not child:
+    try:
+        v.ensure_certificate(config, now, force=True)
+    except v.Trouble:
+        os._exit(7)
+began = time.monotonic()
+while not os.waitpid(child, os.WNOHANG)[0]:
+    assert time.monotonic() - began < 10, os.read(terminal, 999)
+    time.sleep(0.01)
+''')
+
+    @unittest.skipUnless(os.geteuid() == 0, 'only root can mount a small disk')
+    def test_a_full_disk_leaves_the_old_pair(self):
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        mount = ['mount', '-t', 'tmpfs', '-o', 'size=120k', 'tmpfs', str(folder)]
+        if subprocess.run(mount, stderr=subprocess.PIPE).returncode:
+            self.skipTest('no mounting here')
+        self.addCleanup(subprocess.run, ['umount', str(folder)], check=True)
+        config, filler = new_config(folder), folder / 'filler'
+        v.ensure_certificate(config, NOW)
+        outcomes = collections.Counter()
+        for pages in range(0, 24, 2):
+            before = contents(config)
+            with filler.open('wb', buffering=0) as file:
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(bytes(4096))
+                file.truncate(max(0, file.tell() - pages * 4096))
+            try:
+                v.ensure_certificate(config, NOW, new_ca=True)
+                outcomes['made'] += 1
+            except v.Trouble as error:
+                outcomes['full'] += 1
+                self.assertNotIn('\n', str(error))
+                self.assertEqual(contents(config), before)
+            filler.unlink()
+            self.check_whole(config)
+        self.assertGreater(min(outcomes['made'], outcomes['full']), 2, outcomes)
+
+    @unittest.skipUnless(os.geteuid() == 0, 'only root can give files away')
+    def test_root_makes_files_of_the_folders_owner(self):
+        config = new_config()
+        config.server.ca_file.parent.mkdir()
+        os.chown(config.server.ca_file.parent, 12345, 12345)
+        v.ensure_certificate(config, NOW)
+        self.assertEqual({file.stat().st_uid for file in config.server.ca_file.parent.iterdir()}, {12345})
+
+    def test_no_openssl_says_how_to_get_it(self):
+        with unittest.mock.patch.dict(os.environ, PATH='/nowhere'):
+            with self.assertRaisesRegex(v.Trouble, 'apt-get install openssl'):
+                v.ensure_certificate(new_config(), NOW)
+
+    def test_a_folder_that_cannot_be_made_is_named(self):
+        with self.assertRaisesRegex(v.Trouble, r'^the certificate cannot be made: /proc/1/x'):
+            v.ensure_certificate(new_config(ca_file='/proc/1/x/ca.crt'), NOW)
+
+    def test_gen_cert_sh_passes_its_arguments(self):
+        config = new_config()
+        command_line = [str(HERE / 'gen_cert.sh'), '--config', str(config.file), '--host', 'pi.lan', '--ip', '10.4.4.4']
+        done = subprocess.run(command_line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+        self.assertEqual(done.returncode, 0, done.stdout)
+        made = v.look_at_certificate(config)
+        self.assertLessEqual({'pi.lan', '10.4.4.4'}, {*made.names, *made.addresses})
+
+
+class TestServerContext(unittest.TestCase):
+    """TLS 1.2 with ECDHE and 1.3 only."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.config = new_config()
+        v.ensure_certificate(cls.config, NOW)
+        cls.context = v.server_context(cls.config)
+        cls.ca = cls.config.server.ca_file
+
+    def test_speaks_tls_1_3_and_1_2_with_forward_secrecy(self):
+        found = handshake(self.context, self.ca)
+        self.assertEqual((found[0], found[2:]), ('TLSv1.3', ('http/1.1', None)))
+        for cipher in ('ECDHE-ECDSA-AES128-GCM-SHA256', 'ECDHE-ECDSA-AES256-GCM-SHA384',
+                       'ECDHE-ECDSA-CHACHA20-POLY1305'):
+            found = handshake(self.context, self.ca, maximum_version=ssl.TLSVersion.TLSv1_2, ciphers=cipher)
+            self.assertEqual(found, ('TLSv1.2', cipher, 'http/1.1', None))
+        self.assertEqual({each['kea'] for each in self.context.get_ciphers()}, {'kx-ecdhe', 'kx-any'})
+        self.assertTrue(all(each['aead'] for each in self.context.get_ciphers()))
+
+    def test_refuses_what_is_older_or_weaker(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', DeprecationWarning)
+            with self.assertRaises(ssl.SSLError):
+                handshake(self.context, self.ca, minimum_version=ssl.TLSVersion.TLSv1,
+                          maximum_version=ssl.TLSVersion.TLSv1_1, ciphers='ALL:@SECLEVEL=0')
+        for cipher in ('ECDHE-ECDSA-AES128-SHA256', 'AES128-GCM-SHA256', 'DHE-RSA-AES128-GCM-SHA256'):
+            with self.assertRaises(ssl.SSLError):
+                handshake(self.context, self.ca, maximum_version=ssl.TLSVersion.TLSv1_2, ciphers=cipher)
+
+    def test_options(self):
+        wanted = ssl.OP_NO_COMPRESSION | ssl.OP_CIPHER_SERVER_PREFERENCE | getattr(ssl, 'OP_NO_RENEGOTIATION', 0)
+        self.assertEqual(self.context.options & wanted, wanted)
+        self.assertEqual(self.context.num_tickets, 0)
+        self.assertGreaterEqual(self.context.minimum_version, ssl.TLSVersion.TLSv1_2)
+
+    def test_sessions_are_not_kept_in_memory(self):
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            for _ in range(3):
+                handshake(self.context, self.ca, maximum_version=version)
+        self.assertEqual(self.context.session_stats()['number'], 0)
+
+
+# ---------- installation ------------------------------------------------------------------
+# config.ini, install.sh, the unit, the plist and the container files as they are delivered. What
+# install.sh does on a real system is proved by .ci/nspawn, on systems that it boots.
+
+SHELL_FILES = ('install.sh', 'gen_cert.sh', '.ci/run', '.ci/nspawn')
+
+
+def values_of(config: Any) -> Dict[str, Any]:
+    """The settings of a Config, without where they come from."""
+    return {section: vars(getattr(config, section)) for section in v.SETTINGS}
+
+
+class TestConfigFile(unittest.TestCase):
+    """config.ini: every key, its comment, its default."""
+
+    def test_every_key_with_its_help_and_its_default(self):
+        text = (HERE / 'config.ini').read_text(encoding='utf-8')
+        for section, keys in v.SETTINGS.items():
+            body = text.partition(f'\n[{section}]\n')[2].partition('\n[')[0] + '\n'
+            for key, row in keys.items():
+                self.assertIn(f'# {row.help}\n{key} = {row.default}'.rstrip() + '\n', body)
+
+    def test_means_the_same_as_no_file(self):
+        self.assertEqual(values_of(v.load_config(HERE / 'config.ini', {})), values_of(v.load_config(None, {})))
+
+
+class TestInstallScript(unittest.TestCase):
+    """install.sh as far as it can be seen without installing."""
+
+    def install(self, *words: str, system: str = '') -> Any:
+        """What `install.sh WORDS` says and its exit code; `system`: what uname claims."""
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        if system:
+            (folder / 'uname').write_text(f'#!/bin/sh\necho {system}\n')
+            (folder / 'uname').chmod(0o755)
+        env = {**clean_environment(), 'PATH': f'{folder}:{os.environ["PATH"]}', 'SUDO_USER': 'nobody', 'LC_ALL': 'C'}
+        return subprocess.run(['sh', str(HERE / 'install.sh'), *words], env=env, cwd=str(folder), encoding='utf-8',
+                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+
+    @unittest.skipUnless(shutil.which('shellcheck'), 'shellcheck is not installed')
+    def test_shell_scripts_are_shellcheck_clean(self):
+        done = subprocess.run(['shellcheck', *SHELL_FILES], cwd=str(HERE), stdout=subprocess.PIPE, encoding='utf-8')
+        self.assertEqual(done.stdout, '')
+
+    def test_shell_scripts_run_from_any_folder_and_are_executable(self):
+        for name in SHELL_FILES:
+            self.assertTrue(os.access(HERE / name, os.X_OK), name)
+        self.assertEqual((HERE / 'install.sh').read_text().rstrip().splitlines()[-1], 'main "$@"')
+
+    @unittest.skipUnless(sys.platform == 'linux', 'Linux')
+    def test_dry_run_names_what_it_would_write_and_writes_nothing(self):
+        paths = '/opt/videoserver', '/etc/videoserver', '/var/lib/videoserver'
+        before = {path: Path(path).exists() for path in paths}
+        done = self.install('--dry-run', '--output', 'clips', '--port', '9443')
+        self.assertEqual(done.returncode, 0, done.stdout)
+        named = set(re.findall(r'^would write (/\S+)', done.stdout, re.M))
+        self.assertLessEqual({'/opt/videoserver/videoserverd.py', '/usr/local/bin/videoserverd'}, named)
+        if os.path.isdir('/run/systemd/system'):
+            self.assertIn('/etc/systemd/system/videoserver.service', named)
+        else:
+            self.assertIn('no systemd runs here', done.stdout)
+        self.assertIn('would set port = 9443 in /etc/videoserver/config.ini', done.stdout)
+        self.assertRegex(done.stdout, r'would set output_directory = /\S+/clips in ')
+        self.assertEqual(before, {path: Path(path).exists() for path in before})
+
+    def test_dry_run_on_a_mac(self):
+        done = self.install('--dry-run', system='Darwin')
+        self.assertEqual(done.returncode, 0, done.stdout)
+        self.assertIn('would write /Library/LaunchDaemons/com.videoserver.download.plist\n', done.stdout)
+        self.assertIn('would run launchctl bootstrap system /Library/LaunchDaemons/', done.stdout)
+        self.assertRegex(done.stdout, r'would write /\S+/Movies/VideoServer\n')
+        self.assertNotIn('apt-get', done.stdout)
+        self.assertNotIn('systemctl', done.stdout)
+
+    def test_refuses_in_one_line_what_it_does_not_understand(self):
+        for words, said in ((['--purge'], 'goes with --uninstall'), (['--port', '70000'], '1 to 65535'),
+                            (['--port', '0x50'], '1 to 65535'), (['--user', 'root'], 'does not run as root'),
+                            (['--user', '$(id)'], 'not the name of a user'), (['--output', '/a"b'], 'a path without'),
+                            (['--output', '/a%b'], 'a path without'), (['--user'], 'needs a value'),
+                            (['--frobnicate'], 'unknown; see --help')):
+            with self.subTest(words):
+                done = self.install('--dry-run', *words)
+                self.assertEqual((done.returncode, done.stdout.count('\n')), (1, 1), done.stdout)
+                self.assertIn(said, done.stdout)
+
+    def test_other_systems_are_told_to_run_the_file(self):
+        done = self.install('--dry-run', system='FreeBSD')
+        self.assertEqual(done.returncode, 1)
+        self.assertIn('python3 videoserverd.py', done.stdout)
+
+
+class TestServiceFiles(unittest.TestCase):
+    """What systemd and launchd are handed."""
+
+    def unit(self) -> Path:
+        """The unit with the Python that is here, since systemd-analyze looks for it."""
+        file = Path(tempfile.mkdtemp(dir=RUN)) / 'videoserver.service'
+        file.write_text((HERE / 'videoserver.service').read_text().replace('/usr/bin/python3', sys.executable))
+        return file
+
+    @unittest.skipUnless(shutil.which('systemd-analyze'), 'systemd-analyze is not installed')
+    def test_unit_is_valid(self):
+        done = subprocess.run(['systemd-analyze', 'verify', '--man=no', str(self.unit())], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, encoding='utf-8')
+        self.assertEqual((done.returncode, done.stdout), (0, ''))
+
+    @unittest.skipUnless(shutil.which('systemd-analyze'), 'systemd-analyze is not installed')
+    def test_unit_is_hardened_to_an_exposure_of_1_5_or_less(self):
+        done = subprocess.run(['systemd-analyze', 'security', '--offline=yes', '--no-pager', str(self.unit())],
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+        self.assertLessEqual(float(re.search(r'Overall exposure level for \S+: ([\d.]+)', done.stdout)[1]), 1.5)
+
+    def test_unit_never_gives_up_and_tells_when_it_is_ready(self):
+        lines = (HERE / 'videoserver.service').read_text().splitlines()
+        for line in ('Type=notify', 'Restart=always', 'StartLimitIntervalSec=0', 'WatchdogSec=120',
+                     'After=network-online.target time-sync.target', "ExecReload=/bin/sh -c 'kill -HUP $MAINPID'",
+                     'ProtectSystem=strict', 'WantedBy=multi-user.target'):
+            self.assertIn(line, lines)
+
+    def test_plist_is_valid_and_keeps_it_alive(self):
+        job = plistlib.loads((HERE / 'com.videoserver.download.plist').read_bytes())
+        self.assertEqual((job['Label'], job['KeepAlive'], job['RunAtLoad']), ('com.videoserver.download', True, True))
+        self.assertGreaterEqual(job['ThrottleInterval'], 5)
+        self.assertGreaterEqual(job['SoftResourceLimits']['NumberOfFiles'], 1024)
+        self.assertEqual(job['ProgramArguments'], ['/usr/local/bin/videoserverd'])
+        self.assertTrue(job['StandardErrorPath'].startswith('/var/lib/videoserver/'))
+
+
+class TestContainerFiles(unittest.TestCase):
+    """deploy/, as far as it can be judged where no image can be built."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.compose = (HERE / 'deploy/docker-compose.yml').read_text()
+        cls.dockerfile = (HERE / 'deploy/Dockerfile').read_text()
+
+    @unittest.skipUnless(shutil.which('check-jsonschema'), 'check-jsonschema is not installed')
+    def test_compose_file_is_valid_by_the_compose_schema(self):
+        done = subprocess.run(
+            ['check-jsonschema', '--builtin-schema', 'vendor.compose-spec', 'deploy/docker-compose.yml'],
+            cwd=str(HERE), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+        self.assertEqual(done.returncode, 0, done.stdout)
+
+    def test_compose_file_has_document_b_names(self):
+        for name in ('api', 'nginx', 'rustfs'):
+            self.assertIn(f'\n  prt-videodownloader-{name}:\n', self.compose)
+        self.assertIn('\n  prt-videodownloader-net:\n    name: prt-videodownloader-net\n', self.compose)
+        self.assertEqual(self.compose.count('healthcheck:') + self.dockerfile.count('HEALTHCHECK'), 3)
+
+    def test_environment_of_the_image_and_of_compose_is_accepted(self):
+        image = dict(re.findall(r'^(?:ENV)? +([A-Z0-9_]+)=(\S*?)(?: \\)?$', self.dockerfile, re.M))
+        service = self.compose.partition('prt-videodownloader-api:\n')[2].partition('\n  prt-videodownloader-nginx:')[0]
+        values = {name: re.sub(r'\$\{\w+:-?([^}]*)\}', r'\1', text).strip("'\"")
+                  for name, text in re.findall(r'^      ([A-Z0-9_]{6,}): (.*)$', service, re.M)}
+        self.assertEqual(image['VIDEOSERVER_SERVER_TLS'], 'off')
+        config = v.load_config(None, {**image, **values})
+        self.assertEqual(str(config.database.path), '/opt/prt/prt-videodownloader/db/prt-videodownloader.sqlite')
+        self.assertEqual(str(config.downloads.output_directory), '/opt/prt/prt-videodownloader/data')
+        self.assertEqual(config.server.public_base_url, 'https://prt.teevity.com/videodownloader')
+        self.assertIsNone(config.logging.file)
+        nginx = re.search(r'prt-videodownloader-nginx:\n.*?ipv4_address: (\S+)', self.compose, re.S)[1]
+        self.assertEqual([str(network) for network in config.server.trusted_proxies], [f'{nginx}/32'])
+        self.assertIn(f'location {config.server.accel_redirect} ', (HERE / 'deploy/nginx.conf').read_text())
+        self.assertFalse(any(client.num_addresses < 2 ** 32 for client in config.security.allowed_clients))
+
+    def test_image_is_slim_and_does_not_run_as_root(self):
+        self.assertRegex(self.dockerfile, r'(?m)^FROM python:3\.\d+-slim')
+        self.assertRegex(self.dockerfile, r'(?m)^USER (?!root)')
+        for source in re.findall(r'(?m)^COPY (?:--\S+ )*(\S+) ', self.dockerfile):
+            self.assertTrue((HERE / source).exists(), source)
+            self.assertIn(f'!{source}\n', (HERE / 'deploy/Dockerfile.dockerignore').read_text())
+
+
+# ---------- behind nginx ------------------------------------------------------------------
+# deploy/nginx.conf itself, run by the real nginx with only names, ports and folders replaced, in
+# front of a real daemon with tls = off.
+
+
+class Nginx:
+    """The nginx of this machine with deploy/nginx.conf, on a port of its own, in front of `upstream`."""
+
+    def __init__(self, sock: socket.socket, upstream: int, files: Path):
+        self.folder, self.port = Path(tempfile.mkdtemp(prefix='nginx-', dir=RUN)), sock.getsockname()[1]
+        text = (HERE / 'deploy/nginx.conf').read_text()
+        user = ' user root;' if os.getuid() == 0 else ''
+        folders = ''.join(f'{name}_temp_path {self.folder}; '
+                          for name in ('client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi'))
+        for old, new in (('listen 443 ssl;', f'listen 127.0.0.1:{self.port} ssl;'), ('listen [::]:443 ssl;', ''),
+                         ('listen 9443 ssl;', f'listen unix:{self.folder}/s3 ssl;'), ('listen [::]:9443 ssl;', ''),
+                         ('/etc/nginx/certs/fullchain.pem', f'{certificates()}/server.crt'),
+                         ('/etc/nginx/certs/privkey.pem', f'{certificates()}/server.key'),
+                         ('prt-videodownloader-api:8080', f'127.0.0.1:{upstream}'),
+                         ('prt-videodownloader-rustfs:9000', '127.0.0.1:9'),
+                         ('alias /opt/prt/prt-videodownloader/data/;', f'alias {files}/;'),
+                         ('from=/opt/prt/prt-videodownloader/data;', f'from={files};'),
+                         ('pid /run/nginx.pid;', f'pid {self.folder}/pid; daemon off;{user}'),
+                         ('access_log /dev/stdout;', f'{folders}access_log {self.folder}/access;')):
+            assert text.count(old) == 1, old
+            text = text.replace(old, new)
+        (self.folder / 'nginx.conf').write_text(text)
+        with (self.folder / 'console').open('wb') as console:  # NGINX: the socket that it takes over, as in an upgrade
+            self.process = subprocess.Popen(
+                ['nginx', '-e', 'stderr', '-p', str(self.folder), '-c', 'nginx.conf'], pass_fds=[sock.fileno()],
+                env={**os.environ, 'NGINX': f'{sock.fileno()};'}, stdin=subprocess.DEVNULL, stdout=console,
+                stderr=console)
+        try:
+            wait_until(lambda: (self.folder / 'pid').exists(), 10, lambda: (self.folder / 'console').read_text())
+        except AssertionError:
+            self.close()
+            raise
+
+    def client(self, source: str = '127.0.0.1', key: str = '') -> 'NginxClient':
+        """A client that comes from `source`, an address of the loopback."""
+        client = NginxClient(self.port, certificates() / 'ca.crt', key)
+        client.source = source
+        return client
+
+    def close(self) -> None:
+        """Ends it."""
+        self.process.terminate()
+        self.process.wait(10)
+
+
+class NginxClient(Client):
+    """A client with an address of its own."""
+    source = '127.0.0.1'
+
+    def connection(self) -> Any:
+        return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=self.context,
+                                           source_address=(self.source, 0))
+
+
+def handed_over() -> socket.socket:
+    """A listening socket that somebody else takes over."""
+    sock = socket.socket()
+    sock.bind(('127.0.0.1', 0))
+    sock.listen(64)
+    return sock
+
+
+@unittest.skipUnless(shutil.which('nginx'), 'nginx is not installed')
+class TestBehindNginx(DaemonTest):
+    """Page, both APIs and files under https://…/videodownloader, files served by nginx itself."""
+    settings = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        with handed_over() as sock:
+            cls.base = f'https://127.0.0.1:{sock.getsockname()[1]}/videodownloader'
+            cls.daemon = Daemon(
+                site=cls.site, env={'VIDEOSERVER_API_KEYS': 'key'},
+                server={'tls': 'off', 'public_base_url': cls.base, 'trusted_proxies': '127.0.0.1',
+                        'accel_redirect': '/protected/'},
+                security={'allowed_clients': '127.0.0.1,127.0.0.2', 'requests_per_hour': '0'})
+            cls.addClassCleanup(cls.daemon.close)
+            cls.nginx = Nginx(sock, cls.daemon.port, cls.daemon.output)
+            cls.addClassCleanup(cls.nginx.close)
+        cls.client = cls.nginx.client(key='key')
+        cls.stranger = cls.nginx.client()  # has no key
+        cls.daemon.client = cls.daemon.poller = cls.daemon.new_client(key='key')
+        cls.post = cls.site.tiktok(title='Ein Tag am Meer ☀', size=300_000)
+        cls.row = cls.daemon.download(cls.post)
+        cls.path = cls.row['public_url'][len(cls.base) - len('/videodownloader'):]
+
+    def setUp(self) -> None:
+        self.addCleanup(self.report, self.daemon)
+
+    def test_page_and_all_it_refers_to(self):
+        self.assertEqual(self.stranger.get('/videodownloader').headers['Location'].partition('//')[2].partition('/')[2],
+                         'videodownloader/')
+        status, headers, body = self.stranger.get('/videodownloader/')
+        self.assertEqual((status, headers.get_content_type()), (200, 'text/html'))
+        references = set(re.findall(rb'(?:src|href)="([^"#]+)"', body))
+        self.assertTrue(references)
+        for reference in references:
+            with self.subTest(reference):
+                self.assertFalse(reference.startswith((b'/', b'http')), 'only relative addresses')
+                self.assertEqual(self.stranger.get(f'/videodownloader/{reference.decode()}').status, 200)
+
+    def test_a_link_is_taken_and_its_download_seen(self):
+        status, _, body = self.client.post('/videodownloader/api/v1/download', {'url': str(self.site.tiktok())})
+        self.assertEqual(status, 202, body)
+        self.daemon.wait_status(body['download_id'], 'completed')
+        status, _, body = self.client.get('/videodownloader/api/v1/history')
+        self.assertEqual(status, 200)
+        self.assertTrue(all(row['public_url'].startswith(self.base + '/files/') for row in body['downloads']))
+        self.assertEqual(self.stranger.get('/videodownloader/api/v1/history').status, 401)
+
+    def test_document_b(self):
+        status, _, body = self.client.post('/videodownloader/initiateDownload', {'videoURL': str(self.site.tiktok())})
+        self.assertEqual(status, 200, body)
+        self.daemon.wait_status(body['downloadUUID'], 'completed')
+        status, _, body = self.client.get('/videodownloader/getVideoDownloadPublicURL?URLTypeEnum=HTTPS'
+                                          f'&videoDownloadUUID={body["downloadUUID"]}')
+        self.assertTrue(body['publicURL'].startswith(self.base + '/files/'), body)
+        status, _, body = self.client.get('/videodownloader/getVideoDownloadPublicURL')
+        self.assertEqual((status, sorted(body)), (418, ['errorCode', 'errorMessage']))
+
+    def test_openapi_names_the_address_outside(self):
+        body = self.client.get('/videodownloader/openapi.json').json
+        self.assertEqual([server['url'] for server in body['servers']], [self.base])
+
+    def test_refused_before_the_body_is_read(self):
+        status, _, body = self.client.post('/videodownloader/api/v1/download', b'x' * 100_000,
+                                           Content_Type='application/json')
+        self.assertEqual((status, body['code']), (413, 'too_large'))
+
+    def test_finished_file_is_served_by_nginx_itself(self):
+        status, headers, body = self.stranger.get(self.path)
+        self.assertEqual((status, len(body)), (200, 300_000))
+        self.assertEqual(hashlib.sha256(body).digest(), hashlib.sha256(self.post.media[0].body).digest())
+        self.assertEqual((headers.get_content_type(), headers['Server']), ('video/mp4', 'nginx'))
+        self.assertEqual(headers['X-Content-Type-Options'], 'nosniff')
+        self.assertIn('sandbox', headers['Content-Security-Policy'])
+        self.assertIn("filename*=UTF-8''Ein%20Tag%20am%20Meer%20%E2%98%80_", headers['Content-Disposition'])
+        self.assertNotIn('X-Accel-Redirect', headers)
+
+    def test_range_through_x_accel_redirect(self):
+        whole = self.post.media[0].body
+        first = self.stranger.get(self.path, Range='bytes=1000-1999')
+        self.assertEqual((first.status, first.headers['Content-Range']), (206, 'bytes 1000-1999/300000'))
+        self.assertEqual(first.json, whole[1000:2000])
+        tag = first.headers['ETag']
+        self.assertEqual(self.stranger.get(self.path, Range='bytes=-500', If_Range=tag).json, whole[-500:])
+        self.assertEqual(self.stranger.get(self.path, Range='bytes=-500', If_Range='"other"').status, 200)
+        self.assertEqual(self.stranger.get(self.path, If_None_Match=tag).status, 304)
+        self.assertEqual(self.stranger.get(self.path, Range='bytes=300000-').status, 416)
+        head = self.stranger.request('HEAD', self.path)
+        self.assertEqual((head.status, head.headers['Content-Length'], head.json), (200, '300000', b''))
+
+    def test_file_needs_its_signed_link(self):
+        self.assertEqual(self.stranger.get(self.path.partition('?')[0]).status, 401)
+        self.assertEqual(self.stranger.get(self.path[:-1] + ('0' if self.path[-1] != '0' else '1')).status, 403)
+        self.assertEqual(self.client.get(self.path.partition('?')[0]).status, 200)
+        for path in ('/protected/', f'/protected/{quote(self.row["filename"])}', '/protected/../data/downloads.db'):
+            self.assertIn(self.client.get(path).status, (400, 404), path)
+
+    def test_link_out_of_the_folder_is_not_followed(self):
+        row = self.daemon.download(self.site.tiktok())
+        file = self.daemon.output / row['filename']
+        file.unlink()
+        file.symlink_to(self.daemon.database)
+        path = row['public_url'][len(self.base) - len('/videodownloader'):]
+        self.assertIn(self.stranger.get(path).status, (403, 404))
+
+    def test_client_address_comes_from_a_trusted_proxy_only(self):
+        health = '/videodownloader/api/v1/health'
+        self.assertEqual(self.nginx.client('127.0.0.2').get(health).status, 200)
+        self.assertIn('127.0.0.2 "GET /videodownloader/api/v1/health"', self.daemon.log())
+        refused = self.nginx.client('127.0.0.3')
+        self.assertEqual(refused.get(health).json['code'], 'client_not_allowed')
+        self.assertEqual(refused.get(health, X_Forwarded_For='127.0.0.2').status, 403)  # nginx does not pass that on
+
+    def test_what_a_client_claims_without_a_proxy_does_not_count(self):
+        for source, claim, wanted in (('127.0.0.1', '127.0.0.2', 200), ('127.0.0.1', '127.0.0.3', 403),
+                                      ('127.0.0.3', '127.0.0.2', 403), ('127.0.0.2', '127.0.0.3', 200)):
+            with self.subTest((source, claim)):
+                link = http.client.HTTPConnection('127.0.0.1', self.daemon.port, timeout=10, source_address=(source, 0))
+                with contextlib.closing(link):
+                    link.request('GET', '/api/v1/health', headers={'X-Forwarded-For': claim})
+                    self.assertEqual(link.getresponse().status, wanted)
+
+    def test_file_asked_for_past_the_proxy_comes_from_the_daemon(self):
+        link = http.client.HTTPConnection('127.0.0.1', self.daemon.port, timeout=10, source_address=('127.0.0.2', 0))
+        with contextlib.closing(link):
+            link.request('GET', self.path)
+            reply = link.getresponse()
+            self.assertEqual((reply.status, len(reply.read()), reply.headers['X-Accel-Redirect']), (200, 300_000, None))
+
+
+@unittest.skipUnless(shutil.which('nginx'), 'nginx is not installed')
+class TestNginxAlone(unittest.TestCase):
+    """While the daemon is away, a phone still gets a sentence."""
+
+    def test_each_dialect_says_that_the_server_is_not_running(self):
+        with socket.socket() as nobody, handed_over() as sock:
+            nobody.bind(('127.0.0.1', 0))  # does not listen
+            nginx = Nginx(sock, nobody.getsockname()[1], RUN)
+            self.addCleanup(nginx.close)
+            status, headers, body = nginx.client().post('/videodownloader/api/v1/download', {'url': 'x'})
+            self.assertEqual((status, body['message'], body['code']), (503, 'The server is not running.', 'down'))
+            self.assertLess(abs(body['timestamp'] - time.time()), 60)
+            self.assertEqual(headers['Retry-After'], '10')
+            status, _, body = nginx.client().get('/videodownloader/listDownloads')
+            self.assertEqual((status, body['errorCode']), (418, 'down'))
+            self.assertEqual(nginx.client().get('/alive').status, 204)
+# ---------- a hostile network -------------------------------------------------------------
+# What a phone never sends, but a television, a guest or a web page might.
+
+def http_answers(data: bytes) -> List[int]:
+    """The status codes in what came back."""
+    return [int(code) for code in re.findall(rb'(?:^|\r\n\r\n|[}>\n])HTTP/1\.1 (\d{3}) ', data)]
+
+
+class TestRequests(DaemonTest):
+    """A strict reader: what two readers could understand in two ways is refused, and the connection closed."""
+    settings = {'downloads': {'min_free_space': '9000GB'}}
+
+    def get(self, line: str = 'GET /api/v1/health HTTP/1.1', *fields: str, body: str = '',
+            host: str = 'Host: localhost') -> bytes:
+        head = '\r\n'.join([line, *([host] if host else []), *fields, '', ''])
+        return self.daemon.client.raw((head + body).encode('latin-1'), 3)
+
+    def refused(self, status: int, data: bytes) -> None:
+        """Exactly one answer, JSON, and the end of the connection."""
+        self.assertEqual(http_answers(data), [status], data[:300])
+        self.assertIn(b'\r\nConnection: close', data)
+        body = json.loads(data.partition(b'\r\n\r\n')[2])
+        self.assertEqual(body['status'], 'error')
+        self.assertTrue(body['message'])
+
+    def test_exactly_one_host_that_is_ours(self):
+        self.refused(400, self.get(host=''))
+        self.refused(400, self.get('GET / HTTP/1.1', 'Host: localhost'))
+        self.refused(400, self.get(host='Host: a b'))
+        self.refused(400, self.get(host='Host: localhost/x'))
+        self.refused(400, self.get(host='Host:'))
+        for foreign in ('evil.example', 'localhost.evil.example', '1.2.3.4', '127.0.0.1.nip.io', '[::2]'):
+            self.refused(421, self.get(host=f'Host: {foreign}'))
+        own_name = f'{socket.gethostname().split(".")[0]}.local'
+        for ours in ('localhost', 'LOCALHOST:8443', '127.0.0.1', '[::1]:99', own_name):
+            data = self.get('GET /api/v1/health HTTP/1.1', 'Connection: close', host=f'Host: {ours}')
+            self.assertEqual(http_answers(data), [200], ours)
+
+    def test_content_length_is_digits_and_only_once(self):
+        post, json_type = 'POST /api/v1/download HTTP/1.1', 'Content-Type: application/json'
+        for bad in ('-1', '+3', '1_0', '0x3', '3, 3', ' ', '3 3', '\xb2', '9' * 30):
+            self.refused(400, self.get(post, json_type, f'Content-Length: {bad}', body='{}x'))
+        self.refused(400, self.get(post, json_type, 'Content-Length: 2', 'Content-Length: 3', body='{}x'))
+        self.refused(411, self.get(post, json_type))
+        self.refused(411, self.get(post, json_type, 'Transfer-Encoding: chunked', body='2\r\n{}\r\n0\r\n\r\n'))
+        self.refused(400, self.get(post, json_type, 'Transfer-Encoding: chunked', 'Content-Length: 2', body='{}'))
+        self.refused(413, self.get(post, json_type, 'Content-Length: 999999', body='{}'))
+
+    def test_no_smuggled_second_request_ever_runs(self):
+        before = len(self.daemon.rows())
+        link = json.dumps({'url': tiktok_link(1)})
+        hidden = (f'POST /api/v1/download HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n'
+                  f'Content-Length: {len(link)}\r\n\r\n{link}')
+        for fields in (('Content-Length: 0', f'Content-Length: {len(hidden)}'), ('Transfer-Encoding: chunked',),
+                       ('Transfer-Encoding: chunked', f'Content-Length: {len(hidden)}'), ('Content-Length: +0',),
+                       ('Transfer-Encoding : chunked',), ('Content-Length: 99999999',), (' folded: x',),
+                       ('Expect: 200-ok', f'Content-Length: {len(hidden)}')):
+            answers = http_answers(self.get('POST /api/v1/downloads HTTP/1.1', 'Content-Type: application/json',
+                                            *fields, body=hidden))
+            self.assertEqual(len(answers), 1, fields)
+            self.assertGreaterEqual(answers[0], 400, fields)
+        self.assertEqual(len(self.daemon.rows()), before)
+
+    def test_odd_first_lines_and_headers_are_refused(self):
+        for line in ('GET  / HTTP/1.1', 'GET / HTTP/1.1 x', 'GET /', 'GET / HTTP/2.0', 'GET / HTTP/0.9',
+                     'GET / http/1.1',
+                     'get\t/ HTTP/1.1', '(GET) / HTTP/1.1', 'GET http://localhost/ HTTP/1.1', 'GET * HTTP/1.1',
+                     'CONNECT localhost:1 HTTP/1.1', 'GET /a#b HTTP/1.1', 'GET /\\..\\x HTTP/1.1', 'GET /\xe4 HTTP/1.1',
+                     'GET /a|b HTTP/1.1'):
+            self.refused(400, self.get(line))
+        for path in ('/../etc/passwd', '/files/%2e%2e/x', '/%2E%2E/', '/files/a%2fb', '/a%5cb', '//localhost/', '/a//b',
+                     '/%',
+                     '/%zz', '/%00', '/./x', '/%ff'):
+            self.refused(400, self.get(f'GET {path} HTTP/1.1'))
+        for field in ('no colon', ': empty', 'sp ace: x', 'tab\t: x', ' folded: x', 'ctl: a\x01b', 'n\x00l: x',
+                      'b\xe4d: x', 'x: \x7f'):
+            self.refused(400, self.get('GET / HTTP/1.1', field))
+        self.refused(400, self.daemon.client.raw(b'GET / HTTP/1.1\nHost: localhost\n\n', 3))
+        self.refused(400, self.daemon.client.raw(b'GET / HTTP/1.1\r\nHost: localhost\r\nx: a\rb\r\n\r\n', 3))
+        self.refused(405, self.get('BREW /api/v1/health HTTP/1.1', 'Connection: close'))
+        self.refused(404, self.get('BREW /nowhere HTTP/1.1', 'Connection: close'))
+        self.refused(417, self.get('POST /api/v1/download HTTP/1.1', 'Expect: tea', 'Content-Length: 2', body='{}'))
+
+    def test_long_lines_and_headers_over_16_kb_are_refused(self):
+        self.refused(414, self.get(f'GET /{"a" * 9000} HTTP/1.1'))
+        self.refused(414, self.get(f'GET /{"a" * 40000} HTTP/1.1'))
+        self.refused(431, self.get('GET / HTTP/1.1', *(f'x{number}: {"y" * 1000}' for number in range(20))))
+        self.refused(431, self.get('GET / HTTP/1.1', f'x: {"y" * 17000}'))
+        self.refused(431, self.get('GET / HTTP/1.1', *(f'x{number}: y' for number in range(150))))
+
+    def test_fine_requests_are_answered(self):
+        close = 'Connection: close'
+        for line, fields, body in (('GET /api/v1/health HTTP/1.0', (), ''), ('HEAD / HTTP/1.1', (close,), ''),
+                                   ('GET /api/v1/health?x=%41+b HTTP/1.1', (close, 'Empty:', 'Odd!#$: \xfc'), ''),
+                                   ('GET /api/v1/health HTTP/1.1', ('Content-Length: 3', close), 'abc')):
+            self.assertEqual(http_answers(self.get(line, *fields, body=body)), [200], line)
+        two = b'GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n'
+        data = self.daemon.client.raw(b'\r\n' + two + two[:-2] + b'Connection: close\r\n\r\n')
+        self.assertEqual(data.count(b'HTTP/1.1 200'), 2)
+        data = self.get('POST /api/v1/download HTTP/1.1', 'Content-Type: application/json', close,
+                        'Expect: 100-continue', 'Content-Length: 2', body='{}')
+        self.assertTrue(data.startswith(b'HTTP/1.1 100 Continue\r\n'))
+
+    def test_json_that_is_none_is_refused(self):
+        for body in ('', '[]', '"x"', '{"url": NaN}', '{"url": "\\ud800"}', '[' * 8000,
+                     '{"timestamp": ' + '9' * 5000 + '}', '\x00', '{"a":1}x'):
+            status, _, answer = self.daemon.client.post('/api/v1/download', body.encode(),
+                                                        Content_Type='application/json')
+            self.assertEqual((status, answer['status']), (400, 'error'), body[:40])
+
+    def test_tls_ends_with_close_notify(self):
+        with self.daemon.client.socket() as link:
+            link.sendall(b'GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n')
+            link.suppress_ragged_eofs = False
+            while link.recv(4096):  # without close_notify this raises SSLEOFError
+                pass
+
+    def test_plain_http_to_the_tls_port_gets_a_quick_close_and_no_traceback(self):
+        began = time.monotonic()
+        with socket.create_connection(('127.0.0.1', self.daemon.port), 5) as link:
+            link.sendall(b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n')
+            while link.recv(4096):
+                pass
+        self.assertLess(time.monotonic() - began, fair(2))
+        self.assertNotIn('Traceback', self.daemon.log())
+
+
+class TestForeignPages(DaemonTest):
+    """Browsers of others: no CORS, nothing changes for a foreign page, nothing runs."""
+    settings = {'downloads': {'min_free_space': '9000GB'}}
+
+    def test_foreign_origins_change_nothing(self):
+        id = self.daemon.submit(tiktok_link(1))
+        own = f'https://127.0.0.1:{self.daemon.port}'
+        for headers, status in (({'Origin': 'https://evil.example'}, 403), ({'Origin': 'null'}, 403),
+                                ({'Sec_Fetch_Site': 'cross-site'}, 403),
+                                ({'Sec_Fetch_Site': 'same-site'}, 403), ({'Origin': 'https://127.0.0.1'}, 403),
+                                ({'Origin': own}, 200), ({'Origin': own, 'Sec_Fetch_Site': 'same-origin'}, 409)):
+            answer = self.daemon.client.post(f'/api/v1/download/{id}/cancel', **headers)
+            self.assertEqual(answer.status, status, headers)
+        self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{id}', Origin='https://evil.example').status, 403)
+        answer = self.daemon.client.post('/initiateDownload', {'videoURL': tiktok_link(2)}, Origin='null')
+        self.assertEqual(answer.status, 418)
+
+    def test_security_headers_on_everything_no_cors_no_cookie(self):
+        for path in ('/', '/setup', '/page.js', '/api/v1/health', '/nowhere', '/metrics', '/openapi.json', '/ca.crt'):
+            headers = self.daemon.client.get(path, Origin='https://evil.example').headers
+            names = 'X-Content-Type-Options', 'X-Frame-Options', 'Referrer-Policy'
+            self.assertEqual([headers[name] for name in names], ['nosniff', 'DENY', 'no-referrer'], path)
+            policy = headers['Content-Security-Policy']
+            self.assertIn("default-src 'none'", policy, path)
+            self.assertNotIn('unsafe', policy.replace("style-src 'unsafe-inline'; sandbox", ''), path)
+            self.assertIsNone(headers['Access-Control-Allow-Origin'])
+            self.assertIsNone(headers['Set-Cookie'])
+        self.assertEqual(self.daemon.client.request('OPTIONS', '/api/v1/download').status, 405)
+
+
+class TestCrowd(DaemonTest):
+    """A stalled, hostile or noisy client never holds up another."""
+    settings = {'downloads': {'min_free_space': '9000GB'}}
+
+    def answered_in(self, seconds: float) -> None:
+        """A normal client, a few times; the median counts, as this machine is noisy."""
+        times = []
+        for number in range(7):
+            began = time.monotonic()
+            self.daemon.submit(tiktok_link(number))
+            times.append(time.monotonic() - began)
+        self.assertLess(sorted(times)[3], fair(seconds), times)
+
+    def test_stalled_handshakes(self):
+        with contextlib.ExitStack() as stack:
+            for _ in range(300):
+                stack.enter_context(socket.create_connection(('127.0.0.1', self.daemon.port), 10))
+            self.answered_in(0.1)
+
+    def test_slow_headers(self):
+        with contextlib.ExitStack() as stack:
+            for _ in range(300):
+                with contextlib.suppress(OSError):  # the oldest are sent home
+                    link = stack.enter_context(self.daemon.client.socket())
+                    link.sendall(b'GET / HTTP/1.1\r\nHost: loc')
+            self.answered_in(0.1)
+            self.assertLess(self.daemon.threads(), 150)
+
+    def test_slow_readers(self):
+        with contextlib.ExitStack() as stack:
+            for _ in range(150):
+                with contextlib.suppress(OSError):
+                    link = stack.enter_context(self.daemon.client.socket())
+                    link.sendall(b'GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n' * 40)
+            self.answered_in(0.1)
+
+    def test_a_head_that_drips_ends_after_its_deadline(self):
+        with self.daemon.client.socket() as link:
+            began = time.monotonic()
+            link.settimeout(1)
+            data = b''
+            link.sendall(b'GET / HTTP/1.1\r\n')
+            with contextlib.suppress(OSError):
+                while time.monotonic() - began < fair(15) and not data:
+                    link.sendall(b'x')
+                    with contextlib.suppress(socket.timeout):
+                        data = link.recv(4096)
+            self.assertIn(b' 408 ', data)
+            self.assertLess(time.monotonic() - began, fair(12))
+
+    @unittest.skipUnless(hasattr(resource, 'prlimit'), 'only Linux changes the limits of a running process')
+    def test_at_the_file_descriptor_limit_no_spinning_and_full_recovery(self):
+        daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})
+        resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (40, 40))
+        with contextlib.ExitStack() as stack:
+            for _ in range(120):
+                with contextlib.suppress(OSError):
+                    stack.enter_context(socket.create_connection(('127.0.0.1', daemon.port), 2))
+            before = os.times()
+            used = self.cpu(daemon.pid)
+            time.sleep(1.0)
+            self.assertLess(self.cpu(daemon.pid) - used, 0.4, before)
+        wait_until(lambda: self.works(daemon), 15)
+        self.assertNotIn('Traceback', daemon.log())
+
+    @staticmethod
+    def cpu(pid: int) -> float:
+        """Seconds of processor that a process has used."""
+        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
+
+    @staticmethod
+    def works(daemon: Daemon) -> bool:
+        """Does it take a link?"""
+        try:
+            return daemon.client.post('/api/v1/download', {'url': tiktok_link(1)}).status == 202
+        except OSError:
+            return False
+
+
+# ---------- disk, clock, memory -----------------------------------------------------------
+# Full and failing disks at every step of a download, clocks that jump, little of everything.
+
+FAKETIME = next(iter(Path('/usr/lib').glob('*/faketime/libfaketime.so.1')), None)
+
+
+@unittest.skipUnless(shutil.which('strace'), 'strace is not installed')
+class TestFailingDisk(DaemonTest):
+    """ENOSPC and EIO at any write: 503 or pause, never a false ack, never a dead thread, recovery without a restart."""
+    settings = {'downloads': {'max_retries': 9}, 'logging': {'level': 'WARNING'}}
+    hurry = {'PAUSE_SECONDS': 2}
+
+    def survives(self, calls: str, rule: str, path: str) -> None:
+        """A download during which `rule` holds for files of `path` ends well once the disk does."""
+        post = self.site.tiktok(size=1_500_000, hold_at=1_000_000)
+        id = self.daemon.submit(post)
+        post.media[0].wait_held()
+        wait_until(lambda: any(file.stat().st_size > 300_000 for file in self.daemon.partials() if id in str(file)), 10)
+        with Strace(self.daemon, rule, calls=calls, paths=path) as trace:
+            post.media[0].release()
+            wait_until(lambda: '(INJECTED)' in trace.file.read_text(), 20, 'the fault is met')
+            self.assertNotEqual(self.daemon.row(id)['status'], 'completed')
+        row = self.daemon.wait_status(id, 'completed', 60)
+        same_bytes(self.daemon, row, post.media[0])
+        self.assertTrue(self.daemon.client.get('/api/v1/health').status == 200)
+
+    def test_no_room_for_the_media(self):
+        self.survives('write', 'write:error=ENOSPC', str(self.daemon.output / '.incomplete'))
+
+    def test_no_sync_of_the_finished_file(self):
+        self.survives('fsync', 'fsync:error=EIO', '')
+
+    def test_no_commit_of_the_outcome(self):
+        self.survives('fdatasync', 'fdatasync:error=EIO', '')
+
+    def test_no_rename(self):
+        self.survives('rename,renameat,renameat2,link,linkat', 'rename,renameat,renameat2,link,linkat:error=EIO', '')
+
+    def test_no_room_for_the_log(self):
+        log = str(self.daemon.folder / 'logs/server.log')
+        with Strace(self.daemon, 'write:error=ENOSPC', calls='write', paths=log):
+            for number in range(20):
+                self.daemon.submit(tiktok_link(number))
+                self.assertEqual(self.daemon.client.get('/nowhere').status, 404)
+        self.daemon.download(self.site.tiktok())
+
+
+@unittest.skipUnless(FAKETIME, 'libfaketime is not installed')
+class TestWallClock(DaemonTest):
+    """Wall clock jumping a day either way: no retry lost, none early by more than the jump, no busy loop."""
+    settings = None
+
+    def test_a_jump_either_way(self):
+        control = RUN / 'clock'
+        control.write_text('+0')
+        faked = {'LD_PRELOAD': str(FAKETIME), 'FAKETIME_TIMESTAMP_FILE': str(control),
+                 'FAKETIME_NO_CACHE': '1', 'FAKETIME_DONT_FAKE_MONOTONIC': '1', 'DONT_FAKE_MONOTONIC': '1',
+                 'PATH': path_without_ffmpeg()}  # its waits for children do not work under faketime
+        daemon = self.new_daemon(site=None, downloads={'retry_delays': '3', 'max_retries': '9'}, security=ANYWHERE,
+                                 env=faked)
+        for jump in ('-1d', '+1d'):
+            with self.subTest(jump):
+                post = self.site.direct(page={'fail': [503]})  # without TLS: certificates have dates, too
+                id = daemon.submit(post)
+                daemon.wait_for(id, lambda row: row['next_attempt_at'])
+                used, began = TestCrowd.cpu(daemon.pid), time.monotonic()
+                control.write_text(jump)
+                daemon.wait_for(id, lambda row: not row['next_attempt_at'])
+                if jump == '-1d':
+                    self.assertGreater(time.monotonic() - began, 2)
+                daemon.wait_status(id, 'completed')
+                self.assertLess(TestCrowd.cpu(daemon.pid) - used, 4)
+
+
+class TestLittleOfEverything(DaemonTest):
+    """Open-file limit 40; 10,000 queued links."""
+    settings = None
+
+    def test_open_file_limit_40(self):
+        daemon = self.new_daemon(prefix=['prlimit', '--nofile=40:40'] if shutil.which('prlimit') else [])
+        for _ in range(3):
+            daemon.download(self.site.tiktok())
+        daemon.download(self.site.instagram())
+
+    def test_ten_thousand_queued_links(self):
+        daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})
+        daemon.terminate()
+        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
+            db.executemany("INSERT INTO downloads (id, url, client_id, status, created_at, last_updated) "
+                           "VALUES (?, ?, 'many', 'queued', 5, 5)",
+                           ((str(uuid.uuid4()), tiktok_link(number)) for number in range(10_000)))
+            db.commit()
+        daemon.start()
+        self.assertEqual(daemon.client.get('/api/v1/health').json['queue_size'], 10_000)
+        daemon.submit(tiktok_link(77))
+        self.assertLess(daemon.rss(), 45)
+        used = TestCrowd.cpu(daemon.pid)
+        time.sleep(1)
+        self.assertLess(TestCrowd.cpu(daemon.pid) - used, 0.3)
+
+
+# ---------- page --------------------------------------------------------------------------
+# The page in a real Chromium, driven through chromedriver in plain W3C WebDriver, against the real
+# daemon. One browser for all tests. AXE_CORE: the path of axe.min.js; without it axe is skipped.
+
+CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
+BROWSER_ARGUMENTS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+                     '--disable-background-networking', '--disable-component-update', '--disable-sync')
+AXE_CORE = Path(os.environ.get('AXE_CORE') or HERE / 'axe.min.js')
+AXE_RULES = ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']
+FIRST_PAINT_BYTES = 100 * 1024
+FINGER = 44  # CSS pixels (Apple's Human Interface Guidelines)
+ENTER = '\ue007'
+ROWS = 'return [...document.querySelectorAll("article:not([hidden])")].map(node => node.row)'
+ONE_ROW = ROWS + '.find(new Function("row", "return " + arguments[0])) || null'
+ENDED = 'row.status === "completed" || row.status === "failed"'
+
+
+class Browser:
+    """A headless Chromium of its own: what WebDriver offers, and what is asked of it most."""
+
+    def __init__(self) -> None:
+        self.profile = tempfile.mkdtemp(prefix='chromium-', dir=RUN)
+        self.driver = subprocess.Popen(['chromedriver', '--port=0'], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                       encoding='utf-8')
+        said = (re.search(r'successfully on port (\d+)', line) for line in self.driver.stdout)
+        self.port, self.session = int(next(found for found in said if found)[1]), ''
+        self.session = '/session/' + self.call('POST', '/session', {'capabilities': {'alwaysMatch': {
+            'browserName': 'chrome', 'acceptInsecureCerts': True,
+            'goog:loggingPrefs': {'browser': 'ALL', 'performance': 'ALL'},
+            'goog:chromeOptions': {'binary': CHROMIUM, 'args': [*BROWSER_ARGUMENTS, f'--user-data-dir={self.profile}']},
+        }}})['sessionId']
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """One command of WebDriver; RuntimeError with what the driver says of it."""
+        link = http.client.HTTPConnection('127.0.0.1', self.port, timeout=60)
+        with contextlib.closing(link):
+            link.request(method, self.session + path, json.dumps(body or {}) if method == 'POST' else None)
+            value = json.loads(link.getresponse().read())['value']
+        if isinstance(value, dict) and 'error' in value:
+            raise RuntimeError(value['message'].splitlines()[0])
+        return value
+
+    def close(self) -> None:
+        """Ends the browser and its driver."""
+        with contextlib.suppress(Exception):
+            self.call('DELETE', '')
+        self.driver.terminate()
+        self.driver.wait()
+        self.driver.stdout.close()
+
+    def open(self, address: str) -> None:
+        """Goes there."""
+        self.call('POST', '/url', {'url': address})
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What `script`, the body of a function, returns in the page; a promise is awaited."""
+        return self.call('POST', '/execute/sync', {'script': script, 'args': arguments})
+
+    def wait(self, script: str, *arguments: Any, seconds: float = 15) -> Any:
+        """The first true value of `script`."""
+        return wait_until(lambda: self.run(script, *arguments), seconds,
+                          lambda: f'{script} {arguments} in\n{self.get("body")}')
+
+    def get(self, selector: str, what: str = 'innerText') -> Any:
+        """A property, or anything else to be said of the first such element."""
+        return self.run(f'return document.querySelector(arguments[0])?.{what}', selector)
+
+    def until(self, selector: str, what: str) -> Any:
+        """Waits until that is true of it."""
+        return self.wait(f'return document.querySelector(arguments[0])?.{what}', selector)
+
+    def find(self, selector: str) -> str:
+        """The path of the commands of the first such element, once it is visible."""
+        self.until(selector, 'checkVisibility()')
+        found = self.call('POST', '/element', {'using': 'css selector', 'value': selector})
+        return '/element/' + next(iter(found.values()))
+
+    def click(self, selector: str) -> None:
+        """A real click."""
+        self.call('POST', self.find(selector) + '/click')
+
+    def type(self, selector: str, text: str) -> None:
+        """Real keys."""
+        self.call('POST', self.find(selector) + '/value', {'text': text})
+
+    def devtools(self, command: str, **parameters: Any) -> Any:
+        """A command of the DevTools protocol."""
+        return self.call('POST', '/goog/cdp/execute', {'cmd': command, 'params': parameters})
+
+    def screen(self, width: int, height: int, dark: bool = False, scale: float = 1) -> None:
+        """The size and colours of the screen; nothing moves on it."""
+        wishes = {'color-scheme': 'dark' if dark else 'light', 'reduced-motion': 'reduce'}
+        self.devtools('Emulation.setDeviceMetricsOverride', width=width, height=height, deviceScaleFactor=scale,
+                      mobile=width < 600)
+        self.devtools('Emulation.setEmulatedMedia', features=[
+            {'name': 'prefers-' + name, 'value': wish} for name, wish in wishes.items()])
+
+    def offline(self, off: bool) -> None:
+        """The network is gone, or back."""
+        self.devtools('Network.emulateNetworkConditions', offline=off, latency=0, downloadThroughput=-1,
+                      uploadThroughput=-1)
+
+    def log(self, kind: str) -> List[str]:
+        """What was logged since the last call: 'browser' is the console, 'performance' the DevTools events."""
+        return [entry['message'] for entry in self.call('POST', '/se/log', {'type': kind})]
+
+    def requests(self) -> List[Dict[str, Any]]:
+        """The requests since the last call, as DevTools describes them."""
+        events = [json.loads(line)['message'] for line in self.log('performance')]
+        return [event['params']['request'] for event in events if event['method'] == 'Network.requestWillBeSent']
+
+
+class OpenBucket(BaseHTTPRequestHandler):
+    """Object storage that has nothing and takes whatever is put."""
+
+    def do_PUT(self) -> None:
+        """Read and forgotten; a GET finds nothing."""
+        self.rfile.read(int(self.headers['Content-Length'] or 0))
+        body = b'' if self.command == 'PUT' else b'<Error><Code>NoSuchKey</Code></Error>'
+        self.send_response(404 if body else 200)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT
+
+    def log_message(self, *args: Any) -> None:
+        """Says nothing."""
+
+
+@unittest.skipUnless(CHROMIUM and shutil.which('chromedriver'), 'chromium and chromedriver are not installed')
+class TestPage(DaemonTest):
+    """Every action of the page against the real daemon; nothing on the console, nothing asked of other hosts."""
+    settings = {'downloads': {'max_concurrent': 2, 'retry_delays': '240'}}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.browser = Browser()
+        cls.addClassCleanup(cls.browser.close)
+        cls.browser.open(f'https://127.0.0.1:{cls.daemon.port}/icon.svg')
+        cls.browser.devtools('Browser.grantPermissions', permissions=['clipboardReadWrite', 'clipboardSanitizedWrite'])
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.expected = r'(?!)'  # what the console may say in this test
+        self.browser.screen(1440, 900)
+        self.visit('/icon.svg')
+        self.browser.run('localStorage.clear()')
+        self.browser.log('browser')
+        self.browser.requests()
+        self.visit()
+
+    def tearDown(self) -> None:
+        self.browser.offline(False)
+        places = {urlsplit(request['url']) for request in self.browser.requests()}
+        foreign = [place for place in places if place.hostname != '127.0.0.1' and place.scheme not in ('blob', 'data')]
+        self.assertEqual(foreign, [])
+        self.assertEqual([line for line in self.browser.log('browser') if not re.search(self.expected, line)], [])
+
+    def visit(self, path: str = '/', daemon: Any = None) -> None:
+        """Opens a page; the list is drawn then, or the key asked for."""
+        self.browser.open(f'https://127.0.0.1:{(daemon or self.daemon).port}{path}')
+        if path[:2] in ('/', '/?'):
+            self.browser.wait('return document.querySelector("#door").open || list.ariaBusy === "false"')
+
+    def send(self, text: str) -> None:
+        """Puts links into the box and sends them."""
+        self.browser.run('box.value = arguments[0]', text)
+        self.browser.click('#send')
+
+    def row(self, id: str, happens: str = ENDED) -> Dict[str, Any]:
+        """The row as the page shows it, as soon as `happens` holds for it."""
+        return self.browser.wait(ONE_ROW, f'row.download_id === "{id}" && ({happens})')
+
+    def press(self, id: str, action: str) -> None:
+        """Clicks a button of a row."""
+        self.browser.run('for (const node of document.querySelectorAll("article"))'
+                         '  node.classList.toggle("pressed", node.row.download_id === arguments[0])', id)
+        self.browser.click(f'.pressed .{action}:not([hidden])')
+
+    def newest(self) -> Any:
+        """The newest row of the database, None without one."""
+        return (self.daemon.rows('SELECT * FROM downloads ORDER BY rowid DESC LIMIT 1') or [None])[0]
+
+    def clipboard(self) -> str:
+        """What was copied."""
+        return self.browser.run('return navigator.clipboard.readText()')
+
+    def test_a_link_is_at_once_on_top_and_becomes_a_video_that_plays_and_seeks(self):
+        post = self.site.tiktok(title='A cat jumps over the moon', size=300_000)
+        self.browser.type('#box', str(post) + ENTER)
+        id = self.browser.wait(ONE_ROW, f'row.url === "{post}"')['download_id']
+        self.assertEqual(self.browser.run(ROWS)[0]['download_id'], id)
+        self.row(id)
+        self.assertIn('A cat jumps over the moon', self.browser.get('article'))
+        self.press(id, 'play')
+        self.browser.until('video', 'readyState >= 2')
+        self.browser.run('const video = document.querySelector("video"); video.pause(); video.currentTime = 0.6')
+        self.browser.wait('const video = document.querySelector("video");'
+                          'return !video.seeking && video.currentTime === 0.6')
+        media = [request['headers'] for request in self.browser.requests() if '/files/' in request['url']]
+        self.assertTrue(media and all('Range' in headers for headers in media))
+        self.browser.click('#player button')
+        self.browser.wait('return !document.querySelector("video")')
+
+    def test_save_and_copy_link(self):
+        id = self.daemon.download(str(self.site.tiktok(title='Kept')))['download_id']
+        self.row(id)
+        link, download = (self.browser.get('article .save', what) for what in ('href', 'hasAttribute("download")'))
+        self.assertTrue(download)
+        self.assertEqual(self.browser.run('return fetch(arguments[0]).then(({status}) => status)', link), 200)
+        self.press(id, 'copy')
+        self.browser.until('#note', 'textContent === "Link copied"')
+        self.assertEqual(self.clipboard(), self.daemon.status(id)['public_url'])
+
+    def test_copy_link_to_the_bucket_where_there_is_one(self):
+        bucket = ThreadingHTTPServer(('127.0.0.1', 0), OpenBucket)
+        threading.Thread(target=bucket.serve_forever, args=(0.05,), daemon=True).start()
+        self.addCleanup(bucket.server_close)
+        self.addCleanup(bucket.shutdown)
+        endpoint = f'http://127.0.0.1:{bucket.server_port}'
+        stored = self.new_daemon(env={'VIDEOSERVER_S3_ENDPOINT': endpoint, 'VIDEOSERVER_S3_BUCKET': 'videos',
+                                      'AWS_ACCESS_KEY_ID': 'a', 'AWS_SECRET_ACCESS_KEY': 'b'})
+        stored.submit(str(self.site.tiktok()))
+        self.visit(daemon=stored)
+        self.browser.click('article .s3')
+        self.browser.until('#note', 'textContent === "Link copied"')
+        self.assertTrue(self.clipboard().startswith(f'{endpoint}/videos/'))
+
+    def test_the_clipboard_button_fills_the_box(self):
+        self.browser.run('return navigator.clipboard.writeText("https://vm.tiktok.com/ZMabc/")')
+        self.browser.click('#paste')
+        self.browser.until('#box', 'value === "https://vm.tiktok.com/ZMabc/"')
+
+    def test_the_servers_own_sentence_when_it_refuses_and_the_link_is_back_in_the_box(self):
+        self.expected = '403'
+        self.send('https://example.org/clip')
+        self.browser.until('#refusal', 'textContent.includes("example.org")')
+        self.assertEqual(self.browser.get('#box', 'value'), 'https://example.org/clip')
+
+    def test_several_links_one_a_line(self):
+        posts = [str(self.site.tiktok()), str(self.site.tiktok())]
+        self.send(f'{posts[0]}\n\nhttps://example.org/clip\n  {posts[1]}  ')
+        self.browser.until('#box', 'value === "https://example.org/clip"')
+        for post in posts:
+            self.browser.wait(ONE_ROW, f'row.url === "{post}"')
+
+    def test_cancel_try_again_delete_and_undo(self):
+        post = self.site.tiktok(title='Slow', size=3_000_000, speed=600_000)
+        id = self.daemon.submit(str(post))
+        self.row(id, 'row.progress >= 10 && row.speed')
+        self.press(id, 'cancel')
+        self.assertEqual(self.row(id)['error_message'], 'Cancelled')
+        post.media[0].set(speed=None)
+        self.press(id, 'retry')
+        self.row(id, 'row.files.length')
+        self.press(id, 'delete')
+        self.browser.until('.pressed', 'hidden')
+        self.browser.click('#undo-button')
+        leave = 'dispatchEvent(new Event("pagehide"))'  # leaving the page is the end of the grace
+        self.browser.run(leave)
+        self.row(id)
+        self.assertFalse([request for request in self.browser.requests() if request['method'] == 'DELETE'])
+        self.press(id, 'delete')
+        self.browser.run(leave)
+        wait_until(lambda: self.daemon.client.get(f'/api/v1/status/{id}').status == 404)
+        self.browser.wait('return !document.querySelector(".pressed")')
+
+    def test_why_it_failed_and_when_the_next_attempt_is(self):
+        gone = self.daemon.fails(str(self.site.tiktok(state='private')))
+        self.row(gone['download_id'])
+        self.assertIn(gone['error_message'], self.browser.get('article .reason'))
+        post = self.site.tiktok(page={'fail': [503] * 9})
+        id = self.daemon.submit(str(post))
+        self.row(id, 'row.next_attempt_at')
+        self.assertRegex(self.browser.get('article .word'), r'^Next\sattempt\sin\s4\smin.*1\sfailed')
+        post.page.set(fail=[])
+        self.press(id, 'retry')
+        self.row(id, 'row.files.length')
+
+    def test_a_carousel_shows_all_its_files(self):
+        post = self.site.instagram('video', 'photo', 'video', title='Two of them')
+        self.row(self.daemon.download(str(post))['download_id'])
+        labels = self.browser.run('return [...document.querySelector("article").querySelectorAll(".play")]'
+                                  '.map(node => node.ariaLabel)')
+        self.assertEqual([label[:13] for label in labels], ['Play: 1 of 2 ', 'Play: 2 of 2 '])
+
+    def test_titles_made_of_markup_are_text(self):
+        title = '<img src=x onerror=document.title=1><b>bold</b> {{HOST}} &amp;'
+        self.row(self.daemon.download(str(self.site.tiktok(title=title)))['download_id'])
+        self.assertEqual(self.browser.get('article .title'), title)
+
+    def test_search_and_filter_by_state(self):
+        self.daemon.download(str(self.site.tiktok(title='Needle in the hay')))
+        self.daemon.fails(str(self.site.tiktok(state='private')))
+        self.browser.type('#search', 'needle')
+        self.browser.wait(f'{ROWS}.length === 1')
+        self.browser.click('#states [value=failed]')
+        self.browser.until('#empty-title', 'textContent === "Nothing matches"')
+        self.browser.click('#show-all')
+        self.browser.click('#states [value=failed]')
+        self.browser.wait(f'{ROWS}.every(row => row.status === "failed")')
+
+    def test_a_deep_link_and_the_share_target_only_fill_the_box(self):
+        before, link = self.newest(), 'https://vm.tiktok.com/ZM1/'
+        for query, text in (('url=https%3A%2F%2Fvm.tiktok.com%2FZM1%2F', link),
+                            ('title=A+cat&text=Look%21+https%3A%2F%2Fvm.tiktok.com%2FZM1%2F', f'Look! {link}')):
+            self.visit('/?' + query)
+            self.assertEqual(self.browser.get('#box', 'value'), text)
+            self.assertEqual(self.browser.run('return [document.activeElement.id, location.search]'), ['send', ''])
+        self.assertEqual(self.newest(), before)
+        self.assertEqual(self.browser.devtools('Page.getAppManifest')['errors'], [])
+
+    def test_a_link_sent_without_connection_is_kept_and_sent_with_the_same_timestamp(self):
+        self.expected = 'ERR_INTERNET_DISCONNECTED|ERR_FAILED|icon from the Manifest'
+        self.browser.offline(True)
+        self.send(str(self.site.tiktok(title='From the train')))
+        self.browser.until('.lost #outbox', 'innerText.includes("Kept here")')
+        entry, = self.browser.run('return JSON.parse(localStorage.getItem("videoserverd.outbox"))')
+        self.browser.offline(False)
+        self.browser.run('dispatchEvent(new Event("online"))')
+        self.browser.until('.live #outbox', 'hidden')
+        row = self.newest()
+        self.assertEqual((row['url'], row['timestamp']), (entry['text'], str(entry['timestamp'])))
+        self.assertRegex(row['client_id'], '^web-')
+        self.browser.run('localStorage.setItem("videoserverd.outbox", JSON.stringify([arguments[0]]))', entry)
+        self.visit()  # as if the answer had been lost: sent again, queued once
+        self.browser.until('#outbox', 'hidden')
+        self.assertEqual(self.newest()['id'], row['id'])
+
+    def test_the_key_is_asked_for_once_and_stays_in_the_browser(self):
+        locked = self.new_daemon(env={'VIDEOSERVER_API_KEYS': 'sesame'})
+        locked.new_client(key='sesame').post('/api/v1/download', {'url': str(self.site.tiktok())})
+        self.visit(daemon=locked)
+        self.browser.type('#key', 'wrong' + ENTER)
+        self.browser.until('[open] #key-text', 'textContent.includes("does not know")')
+        self.browser.type('#key', 'sesame' + ENTER)
+        self.browser.click('article .play')
+        self.browser.until('video', 'readyState >= 2')
+        if shutil.which('ffmpeg'):
+            self.browser.until('.thumb img', 'naturalWidth')
+        self.visit(daemon=locked)
+        self.browser.until('article .play', 'checkVisibility()')
+        self.assertFalse([request['url'] for request in self.browser.requests() if 'sesame' in request['url']])
+        self.browser.click('#forget')
+        self.browser.until('#door', 'open')
+
+    def test_first_paint_is_small_and_takes_few_requests(self):
+        self.browser.devtools('Network.clearBrowserCache')
+        self.browser.requests()
+        self.visit()
+        sizes = self.browser.run('const entries = ["navigation", "resource"].flatMap(type =>'
+                                 '  performance.getEntriesByType(type));'
+                                 'return entries.map(({name, transferSize}) => [name, transferSize])')
+        self.assertLess(sum(size for _, size in sizes), FIRST_PAINT_BYTES, sizes)
+        asked = collections.Counter(urlsplit(request['url']).path for request in self.browser.requests()
+                                    if not re.search('/api/|^blob:', request['url']))
+        self.assertEqual(set(asked), {'/', '/icon.svg', '/manifest.webmanifest', '/page.css', '/page.js'})
+        self.assertEqual((asked['/page.css'], asked['/page.js']), (1, 1))
+
+    def test_10000_rows_scroll_smoothly_and_health_in_words(self):
+        many = self.new_daemon(start=False, downloads={'min_free_space': '900TB'})
+        store = v.Store(many.database)
+        store.open()
+        store.close()
+        with contextlib.closing(sqlite3.connect(many.database)) as database, database:
+            database.executemany(
+                'INSERT INTO downloads (id, url, client_id, status, title, error_message, created_at, last_updated) '
+                "VALUES (?, 'https://www.tiktok.com/@a/video/1', 'x', 'failed', ?, 'It is gone.', ?, 0)",
+                [(str(uuid.UUID(int=n)), f'Number {n}', 1_700_000_000 + n) for n in range(10_000)])
+        self.visit(daemon=many.start())
+        problems = many.client.get('/api/v1/health').json['problems']
+        self.assertEqual(self.browser.get('#problems'), '\n'.join(problems).replace('`', ''))
+        self.assertRegex(self.browser.get('#facts'), r'^Live · .* free · yt-dlp 20\d\d\.')
+        for step in (*range(0, 10, 2), 9, 0):
+            self.browser.run('scrollTo(0, arguments[0] / 9 * document.body.scrollHeight)', step)
+            self.browser.wait(ONE_ROW, f'Math.abs(parseInt(row.title.slice(7)) - {9999 - 1111 * step}) < 100')
+        self.assertLess(self.browser.run('return document.querySelectorAll("article").length'), 200)
+
+    def test_every_width_from_320_to_2560_fits_and_fingers_hit(self):
+        self.row(self.daemon.download(str(self.site.tiktok(title='Wide ' * 60)))['download_id'])
+        for width in (320, 390, 640, 1440, 2560):
+            self.browser.screen(width, 800)
+            self.assertLessEqual(self.browser.run('return document.documentElement.scrollWidth'), width)
+            sizes = self.browser.run(
+                'return [...document.querySelectorAll("button, input, textarea, a.button, a.act")]'
+                '.filter(node => node.checkVisibility())'
+                '.map(node => [node.id + node.className, Math.min(node.offsetWidth, node.offsetHeight)])')
+            self.assertEqual((width, [name for name, size in sizes if size < FINGER]), (width, []))
+
+    @unittest.skipUnless(AXE_CORE.exists(), 'axe-core is not there; AXE_CORE names axe.min.js')
+    def test_axe_finds_no_violation(self):
+        self.daemon.submit(str(self.site.tiktok(hold_at=50_000)))
+        self.daemon.fails(str(self.site.tiktok(state='private')))
+        self.row(self.daemon.download(str(self.site.tiktok()))['download_id'])
+        for path, dark, before in (('/', False, ''), ('/', True, 'document.querySelector(".play").click()'),
+                                   ('/', True, 'document.querySelector(".delete").click()'), ('/setup', False, '')):
+            self.browser.screen(390, 844, dark)
+            self.visit(path)
+            self.browser.run(f'{before}; {AXE_CORE.read_text()}')
+            found = self.browser.run('return axe.run({runOnly: arguments[0]}).then(found => found.violations.map('
+                                     '({id, nodes}) => [id, nodes.map(node => node.html.slice(0, 200))]))', AXE_RULES)
+            self.assertEqual((path, dark, before, found), (path, dark, before, []))
+
+    def test_setup_works_without_javascript_and_copies_with_it(self):
+        self.visit('/setup')
+        self.browser.click('[data-copy=one]')
+        self.browser.until('[data-copy=one]', 'textContent.includes("✓")')
+        self.assertEqual(self.clipboard(), self.browser.get('#one', 'value'))
+        self.assertTrue(self.browser.get('.check', 'naturalWidth'))
+        self.assertRegex(self.browser.get('#bookmarklet', 'getAttribute("href")'), r"^javascript:void\(open\('https://")
+        self.browser.devtools('Emulation.setScriptExecutionDisabled', value=True)
+        self.addCleanup(self.browser.devtools, 'Emulation.setScriptExecutionDisabled', value=False)
+        self.visit('/setup')
+        text = self.browser.get('main')
+        for words in (v.ca_fingerprint(self.daemon.config), 'Certificate Trust Settings', 'VPN & Device Management',
+                      'Show in Share Sheet', 'Get Contents of URL', 'keep', 'Remove Profile'):
+            self.assertIn(words, text)
+
+
+class TestSetupPage(unittest.TestCase):
+    """The set-up page for each way to come to it."""
+    facts = {'base_url': 'https://pi.local:8443', 'addresses': '', 'fingerprint': 'AB:CD', 'host': '<pi>',
+             'has_keys': 'yes', 'qr_svg': '<svg/>', 'secure': 'yes'}
+
+    def test_facts_are_escaped_and_every_mark_is_filled_in(self):
+        for change in ({}, {'secure': ''}, {'fingerprint': ''}, {'has_keys': ''}):
+            page = v.setup_page({**self.facts, **change})
+            self.assertNotRegex(page, '{{|<!--|<pi>')
+            self.assertIn('&lt;pi&gt;', page)
+
+    def test_never_a_key_over_plain_http(self):
+        page = v.setup_page({**self.facts, 'secure': ''})
+        self.assertNotRegex(page, 'X-API-Key|copy-key|<svg')
+        self.assertIn('src="https://pi.local:8443/setup/check.svg"', page)
+        self.assertIn('ca.mobileconfig', page)
+
+    def test_an_owners_own_certificate_needs_no_profile(self):
+        self.assertNotRegex(v.setup_page({**self.facts, 'fingerprint': ''}), r'ca\.mobileconfig|ca\.crt')
+
+    def test_nothing_is_inline_and_data_never_becomes_markup(self):
+        for page in (v.PAGE_HTML, v.setup_page(self.facts)):
+            self.assertNotRegex(page, r'(?i)<style|\sstyle=|\son\w+=|<script(?! type="module" src="\w+\.js"></script>)')
+        self.assertNotRegex(v.PAGE_JS, r'innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(')
+
+
+
+
+# ---------- proofs ------------------------------------------------------------------------
+# What takes a machine of its own, or minutes: a power cut, 150 MB of memory, a disk that fails at
+# each call in turn; and what every HTTP server has to answer, case by case.
+
+GUEST = Path(tempfile.gettempdir()) / 'videoserverd-guest'  # Debian's kernel and busybox, fetched once, kept
+GUEST_MODULES = ('virtio_ring', 'virtio', 'virtio_pci_legacy_dev', 'virtio_pci_modern_dev', 'virtio_pci', 'virtio_blk',
+                 'failover', 'net_failover', 'virtio_net')
+GUEST_INIT = '''#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /disk /tmp
+/bin/busybox mount -t proc proc /proc
+/bin/busybox mount -t sysfs sys /sys
+/bin/busybox mount -t devtmpfs dev /dev
+for module in %(modules)s; do [ -f /modules/$module.ko ] && /bin/busybox insmod /modules/$module.ko; done
+while ! /bin/busybox mount -t ext4 /dev/vda /disk; do /bin/busybox sleep 0.1; done
+/bin/busybox ip link set lo up
+/bin/busybox ip address add 10.0.2.15/24 dev eth0
+/bin/busybox ip link set eth0 up
+/bin/busybox ip route add default via 10.0.2.2
+export HOME=/disk PATH=/bin
+exec %(python)s /program/videoserverd.py --config /program/config.ini
+'''
+GUEST_CONFIG = '''[server]
+tls = off
+port = 8443
+[database]
+path = /disk/downloads.db
+backups = 0
+[downloads]
+output_directory = /disk/out
+min_free_space = 9000GB
+[downloader]
+ytdlp_directory = /disk/vendor
+auto_update = off
+[security]
+requests_per_hour = 0
+[logging]
+file =
+'''
+
+
+def fetch_guest() -> Path:
+    """The folder with Debian's cloud kernel and a static busybox, unpacked; nothing is installed."""
+    if not list(GUEST.glob('boot/vmlinuz-*')):
+        GUEST.mkdir(exist_ok=True)
+        needs = subprocess.check_output(['apt-cache', 'depends', 'linux-image-cloud-amd64'], encoding='utf-8')
+        kernel = re.search(r'Depends: (linux-image-\S+)', needs)[1]
+        subprocess.run(['apt-get', 'download', '-q', kernel, 'busybox-static'], cwd=GUEST, check=True,
+                       stdout=subprocess.DEVNULL)
+        for package in GUEST.glob('*.deb'):
+            subprocess.run(['dpkg-deb', '-x', str(package), str(GUEST)], check=True)
+    return GUEST
+
+
+def libraries(files: Sequence[str]) -> List[str]:
+    """The shared libraries that programs and modules need, the loader among them."""
+    found = subprocess.run(['ldd', *files], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding='utf-8').stdout
+    return sorted(set(re.findall(r'(?:=> |^\t)(/\S+) \(', found, re.M)))
+
+
+def guest_tree(root: Path, program: str) -> None:
+    """What the guest runs: busybox, this Python with its library, and `program`, the daemon's source."""
+    kernel, stdlib = fetch_guest(), Path(os.__file__).parent
+    ignore = shutil.ignore_patterns('test', 'tests', 'site-packages', 'dist-packages', 'config-*', 'idlelib',
+                                    'lib2to3', 'ensurepip',
+                                    'tkinter', '*.a', 'pydoc_data')
+    shutil.copytree(stdlib, root / str(stdlib).lstrip('/'), ignore=ignore, symlinks=True)
+    modules = [str(path) for path in stdlib.glob('lib-dynload/*.so')]
+    python = os.path.realpath(sys.executable)
+    for file in (python, *libraries([python, *modules])):
+        target = root / file.lstrip('/')
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, target)
+    (root / 'modules').mkdir()
+    for name in GUEST_MODULES:
+        for file in kernel.glob(f'lib/modules/*/kernel/**/{name}.ko'):
+            shutil.copy(file, root / 'modules')
+    (root / 'bin').mkdir(exist_ok=True)
+    shutil.copy(kernel / 'bin/busybox', root / 'bin')
+    (root / 'program').mkdir()
+    (root / 'program/videoserverd.py').write_text(program, encoding='utf-8')
+    (root / 'program/config.ini').write_text(GUEST_CONFIG)
+    (root / 'init').write_text(GUEST_INIT % {'modules': ' '.join(GUEST_MODULES), 'python': python})
+    (root / 'init').chmod(0o755)
+
+
+def pack_guest(folder: Path, program: str) -> Path:
+    """The guest as an initramfs: all of it in memory but the disk with the database."""
+    guest_tree(folder / 'root', program)
+    archive = folder / 'initramfs'
+    with archive.open('wb') as out:
+        names = subprocess.run(['find', '.'], cwd=folder / 'root', stdout=subprocess.PIPE, check=True).stdout
+        subprocess.run([str(GUEST / 'bin/busybox'), 'cpio', '-o', '-H', 'newc'], cwd=folder / 'root', input=names,
+                       stdout=out,
+                       stderr=subprocess.DEVNULL, check=True)
+    shutil.rmtree(folder / 'root')
+    return archive
+
+
+class Guest:
+    """A virtual machine whose disk outlives it. `acknowledged`: the ids that its daemon has answered 202 with."""
+
+    def __init__(self, program: str):
+        self.folder = Path(tempfile.mkdtemp(prefix='guest-', dir=RUN))
+        self.initramfs, self.disk = pack_guest(self.folder, program), self.folder / 'disk'
+        subprocess.run(['mke2fs', '-q', '-t', 'ext4', str(self.disk), '256M'], check=True, stdout=subprocess.DEVNULL)
+        self.process: Any = None
+        self.acknowledged: List[str] = []
+
+    def boot(self) -> None:
+        """Power on; returns once the daemon answers."""
+        self.port = free_port()
+        self.console = self.folder / 'console.txt'
+        self.process = subprocess.Popen([
+            'qemu-system-x86_64', '-accel', 'tcg', '-cpu', 'max', '-m', '1024', '-nographic', '-no-reboot',
+            '-kernel', str(next(GUEST.glob('boot/vmlinuz-*'))), '-initrd', str(self.initramfs),
+            '-append', 'console=ttyS0 quiet panic=-1', '-monitor', 'none', '-serial', f'file:{self.console}',
+            '-drive', f'file={self.disk},format=raw,if=virtio,cache=writeback', '-device', 'virtio-net-pci,netdev=net',
+            '-netdev', f'user,id=net,restrict=on,hostfwd=tcp:127.0.0.1:{self.port}-10.0.2.15:8443'],
+            stdin=subprocess.DEVNULL)
+        wait_until(self.answers, 120, lambda: self.console.read_text(errors='replace')[-3000:])
+
+    def answers(self) -> bool:
+        """Does its daemon?"""
+        if self.process.poll() is not None:
+            raise AssertionError(f'the guest ended:\n{self.console.read_text(errors="replace")[-3000:]}')
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            return Client(self.port, None, timeout=2).get('/api/v1/health').status == 200
+        return False
+
+    def cut_power(self) -> None:
+        """The machine is gone from one instruction to the next; what it had told its disk stays."""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def post(self, end: threading.Event) -> None:
+        """A phone: a link after the other until there is no answer any more."""
+        client = Client(self.port, None, keep_alive=True, timeout=5)
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            while not end.is_set():
+                link = tiktok_link(random.getrandbits(60))
+                answer = client.post('/api/v1/download', {'url': link, 'client_id': 'power'})
+                if answer.status == 202:
+                    self.acknowledged.append(answer.json['download_id'])
+
+    def life(self, seconds: float) -> None:
+        """Posts from four phones for so long, then no power."""
+        end = threading.Event()
+        phones = [threading.Thread(target=self.post, args=(end,)) for _ in range(4)]
+        for phone in phones:
+            phone.start()
+        time.sleep(seconds)
+        self.cut_power()
+        end.set()
+        for phone in phones:
+            phone.join()
+
+    def lost(self) -> List[str]:
+        """The acknowledged ids that its daemon does not know."""
+        client, known, offset = Client(self.port, None, keep_alive=True), set(), 0
+        while True:
+            rows = client.get(f'/api/v1/history?limit=200&offset={offset}').json['downloads']
+            known.update(row['download_id'] for row in rows)
+            offset += 200
+            if not rows:
+                client.close()
+                return [id for id in self.acknowledged if id not in known]
+
+
+def power_cuts(program: str, rounds: int) -> Tuple[int, int]:
+    """(acknowledged, lost): the same disk through so many lives of a machine."""
+    guest, lost = Guest(program), set()
+    try:
+        for _ in range(rounds):
+            guest.boot()
+            lost.update(guest.lost())
+            guest.life(random.uniform(2, 8))
+        guest.boot()
+        return len(guest.acknowledged), len(lost | set(guest.lost()))
+    finally:
+        guest.cut_power()
+
+
+@command
+def cmd_power(args: List[str]) -> int:
+    """`power [--rounds 5]`: the power is cut under a whole machine; exit code 1 if an acknowledged link is lost, or
+    if the control run, which does not sync its commits, loses none."""
+    rounds = int(args[args.index('--rounds') + 1]) if '--rounds' in args else 5
+    source = (HERE / 'videoserverd.py').read_text(encoding='utf-8')
+    assert source.count("'synchronous=FULL'") == 1
+    results = []
+    weaker = source.replace("'synchronous=FULL'", "'synchronous=NORMAL'")
+    for what, program in (('as it is', source), ('synchronous=NORMAL', weaker)):
+        acknowledged, lost = power_cuts(program, rounds)
+        print(f'{rounds} power cuts, {what}: {acknowledged} links acknowledged, {lost} lost', flush=True)
+        results.append(lost)
+    return 0 if results[0] == 0 < results[1] else 1
+
+
+WHOLE_REQUEST = b'GET /api/v1/health HTTP/1.1\r\nHost: example.com\r\n\r\n'
+WAITS_AFTER = ('G', 'GET ', 'GET /api', 'GET /api/v1/health ', 'HTTP', 'HTTP/1.1', 'HTTP/1.1\r', 'HTTP/1.1\r\n', 'Hos',
+               'Host:', 'Host: ', 'example.com', 'example.com\r', 'example.com\r\n',
+               'example.com\r\n\r')  # 15 places where a request may be cut
+CONFORMANCE = (  # (what, first line, further lines, accepted answers): 18 more, as in uNetworking/h1spec
+    ('a GET', 'GET / HTTP/1.1', ('Host: example.com',), (200,)),
+    ('a GET of HTTP/1.0', 'GET / HTTP/1.0', ('Host: example.com',), (200,)),
+    ('odd but valid fields', 'GET / HTTP/1.1', ('hoSt:\texample.com', 'empty:'), (200,)),
+    ('an empty field with a space', 'GET / HTTP/1.1', ('Host: example.com', 'X-Empty: '), (200,)),
+    ('Expect', 'GET / HTTP/1.1', ('Host: example.com', 'Expect: 100-continue'), (100, 200)),
+    ('a POST with a body', 'POST /hello HTTP/1.1',  # `/`: 405
+     ('Host: example.com', 'Content-Length: 5', '', 'hello'), (404,)),
+    ('no version', 'GET / ', (), (400,)),
+    ('a version that is none', 'GET / HTTP/9.9', ('Host: example.com',), (400,)),
+    ('something before the method', 'Extra lineGET / HTTP/1.1', ('Host: example.com',), (400,)),
+    ('brackets in a name', 'GET / HTTP/1.1', ('Host: example.com', 'X-Invalid[]: test'), (400,)),
+    ('a control character', 'GET / HTTP/1.1', ('Host: example.com', 'X-Bad: test\x07'), (400,)),
+    ('a bare CR for a line break', 'GET / HTTP/1.1', ('Host: example.com', '\rSome-Header: Test'), (400,)),
+    ('no Host', 'GET / HTTP/1.1', ('Content-Length: 5',), (400,)),
+    ('two Hosts', 'GET / HTTP/1.1', ('Host: example.com', 'Host: example.org'), (400,)),
+    ('a negative length', 'GET / HTTP/1.1', ('Host: example.com', 'Content-Length: -1234'), (400,)),
+    ('a huge negative length', 'GET / HTTP/1.1',
+     ('Host: example.com', 'Content-Length: -123456789123456789123456789'), (400,)),
+    ('a length that is no number', 'GET / HTTP/1.1', ('Host: example.com', 'Content-Length: abc'), (400,)),
+    ('chunked and a length', 'GET / HTTP/1.1',
+     ('Host: example.com', 'Transfer-Encoding: chunked', 'Content-Length: 5'), (400,)),
+)
+OUR_OWN = (  # valid by RFC 9112, refused by our contract: nobody but a proxy, or a trick, sends them
+    ('absolute-form', 'GET http://example.com/ HTTP/1.1', ('Host: example.com',), (400,)),
+    ('absolute-form of a scheme that is none', 'GET HTTPZ://example.com/ HTTP/1.1', ('Host: example.com',), (400,)),
+    ('a chunked body', 'POST /hello HTTP/1.1',
+     ('Host: example.com', 'Transfer-Encoding: chunked', '', '0', ''), (411,)),
+)
+
+
+class TestHTTPConformance(DaemonTest):
+    """h1spec's list, or an equal one, without a failure."""
+    settings = {'server': {'tls': 'off', 'names': 'example.com, example.org'},
+                'downloads': {'min_free_space': '9000GB'}}
+
+    def test_a_fragment_is_waited_for_and_the_rest_of_it_answered(self):
+        with contextlib.ExitStack() as stack:
+            links = []
+            for end in WAITS_AFTER:
+                cut = WHOLE_REQUEST.index(end.encode()) + len(end)
+                link = stack.enter_context(self.daemon.client.socket())
+                link.sendall(WHOLE_REQUEST[:cut])
+                links.append((link, WHOLE_REQUEST[cut:]))
+            self.assertEqual(select.select([link for link, _ in links], [], [], 0.6)[0], [])
+            for link, rest in links:
+                link.sendall(rest)
+                self.assertEqual(link.recv(12), b'HTTP/1.1 200', rest)
+
+    def test_each_request_gets_the_answer_that_it_should(self):
+        for what, line, fields, accepted in CONFORMANCE + OUR_OWN:
+            with self.subTest(what), self.daemon.client.socket() as link:
+                link.settimeout(2)
+                link.sendall('\r\n'.join([line, *fields, *([] if '' in fields else ['', ''])]).encode('latin-1'))
+                self.assertIn(int(link.recv(12)[9:]), accepted)
+
+
+# -- 150 MB of memory
+
+MEMORY_LIMIT = 150 << 20
+MEDIA_SIZE, SERVED_SIZE = 2 << 30, 4 << 30
+CONTROL_GROUPS = (  # (parent, a file that is there, the limit, what happened): version 2, then 1
+    (Path('/sys/fs/cgroup'), 'cgroup.subtree_control', 'memory.max', 'memory.events'),
+    (Path('/sys/fs/cgroup/memory'), 'memory.limit_in_bytes', 'memory.limit_in_bytes', 'memory.failcnt'))
+
+
+class Origin(BaseHTTPRequestHandler):
+    """A film of 2 GB, made while it is sent."""
+    protocol_version = 'HTTP/1.1'
+
+    def do_HEAD(self) -> None:
+        self.head(0, MEDIA_SIZE)
+
+    def head(self, start: int, end: int) -> None:
+        """Status and fields for the bytes from start to end."""
+        self.send_response(206 if start else 200)
+        if start:
+            self.send_header('Content-Range', f'bytes {start}-{end - 1}/{MEDIA_SIZE}')
+        for field in (('Content-Type', 'video/mp4'), ('Content-Length', str(end - start)), ('Accept-Ranges', 'bytes')):
+            self.send_header(*field)
+        self.end_headers()
+
+    def do_GET(self) -> None:
+        found = re.match(r'bytes=(\d+)-(\d*)', self.headers.get('Range', ''))
+        at, end = (int(found[1]), min(int(found[2] or MEDIA_SIZE) + 1, MEDIA_SIZE)) if found else (0, MEDIA_SIZE)
+        self.head(at, end)
+        # a second to see, then 2 GB of nothing
+        first = TINY_MP4 + struct.pack('>I4sQ', 1, b'free', MEDIA_SIZE - len(TINY_MP4))
+        block = bytes(1 << 18)
+        with contextlib.suppress(OSError):
+            while at < end:
+                piece = (first + block)[at:at + min(len(block), end - at)] if at < len(first) else block[:end - at]
+                self.wfile.write(piece)
+                at += len(piece)
+
+    def log_message(self, *words: Any) -> None:
+        """Quiet."""
+
+
+@contextlib.contextmanager
+def memory_limit(size: int) -> Any:
+    """Words before a command line that keep it, and all that it starts, within `size` bytes, page cache included; and a
+    function that tells how often the limit was met. A control group of its own, or else a limit of the data segment."""
+    parent, limit, events = next(((folder, limit, events) for folder, mark, limit, events in CONTROL_GROUPS
+                                  if (folder / mark).exists()), (None, '', ''))
+    if not parent or not os.access(parent, os.W_OK):
+        print('no control group may be made: the limit is one of the data segment')
+        yield ['prlimit', f'--data={size}'], lambda: 'not counted'
+        return
+    group = parent / f'videoserverd-test-{os.getpid()}'
+    group.mkdir()
+    try:
+        (group / limit).write_text(str(size))
+        yield (['sh', '-c', f'echo $$ > {group}/cgroup.procs; exec "$@"', 'sh'],
+               lambda: ' '.join((group / events).read_text().split()))
+    finally:
+        wait_until(lambda: not (group / 'cgroup.procs').read_text(), 10)
+        group.rmdir()
+
+
+def peak_rss(daemon: Daemon) -> float:
+    """The most that has been resident since the last `forget_peak`, in MB."""
+    return int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{daemon.pid}/status').read_text())[1]) / 1024
+
+
+def forget_peak(daemon: Daemon) -> None:
+    """proc(5): 5 resets the peak."""
+    Path(f'/proc/{daemon.pid}/clear_refs').write_text('5')
+
+
+def download_within(daemon: Daemon) -> List[str]:
+    """Downloads the 2 GB; the faults."""
+    server = ThreadingHTTPServer(('127.0.0.1', 0), Origin)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    began = time.monotonic()
+    id = daemon.submit(f'http://127.0.0.1:{server.server_address[1]}/film.mp4')
+    row = daemon.wait_for(id, lambda row: row['status'] in ('completed', 'failed'), 900)
+    server.shutdown()
+    server.server_close()
+    print(f'2 GB downloaded in {time.monotonic() - began:.0f} s: {row["status"]} {row["error_message"] or ""}, '
+          f'{row["file_size"]} bytes, '
+          f'peak RSS {peak_rss(daemon):.1f} MB', flush=True)
+    return [] if row['status'] == 'completed' and row['file_size'] == MEDIA_SIZE else [str(row)]
+
+
+def serve_within(daemon: Daemon) -> List[str]:
+    """Serves a sparse file of 4 GB over HTTPS, whole and from its end; the faults."""
+    id, name = daemon.submit(tiktok_link(1)), 'sparse_1.mp4'
+    daemon.wait_for(id, lambda row: row['status'] == 'failed', 60)
+    daemon.terminate()
+    with (daemon.output / name).open('wb') as file:
+        file.truncate(SERVED_SIZE)
+    with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
+        db.execute("UPDATE downloads SET status = 'completed', filename = ?, files = ?, file_size = ? WHERE id = ?",
+                   (name, json.dumps([[name, SERVED_SIZE, 'video/mp4']]), SERVED_SIZE, id))
+        db.commit()
+    daemon.start()
+    forget_peak(daemon)
+    before, began, sizes = daemon.rss(), time.monotonic(), []
+    for wanted in ('bytes=0-', f'bytes={SERVED_SIZE - 1000}-'):
+        link = daemon.client.connection()
+        link.request('GET', f'/files/{id}/{name}', headers={'Range': wanted})
+        reply, size = link.getresponse(), 0
+        buffer = bytearray(1 << 18)
+        while True:
+            got = reply.readinto(buffer)
+            if not got:
+                break
+            size += got
+        sizes.append(size)
+        link.close()
+    print(f'{sum(sizes)} bytes served in {time.monotonic() - began:.0f} s: RSS {before:.1f} MB before, '
+          f'peak {peak_rss(daemon):.1f} MB', flush=True)
+    faults = [] if sizes == [SERVED_SIZE, 1000] else [f'served {sizes}']
+    return faults + ([f'RSS grew to {peak_rss(daemon):.1f} MB'] if peak_rss(daemon) > before + 5 else [])
+
+
+@command
+def cmd_memory(args: List[str]) -> int:
+    """`memory`: 2 GB downloaded and 4 GB served within 150 MB; exit code 1 if that fails. Needs 2 GB of disk."""
+    with Standin() as site, memory_limit(MEMORY_LIMIT) as (prefix, told):
+        daemon = Daemon(security=ANYWHERE, prefix=prefix, downloads={'max_retries': '0'})
+        try:
+            faults = download_within(daemon)
+            shutil.rmtree(daemon.output)
+            daemon.output.mkdir()
+            (daemon.output / '.videoserverd').touch()
+            daemon.configure(downloader={'proxy': site.proxy})
+            daemon.change_env({'SSL_CERT_FILE': site.ca_bundle})
+            faults += serve_within(daemon.restart())
+            print(f'the group: {told()}')
+        finally:
+            daemon.close()
+    print('\n'.join(faults) or 'no faults')
+    return 1 if faults else 0
+
+
+# -- a disk that fails
+
+FAULT_CALLS = ('write', 'pwrite64', 'fsync', 'fdatasync', 'rename,renameat,renameat2', 'openat')
+# as strace counts, in each thread; +: and all after
+FAULT_MOMENTS = (*map(str, range(1, 9)), '12', '20', '40', '1+', '2+', '3+', '5+')
+
+IDLE_THREADS = 5  # main, commit, schedule, accept, care
+
+
+class FaultSweep(KillTally):
+    """Posts and downloads go on while one call of the daemon after the other fails."""
+
+    def __init__(self, daemon: Daemon, site: Any):
+        super().__init__(daemon, site)
+        self.met, self.cases, self.faults = 0, 0, []
+
+    def run(self, seconds: float) -> None:
+        """The cases in an order that is the same each time, as many as fit."""
+        cases = [(call, error, when) for call in FAULT_CALLS for error in ('EIO', 'ENOSPC') for when in FAULT_MOMENTS]
+        self.chance.shuffle(cases)
+        end = time.monotonic() + seconds
+        for call, error, when in cases:
+            if time.monotonic() > end or not self.daemon.running():
+                break
+            self.case(call, f'{call}:error={error}:when={when}')
+
+    def case(self, calls: str, rule: str) -> None:
+        """One fault for a second or so; afterwards a link must be taken."""
+        end = threading.Event()
+        with Strace(self.daemon, rule, calls=calls) as trace:
+            poster = threading.Thread(target=self.post, args=(end,))
+            poster.start()
+            end.wait(1.0)
+            end.set()
+            poster.join()
+            self.cases += 1
+            self.met += '(INJECTED)' in trace.file.read_text(errors='replace')
+        try:
+            wait_until(lambda: TestCrowd.works(self.daemon), 15)
+        except AssertionError:
+            self.faults.append(f'{rule}: no link is taken any more')
+
+    def stuck(self) -> List[str]:
+        """What has not ended well, waited for; the links of `works` lead nowhere and may fail."""
+        wait_until(lambda: self.daemon.client.get('/api/v1/health').json['queue_size'] == 0, 300, self.daemon.tail)
+        rows = {row['id']: row for row in self.daemon.rows()}
+        lost = [f'lost: {id}' for id in self.acknowledged if id not in rows]
+        bad = [f'{id}: {rows[id]["status"]} {rows[id]["reason"]} {rows[id]["error_message"]}'
+               for id in self.acknowledged
+               if id in rows and rows[id]['status'] != 'completed']
+        named = {name: size for row in rows.values() for name, size, _ in json.loads(row['files'] or '[]')}
+        found = {name: (self.daemon.output / name).stat().st_size for name in self.daemon.files()}
+        return lost + bad + [f'file: {pair}' for pair in set(named.items()) ^ set(found.items())]
+
+
+@command
+def cmd_faults(args: List[str]) -> int:
+    """`faults [--seconds 150]`: each write, sync, rename, open fails in turn under load; exit code 1 if a link is lost,
+    a thread is dead or a download ends badly."""
+    seconds = float(args[args.index('--seconds') + 1]) if '--seconds' in args else 150
+    with Standin() as site:
+        daemon = Daemon(site=site, downloads={'max_concurrent': 2, 'max_retries': 9, 'retry_delays': '1'},
+                        **IN_THE_CLEAR)
+        sweep = FaultSweep(daemon, site)
+        try:
+            daemon.download(site.tiktok())
+            sweep.run(seconds)
+            faults = sweep.faults + sweep.stuck()
+            wait_until(lambda: daemon.threads() <= IDLE_THREADS, 30, 'the threads of requests end')
+            if daemon.threads() < IDLE_THREADS:
+                faults.append(f'{IDLE_THREADS - daemon.threads()} threads are dead')
+            print(f'{sweep.cases} cases, {sweep.met} met their fault: {len(sweep.acknowledged)} links acknowledged, '
+                  f'{len(faults)} faults; '
+                  f'{daemon.log().count("Traceback")} tracebacks in the log')
+        finally:
+            daemon.close()
+    print('\n'.join(faults[:20]))
+    return 1 if faults else 0
+
+
+class TestIdleIsSmall(unittest.TestCase):
+    """What only a download, a bucket or a command needs, and http.server does not bring anyway, is imported there."""
+
+    def test_the_idle_daemon_does_not_bring_what_it_has_no_use_for(self):
+        heavy = {'pickle', 'hmac', 'plistlib', 'zipfile', 'argparse', 'urllib.request', 'logging.handlers', 'yt_dlp'}
+        script = 'import sys; sys.path.insert(0, sys.argv[1]); import videoserverd; print(*sys.modules)'
+        found = subprocess.check_output([sys.executable, '-I', '-S', '-c', script, str(HERE)], encoding='utf-8')
+        self.assertEqual(heavy & set(found.split()), set())
+# ---------- bench -------------------------------------------------------------------------
+# Speed and memory as a table. Machines are noisy: each figure stands beside a reference that was
+# measured in the same run.
+
+BENCH_SECONDS = 4.0
+LOADER = '''
+import http.client, json, ssl, sys, threading, time
+port, ca, path, threads, seconds, keep = sys.argv[1:]
+threads, seconds, keep = int(threads), float(seconds), keep == 'keep'
+context = ssl.create_default_context(cafile=ca)
+end, took = time.monotonic() + seconds, []
+def phone(number):
+    link, count = None, 0
+    while time.monotonic() < end:
+        client = f'{number}-{seconds}-{time.time()}'
+        body = json.dumps({'url': 'https://www.tiktok.com/@bench/video/1', 'client_id': client, 'timestamp': count})
+        began, count = time.perf_counter(), count + 1
+        link = link or http.client.HTTPSConnection('127.0.0.1', int(port), context=context, timeout=30)
+        link.request('POST', path, body, {'Content-Type': 'application/json'})
+        answer = link.getresponse()
+        answer.read()
+        took.append(time.perf_counter() - began)
+        assert answer.status in (200, 202), answer.status
+        if not keep:
+            link.close()
+            link = None
+all = [threading.Thread(target=phone, args=(number,)) for number in range(threads)]
+for one in all: one.start()
+for one in all: one.join()
+took.sort()
+print(json.dumps([len(took) / seconds, took[len(took) // 2] * 1000, took[len(took) * 99 // 100] * 1000]))
+'''
+NO_OP = '''
+import http.server, json, ssl, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True
+    wbufsize = -1
+    def do_POST(self):
+        fields = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
+        body = json.dumps({'status': 'queued', 'download_id': 'x' * 36, 'message': 'm', 'timestamp': 1}).encode()
+        self.send_response(202)
+        self.send_header('Content-Type', 'application/json')
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args): pass
+    def setup(self):
+        self.request = self.server.context.wrap_socket(self.request, server_side=True)
+        super().setup()
+class Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128
+    daemon_threads = True
+server = Server(('127.0.0.1', 0), Handler)
+server.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+server.context.load_cert_chain(sys.argv[1], sys.argv[2])
+print(server.server_address[1], flush=True)
+server.serve_forever()
+'''
+
+
+def load(port: int, ca: Path, threads: int, keep: bool, seconds: float = BENCH_SECONDS) -> List[float]:
+    """[answers per second, p50 ms, p99 ms] of so many phones, each a thread of another process."""
+    words = str(port), str(ca), '/api/v1/download', str(threads), str(seconds), 'keep' if keep else 'new'
+    done = subprocess.run([sys.executable, '-c', LOADER, *words], stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout)
+
+
+def bench_row(what: str, value: str, reference: str = '', aim: str = '') -> None:
+    """One row of the table."""
+    print(f'{what:<52} {value:>18}  {reference:<44} {aim}', flush=True)
+
+
+@contextlib.contextmanager
+def no_op_server(folder: Path) -> Any:
+    """http.server over TLS that parses JSON, stores nothing and answers: its port."""
+    pair = str(folder / 'certs/server.crt'), str(folder / 'certs/server.key')
+    process = subprocess.Popen([sys.executable, '-c', NO_OP, *pair], stdout=subprocess.PIPE, encoding='utf-8')
+    try:
+        yield int(process.stdout.readline())
+    finally:
+        process.kill()
+        process.wait()
+
+
+def bench_memory(site: Standin) -> None:
+    """RSS at each stage."""
+    daemon = Daemon(site=site)
+    daemon.client.get('/api/v1/health')
+    bench_row('RSS idle before the first download', f'{daemon.rss():.1f} MB', '', 'aim < 25')
+    post = site.tiktok(size=50_000_000, speed=30_000_000)
+    id = daemon.submit(post)
+    peak = 0.0
+    while daemon.status(id)['status'] in ('queued', 'downloading'):
+        peak = max(peak, daemon.rss())
+        time.sleep(0.05)
+    bench_row('RSS while downloading', f'{peak:.1f} MB', '', 'aim < 60')
+    for _ in range(50):
+        daemon.download(site.tiktok(size=200_000))
+    bench_row('RSS idle after fifty TikTok downloads', f'{daemon.rss():.1f} MB', '', 'aim < 45')
+    daemon.close()
+
+
+def bench_start(site: Standin) -> None:
+    """Cold start to the first answer."""
+    daemon = Daemon(site=site, server={'port': str(free_port())})
+    daemon.terminate()
+    times = []
+    for _ in range(5):
+        began = time.monotonic()
+        daemon.launch()
+        while True:
+            with contextlib.suppress(OSError):
+                if daemon.client.get('/api/v1/health').status == 200:
+                    break
+        times.append(time.monotonic() - began)
+        wait_until(daemon.listens)
+        daemon.terminate()
+    began = time.monotonic()
+    imports = 'import http.server, ssl, sqlite3, logging.handlers, configparser'
+    subprocess.run([sys.executable, '-I', '-S', '-c', imports], check=True)
+    bench_row('cold start to the first answer', f'{min(times):.2f} s',
+              f'{time.monotonic() - began:.2f} s importing the stdlib set')
+    daemon.close()
+
+
+def free_port() -> int:
+    """A port for a figure that needs to know it beforehand."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]
+
+
+def bench_acks(site: Standin) -> None:
+    """Latency and rate of acknowledgements beside a server that stores nothing, and a bare commit loop."""
+    daemon = Daemon(site=site, downloads={'min_free_space': '9000GB'}, logging={'level': 'WARNING'})
+    ca = daemon.folder / 'certs/ca.crt'
+    with no_op_server(daemon.folder) as port:
+        for threads, keep, what in ((1, False, 'ack, a new TLS connection each'), (1, True, 'ack, kept alive')):
+            ours, bare = load(daemon.port, ca, threads, keep), load(port, ca, threads, keep)
+            bench_row(what, f'{ours[1]:.1f} / {ours[2]:.1f} ms',
+                      f'no-op server {bare[1]:.1f} / {bare[2]:.1f} ms (p50 / p99)')
+        for threads, keep, what in ((8, False, 'acks/s, 8 new connections'), (64, True, 'acks/s, 64 kept alive')):
+            pairs = [(load(daemon.port, ca, threads, keep), load(port, ca, threads, keep)) for _ in range(2)]
+            ours, bare = max(a[0] for a, _ in pairs), max(b[0] for _, b in pairs)
+            bench_row(what, f'{ours:.0f}', f'no-op server {bare:.0f}: {ours / bare:.2f} of it', 'aim 0.7')
+    db = sqlite3.connect(str(daemon.folder / 'bare.db'), isolation_level=None)
+    db.execute('PRAGMA journal_mode=WAL')
+    db.execute('PRAGMA synchronous=FULL')
+    db.execute('CREATE TABLE t (a TEXT)')
+    began, count = time.monotonic(), 0
+    while time.monotonic() - began < 1:
+        db.execute('INSERT INTO t VALUES (?)', (str(count),))
+        count += 1
+    bench_row('a bare SQLite commit loop', f'{count}/s', 'one row a commit, one thread')
+    db.close()
+    daemon.close()
+
+
+YTDLP_ALONE = '''
+import sys
+sys.path.insert(0, sys.argv[1])
+import yt_dlp
+params = {'quiet': True, 'noprogress': True, 'outtmpl': sys.argv[3], 'format': 'b/bv', 'cachedir': False}
+with yt_dlp.YoutubeDL(params) as ydl:
+    ydl.download([sys.argv[2]])
+'''
+
+
+def bench_download() -> None:
+    """200 MB from a loopback origin: ours, plain yt-dlp, curl."""
+    site = Standin()
+    url = site.direct(size=200_000_000)
+    daemon = Daemon(site=None, security=ANYWHERE, env={'SSL_CERT_FILE': site.ca_bundle})
+    daemon.download(site.direct(size=100_000))  # yt-dlp is imported
+
+    def ours():
+        daemon.download(url, seconds=120)
+
+    def plain():
+        subprocess.run([sys.executable, '-c', YTDLP_ALONE, str(v.Vendor(HERE / 'vendor').current()), url,
+                        str(daemon.folder / f'plain-{time.monotonic_ns()}.mp4')], check=True, env=daemon.env)
+
+    def curl():
+        file = str(daemon.folder / 'curl.mp4')
+        subprocess.run(['curl', '-s', '--cacert', site.ca_bundle, '-o', file, url], check=True)
+    took: Dict[str, float] = {}
+    for name, run in (('ours', ours), ('plain', plain), *([('curl', curl)] if shutil.which('curl') else [])):
+        times = []
+        for _ in range(3):
+            began = time.monotonic()
+            run()
+            times.append(time.monotonic() - began)
+        took[name] = min(times)
+    bench_row('200 MB download', f'{took["ours"]:.2f} s',
+              f'yt-dlp alone {took["plain"]:.2f} s: {took["plain"] / took["ours"]:.2f} of its speed', 'aim 0.95')
+    if 'curl' in took:
+        bench_row('', '', f'curl {took["curl"]:.2f} s: {took["ours"] / took["curl"]:.2f} times its time', 'aim 1.5')
+    daemon.close()
+    site.close()
+
+
+def bench_syncs(site: Standin) -> None:
+    """Database and file syncs of a download after its acknowledgement."""
+    if not shutil.which('strace'):
+        return
+    daemon = Daemon(site=site)
+    daemon.download(site.tiktok())
+    counts = []
+    for _ in range(5):
+        with Strace(daemon, calls='fdatasync,fsync,sync,syncfs') as trace:
+            daemon.download(site.tiktok(size=300_000))
+            time.sleep(0.3)
+        counts.append(sum(bool(re.match(r'(fdata|f|)sync', line)) for line in trace.lines()) - 1)  # one is the ack's
+    bench_row('syncs per download after the ack', f'{min(counts)} to {max(counts)}', '', 'aim <= 4')
+    daemon.close()
+
+
+def bench_rows(site: Standin) -> None:
+    """History, status, health and start-up with 100 and with 100,000 rows."""
+    for count in (100, 100_000):
+        daemon = Daemon(site=site, downloads={'min_free_space': '9000GB'})
+        daemon.terminate()
+        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
+            db.executemany('INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, title) '
+                           "VALUES (?, ?, 'bench', ?, ?, 1, 'A title of ordinary length')",
+                           ((str(uuid.UUID(int=n)), tiktok_link(n), 'completed' if n % 10 else 'queued',
+                             1_700_000_000 + n // 3) for n in range(count)))
+            db.commit()
+        began = time.monotonic()
+        daemon.start()
+        started = time.monotonic() - began
+        client = daemon.new_client(keep_alive=True)
+        parts = [f'start {started:.2f} s']
+        for name, path in (('history', '/api/v1/history'), ('status', f'/api/v1/status/{uuid.UUID(int=7)}'),
+                           ('health', '/api/v1/health'), ('deep history', f'/api/v1/history?offset={count - 50}'),
+                           ('search', '/api/v1/history?q=ordinary')):
+            times = []
+            for _ in range(30):
+                began = time.perf_counter()
+                client.get(path)
+                times.append(time.perf_counter() - began)
+            parts.append(f'{name} {sorted(times)[15] * 1000:.1f} ms')
+        print(f'{count:>7,} rows: ' + ', '.join(parts), flush=True)
+        daemon.close()
+
+
+@command
+def cmd_bench(args: List[str]) -> int:
+    """`bench [memory start acks download syncs rows]`: prints a table."""
+    with Standin() as site:
+        for name, run in (('memory', lambda: bench_memory(site)), ('start', lambda: bench_start(site)),
+                          ('acks', lambda: bench_acks(site)), ('download', bench_download),
+                          ('syncs', lambda: bench_syncs(site)), ('rows', lambda: bench_rows(site))):
+            if not args or name in args:
+                run()
+    return 0
+
+
+
+
+# ---------- running it all ----------------------------------------------------------------
+# `python3 -m unittest` runs the classes in child processes, several at a time, because most of a
+# test is waiting. A child writes down what its tests told their result, and that is told again
+# here, so that counts, skips, failures, -v and -f are those of one ordinary run. A single class
+# runs as ever, in this process.
+
+AT_ONCE = 3  # classes; two would leave two cores idle half of the time
+LONGEST_FIRST = ('downloads', 'buckets', 'TestFreshDaemon', 'TestVendor', 'TestPage')  # or the last would run alone
+
+
+class Record(unittest.TestResult):
+    """A child's result: each call becomes a line [method, id of the test, text or reason if any] of a file."""
+
+    def __init__(self, file: Any, like: unittest.TestResult):
+        super().__init__()
+        self.file, self.buffer, self.failfast, self.tb_locals = file, like.buffer, like.failfast, like.tb_locals
+
+    def write(self, method: str, test: Any, *more: Any) -> None:
+        """One line, on disk whatever becomes of this process."""
+        print(json.dumps([method, test.id(), *more]), file=self.file, flush=True)
+
+    def startTest(self, test: Any) -> None:  # noqa: N802
+        super().startTest(test)
+        self.write('startTest', test)
+
+    def stopTest(self, test: Any) -> None:  # noqa: N802
+        super().stopTest(test)
+        self.write('stopTest', test)
+
+    def addSuccess(self, test: Any) -> None:  # noqa: N802
+        super().addSuccess(test)
+        self.write('addSuccess', test)
+
+    def addSkip(self, test: Any, reason: str) -> None:  # noqa: N802
+        super().addSkip(test, reason)
+        self.write('addSkip', test, reason)
+
+    def addError(self, test: Any, err: Any) -> None:  # noqa: N802
+        super().addError(test, err)
+        self.write('addError', test, self.errors[-1][1])
+
+    def addFailure(self, test: Any, err: Any) -> None:  # noqa: N802
+        super().addFailure(test, err)
+        self.write('addFailure', test, self.failures[-1][1])
+
+    def addExpectedFailure(self, test: Any, err: Any) -> None:  # noqa: N802
+        super().addExpectedFailure(test, err)
+        self.write('addExpectedFailure', test, self.expectedFailures[-1][1])
+
+    def addUnexpectedSuccess(self, test: Any) -> None:  # noqa: N802
+        super().addUnexpectedSuccess(test)
+        self.write('addUnexpectedSuccess', test)
+
+    def addDuration(self, test: Any, elapsed: float) -> None:  # noqa: N802 (from Python 3.12 on, for --durations)
+        super().addDuration(test, elapsed)
+        self.write('addDuration', test, elapsed)
+
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:  # noqa: N802
+        super().addSubTest(test, subtest, err)
+        if err and issubclass(err[0], test.failureException):
+            self.write('addFailure', subtest, self.failures[-1][1])
+        elif err:
+            self.write('addError', subtest, self.errors[-1][1])
+
+
+class Told(Exception):
+    """A child's traceback, as text."""
+
+
+class NoTest(NamedTuple):
+    """Stands for what failed and is no test: a subtest, a setUpClass, a child."""
+    name: str
+    failureException = AssertionError
+
+    def id(self) -> str:
+        """What unittest prints."""
+        return self.name
+
+    __str__ = id
+
+    def shortDescription(self) -> None:  # noqa: N802
+        """Has none."""
+
+
+def tell_again(file: Path, tests: Dict[str, unittest.TestCase], result: unittest.TestResult) -> None:
+    """Repeats to `result` what a Record has written."""
+    for line in file.read_text(encoding='utf-8').splitlines():
+        method, name, *more = json.loads(line)
+        if method in ('addError', 'addFailure', 'addExpectedFailure'):
+            more = [(Told, Told('\n' + more[0]), None)]
+        getattr(result, method)(tests.get(name) or NoTest(name), *more)
+
+
+class Classes(unittest.TestSuite):
+    """The classes of this file, each in a child process; `spent`: (wall, CPU) seconds of each."""
+
+    def __init__(self, tests: Sequence[Any] = ()):
+        super().__init__(tests)
+        self.at_work: Dict[int, Tuple[str, float]] = {}  # pid: (class, when it began)
+        self.spent: Dict[str, Tuple[float, float]] = {}
+
+    def by_class(self) -> Dict[str, List[unittest.TestCase]]:
+        """The tests of each class (or of the classes that say to stay `together`), the longest first."""
+        found: Dict[str, List[unittest.TestCase]] = {name: [] for name in LONGEST_FIRST}
+        for test in flat(self):
+            found.setdefault(getattr(test, 'together', type(test).__name__), []).append(test)
+        return {name: tests for name, tests in found.items() if tests}
+
+    def run(self, result: Any, debug: bool = False) -> Any:
+        """Runs them all."""
+        classes = self.by_class()
+        if len(classes) == 1 or debug:
+            return super().run(result, debug)
+        prepare()
+        waiting = list(classes)
+        try:
+            while self.at_work or waiting and not result.shouldStop:
+                while waiting and len(self.at_work) < AT_ONCE and not result.shouldStop:
+                    name = waiting.pop(0)
+                    self.at_work[self.start(classes[name], RUN / f'{name}.record', result)] = name, time.monotonic()
+                self.collect(classes, result)
+        finally:
+            for pid in self.at_work:  # only after Ctrl-C or SIGTERM
+                os.kill(pid, signal.SIGINT)  # unittest would take what SIGTERM raises for an error of the test
+                os.waitpid(pid, 0)
+        return result
+
+    def start(self, tests: Sequence[unittest.TestCase], record: Path, result: unittest.TestResult) -> int:
+        """Runs tests in a child; its pid."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid:
+            return pid
+        status = 1
+        atexit._clear()  # as multiprocessing does: what is registered so far is the parent's to do
+        atexit.register(kill_the_living)
+        try:
+            random.seed()
+            with record.open('w', encoding='utf-8') as file:
+                unittest.TestSuite(tests).run(Record(file, result))
+            status = 0
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            atexit._run_exitfuncs()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def collect(self, classes: Dict[str, List[unittest.TestCase]], result: unittest.TestResult) -> None:
+        """Waits for a child and tells what its tests told."""
+        pid, status, usage = os.wait4(-1, 0)
+        name, began = self.at_work.pop(pid)
+        self.spent[name] = time.monotonic() - began, usage.ru_utime + usage.ru_stime
+        tell_again(RUN / f'{name}.record', {test.id(): test for test in classes[name]}, result)
+        if status:
+            result.addError(NoTest(name), (Told, Told(f'its process ended with wait status {status}'), None))
+
+
+def flat(tests: Any) -> List[unittest.TestCase]:
+    """The tests in a suite and the suites inside it."""
+    return [test for inner in tests for test in flat(inner)] if isinstance(tests, unittest.TestSuite) else [tests]
+
+
+def prepare() -> None:
+    """What every child would otherwise make for itself."""
+    for make in (vendored, certificates, path_without_ffmpeg, standin_certificates):
+        make()
+
+
+def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: Optional[str]) -> unittest.TestSuite:
+    """What unittest runs when the whole file is asked for."""
+    return Classes(tests)
+
+
+@command
+def cmd_times(words: List[str]) -> int:
+    """times [CLASS…]: wall and CPU seconds of each class, with all its processes; the longest first."""
+    loader = unittest.TestLoader()
+    loader.testNamePatterns = [f'*.{name}.*' for name in words] or None
+    suite = loader.loadTestsFromModule(sys.modules[__name__])
+    began = time.monotonic()
+    result = unittest.TextTestRunner().run(suite)
+    for name, (wall, cpu) in sorted(suite.spent.items(), key=lambda item: -item[1][0]):
+        print(f'{wall:7.1f} s  {cpu:6.1f} s of CPU  {name}')
+    print(f'{time.monotonic() - began:7.1f} s  {sum(cpu for _, cpu in suite.spent.values()):6.1f} s of CPU  all')
+    return not result.wasSuccessful()
+
+
+if __name__ == '__main__':
+    if len(sys.argv) > 1 and sys.argv[1] in COMMANDS:
+        sys.exit(COMMANDS[sys.argv[1]](sys.argv[2:]))
+    unittest.main()

@@ -1,0 +1,7504 @@
+#!/usr/bin/env python3
+"""videoserverd: the video inbox people trust.
+
+An iPhone shares a TikTok or Instagram link; this daemon has stored it safely before the phone
+says "Queued", and then does whatever it takes to turn it into a file. One file, the standard
+library and a vendored yt-dlp.
+
+The map. One law: a name is used only below the line that defines it; calls point up the file.
+
+    settings     one row per key; feeds config.ini, environment, --help, error texts
+    jobs         what a download is: states, submissions, options, outcomes. Pure
+    store        the only user of SQLite; the group commit
+    board        what is volatile: progress, a version number, a Condition
+    download     the only importer of yt_dlp; one Attempt at one job
+    vendor       fetching, checking and switching the vendored yt-dlp
+    publish      links to finished files, SigV4, the bucket, thumbnails
+    scheduler    the heap of due jobs, the workers, pause and resume
+    certificate  CA and leaf through the openssl command, the iPhone's profile
+    http         the TLS server, its limits, one table of routes for two dialects
+    page         the web page and the set-up page, as raw strings
+    daemon       wiring, order of start and stop, signals, re-execution
+    commands     what the command line offers
+
+Threads: main waits for signals; `accept` takes connections; `request` threads (at most 128) do
+their own TLS handshake under a deadline and never wait for yt-dlp; `commit` alone writes the
+database; `schedule` alone pops the heap; `worker-N` download; `upload` (with [s3] only) feeds the
+bucket; `care` does what is due daily (certificate, copies of the database, yt-dlp).
+"""
+import configparser
+import copy
+import errno
+import fcntl
+import functools
+import heapq
+import io
+import ipaddress
+import json
+import logging
+import math
+import os
+import re
+import select
+import shlex
+import shutil
+import signal
+import socket
+import sqlite3
+import ssl
+import stat
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+import uuid
+from collections import deque
+from contextlib import closing, contextmanager, suppress
+from email.utils import formatdate
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from shutil import which
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
+
+# ---------- settings ----------------------------------------------------------------------
+# Owns every key of config.ini: default, parser and help in one row, written once. From these
+# rows come config.ini's checks, the environment's names, --help and the README's table.
+# No lock: a Config is built once and never changed. Called by commands and tests.
+
+VERSION = '1.0.0'
+BUILT = 1795219200  # 2026-11-21, epoch seconds: a clock that shows less is wrong
+PROGRAM = Path(os.environ.get('VIDEOSERVERD_PROGRAM', __file__)).absolute()  # also when its compiled form runs
+log = logging.getLogger('videoserverd')
+
+
+class Trouble(Exception):
+    """A fault its reader can mend; str() is one line that says what to do."""
+    exit_code = 1
+
+
+class ConfigError(Trouble):
+    """A configuration that cannot be used: names file, section, key and what is accepted."""
+    exit_code = 2
+
+
+class Setting(NamedTuple):
+    """A key of config.ini. `parse` takes the text and raises ValueError(what is accepted)."""
+    default: str
+    parse: Callable[[str], Any]
+    help: str
+
+
+SIZE_UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '10MB', '1.5M', '500k' or '4096'; powers of 1024. Raises ValueError."""
+    match = re.fullmatch(r'(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?', text.strip(), re.I | re.A)
+    if not match:
+        raise ValueError('a size such as 500MB, 1.5G or 4096')
+    return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+
+
+def format_size(size: float) -> str:
+    """'1.4 GB' for 1503238553: what a person reads; powers of 1024 as in parse_size."""
+    units = ['TB', 'GB', 'MB', 'KB', 'bytes']
+    while size >= 1024 and len(units) > 1:
+        size /= 1024
+        units.pop()
+    return f'{size:.0f} {units[-1]}' if units[-1] == 'bytes' or size >= 100 else f'{size:.1f} {units[-1]}'
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Replace a small file, private to us, so that a power cut leaves the old or the new one. Raises OSError."""
+    fresh = file.with_name(f'.{file.name}.new')
+    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w', encoding='utf-8') as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(fresh, file)
+
+
+def remove_folder(folder: Path, ignore_errors: bool = True) -> None:
+    """Remove a folder with all that is in it. Raises OSError only if asked to."""
+    shutil.rmtree(folder, ignore_errors)
+
+
+def free_space(folder: Path) -> int:
+    """Bytes free for us on its disk. Raises OSError."""
+    disk = os.statvfs(folder)
+    return disk.f_bavail * disk.f_frsize
+
+
+def one_of(choices: Dict[str, Any]) -> Callable[[str], Any]:
+    """A parser that accepts the words of `choices` and returns what they stand for."""
+    def parse(text):
+        if text.lower() not in choices:
+            raise ValueError(' or '.join(choices))
+        return choices[text.lower()]
+    return parse
+
+
+on_off = one_of({'on': True, 'off': False})
+log_level = one_of({name.lower(): name for name in ('DEBUG', 'INFO', 'WARNING', 'ERROR')})
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A parser of whole numbers from low to high."""
+    def parse(text):
+        if not re.fullmatch(r'\d{1,9}', text, re.A) or not low <= int(text) <= high:
+            raise ValueError(f'a whole number from {low} to {high}')
+        return int(text)
+    return parse
+
+
+def words(text: str) -> Tuple[str, ...]:
+    """The comma-separated words of `text`."""
+    return tuple(word.strip() for word in text.split(',') if word.strip())
+
+
+def plain(text: str) -> str:
+    """The text itself."""
+    return text
+
+
+def needed(text: str) -> str:
+    """The text itself, which must not be empty."""
+    if not text:
+        raise ValueError('a value that is not empty')
+    return text
+
+
+def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Empty is None, anything else as `parse` has it."""
+    return lambda text: parse(text) if text else None
+
+
+def delays(text: str) -> Tuple[int, ...]:
+    """Seconds to wait before each retry."""
+    found = words(text)
+    if not found or not all(re.fullmatch(r'\d{1,7}', word, re.A) for word in found):
+        raise ValueError('seconds, separated by commas, such as 60,300,900')
+    return tuple(int(word) for word in found)
+
+
+def listen_host(text: str) -> str:
+    """The address to listen on."""
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise ValueError('an IP address such as 0.0.0.0, 127.0.0.1 or ::') from None
+
+
+def networks(text: str) -> Tuple[Any, ...]:
+    """CIDR networks; a bare address is a network of one."""
+    try:
+        return tuple(ipaddress.ip_network(word) for word in words(text))
+    except ValueError:
+        raise ValueError('networks such as 192.168.1.0/24, separated by commas') from None
+
+
+PRIVATE_NETWORKS = networks(  # RFC 1918, 6598 (Tailscale), 3927, 4193, loopback
+    '127.0.0.0/8,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,169.254.0.0/16,::1,fc00::/7,fe80::/10')
+
+
+def clients(text: str) -> Tuple[Any, ...]:
+    """The networks whose clients are answered."""
+    if text.lower() in ('private', 'any'):
+        return PRIVATE_NETWORKS if text.lower() == 'private' else networks('0.0.0.0/0,::/0')
+    if not words(text):
+        raise ValueError('private, any, or networks such as 192.168.1.0/24')
+    return networks(text)
+
+
+def domains(text: str) -> Tuple[str, ...]:
+    """Domain names in lower case, or '*'."""
+    found = tuple(word.lower().rstrip('.') for word in words(text))
+    if not found or not all(word == '*' or re.fullmatch(r'[a-z0-9-]+(\.[a-z0-9-]+)+', word) for word in found):
+        raise ValueError('domain names such as tiktok.com, separated by commas, or *')
+    return ('*',) if '*' in found else found
+
+
+def http_url(text: str) -> str:
+    """An http or https address without query, fragment or final slash."""
+    try:
+        parts = urlsplit(text)
+        fine = parts.scheme in ('http', 'https') and parts.hostname and (parts.port or 1) > 0
+    except ValueError:
+        fine = False
+    if not fine or parts.query or parts.fragment or parts.username is not None or re.search(r'[\s"<>\\]', text):
+        raise ValueError('an address such as https://pi.local:8443')
+    return text.rstrip('/')
+
+
+def proxy_url(text: str) -> str:
+    """A proxy that yt-dlp understands."""
+    if not re.fullmatch(r'(http|socks4a?|socks5h?)://[^\s/]+/?', text):
+        raise ValueError('an address such as http://192.168.1.2:3128 or socks5h://127.0.0.1:1080')
+    return text
+
+
+def url_prefix(text: str) -> str:
+    """An internal nginx location: starts and ends with a slash."""
+    if text and not re.fullmatch(r'/[\w./-]*', text, re.A):
+        raise ValueError('a path such as /protected/')
+    return text and text.rstrip('/') + '/'
+
+
+SETTINGS: Dict[str, Dict[str, Setting]] = {
+    'server': {
+        'host': Setting('0.0.0.0', listen_host, 'address to listen on; :: is IPv6 and IPv4'),
+        'port': Setting('8443', whole(0, 65535), 'TCP port to listen on; 0 takes a free one'),
+        'tls': Setting('on', on_off, 'off only behind a proxy that speaks TLS; then answers private networks only'),
+        'cert_file': Setting('certs/server.crt', Path, 'certificate of the server; made when missing'),
+        'key_file': Setting('certs/server.key', Path, 'its private key'),
+        'ca_file': Setting('certs/ca.crt', Path, 'the CA that the phone trusts; its key is ca.key beside it'),
+        'names': Setting('', words, 'further names and addresses: in the certificate, accepted as Host'),
+        'public_base_url': Setting('', optional(http_url), 'how others reach it; empty: https://<host>.local:<port>'),
+        'trusted_proxies': Setting('', networks, 'proxies whose X-Forwarded-For is believed'),
+        'accel_redirect': Setting('', url_prefix, 'internal nginx location that serves the output directory'),
+    },
+    'database': {
+        'path': Setting('data/downloads.db', Path, 'the SQLite database, on a local disk'),
+        'backups': Setting('7', whole(0, 365), 'daily copies kept beside it; 0 = none'),
+    },
+    'downloads': {
+        'output_directory': Setting('~/Downloads/VideoServer', Path, 'where finished files appear'),
+        'max_concurrent': Setting('1', whole(1, 16), 'downloads at the same time'),
+        'max_retries': Setting('3', whole(0, 100), 'retries after a failure that may pass'),
+        'retry_delays': Setting('60,300,900', delays, 'seconds before each retry; the last repeats'),
+        'min_free_space': Setting('500MB', parse_size, 'below this the queue pauses'),
+    },
+    'downloader': {
+        'ytdlp_directory': Setting('vendor', Path, 'where the vendored yt-dlp lives'),
+        'auto_update': Setting('on', on_off, 'fetch a newer yt-dlp weekly and when a site has changed'),
+        'format': Setting('', plain, 'yt-dlp format; empty: the best that an iPhone plays, as mp4'),
+        'rate_limit': Setting('', optional(parse_size), 'bytes per second, such as 1M; empty: none'),
+        'user_agent_rotation': Setting('on', on_off, 'another browser name for each download'),
+        'timeout': Setting('300', whole(5, 86400), 'seconds in which an attempt must gain at least 64 KB'),
+        'cookies_file': Setting('', optional(Path), 'cookies.txt for posts that need a login; never written'),
+        'proxy': Setting('', optional(proxy_url), 'proxy for all downloads'),
+    },
+    'security': {
+        'allowed_domains': Setting('tiktok.com,instagram.com', domains, 'sites to take links of; * = any public site'),
+        'allowed_clients': Setting('private', clients, 'who is answered: private, any, or networks'),
+        'requests_per_hour': Setting('100', whole(0, 1000000), 'links per hour and client_id; 0 = no limit'),
+        'max_url_length': Setting('2048', whole(64, 8192), 'longest link taken, in characters'),
+        'max_request_size': Setting('16KB', parse_size, 'longest request body'),
+        'allow_private_targets': Setting('off', on_off, 'may downloads come from private addresses?'),
+    },
+    's3': {
+        'endpoint': Setting('', optional(http_url), 'object storage that gets a copy of each file; empty: none'),
+        'public_endpoint': Setting('', optional(http_url), 'the address of it that a phone reaches'),
+        'bucket': Setting('', plain, 'bucket; {bucket} in the endpoint: virtual-host addresses'),
+        'region': Setting('us-east-1', needed, 'region to sign for'),
+        'prefix': Setting('', plain, 'put before each object name'),
+        'url_expiry': Setting('86400', whole(60, 604800), 'seconds that a signed link lives'),
+    },
+    'logging': {
+        'level': Setting('INFO', log_level, 'DEBUG, INFO, WARNING or ERROR'),
+        'file': Setting('logs/server.log', optional(Path), 'log file; empty: none'),
+        'max_size': Setting('10MB', parse_size, 'size at which it rotates'),
+        'backup_count': Setting('5', whole(0, 1000), 'rotated files kept'),
+    },
+}
+
+# Document B's names for three of them.
+OTHER_NAMES = {
+    'PRT_VIDEODOWNLOADER_SQLITEFILEPATH': ('database', 'path'),
+    'PRT_VIDEODOWNLOADER_VIDEODATAPATH': ('downloads', 'output_directory'),
+    'PRT_VIDEODOWNLOADER_HTTPSBASEURL': ('server', 'public_base_url'),
+}
+SECRET_NAMES = ('VIDEOSERVER_API_KEYS', 'AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY')
+
+
+class Config(SimpleNamespace):
+    """All settings, a namespace per section, and `file`, `folder`, `api_keys`, the AWS keys."""
+
+
+def read_ini(file: Path) -> Dict[str, Dict[str, str]]:
+    """The sections of an ini file. Raises ConfigError."""
+    parser = configparser.ConfigParser(interpolation=None, default_section='\0', inline_comment_prefixes=('#', ';'))
+    try:
+        parser.read_string(file.read_text(encoding='utf-8'), str(file))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f'{file}: cannot be read ({error})') from None
+    except configparser.Error as error:
+        raise ConfigError(f'{file}: ' + ' '.join(str(error).split())) from None
+    return {name: dict(parser[name]) for name in parser.sections()}
+
+
+def environment_settings(env: Dict[str, str]) -> Iterator[Tuple[str, str, str, str]]:
+    """(variable, section, key, text) of each setting in the environment. Raises ConfigError."""
+    for name, text in sorted(env.items(), reverse=True):  # PRT_… first, so that VIDEOSERVER_… wins
+        section, key = OTHER_NAMES.get(name, ('', ''))
+        if name.startswith('VIDEOSERVER_') and name not in SECRET_NAMES:
+            section, _, key = name[len('VIDEOSERVER_'):].lower().partition('_')
+            if key not in SETTINGS.get(section, {}):
+                raise ConfigError(f'environment: {name} is no setting; VIDEOSERVER_<SECTION>_<KEY> is')
+        if section:
+            yield name, section, key, text
+
+
+def expand_home(path: Path) -> Path:
+    """`~` as the home folder; a service user without one gets the path as it is."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        return path
+
+
+def parse_setting(where: str, section: str, key: str, text: str, folder: Path) -> Any:
+    """The value of one key; relative paths are taken from `folder`. Raises ConfigError."""
+    if section not in SETTINGS:
+        raise ConfigError(f'{where}: [{section}] is no section; accepted: {", ".join(SETTINGS)}')
+    if key not in SETTINGS[section]:
+        raise ConfigError(f'{where}: [{section}] {key} is no key; accepted: {", ".join(SETTINGS[section])}')
+    try:
+        if '\0' in text or '\n' in text:
+            raise ValueError('one line')
+        value = SETTINGS[section][key].parse(text.strip())
+    except ValueError as error:
+        raise ConfigError(f'{where}: [{section}] {key} = {text!r} is not accepted: {error}') from None
+    return folder / expand_home(value) if isinstance(value, Path) else value
+
+
+def check_together(config: Config, where: str) -> None:
+    """What no single key can tell. Raises ConfigError."""
+    if config.s3.endpoint and not config.s3.bucket:
+        raise ConfigError(f'{where}: [s3] bucket is empty; accepted: the name of a bucket, as endpoint is set')
+    if config.s3.endpoint and not (config.aws_access_key_id and config.aws_secret_access_key):
+        raise ConfigError(f'{where}: [s3] endpoint needs {" and ".join(SECRET_NAMES[1:])} in the environment')
+    if config.server.host != '::' and ipaddress.ip_address(config.server.host).is_multicast:
+        raise ConfigError(f'{where}: [server] host is a multicast address; accepted: an address of this machine')
+
+
+def load_config(file: Optional[Path], env: Dict[str, str]) -> Config:
+    """Built-in values, then `file` (None: none), then the environment. Raises ConfigError."""
+    folder = (file or PROGRAM).absolute().parent
+    config = Config(file=file and file.absolute(), folder=folder)
+    for section, keys in SETTINGS.items():
+        values = {key: parse_setting('built-in', section, key, row.default, folder) for key, row in keys.items()}
+        setattr(config, section, SimpleNamespace(**values))
+    for section, keys in (read_ini(file) if file else {}).items():
+        for key, text in keys.items() or [('', '')]:
+            value = parse_setting(str(file), section, key, text, folder) if key or section not in SETTINGS else None
+            if key:
+                setattr(getattr(config, section), key, value)
+    for name, section, key, text in environment_settings(env):
+        setattr(getattr(config, section), key, parse_setting(f'environment {name}', section, key, text, folder))
+    config.api_keys = words(env.get('VIDEOSERVER_API_KEYS', ''))
+    config.aws_access_key_id = env.get('AWS_ACCESS_KEY_ID', '')
+    config.aws_secret_access_key = env.get('AWS_SECRET_ACCESS_KEY', '')
+    check_together(config, str(file or 'environment'))
+    return config
+
+
+
+# ---------- jobs --------------------------------------------------------------------------
+# Owns what a download is: its states, the parsing of a submission (text → URL → checked URL),
+# the allowlist of yt-dlp options, names of files, back-off, outcomes. No clock, no I/O, no
+# lock: pure functions of their arguments. Called by all sections below.
+
+STATES = {  # as stored and as document A shows them
+    'queued': 'waiting: for a worker, or for next_attempt_at',
+    'downloading': 'in the hands of a worker',
+    'completed': 'every file lies whole under its final name',
+    'failed': 'given up: the reason is permanent, the tries are used up, or somebody cancelled',
+}
+TRANSITIONS = {  # verb of the store: (status before, status after); whatever is not here cannot happen
+    'claim': (('queued',), 'downloading'),
+    'finish': (('downloading',), 'completed'),
+    'retry_later': (('downloading',), 'queued'),
+    'give_up': (('downloading',), 'failed'),
+    'requeue': (('downloading',), 'queued'),  # stopped, paused or crashed: no attempt counted
+    'cancel': (('queued',), 'failed'),  # a running one is stopped first, then given up
+    'retry': (('failed', 'queued'), 'queued'),  # of a queued one: now instead of later
+    'uploaded': (('completed',), 'completed'),  # all files of it are in the bucket
+}
+
+
+class MediaFile(NamedTuple):
+    """A finished file in the output directory: its name there, bytes, MIME type."""
+    name: str
+    size: int
+    type: str
+
+
+class Progress(NamedTuple):
+    """How far a running download is. `phase`: page, media, merge or file; bytes; seconds."""
+    percent: float
+    phase: str = ''
+    downloaded: int = 0
+    total: Optional[int] = None
+    speed: Optional[float] = None
+    eta: Optional[int] = None
+    title: str = ''
+
+
+class Job(NamedTuple):
+    """One try at one download: attempt 1 is the first."""
+    id: str
+    url: str
+    options: Tuple[Tuple[str, Any], ...]
+    attempt: int
+
+
+class Outcome(NamedTuple):
+    """How a try ended: done, retry, give_up, cancelled, stopped or pause.
+
+    `reason` is a stable word, `message` a sentence for a person, `tries` the attempts that this
+    reason is worth when fewer than the configured ones."""
+    kind: str
+    reason: str = ''
+    message: str = ''
+    title: str = ''
+    files: Tuple[MediaFile, ...] = ()
+    tries: Optional[int] = None
+
+
+def backoff(attempt: int, delays: Sequence[int], jitter: float = 0) -> float:
+    """Seconds to wait after the failed attempt `attempt` (1 = first); the last delay repeats.
+
+    `jitter`, 0 to 1, adds up to a tenth; 0 keeps the promise of 1, 5 and 15 minutes to the second."""
+    delay = delays[min(attempt, len(delays)) - 1]
+    return delay * (1 + jitter / 10) if jitter else delay
+
+
+STEPS = {'done': 'finish', 'give_up': 'fail', 'cancelled': 'fail', 'stopped': 'requeue', 'pause': 'requeue'}
+
+
+def next_step(outcome: Outcome, attempt: int, max_retries: int, delays: Sequence[int],
+              jitter: float = 0) -> Tuple[str, float]:
+    """What follows from how attempt `attempt` ended: finish, retry, fail or requeue, and seconds to wait."""
+    if outcome.kind != 'retry':
+        return STEPS[outcome.kind], 0
+    tries = max_retries + 1 if outcome.tries is None else min(outcome.tries, max_retries + 1)
+    return ('retry', backoff(attempt, delays, jitter)) if attempt < tries else ('fail', 0)
+
+
+def last_words(outcome: Outcome, attempt: int) -> str:
+    """The sentence that stays on a download that failed."""
+    return f'{outcome.message} Tried {attempt} times.' if attempt > 1 and outcome.kind == 'retry' else outcome.message
+
+
+# -- what a phone sends
+
+class Refused(Exception):
+    """A submission that is not taken. `code` is a stable word, `message` a sentence a phone can show.
+
+    Codes: bad_field, no_url, bad_url, url_too_long, domain_not_allowed, private_address,
+    option_not_allowed, bad_option."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+class Submission(NamedTuple):
+    """A link to be stored: canonical URL, who sent it, options as (name, value) pairs.
+
+    `timestamp` is the sender's, of any size; it is only ever compared."""
+    url: str
+    client_id: str
+    timestamp: Optional[int]
+    options: Tuple[Tuple[str, Any], ...]
+
+
+UNSAFE = re.compile(  # control characters, line ends, marks that reverse the text around them, half characters
+    '[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]')
+SITES = ('tiktok.com', 'instagram.com')  # links to them are known without https://
+
+
+def excerpt(text: str, length: int = 60) -> str:
+    """`text` fit to be shown in a message: one short line."""
+    text = UNSAFE.sub('\ufffd', text)
+    return text if len(text) <= length else text[:length - 1] + '…'
+
+
+# Where a link ends in running text: at space, quotes, brackets, and at whatever is neither ASCII nor
+# of an alphabet that separates words by spaces, so that Chinese text and emoji may follow. The host
+# ends at none of these, nor at a line's end: what a browser might read on is judged as a whole.
+LINK_CHARACTER = r'[!#-;=?-~\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f]'
+NEXT_LINK = r'(?<![=/])https?://'  # after / or = it belongs to the link before
+REST = rf'(?:[/?#](?:(?!{NEXT_LINK}){LINK_CHARACTER})*)'
+LINK = re.compile(rf'https?://(?:(?!{NEXT_LINK})(?:[^\s/?#<>"]|[\t\r\n]+(?!https?://)(?=[^\s/?#<>"])))+{REST}?'
+                  rf'|(?<![a-z0-9@._/%=:&?#\\\u00c0-\u052f-])((?:[a-z0-9-]{{1,63}}\.)+[a-z]{{2,63}})(?=/){REST}',
+                  re.I | re.A)  # A: to re.I alone, ſ is an s
+TRAILING = '.,:;!?\'"*|`'
+
+
+def is_under(host: str, domains: Sequence[str]) -> bool:
+    """Is `host` one of the domains or a subdomain of one?"""
+    return any(host == domain or host.endswith('.' + domain) for domain in domains)
+
+
+def trim_link(link: str) -> str:
+    """`link` without the punctuation of the sentence around it; a bracket opened inside stays."""
+    for last in link[:-65:-1]:
+        opening = {')': '(', ']': '[', '}': '{'}.get(last)
+        if last not in TRAILING and not (opening and link.count(last) > link.count(opening)):
+            break
+        link = link[:-1]
+    return link
+
+
+def find_urls(text: str, domains: Sequence[str] = SITES) -> List[str]:
+    """The links in a text, in order, as written; without https:// only those to `domains`."""
+    return [('https://' if match[1] else '') + trim_link(match[0]) for match in LINK.finditer(text)
+            if not match[1] or is_under(match[1].lower(), domains)]
+
+
+# -- which link is fetched
+
+PRIVATE_NAMES = ('localhost', 'local', 'lan', 'internal', 'home.arpa')  # RFC 6761, 6762, 8375; .internal by ICANN
+WRAPPED_IPV4 = (  # IPv6 networks that lead to the IPv4 address after so many bits
+    (ipaddress.IPv6Network('::ffff:0:0/96'), 96), (ipaddress.IPv6Network('::/96'), 96),
+    (ipaddress.IPv6Network('64:ff9b::/96'), 96), (ipaddress.IPv6Network('2002::/16'), 16))
+NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (  # what ipaddress calls global in some versions
+    '192.0.0.0/24', '192.88.99.0/24', '240.0.0.0/4', '64:ff9b:1::/48', '100::/64', '2001::/23', 'fec0::/10'))
+
+
+def is_public(address: str) -> bool:
+    """Is the address one of the Internet: not private, loopback, link-local, multicast or reserved?
+
+    An IPv6 address that wraps an IPv4 one is what that one is. Raises ValueError if it is no address."""
+    ip = ipaddress.ip_address(address.partition('%')[0])
+    for network, bits in WRAPPED_IPV4 if ip.version == 6 else ():
+        if ip in network:
+            return is_public(str(ipaddress.IPv4Address(int(ip) >> (96 - bits) & 0xffffffff)))
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in NEVER_PUBLIC)
+
+
+def is_private_host(host: str) -> bool:
+    """Does the canonical host name something that is not on the Internet, as far as its spelling tells?"""
+    try:
+        return not is_public(host.strip('[]'))
+    except ValueError:
+        return '.' not in host or is_under(host, PRIVATE_NAMES)
+
+
+# Characters that browsers drop from a host although they count as letters or marks.
+IGNORED = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]')
+LABEL = re.compile(r'[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?')
+
+
+def ascii_label(label: str) -> str:
+    """A label of a host name in lower case and ASCII (RFC 3492). Raises ValueError.
+
+    Only what all of IDNA 2003, IDNA 2008 and UTS 46 read alike: letters, marks and digits that
+    no mapping but lower case changes. So no program can take the label for another one."""
+    lower = label.lower()
+    if not lower.isascii():
+        mapped = unicodedata.normalize('NFKC', label.casefold()) != lower or IGNORED.search(lower)
+        if mapped or any(unicodedata.category(character)[0] not in 'LMN' for character in lower if character != '-'):
+            raise ValueError('ambiguous')
+        lower = 'xn--' + lower.encode('punycode').decode('ascii')
+    elif lower.startswith('xn--') and (len(lower) > 63 or ascii_label(lower[4:].encode().decode('punycode')) != lower):
+        raise ValueError('not canonical')
+    if not LABEL.fullmatch(lower):
+        raise ValueError('not a label')
+    return lower
+
+
+def canonical_host(host: str) -> str:
+    """The one spelling of a host: ASCII lower case without final dot, or an address. Raises ValueError."""
+    if host.startswith('['):
+        return f'[{ipaddress.IPv6Address(host[1:-1])}]'
+    host = '.'.join(map(ascii_label, (host[:-1] if host.endswith('.') else host).split('.')))
+    if len(host) > 253:
+        raise ValueError('too long')
+    if re.fullmatch(r'[0-9]+|0x[0-9a-f]*', host.rpartition('.')[2]) and str(ipaddress.IPv4Address(host)) != host:
+        raise ValueError('an address in disguise')  # 127.1, 0177.0.0.1, 0x7f000001 and the like
+    return host
+
+
+def check_host(host: str, security: Any) -> None:
+    """Raise Refused unless links to the canonical `host` are taken."""
+    domains = security.allowed_domains
+    if domains != ('*',) and not is_under(host, domains):
+        raise Refused('domain_not_allowed', f'Links to {excerpt(host)} are not taken, only to {", ".join(domains)}.')
+    if not security.allow_private_targets and is_private_host(host):
+        raise Refused('private_address', f'{excerpt(host)} is in a private network; such links are switched off.')
+
+
+WEB_LINK = re.compile(r'(https?)://([^/?#]*)([^?#]*)(\?[^#]*)?(?:#.*)?', re.I | re.A)
+AUTHORITY = re.compile(r'(\[[0-9a-f:.]+\]|[^][:]+)(?::([0-9]{0,5}))?', re.I | re.A)
+URL_SAFE = "%/;:@&=+$,!~*'()?[]"  # what yt-dlp itself leaves as it is
+DEFAULT_PORTS = {'http': 80, 'https': 443}
+
+
+def split_url(text: str) -> Tuple[str, str, int, str]:
+    """Scheme, canonical host, port, and path with query of a web link. Raises ValueError."""
+    parts = WEB_LINK.fullmatch(text)
+    if not parts or re.search(r'[\s\\]', text) or UNSAFE.search(text):
+        raise ValueError('not a web link')
+    authority = AUTHORITY.fullmatch(parts[2])
+    if not authority:
+        raise ValueError('not a host and port')
+    scheme, host = parts[1].lower(), canonical_host(authority[1])
+    port = int(authority[2] or DEFAULT_PORTS[scheme])
+    if not 1 <= port <= 65535:
+        raise ValueError('not a port')
+    return scheme, host, port, quote((parts[3] or '/') + (parts[4] or ''), safe=URL_SAFE)
+
+
+def check_url(text: str, security: Any) -> str:
+    """The canonical URL of a link: this very text is judged, stored and fetched. Raises Refused.
+
+    Built anew from its parts: no user, no fragment, host in ASCII. To a listed domain always
+    https on its own port; where any site is allowed, scheme and port stay as they are."""
+    try:
+        scheme, host, port, rest = split_url(text[:security.max_url_length + 1])
+    except ValueError:
+        raise Refused('bad_url', f'This is no web link that can be taken: {excerpt(text)}') from None
+    check_host(host, security)
+    listed = security.allowed_domains != ('*',)
+    if listed and port != DEFAULT_PORTS[scheme]:
+        raise Refused('bad_url', f'Links to port {port} are not taken.')
+    scheme, port = ('https', 443) if listed else (scheme, port)
+    url = f'{scheme}://{host}{"" if port == DEFAULT_PORTS[scheme] else f":{port}"}{rest}'
+    if max(len(text), len(url)) > security.max_url_length:
+        raise Refused('url_too_long', f'The link is longer than {security.max_url_length} characters.')
+    return url
+
+
+def site_of(url: str) -> str:
+    """The site of a canonical URL as a person knows it: 'tiktok.com'."""
+    host = re.sub(r'^\w+://(www\.)?|(:\d+)?([/?#].*)?$', '', url, flags=re.S)
+    return next((site for site in SITES if is_under(host, (site,))), host)
+
+
+# -- options of the caller
+
+def upto(high: int, low: int = 0) -> Callable[[str], int]:
+    """A parser of whole numbers from `low`; more than `high` is taken as `high`."""
+    def parse(text):
+        if not re.fullmatch(r'[0-9]{1,9}', text) or int(text) < low:
+            raise ValueError(f'a whole number from {low} to {high}')
+        return min(int(text), high)
+    return parse
+
+
+def matching(pattern: str, accepted: str) -> Callable[[str], str]:
+    """A parser of texts that match `pattern`; `accepted` says what that is."""
+    def parse(text):
+        if not re.fullmatch(pattern, text):
+            raise ValueError(accepted)
+        return text
+    return parse
+
+
+def listing(pattern: str, accepted: str) -> Callable[[str], Tuple[str, ...]]:
+    """A parser of up to 30 words that match `pattern`, separated by commas."""
+    def parse(text):
+        found = tuple(word.strip() for word in text.split(','))
+        if len(found) > 30 or not all(re.fullmatch(pattern, word) for word in found):
+            raise ValueError(accepted)
+        return found
+    return parse
+
+
+def rate(text: str) -> int:
+    """Bytes per second, at least 10 KB: slower would hold up the queue for hours."""
+    if not re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,3})?[KMG]?', text, re.I | re.A) or parse_size(text) < 10 << 10:
+        raise ValueError('bytes per second such as 500K or 4.2M, at least 10K')
+    return parse_size(text)
+
+
+NUMBER = r'\d+(?:\.\d+)?(?:[kKmMgG]i?[Bb]?)?'
+FILTER = (rf'\[ ?[\w.-]+ ?(?:[<>]=? ?\?? ?{NUMBER}'
+          r"""|(?:!?=|!?[*^$]=) ?\?? ?(?:[\w.-]+|"[^"\\\n]+"|'[^'\\\n]+')) ?\]""")
+SELECTOR = rf'(?:(?:~|[\w.*-]+)(?:{FILTER})*|(?:{FILTER})+)'  # ~ stands for a group
+SELECTORS = re.compile(rf' ?{SELECTOR}(?: ?[+/] ?{SELECTOR})* ?', re.A)
+GROUP = re.compile(rf'\({SELECTORS.pattern}\)', re.A)
+
+
+def format_spec(text: str) -> str:
+    """A yt-dlp format. No ~= (a regex can be made to run for ever), no - (asks on the terminal),
+    no all and no comma (one file per video is what the file's name stands for)."""
+    rest = '' if len(text) > 300 or re.search(r'~|^ ?- ?$|\b(merge)?all\b', text) else text
+    for _ in range(5):  # the innermost first
+        rest = GROUP.sub('~', rest)
+    if not SELECTORS.fullmatch(rest):
+        raise ValueError('a format such as bv*+ba/b, without ~=, all and comma')
+    return text
+
+
+SORT_FIELD = r'(?a:\+?\w{1,30}(?:[~:][\w.+-]{1,30}){0,5})'
+CONTAINERS = '(?:avi|flv|mkv|mov|mp4|webm)(?:/(?:avi|flv|mkv|mov|mp4|webm)){0,5}'
+LANGUAGE = '-?[A-Za-z0-9]{1,12}(?:[_-][A-Za-z0-9]{1,12}){0,4}'  # yt-dlp takes it for a regex
+AUDIO = ('best', 'aac', 'alac', 'flac', 'm4a', 'mp3', 'opus', 'vorbis', 'wav')
+ITEM = r'(?a:(?=[^,])(?:[+-]?\d{1,4})?(?:[:-](?:[+-]?\d{1,4}|inf(?:inite)?)?(?::[+-]?[1-9]\d{0,3})?)?)'
+OPTION_ROWS = (  # spellings, yt-dlp's name of the parameter, and the flag's value or the argument's parser
+    ('-f --format', 'format', format_spec),
+    ('-S --format-sort', 'format_sort', listing(SORT_FIELD, 'fields such as res:720,ext')),
+    ('--merge-output-format', 'merge_output_format', matching(CONTAINERS, 'mp4, mkv or webm')),
+    ('--prefer-free-formats', 'prefer_free_formats', True),
+    ('--no-prefer-free-formats', 'prefer_free_formats', False),
+    ('-r --limit-rate --rate-limit', 'ratelimit', rate),
+    ('-R --retries', 'retries', upto(20)),
+    ('--fragment-retries', 'fragment_retries', upto(20)),
+    ('--extractor-retries', 'extractor_retries', upto(10)),
+    ('--socket-timeout', 'socket_timeout', upto(120, low=5)),
+    ('-N --concurrent-fragments', 'concurrent_fragment_downloads', upto(4, low=1)),
+    ('--user-agent', 'User-Agent', matching('[!-~][ -~]{0,255}', 'up to 256 plain characters')),
+    ('--referer', 'Referer', matching('https?://[!-~]{1,2000}', 'a web address')),
+    ('-I --playlist-items', 'playlist_items', matching(f'{ITEM}(?:,{ITEM}){{0,29}}', 'items such as 1,3:5')),
+    ('--no-playlist', 'noplaylist', True),
+    ('--yes-playlist', 'noplaylist', False),
+    ('-x --extract-audio', 'extractaudio', True),
+    ('--audio-format', 'audioformat', matching('|'.join(AUDIO), ', '.join(AUDIO))),
+    ('--write-subs --write-srt', 'writesubtitles', True),
+    ('--no-write-subs --no-write-srt', 'writesubtitles', False),
+    ('--embed-subs', 'embedsubtitles', True),
+    ('--no-embed-subs', 'embedsubtitles', False),
+    ('--sub-langs --srt-langs', 'subtitleslangs', listing(LANGUAGE, 'languages such as en,de')),
+    ('--embed-metadata --add-metadata', 'addmetadata', True),
+    ('--no-embed-metadata --no-add-metadata', 'addmetadata', False),
+    ('--mtime', 'updatetime', True),
+    ('--no-mtime', 'updatetime', False),
+    ('--restrict-filenames', 'restrictfilenames', True),
+    ('--no-restrict-filenames', 'restrictfilenames', False),
+)
+OPTIONS = {spelling: (name, value) for spellings, name, value in OPTION_ROWS for spelling in spellings.split()}
+JOINED = {'format_sort': lambda old, new: new + old, 'subtitleslangs': lambda old, new: old + new}  # given twice
+
+
+def option_words(value: Any) -> List[str]:
+    """The words of a list of strings or of one shell-like string. Raises Refused."""
+    if value is None:
+        return []
+    if isinstance(value, str):
+        try:
+            value = shlex.split(value) if len(value) <= 4096 else [value]
+        except ValueError as error:
+            raise Refused('bad_field', f'ytdlp_cli_parameters: {error}.') from None
+    if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
+        raise Refused('bad_field', 'ytdlp_cli_parameters is to be a list of texts, or one text.')
+    if len(value) > 64 or sum(map(len, value)) > 4096:
+        raise Refused('bad_field', 'ytdlp_cli_parameters is too long.')
+    return list(value)
+
+
+def split_option(word: str) -> Tuple[str, Optional[str]]:
+    """'--name=value' and '-fvalue' in two; the value is None where it stands apart."""
+    if word.startswith('--'):
+        name, equals, value = word.partition('=')
+        return name, value if equals else None
+    return (word[:2], word[2:] or None) if word.startswith('-') else (word, None)
+
+
+def option_value(spelling: str, parse: Callable[[str], Any], argument: Optional[str]) -> Any:
+    """The checked argument of an option. Raises Refused."""
+    if argument is None:
+        raise Refused('bad_option', f'The option {spelling} needs a value.')
+    try:
+        return parse(argument)
+    except ValueError as error:
+        raise Refused('bad_option', f'The option {spelling} takes {error}.') from None
+
+
+def parse_options(value: Any) -> Tuple[Tuple[str, Any], ...]:
+    """The caller's yt-dlp options, checked against OPTIONS, as (name, value) pairs. Raises Refused.
+
+    Nothing of yt-dlp looks at them before: its own parser reads files, asks and exits."""
+    found: Dict[str, Any] = {}
+    rest = deque(option_words(value))
+    while rest:
+        spelling, argument = split_option(rest.popleft())
+        if spelling not in OPTIONS:
+            raise Refused('option_not_allowed', f'The option {excerpt(spelling, 40)!r} is not allowed.')
+        name, new = OPTIONS[spelling]
+        if callable(new):
+            new = option_value(spelling, new, argument if argument is not None else rest.popleft() if rest else None)
+            new = JOINED[name](found[name], new) if name in JOINED and name in found else new
+        elif argument is not None:
+            raise Refused('bad_option', f'The option {spelling} takes no value.')
+        found[name] = new
+    return tuple(found.items())
+
+
+PARAMS = {name for _, name, _ in OPTION_ROWS} - {  # the others are made of several options, or into several
+    'User-Agent', 'Referer', 'extractaudio', 'audioformat', 'embedsubtitles', 'addmetadata'}
+
+
+def postprocessors(chosen: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+    """What yt-dlp's command line sets up for -x, --embed-subs and --embed-metadata, in its order."""
+    if chosen.get('extractaudio'):
+        yield {'key': 'FFmpegExtractAudio', 'preferredcodec': chosen.get('audioformat', 'best'),
+               'preferredquality': '5', 'nopostoverwrites': False}
+    if chosen.get('embedsubtitles'):
+        yield {'key': 'FFmpegEmbedSubtitle', 'already_have_subtitle': bool(chosen.get('writesubtitles'))}
+    if chosen.get('addmetadata'):
+        yield {'key': 'FFmpegMetadata', 'add_chapters': True, 'add_metadata': True, 'add_infojson': 'if_exists'}
+
+
+def ytdlp_params(options: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
+    """YoutubeDL params that mean what yt-dlp's own parser makes of these options; always a new dict."""
+    chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in options}
+    params = {name: value for name, value in chosen.items() if name in PARAMS}
+    headers = {name: chosen[name] for name in ('User-Agent', 'Referer') if name in chosen}
+    if headers:
+        params['http_headers'] = headers
+    if chosen.get('embedsubtitles'):
+        params['writesubtitles'] = True
+    if chosen.get('extractaudio'):
+        params.setdefault('format', 'bestaudio/best')
+        if chosen.get('audioformat', 'best') != 'best':
+            params['final_ext'] = chosen['audioformat']
+    steps = list(postprocessors(chosen))
+    if steps:
+        params['postprocessors'] = steps
+    return params
+
+
+# -- a submission
+
+def text_field(fields: Dict[str, Any], name: str) -> str:
+    """A text among the fields; null is as good as left out. Raises Refused."""
+    value = '' if fields.get(name) is None else fields[name]
+    if not isinstance(value, str):
+        raise Refused('bad_field', f'{name} is to be a text.')
+    return value.strip()
+
+
+def parse_client_id(fields: Dict[str, Any]) -> str:
+    """Who sends, 'unknown' by default. Raises Refused."""
+    client_id = text_field(fields, 'client_id') or 'unknown'
+    if len(client_id) > 128 or UNSAFE.search(client_id):
+        raise Refused('bad_field', 'client_id is to be at most 128 characters that can be shown.')
+    return client_id
+
+
+def parse_timestamp(fields: Dict[str, Any]) -> Optional[int]:
+    """The sender's time, any non-negative integer. Raises Refused."""
+    value = fields.get('timestamp')
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # JSON knows one kind of number: 1.7e9 is an integer
+    whole_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if value is not None and (not whole_number or value.bit_length() > 13000):  # Python prints 4300 digits at most
+        raise Refused('bad_field', 'timestamp is to be a whole number, not negative.')
+    return value
+
+
+def parse_links(text: str, security: Any) -> List[Tuple[str, Any]]:
+    """Every link in the text, in order: (as written, canonical URL or Refused). Raises Refused if there is none."""
+    found: List[Tuple[str, Any]] = []
+    for link in find_urls(text, SITES if security.allowed_domains == ('*',) else security.allowed_domains):
+        try:
+            found.append((link, check_url(link, security)))
+        except Refused as refusal:
+            found.append((link, refusal))
+    if not found:
+        raise Refused('no_url', 'There is no web link in this text.')
+    return found
+
+
+def parse_submission(fields: Dict[str, Any], security: Any) -> Submission:
+    """What the decoded JSON asks for; `security` is that section of the Config. Raises Refused.
+
+    Of several links in `url` it is the first that can be taken."""
+    text = text_field(fields, 'url')
+    if re.search('[\0-\x09\x0b\x0c\x0e-\x1f\x7f]', text):
+        raise Refused('bad_url', 'There are control characters in the link.')
+    links = [link for _, link in parse_links(text, security)]
+    url = next((link for link in links if isinstance(link, str)), links[0])
+    if isinstance(url, Refused):
+        raise url
+    return Submission(url, parse_client_id(fields), parse_timestamp(fields),
+                      parse_options(fields.get('ytdlp_cli_parameters')))
+
+
+def parse_batch(fields: Dict[str, Any], security: Any) -> List[Tuple[str, Any]]:
+    """Every link in `text`, once, in order: (as written, Submission or Refused). Raises Refused."""
+    client_id, timestamp, found = parse_client_id(fields), parse_timestamp(fields), {}
+    for written, url in parse_links(text_field(fields, 'text'), security):
+        item = Submission(url, client_id, timestamp, ()) if isinstance(url, str) else url
+        found.setdefault(url if isinstance(url, str) else written, (written, item))
+    return list(found.values())
+
+
+# -- names of files
+
+MEDIA_TYPES = {  # what a download may consist of, and how it is served
+    'mp4': 'video/mp4', 'm4v': 'video/x-m4v', 'mov': 'video/quicktime', 'webm': 'video/webm', 'mkv': 'video/x-matroska',
+    'avi': 'video/x-msvideo', 'flv': 'video/x-flv', '3gp': 'video/3gpp', 'ts': 'video/mp2t', 'mpg': 'video/mpeg',
+    'm4a': 'audio/mp4', 'mp3': 'audio/mpeg', 'aac': 'audio/aac', 'opus': 'audio/ogg', 'ogg': 'audio/ogg',
+    'flac': 'audio/flac', 'wav': 'audio/wav', 'weba': 'audio/webm', 'mka': 'audio/x-matroska',
+    'vtt': 'text/vtt', 'srt': 'application/x-subrip', 'ass': 'text/x-ssa', 'ttml': 'application/ttml+xml'}
+
+
+def media_type(name: str) -> str:
+    """The MIME type of a file by its extension."""
+    return MEDIA_TYPES.get(os.path.splitext(name)[1].lower()[1:], 'application/octet-stream')
+
+
+HOSTILE = re.compile(r'[\\/:*?"<>|]+')  # to Windows and SMB shares; slash and colon to all
+NAME_BYTES = 255  # of UTF-8: the limit of ext4, APFS and others
+SUFFIX_BYTES = 28  # kept for '.part.ext', so that a subtitle's name begins like its video's
+
+
+def readable(text: str) -> str:
+    """`text` for a file name: composed, one line, without invisible marks or hostile characters."""
+    shown = (character if character in '\u200c\u200d' else ' ' if character.isspace() else
+             '' if unicodedata.category(character)[0] == 'C' else character for character in text)
+    return ' '.join(HOSTILE.sub('_', unicodedata.normalize('NFC', ''.join(shown))).split())
+
+
+def cut(text: str, size: int) -> str:
+    """As much of `text` as fits into `size` bytes of UTF-8, without half a character or a dangling joiner."""
+    return text.encode()[:max(size, 0)].decode('utf-8', 'ignore').rstrip(' \u200c\u200d')
+
+
+def token(text: str, size: int) -> str:
+    """`text` as a part of a file name of at most `size` bytes; different texts stay different."""
+    import hashlib
+    plain_text = re.sub(r'[^\w.-]', '_', readable(text)).strip('.')
+    if text and plain_text == text and len(text.encode()) <= size:
+        return text
+    return cut(plain_text, size - 9) + '-' + hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]
+
+
+def file_name(title: str, media_id: str, ext: str, part: str = '') -> str:
+    """'%(title)s_%(id)s.%(ext)s' within 255 bytes of UTF-8: the title gives way, id and extension stay.
+
+    `part` tells files of one media apart, such as the language of a subtitle: 'title_id.part.ext'."""
+    media_id, ext = token(media_id, 100), re.sub('[^A-Za-z0-9]', '', ext)[:10] or 'bin'
+    room = NAME_BYTES - SUFFIX_BYTES - len(media_id.encode()) - 1
+    title = cut(readable(title).lstrip('.-_~ '), room)
+    stem = f'{title}_{media_id}' if title else '_' * media_id.startswith(('.', '-')) + media_id
+    return f'{stem}.{token(part, 16)}.{ext}' if part else f'{stem}.{ext}'
+
+# ---------- store -------------------------------------------------------------------------
+# Owns the SQLite database: schema, migrations, the verbs of the domain, the group commit. One
+# connection writes and checkpoints, all others only read (sqlite.org/wal.html, "WAL-reset bug").
+# Locks: `_tickets` (a Condition) guards the queue to the commit thread, `_pool_lock` the idle
+# readers. Called by scheduler, http, publish's uploader, daemon and commands, from any thread.
+
+DOCUMENT_A_SCHEMA = '''
+CREATE TABLE IF NOT EXISTS downloads (
+    id TEXT PRIMARY KEY,              -- UUID v4
+    url TEXT NOT NULL,                -- the checked URL
+    client_id TEXT NOT NULL,
+    status TEXT NOT NULL,             -- queued|downloading|completed|failed
+    filename TEXT,                    -- first file, NULL until completed
+    file_path TEXT,
+    file_size INTEGER,                -- bytes, all files
+    error_message TEXT,
+    retry_count INTEGER DEFAULT 0,    -- failed attempts since it was last queued by a person
+    created_at INTEGER NOT NULL,      -- all times: epoch seconds
+    started_at INTEGER,
+    completed_at INTEGER,
+    last_updated INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS idx_status ON downloads(status);
+CREATE INDEX IF NOT EXISTS idx_created_at ON downloads(created_at DESC);
+CREATE INDEX IF NOT EXISTS idx_client_id ON downloads(client_id);
+'''
+OUR_SCHEMA = '''
+ALTER TABLE downloads ADD COLUMN timestamp TEXT;         -- the client's, text: any size, only compared
+ALTER TABLE downloads ADD COLUMN options TEXT;           -- JSON pairs
+ALTER TABLE downloads ADD COLUMN title TEXT;
+ALTER TABLE downloads ADD COLUMN files TEXT;             -- JSON [[name, size, type], ...]
+ALTER TABLE downloads ADD COLUMN reason TEXT;            -- stable word of the last failure
+ALTER TABLE downloads ADD COLUMN next_attempt_at INTEGER;
+ALTER TABLE downloads ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;  -- unclean ends in a row
+ALTER TABLE downloads ADD COLUMN s3_state TEXT;          -- waiting|failing|stored, NULL: no bucket
+ALTER TABLE downloads ADD COLUMN s3_attempts INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE downloads ADD COLUMN s3_due INTEGER;
+ALTER TABLE downloads ADD COLUMN s3_error TEXT;
+CREATE UNIQUE INDEX idx_repeat ON downloads(client_id, url, timestamp) WHERE timestamp IS NOT NULL;
+CREATE INDEX idx_client_created ON downloads(client_id, created_at);
+CREATE INDEX idx_status_created ON downloads(status, created_at DESC);
+CREATE INDEX idx_s3_due ON downloads(s3_due) WHERE s3_due IS NOT NULL;
+CREATE TABLE tally (status TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;  -- counting 100,000 rows is slow
+INSERT INTO tally SELECT status, count(*) FROM downloads GROUP BY status;
+CREATE TRIGGER tally_insert AFTER INSERT ON downloads BEGIN
+    INSERT OR IGNORE INTO tally VALUES (new.status, 0);
+    UPDATE tally SET n = n + 1 WHERE status = new.status;
+END;
+CREATE TRIGGER tally_delete AFTER DELETE ON downloads BEGIN
+    UPDATE tally SET n = n - 1 WHERE status = old.status;
+END;
+CREATE TRIGGER tally_update AFTER UPDATE OF status ON downloads WHEN old.status <> new.status BEGIN
+    UPDATE tally SET n = n - 1 WHERE status = old.status;
+    INSERT OR IGNORE INTO tally VALUES (new.status, 0);
+    UPDATE tally SET n = n + 1 WHERE status = new.status;
+END;
+'''
+MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA)  # user_version counts the ones that have run
+CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
+CHECK_SECONDS = 0.25  # of quick_check at the start; a large database is checked in full with each daily copy
+
+
+class StoreDown(Exception):
+    """The database cannot be written or read now; nothing was stored."""
+
+
+class RateLimited(Exception):
+    """The client has used up its hour; `retry_after` seconds until the next link is taken."""
+
+    def __init__(self, retry_after: int, limit: int):
+        super().__init__(f'This device has sent {limit} links within an hour; try again later.')
+        self.retry_after = retry_after
+
+
+class Ticket:
+    """One piece of work for the commit thread, and the place where its answer is left."""
+    __slots__ = ('work', 'result', 'error', 'done')
+
+    def __init__(self, work: Callable[[sqlite3.Connection], Any]):
+        self.work, self.result, self.error = work, None, None
+        self.done = threading.Lock()  # held until answered: a third of an Event's cost
+        self.done.acquire()
+
+
+class Record(dict):
+    """A row of `downloads`, by column; `files` decoded."""
+
+    @classmethod
+    def of(cls, row: sqlite3.Row) -> 'Record':
+        record = cls(zip(row.keys(), row))
+        record['files'] = tuple(MediaFile(*file) for file in json.loads(record['files'] or '[]'))
+        return record
+
+
+def full_sync(file: Path) -> None:
+    """On a Mac push `file` through the drive's cache: Apple's SQLite has a barrier only (fsync(2))."""
+    if hasattr(fcntl, 'F_FULLFSYNC') and file.exists():
+        with open(file, 'rb') as handle:
+            fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
+
+
+def corrupt(path: Path, error: object) -> Trouble:
+    """What to say of a damaged database; nothing is touched."""
+    return Trouble(f'{path}: the database is damaged ({" ".join(str(error).split())}). Nothing was changed. '
+                   'Stop the server, move this file and its -wal and -shm away, and copy here the newest of '
+                   f'{path.parent / "backups"}.')
+
+
+def quick_check(db: sqlite3.Connection, seconds: Optional[float] = None) -> Optional[str]:
+    """What SQLite finds wrong with the database, None if nothing; stops looking after `seconds`."""
+    end = time.monotonic() + seconds if seconds else None
+    if end:
+        db.set_progress_handler(lambda: time.monotonic() > end, 10000)
+    try:
+        found = db.execute('PRAGMA quick_check(1)').fetchone()[0]
+        return None if found == 'ok' else found
+    except sqlite3.OperationalError as error:
+        return None if 'interrupted' in str(error) else str(error)
+    except sqlite3.DatabaseError as error:
+        return str(error)
+    finally:
+        db.set_progress_handler(None, 0)
+
+
+def migrate(db: sqlite3.Connection, path: Path) -> None:
+    """Bring the schema up to date, a transaction a step. Raises Trouble for a newer database."""
+    version = db.execute('PRAGMA user_version').fetchone()[0]
+    if version > len(MIGRATIONS):
+        raise Trouble(f'{path}: made by a newer videoserverd (schema {version}); install that version again.')
+    for number in range(version, len(MIGRATIONS)):
+        db.executescript(f'BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;')
+
+
+def escape_like(text: str) -> str:
+    """`text` for LIKE … ESCAPE '\\'."""
+    return '%' + re.sub(r'([%_\\])', r'\\\1', text) + '%'
+
+
+class Store:
+    """The queue on stable storage. Each verb returns after the commit; raises StoreDown."""
+
+    def __init__(self, path: Path, links_per_hour: int = 0):
+        self.path, self.links_per_hour = path, links_per_hour
+        self.error: Optional[str] = None  # why the last commit failed, None when it did not
+        self._queue: deque = deque()
+        self._tickets = threading.Condition()  # guards _queue and _closed
+        self._closed = False
+        self._pool: List[sqlite3.Connection] = []
+        self._pool_lock = threading.Lock()  # guards _pool: readers nobody uses now
+        self._writer: Optional[sqlite3.Connection] = None
+        self.thread = threading.Thread(target=self._commit_loop, name='commit', daemon=True)
+
+    # -- opening and closing
+
+    def open(self) -> None:
+        """Create or migrate the database and start the commit thread. Raises Trouble."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # the links are nobody else's business
+            self._writer = self._connect_writer()
+            found = quick_check(self._writer, CHECK_SECONDS)
+            if found:
+                raise corrupt(self.path, found)
+            migrate(self._writer, self.path)
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError) and 'malformed' not in str(error):
+                raise Trouble(f'{self.path}: cannot be opened ({error}); mend its folder or disk.') from None
+            raise corrupt(self.path, error) from None
+        except OSError as error:
+            raise Trouble(f'{self.path}: the database cannot be opened ({error.strerror}); '
+                          'mend its folder, or set [database] path.') from None
+        self.thread.start()
+
+    def close(self) -> None:
+        """Let waiting commits end, checkpoint, close."""
+        with self._tickets:
+            self._closed = True
+            self._tickets.notify()
+        if self.thread.is_alive():
+            self.thread.join(10)
+        for reader in self._pool:
+            reader.close()
+        self._pool.clear()
+
+    def _connect_writer(self) -> sqlite3.Connection:
+        db = sqlite3.connect(str(self.path), timeout=5, isolation_level=None, check_same_thread=False)
+        db.row_factory = sqlite3.Row
+        for pragma in ('journal_mode=WAL', 'synchronous=FULL', 'fullfsync=1', 'checkpoint_fullfsync=1',
+                       'wal_autocheckpoint=500', 'journal_size_limit=4194304', 'cache_size=-1024'):
+            db.execute(f'PRAGMA {pragma}').fetchall()
+        return db
+
+    # -- the group commit
+
+    def _commit_loop(self) -> None:
+        while True:
+            with self._tickets:
+                while not self._queue and not self._closed:
+                    self._tickets.wait()
+                batch = list(self._queue)
+                self._queue.clear()
+            if not batch:
+                break
+            self._commit(batch)
+        self._shut_writer('PRAGMA wal_checkpoint(TRUNCATE)')
+
+    def _commit(self, batch: List[Ticket]) -> None:
+        """One transaction, one sync, for all of `batch`; every ticket gets its answer whatever happens."""
+        try:
+            if self._writer is None:
+                self._writer = self._connect_writer()
+            self._writer.execute('BEGIN IMMEDIATE')
+            for ticket in batch:
+                self._work(ticket)
+            self._writer.execute('COMMIT')
+            full_sync(Path(f'{self.path}-wal'))
+            self.error = None
+        except Exception as error:  # whatever it is, this thread must live and nobody may be told 'stored'
+            self._fail(batch, error)
+        for ticket in batch:
+            ticket.done.release()
+
+    def _work(self, ticket: Ticket) -> None:
+        """A verb refuses before it writes, so that its refusal leaves the others' work whole."""
+        try:
+            ticket.result = ticket.work(self._writer)
+        except (RateLimited, LookupError, ValueError, TypeError, OverflowError) as error:  # nothing was written
+            ticket.error = error
+
+    def _fail(self, batch: List[Ticket], error: Exception) -> None:
+        """Nobody knows what a failed sync left behind: tell all, start afresh with the next batch."""
+        if self.error is None or not isinstance(error, (sqlite3.Error, OSError)):
+            log.error('database: commit failed, links are refused until it works: %s', error,
+                      exc_info=not isinstance(error, (sqlite3.Error, OSError)))
+        self.error = str(error) or type(error).__name__
+        for ticket in batch:
+            ticket.error = StoreDown(self.error)
+        self._shut_writer('ROLLBACK')
+
+    def _shut_writer(self, last_words: str) -> None:
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        try:
+            writer.execute(last_words).fetchall()
+        except sqlite3.Error:
+            pass  # a rollback may have happened by itself; a checkpoint is made by the next start
+        try:
+            writer.close()
+        except sqlite3.Error as error:
+            log.error('database: closing failed: %s', error)
+
+    def write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+        """Run `work` in the next transaction; returns its result once that is on stable storage."""
+        ticket = Ticket(work)
+        with self._tickets:
+            if self._closed:
+                raise StoreDown('the server is stopping')
+            self._queue.append(ticket)
+            self._tickets.notify()
+        ticket.done.acquire()
+        if ticket.error is not None:
+            raise ticket.error
+        return ticket.result
+
+    # -- reading
+
+    def read(self, sql: str, args: Sequence[Any] = ()) -> List[sqlite3.Row]:
+        """The rows of a query, on a connection that cannot write."""
+        with self._pool_lock:
+            reader = self._pool.pop() if self._pool else None
+        try:
+            reader = reader or self._connect_reader()
+            rows = reader.execute(sql, args).fetchall()
+        except sqlite3.Error as error:
+            if reader:
+                reader.close()
+            raise StoreDown(str(error)) from None
+        with self._pool_lock:
+            keep = len(self._pool) < 4 and not self._closed
+            if keep:
+                self._pool.append(reader)
+        if not keep:
+            reader.close()
+        return rows
+
+    def _connect_reader(self) -> sqlite3.Connection:
+        reader = sqlite3.connect(f'{self.path.as_uri()}?mode=ro', uri=True, timeout=5, isolation_level=None,
+                                 check_same_thread=False)
+        reader.row_factory = sqlite3.Row
+        reader.execute('PRAGMA cache_size=-512')
+        return reader
+
+    def get(self, download_id: str) -> Record:
+        """One download. Raises LookupError."""
+        rows = self.read('SELECT * FROM downloads WHERE id = ?', (download_id,))
+        if not rows:
+            raise LookupError(download_id)
+        return Record.of(rows[0])
+
+    def counts(self) -> Dict[str, int]:
+        """Downloads by status."""
+        found = dict(tuple(row) for row in self.read('SELECT status, n FROM tally'))
+        return {status: found.get(status, 0) for status in STATES}
+
+    def page(self, limit: int, offset: int = 0, status: str = '', q: str = '') -> Tuple[int, List[Record]]:
+        """(how many there are, `limit` of them from `offset` on), newest first."""
+        where, args = '1', []
+        if status:
+            where, args = 'status = ?', [status]
+        if q:
+            where += " AND (url LIKE ? ESCAPE '\\' OR title LIKE ? ESCAPE '\\' OR filename LIKE ? ESCAPE '\\')"
+            args += [escape_like(q)] * 3
+            total = self.read(f'SELECT count(*) FROM downloads WHERE {where}', args)[0][0]
+        else:
+            counts = self.counts()
+            total = counts.get(status, 0) if status else sum(counts.values())
+        newest = 'ORDER BY created_at DESC, rowid DESC'
+        rows = self.read(  # the inner query walks an index only: a deep offset costs little
+            f'SELECT * FROM downloads WHERE rowid IN (SELECT rowid FROM downloads WHERE {where} {newest} '
+            f'LIMIT ? OFFSET ?) {newest}', [*args, limit, offset])
+        return total, [Record.of(row) for row in rows]
+
+    def since(self, created_at: int, ongoing: bool) -> List[sqlite3.Row]:
+        """(id, status, file_size) of downloads made since then, newest first, 10,000 at most; with `ongoing`
+        only the unfinished."""
+        only = "AND status IN ('queued', 'downloading')" if ongoing else ''
+        return self.read(f'SELECT id, status, file_size FROM downloads WHERE created_at >= ? {only} '
+                         'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at,))
+
+    def due_times(self) -> List[Tuple[str, int]]:
+        """(id, epoch seconds from which it may start) of all that is queued, oldest first."""
+        return [tuple(row) for row in self.read(
+            "SELECT id, coalesce(next_attempt_at, 0) FROM downloads WHERE status = 'queued' "
+            'ORDER BY created_at, rowid')]
+
+    def unfinished(self) -> Dict[str, str]:
+        """All that is queued or downloading: status by id."""
+        return dict(tuple(row) for row in self.read(
+            "SELECT id, status FROM downloads WHERE status IN ('queued', 'downloading')"))
+
+    # -- submissions
+
+    def add(self, submission: Submission, now: int) -> Tuple[str, bool]:
+        """Store a link; (its id, False if the client had sent this very one before).
+
+        Raises RateLimited, StoreDown."""
+        return self.write(lambda db: self._insert(db, submission, now))
+
+    def add_many(self, submissions: Sequence[Submission], now: int) -> List[Any]:
+        """Store links in one commit; for each what `add` returns, or the RateLimited it raises."""
+        def work(db):
+            return [self._insert_or_refusal(db, submission, now) for submission in submissions]
+        return self.write(work)
+
+    def _insert_or_refusal(self, db: sqlite3.Connection, submission: Submission, now: int) -> Any:
+        try:
+            return self._insert(db, submission, now)
+        except RateLimited as refusal:
+            return refusal
+
+    def _insert(self, db: sqlite3.Connection, item: Submission, now: int) -> Tuple[str, bool]:
+        timestamp = None if item.timestamp is None else str(item.timestamp)
+        known = timestamp and db.execute('SELECT id FROM downloads WHERE client_id = ? AND url = ? AND timestamp = ?',
+                                         (item.client_id, item.url, timestamp)).fetchone()
+        if known:
+            return known['id'], False
+        self._check_rate(db, item.client_id, now)
+        download_id = str(uuid.uuid4())
+        db.execute('INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, timestamp, options) '
+                   "VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
+                   (download_id, item.url, item.client_id, now, now, timestamp,
+                    json.dumps(item.options) if item.options else None))
+        return download_id, True
+
+    def _check_rate(self, db: sqlite3.Connection, client_id: str, now: int) -> None:
+        """Raise RateLimited when the client's last hour is full; a future row (clock set back) does not count."""
+        if not self.links_per_hour:
+            return
+        row = db.execute('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? AND created_at <= ? '
+                         'ORDER BY created_at DESC LIMIT 1 OFFSET ?',
+                         (client_id, now - 3600, now, self.links_per_hour - 1)).fetchone()
+        if row:
+            raise RateLimited(max(1, row['created_at'] + 3600 - now), self.links_per_hour)
+
+    # -- the way of a download
+
+    def _move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
+        """What TRANSITIONS lets `verb` do, with further columns; whether the status was one it may start from."""
+        before, after = TRANSITIONS[verb]
+        sets = ''.join(f'{name} = ?, ' for name in columns)
+        marks = ', '.join('?' * len(before))
+
+        def work(db):
+            return db.execute(
+                f'UPDATE downloads SET {sets} status = ?, last_updated = ? WHERE id = ? AND status IN ({marks})',
+                (*columns.values(), after, now, download_id, *before)).rowcount == 1
+        return self.write(work)
+
+    def claim(self, download_id: str, now: int) -> Optional[Job]:
+        """Take a queued download to work on; None if it is queued no more, or not due yet."""
+        def work(db):  # one transaction: a row that is taken but cannot be read would be nobody's
+            taken = db.execute(
+                "UPDATE downloads SET status = 'downloading', started_at = ?, next_attempt_at = NULL, last_updated = ? "
+                "WHERE id = ? AND status = 'queued' AND coalesce(next_attempt_at, 0) <= ?",
+                (now, now, download_id, now)).rowcount
+            return taken and db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
+        row = self.write(work)
+        if not row:
+            return None
+        options = tuple((name, value) for name, value in json.loads(row['options'] or '[]'))
+        return Job(download_id, row['url'], options, (row['retry_count'] or 0) + 1)
+
+    def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int, upload: bool) -> bool:
+        """The files are on disk and synced: completed."""
+        return self._move(
+            'finish', download_id, now,
+            title=excerpt(' '.join(outcome.title.split()), 300) or None,  # half an emoji would fail the commit for ever
+            filename=outcome.files[0].name, file_path=str(folder / outcome.files[0].name),
+            file_size=sum(file.size for file in outcome.files), files=json.dumps(outcome.files), completed_at=now,
+            error_message=None, reason=None, crashes=0,
+            s3_state='waiting' if upload else None, s3_due=now if upload else None)
+
+    def retry_later(self, download_id: str, attempt: int, due: int, outcome: Outcome, now: int) -> bool:
+        """The attempt failed; the next one is due then."""
+        return self._move('retry_later', download_id, now, retry_count=attempt, next_attempt_at=due,
+                          error_message=excerpt(outcome.message, 500), reason=outcome.reason, crashes=0)
+
+    def give_up(self, download_id: str, attempt: int, outcome: Outcome, now: int) -> bool:
+        """No further attempt."""
+        return self._move('give_up', download_id, now, retry_count=attempt - 1,
+                          error_message=excerpt(outcome.message, 500), reason=outcome.reason, crashes=0,
+                          next_attempt_at=None)
+
+    def requeue(self, download_id: str, now: int) -> bool:
+        """Stopped through no fault of its own: back in the queue, no attempt counted."""
+        return self._move('requeue', download_id, now, crashes=0)
+
+    def cancel(self, download_id: str, now: int) -> bool:
+        """Take it out of the queue; whether it was in it (a running one is the scheduler's to stop)."""
+        return self._move('cancel', download_id, now, error_message='Cancelled', reason='cancelled',
+                          next_attempt_at=None)
+
+    def retry(self, download_id: str, now: int) -> bool:
+        """Queue a failed one again, or a waiting one for now; retry count from zero."""
+        return self._move('retry', download_id, now, retry_count=0, next_attempt_at=None,
+                          error_message=None, reason=None, crashes=0)
+
+    def forget(self, download_id: str) -> bool:
+        """Delete the row unless it is being downloaded; whether it was deleted."""
+        return self.write(lambda db: db.execute(
+            "DELETE FROM downloads WHERE id = ? AND status <> 'downloading'", (download_id,)).rowcount == 1)
+
+    def recover(self, now: int, retry_delays: Sequence[int], max_retries: int) -> int:
+        """After a start: what was being downloaded is queued again; how many. An unclean end counts
+        towards CRASH_LIMIT, and only that many in a row cost an attempt."""
+        def work(db):
+            rows = db.execute("SELECT id, retry_count, crashes FROM downloads WHERE status = 'downloading'").fetchall()
+            for row in rows:
+                self._recover_row(db, row, now, retry_delays, max_retries)
+            return len(rows)
+        return self.write(work)
+
+    def pull_in(self, now: int, longest: int) -> None:
+        """The clock was ahead and is not any more: nothing waits longer than the longest delay."""
+        self.write(lambda db: db.execute(
+            "UPDATE downloads SET next_attempt_at = ? WHERE status = 'queued' AND next_attempt_at > ?",
+            (now + longest, now + longest)))
+
+    def _recover_row(self, db: sqlite3.Connection, row: sqlite3.Row, now: int, retry_delays: Sequence[int],
+                     max_retries: int) -> None:
+        crashes, failed = row['crashes'] + 1, (row['retry_count'] or 0)
+        if crashes < CRASH_LIMIT:
+            db.execute("UPDATE downloads SET status = 'queued', crashes = ?, last_updated = ? WHERE id = ?",
+                       (crashes, now, row['id']))
+            return
+        over = failed >= max_retries
+        log.error('download %s: the server ended %d times while it ran: a failed attempt', row['id'], crashes)
+        db.execute('UPDATE downloads SET status = ?, crashes = 0, retry_count = ?, next_attempt_at = ?, reason = ?, '
+                   'error_message = ?, last_updated = ? WHERE id = ?',
+                   ('failed' if over else 'queued', failed if over else failed + 1,
+                    None if over else now + backoff(failed + 1, retry_delays), 'crash',
+                    f'The server ended {crashes} times while downloading this.', now, row['id']))
+
+    # -- copies in the bucket
+
+    def uploads_due(self, now: int, limit: int = 10) -> List[Record]:
+        """Finished downloads whose copy is due."""
+        return [Record.of(row) for row in self.read(
+            'SELECT * FROM downloads WHERE s3_due <= ? ORDER BY s3_due LIMIT ?', (now, limit))]
+
+    def upload_done(self, download_id: str, now: int) -> bool:
+        """All files of it are in the bucket."""
+        return self._move('uploaded', download_id, now, s3_state='stored', s3_due=None, s3_error=None)
+
+    def upload_later(self, download_id: str, due: int, error: str, now: int) -> bool:
+        """The copy failed; again then."""
+        def work(db):
+            return db.execute(
+                "UPDATE downloads SET s3_state = 'failing', s3_attempts = s3_attempts + 1, s3_due = ?, s3_error = ?, "
+                'last_updated = ? WHERE id = ?', (due, error, now, download_id)).rowcount == 1
+        return self.write(work)
+
+    # -- copies of the database
+
+    def probe(self) -> None:
+        """Write a page, to see whether links can be stored. Raises StoreDown."""
+        now = int(time.time())  # writing what is there already would write nothing
+        self.write(lambda db: db.execute("INSERT OR REPLACE INTO tally VALUES ('probe', ?)", (now,)))
+
+    def backup(self, target: Path) -> None:
+        """A consistent, checked copy at `target` (sqlite.org/backup.html). Raises Trouble."""
+        part = target.with_name(target.name + '.part')
+        try:
+            with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), 'r+b') as handle:
+                self._copy_to(part)
+                os.fsync(handle.fileno())
+            os.replace(part, target)
+        except (sqlite3.Error, OSError) as error:
+            raise Trouble(f'{target}: the copy failed ({error}); the database itself was only read.') from None
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _copy_to(self, part: Path) -> None:
+        source, copy = self._connect_reader(), sqlite3.connect(str(part))
+        try:
+            for db in (source, copy):
+                db.execute('PRAGMA cache_size=-256')
+            source.backup(copy, pages=64, sleep=0.01)
+            copy.execute('PRAGMA journal_mode=DELETE')
+            found = quick_check(copy)
+            if found:
+                raise sqlite3.DatabaseError(found)
+        finally:
+            source.close()
+            copy.close()
+
+
+class Lock:
+    """One server on one database: flock on `<database>.lock`, which tells who and where it is.
+
+    The kernel drops it with the process; across a re-execution the descriptor is kept."""
+
+    def __init__(self, database: Path, fd: Optional[int] = None):
+        self.path, self.fd = Path(f'{database}.lock'), fd
+
+    def take(self) -> None:
+        """Raises Trouble that names the holder."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise Trouble(f'{self.path}: cannot be opened ({error.strerror}); mend its folder, use the user of the '
+                          'server, or set [database] path.') from None
+        if self.fd is not None and os.path.samestat(os.fstat(self.fd), os.fstat(fresh)):
+            os.close(fresh)
+        else:  # what was kept across a re-execution may lock the database of before
+            self.release()
+            self.fd = fresh
+        try:
+            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = self.holder()
+            os.close(self.fd)
+            self.fd = None
+            raise Trouble(f'{self.path}: another videoserverd (process {holder.get("pid", "unknown")}, port '
+                          f'{holder.get("port", "unknown")}) uses this database; stop it first.') from None
+        self.tell({'pid': os.getpid()})
+
+    def tell(self, facts: Dict[str, Any]) -> None:
+        """Leave in the file who holds it."""
+        told = json.dumps(facts).encode()
+        with suppress(OSError):  # a full disk: it is locked all the same
+            os.pwrite(self.fd, told, 0)
+            os.ftruncate(self.fd, len(told))
+
+    def holder(self) -> Dict[str, Any]:
+        """What the holder has left, {} if nothing."""
+        try:
+            return json.loads(self.path.read_text() or '{}')
+        except (OSError, ValueError):
+            return {}
+
+    def running(self) -> Dict[str, Any]:
+        """The facts of the server that runs on this database, {} if none does."""
+        try:
+            fd = os.open(self.path, os.O_RDWR)
+        except OSError:
+            return {}
+        try:
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return {}
+        except OSError:
+            return self.holder() or {'pid': 'unknown'}
+        finally:
+            os.close(fd)
+
+    def release(self) -> None:
+        """Give it up."""
+        if self.fd is not None:
+            os.close(self.fd)
+            self.fd = None
+
+
+# ---------- board -------------------------------------------------------------------------
+# Owns what is volatile: progress of running downloads and a version number that grows with
+# every change anybody could want to see. Lock: `_changed` guards all of it; those who watch
+# wait on it, at most WATCHERS at once. Called by scheduler (writes) and http (reads, waits).
+
+ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)  # seconds; the PRD allows 0.5
+ACK_COUNTERS = (*(f'videoserverd_ack_seconds_bucket{{le="{limit}"}}' for limit in (*ACK_BUCKETS, '+Inf')),
+                'videoserverd_ack_seconds_count', 'videoserverd_ack_seconds_sum')  # Prometheus wants this order
+WATCHERS = 8  # threads that may wait for news; on a Pi a thread per open page is too many
+
+
+class Board:
+    """Progress by download id, in memory only: an SD card wears out by fsyncs."""
+
+    def __init__(self, first_version: int = 0):
+        self.version = first_version  # differs from run to run, so that no page takes a new run for the old one
+        self._changed = threading.Condition()
+        self._progress: Dict[str, Progress] = {}
+        self._watchers = 0
+        self.counters: Dict[str, float] = {name: 0.0 for name in ACK_COUNTERS}  # of /metrics, since the start
+
+    def post(self, download_id: str, progress: Optional[Progress] = None) -> None:
+        """Something about this download changed; `progress` None: it runs no more."""
+        with self._changed:
+            if progress is None:
+                self._progress.pop(download_id, None)
+            else:
+                before = self._progress.get(download_id)
+                percent = max(progress.percent, before.percent if before else 0.0)
+                self._progress[download_id] = progress._replace(percent=percent)
+            self.version += 1
+            self._changed.notify_all()
+
+    def count(self, name: str, amount: float = 1) -> None:
+        """Add to a counter of /metrics; `name` with its labels."""
+        with self._changed:
+            self.counters[name] = self.counters.get(name, 0) + amount
+
+    def observe(self, seconds: float) -> None:
+        """An acknowledgement took that long: into its histogram."""
+        amounts = [*(float(seconds <= limit) for limit in ACK_BUCKETS), 1.0, 1.0, seconds]
+        with self._changed:
+            for name, amount in zip(ACK_COUNTERS, amounts):
+                self.counters[name] += amount
+
+    def progress(self, download_id: str) -> Optional[Progress]:
+        """How far it is, None if it does not run."""
+        with self._changed:
+            return self._progress.get(download_id)
+
+    def wait(self, version: int, seconds: float) -> bool:
+        """Wait until there is news since `version`; False if there is no room to wait."""
+        with self._changed:
+            if self.version != version:
+                return True
+            if self._watchers >= WATCHERS:
+                return False
+            self._watchers += 1
+            try:
+                self._changed.wait_for(lambda: self.version != version, seconds)
+            finally:
+                self._watchers -= 1
+            return True
+
+    def release(self) -> None:
+        """Send all who wait home: the server is stopping."""
+        with self._changed:
+            self.version += 1
+            self._watchers += WATCHERS
+            self._changed.notify_all()
+
+
+
+# ---------- download ----------------------------------------------------------------------
+# Owns the vendored yt-dlp (its only importer), what it may connect to and run, and the folder
+# <output>/.incomplete/<id>, in which one Attempt at a time downloads. Locks: Attempt._changed
+# guards what stop() has to end, Meter._lock the figures, NAMES_LOCK a free name until its file
+# is there. Called by scheduler (Attempt), daemon and http (forget_files).
+
+ENDINGS: Dict[str, Tuple[str, Optional[int], str]] = {  # kind, tries if fewer than configured, what a person reads
+    'cancelled': ('cancelled', None, 'Cancelled'),
+    'stopped': ('stopped', None, 'The server was stopped'),
+    'disk': ('pause', None, 'The disk is nearly full: delete videos, and the downloads go on'),
+    'output': ('pause', None, 'The output folder is missing or cannot be written: mount or mend it'),
+    'ytdlp': ('pause', None, 'yt-dlp is missing or damaged: the command "update" fetches it'),
+    'timeout': ('retry', None, 'Nothing more came from the site'),
+    'network': ('retry', None, 'The connection to the site failed'),
+    'http': ('retry', None, 'The site answered with an error'),
+    'site_changed': ('retry', None, 'The site has changed: yt-dlp needs an update'),
+    'bad_media': ('retry', None, 'The site sent something that is no video'),
+    'crash': ('retry', None, 'A program that helps with the video failed'),
+    'internal': ('retry', None, 'The server made a mistake; its log tells more'),
+    'login': ('retry', 2, 'The site asks for a login: put cookies of an account into cookies_file, or try again later'),
+    'blocked': ('retry', 2, "The site blocks this server's address for now: wait some hours, or set a proxy"),
+    'gone': ('give_up', None, 'This post is not there (any more)'),
+    'private': ('give_up', None, 'This post is private: it takes cookies of an account that may see it (cookies_file)'),
+    'geo': ('give_up', None, 'This post is not shown in the country of this server: only a proxy elsewhere helps'),
+    'unsupported': ('give_up', None, 'There is no video behind this link that can be downloaded'),
+    'refused_address': ('give_up', None, 'The link leads to an address that is not on the Internet'),
+    'ffmpeg': ('give_up', None, 'Picture and sound come apart and need ffmpeg: install it, then retry'),
+}
+PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (  # yt-dlp's words; the first that fits
+    ('disk', 'No space left on device|Disk quota exceeded'),
+    ('ffmpeg', 'ffmpeg (?:is )?not (?:installed|found)'),
+    ('unsupported', r'No suitable extractor|no video in this|No video formats|\bDRM\b|live event|not currently live'),
+    ('geo', r'not available (?:in|from) your (?:country|region|location)|geo.?restrict'),
+    ('private', r'\bprivate\b|permission to view|who follow this account'),
+    ('login', r'\blog(?:ged)?.?in|\bsign in|cookies|not be comfortable|only available for registered'),
+    ('blocked', r'IP address is blocked|rate.?limit|too many requests|captcha'),
+    ('http', 'status code 1000'),  # TikTok: its own server failed
+    ('gone', r'not available|unavailable|no longer|not exist|removed|deleted|terminated|(?:page|post|video) not found'),
+))
+CLASSES = {'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported', 'FileNotFoundError': 'crash'}
+STATUSES = {401: 'login', 403: 'blocked', 404: 'gone', 410: 'gone', 451: 'geo'}  # of a page
+PASSING_STATUSES = (408, 425, 429)  # and 5xx
+OUTPUT_ERRORS = (errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
+
+
+class Ending(BaseException):
+    """Ends an attempt with this outcome. Not an Exception: extractors catch those."""
+
+    def __init__(self, reason: str, detail: str = '', **changes: Any):
+        kind, tries, text = ENDINGS[reason]
+        message = f'{text}: {detail}.' if detail else text if reason == 'cancelled' else f'{text}.'
+        self.outcome = Outcome(kind, reason, message, tries=tries)
+        self.outcome = self.outcome._replace(**changes)
+        super().__init__(self.outcome.message)
+
+
+# -- what went wrong
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what lies behind it; what an ExtractorError followed is another story."""
+    found: List[BaseException] = []
+    waiting: List[Any] = [error]
+    while waiting:
+        error = waiting.pop(0)
+        if isinstance(error, BaseException) and error not in found:
+            found.append(error)
+            yield error
+            waiting += [getattr(error, 'cause', None), error.__cause__,
+                        None if hasattr(error, 'orig_msg') else error.__context__]
+
+
+def is_a(error: BaseException, *names: str) -> bool:
+    """Is the error of one of these classes? By name, as those of yt-dlp are not imported here."""
+    return any(kind.__name__ in names for kind in type(error).__mro__)
+
+
+def sentence(text: str) -> str:
+    """yt-dlp's words as a person wants them: no prefix, no hint for its command line."""
+    text = re.sub(r'^ERROR: |^\s*\[[\w:.+-]+\] (?:[\w-]+: )?|^<urlopen error |\[Errno -?\d+\] |>$', '', text.strip())
+    parts = re.split(r'(?<=[.;])\s+', text)
+    kept = [part for part in parts if not re.search(r'--\w|https?://|yt-dlp|report', part)]
+    return excerpt(' '.join(kept), 160).rstrip('.; ')
+
+
+def system_reason(error: BaseException, output: Path) -> Optional[str]:
+    """'disk' or 'output' if this is what an error of the system tells."""
+    number = getattr(error, 'errno', None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return 'disk'
+    denied = number in (errno.EACCES, errno.EPERM) and str(getattr(error, 'filename', '')).startswith(str(output))
+    return 'output' if denied or number in OUTPUT_ERRORS or not output.is_dir() else None
+
+
+def status_ending(status: int, in_page: bool) -> Ending:
+    """What an HTTP status means. An address of media is good for an hour only: the next try asks for a new one."""
+    if in_page and status in STATUSES:
+        return Ending(STATUSES[status])
+    passing = status >= 500 or status in PASSING_STATUSES
+    return Ending('http', f'HTTP {status}', **{} if passing else {'tries': 2})
+
+
+def judge_words(links: Sequence[BaseException], text: str) -> Ending:
+    """What yt-dlp says in words only."""
+    if 'Requested format is not available' in text:
+        return Ending('unsupported', 'not in the format asked for') if which('ffmpeg') else Ending('ffmpeg')
+    reasons = [reason for link in links for name, reason in CLASSES.items() if is_a(link, name)]
+    reasons += [reason for reason, pattern in PATTERNS if pattern.search(text)]
+    if reasons:
+        return Ending(reasons[0])
+    extraction = [link for link in links if hasattr(link, 'orig_msg')]
+    if extraction and extraction[0].expected:
+        return Ending('unsupported', sentence(extraction[0].orig_msg))
+    if extraction:
+        return Ending('site_changed')
+    if any(is_a(link, 'PostProcessingError') for link in links):
+        return Ending('crash', sentence(text))
+    return Ending('network', sentence(text)) if is_a(links[0], 'DownloadError') else Ending('internal')
+
+
+def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
+    """What an exception out of yt-dlp means. `in_page`: it came before there was any media."""
+    links = list(chain(error))
+    for link in links:
+        reason = isinstance(link, OSError) and system_reason(link, output)
+        if reason:
+            return Ending(reason)
+    said = [str(getattr(link, 'orig_msg', link)) for link in links if is_a(link, 'YoutubeDLError')]
+    text = ' '.join(said) or str(error)
+    told = re.search(r'HTTP Error (\d{3})', text)
+    status = next((link.status for link in links if is_a(link, 'HTTPError')), told and int(told[1]))
+    if status:
+        return status_ending(status, in_page)
+    transport = [link for link in links if is_a(link, 'TransportError', 'ContentTooShortError', 'ConnectionError',
+                                                'timeout', 'SSLError', 'HTTPException')]
+    if transport:
+        return Ending('network', sentence(str(transport[-1])))
+    return judge_words(links, text)
+
+
+# -- what yt-dlp may do
+
+here = threading.local()  # .attempt: whose work this thread does; set by its worker and at each request
+PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
+IMPORT_LOCK = threading.Lock()
+IMPORTED: Dict[str, Any] = {}  # 'Session': the class made below, once yt-dlp is imported
+
+
+def guard_network() -> None:
+    """Every connection goes through the attempt it is for; every sleep ends with a stop."""
+    from yt_dlp.downloader import common
+    from yt_dlp.extractor import common as extractor
+    from yt_dlp.networking import _urllib
+    from yt_dlp.utils import _utils
+    connect, select = _urllib.create_connection, _urllib.select_proxy
+    _urllib.create_connection = lambda *args, **more: here.attempt.connect(connect, *args, **more)
+    _urllib.select_proxy = lambda url, proxies: here.attempt.allow_proxied(url, select(url, proxies))
+    _urllib.FTPHandler = _urllib.UnknownHandler  # ftplib would connect by itself
+    clock = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: here.attempt.nap(seconds)})
+    common.time = extractor.time = _utils.time = clock
+
+
+def die_with_us() -> Optional[Callable[[], None]]:
+    """For preexec_fn: Linux kills the child when the thread that started it ends, be it by kill -9.
+
+    Elsewhere None: the next attempt ends what is left over (`end_leftovers`)."""
+    if not sys.platform.startswith('linux'):
+        return None
+    import ctypes
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def arrange():
+        prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died meanwhile
+            os._exit(1)
+    return arrange
+
+
+def local_only(args: Sequence[str]) -> List[str]:
+    """A command line that reads nothing but files, even if a file names an address; with a URL
+    in it, or of another program, it is as if the program was not installed. Raises OSError."""
+    name, allowed = os.path.basename(args[0]), ['-protocol_whitelist', 'file,crypto,data']
+    if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', arg) for arg in args):
+        raise FileNotFoundError(errno.ENOENT, 'not to be run', args[0])
+    if name == 'ffprobe':
+        return [args[0], *allowed, *args[1:]]
+    return [word for arg in args for word in ([*allowed, arg] if name == 'ffmpeg' and arg == '-i' else [arg])]
+
+
+def guard_processes() -> None:
+    """What is run reads only files, and dies with us and with a stop."""
+    from yt_dlp.utils import Popen
+    start, arrange = Popen.__init__, die_with_us()
+
+    def guarded(self, args, *rest, **more):
+        attempt = here.attempt
+        start(self, local_only(args), *rest, preexec_fn=arrange, **more)
+        attempt.adopt(self)
+    Popen.__init__ = guarded
+
+
+def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
+    """AES-CBC by the openssl command, empty if that cannot; yt-dlp's own takes ten seconds per MB."""
+    from yt_dlp.utils import Popen
+    with suppress(OSError):
+        with Popen(['openssl', 'enc', '-d', f'-aes-{len(key) * 8}-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()],
+                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+            return child.communicate_or_kill(data)[0]
+    return b''
+
+
+def guard_fragments() -> None:
+    """HLS and DASH stay with yt-dlp's own downloaders, which can be stopped, guarded and resumed."""
+    from yt_dlp.downloader import fragment, hls
+
+    class NoFFmpeg(hls.FFmpegFD):
+        """ffmpeg would fetch by itself."""
+        available = classmethod(lambda cls, path=None: False)
+
+        def real_download(self, filename, info_dict):
+            raise Ending('unsupported', 'it is live or protected')
+    hls.FFmpegFD = NoFFmpeg
+    decrypt = fragment.aes_cbc_decrypt_bytes
+
+    def write_index(self, ctx):  # as yt-dlp does, but whole at any moment and with the size that belongs to it
+        index, part = self.ytdl_filename(ctx['filename']), ctx['tmpfilename']
+        note = {'current_fragment': {'index': ctx['fragment_index']}, 'extra_state': {
+            **ctx.get('extra_state', {}), 'size': os.path.getsize(part) if os.path.exists(part) else 0}}
+        with open(index + '.new', 'w', encoding='utf-8') as file:
+            json.dump({'downloader': note}, file)
+        os.replace(index + '.new', index)
+    if fragment.FragmentFD._write_ytdl_file is not write_index:  # AttributeError where a new yt-dlp has renamed it
+        fragment.FragmentFD._write_ytdl_file = write_index
+    fragment.aes_cbc_decrypt_bytes = lambda *args: openssl_decrypt(*args) or decrypt(*args)
+
+
+def session_class(base: Any) -> Any:
+    """YoutubeDL that asks its attempt before it fetches, follows or writes anything."""
+    class Session(base):
+        """`sites`: extractors to know, None for all of yt-dlp's."""
+
+        def __init__(self, attempt, params, sites):
+            self.attempt = attempt
+            super().__init__(params, auto_init=sites is None)
+            for extractor in sites or ():
+                self.add_info_extractor(extractor())  # an instance, else yt-dlp looks it up among all
+
+        def urlopen(self, req):
+            return self.attempt.fetch(super().urlopen, req)
+
+        def extract_info(self, url, *args, **more):
+            self.attempt.allow_link(url)
+            return super().extract_info(url, *args, **more)
+
+        def process_ie_result(self, ie_result, *args, **more):
+            return super().process_ie_result(self.attempt.without_photos(ie_result), *args, **more)
+
+        def dl(self, name, info, subtitle=False, test=False):
+            if not test:
+                self.attempt.begin_file(name, info)
+            try:
+                return super().dl(name, info, subtitle, test)
+            finally:
+                self.attempt.folder.current = ''
+    return Session
+
+
+def only_python() -> None:
+    """Take off everything that is not Python itself: site-packages, what their .pth files added or
+    imported, the script's folder. A `requests` or `certifi` there would replace what is guarded."""
+    home = os.path.dirname(os.__file__)
+    archive = 'python{}{}.zip'.format(*sys.version_info)
+    sys.path[:] = [entry for entry in sys.path if entry == home or os.path.basename(entry) in ('lib-dynload', archive)]
+    sys.meta_path[:] = [finder for finder in sys.meta_path
+                        if getattr(finder, '__module__', '').startswith('_frozen_importlib')]
+    for name, module in list(sys.modules.items()):
+        if re.search('/(?:site|dist)-packages/', getattr(module, '__file__', None) or ''):
+            del sys.modules[name]
+
+
+def import_ytdlp(folder: Path) -> Any:
+    """The class Session over the yt-dlp in `folder`, imported and guarded once per process.
+
+    Raises whatever a damaged copy raises; nothing of that stays, so that another one can be tried."""
+    with IMPORT_LOCK:
+        if not IMPORTED:
+            os.environ['YTDLP_NO_PLUGINS'] = '1'
+            only_python()
+            sys.path.insert(0, str(folder))
+            try:
+                import yt_dlp
+                guard_network()
+                guard_processes()
+                guard_fragments()
+                IMPORTED['Session'] = session_class(yt_dlp.YoutubeDL)
+            except BaseException:
+                for name in [name for name in sys.modules if name.partition('.')[0] == 'yt_dlp']:
+                    del sys.modules[name]
+                raise
+        return IMPORTED['Session']
+
+
+# -- how far it is
+
+class Meter:
+    """Progress as the owner sees it: never falls, told at most twice a second.
+
+    The parts of a video are weighed by size, so that sound after picture does not begin anew.
+    Lock: yt-dlp reports from several threads."""
+    MEDIA = 97  # percent; the rest is checking and moving
+    PAUSE = 0.5  # seconds
+
+    def __init__(self, tell: Callable[[Progress], None]):
+        self.tell, self._lock = tell, threading.Lock()
+        self.phase, self.steps = '', 0  # steps: phases and files begun, a sign of life
+        self._progress, self._told, self._title = Progress(0.0), 0.0, ''
+        self._videos, self._video = 1, 0
+        self._sizes: Dict[str, float] = {}  # of the parts that are to come
+        self._whole, self._before, self._part = 1.0, 0.0, 0.0  # of this video: all, parts before, this part
+        self._bytes_before, self._bytes = 0, 0
+
+    def enter(self, phase: str) -> None:
+        """A phase begins, or goes on."""
+        if phase != self.phase:
+            self.phase, self.steps = phase, self.steps + 1
+            self._report(self._progress._replace(phase=phase, speed=None, eta=None), True)
+
+    def plan(self, info: Dict[str, Any], formats: Sequence[Dict[str, Any]]) -> None:
+        """A video of these formats begins."""
+        self._title = excerpt(str(info.get('playlist_title') or info.get('title') or ''), 200)
+        self._videos = max(int(info.get('n_entries') or 1), 1)
+        self._video = min(int(info.get('playlist_autonumber') or 1), self._videos) - 1
+        self._sizes = {str(part.get('format_id')): float(
+            part.get('filesize') or part.get('filesize_approx') or part.get('tbr') or 1) for part in formats}
+        self._whole, self._before, self._part = sum(self._sizes.values()), 0.0, 0.0
+
+    def begin(self, format_id: str) -> None:
+        """A file of it begins; one that is not in the plan (a subtitle) weighs nothing."""
+        self._before, self._part = self._before + self._part, self._sizes.pop(format_id, 0.0)
+        self._bytes_before, self._bytes = self._bytes_before + self._bytes, 0
+        self.steps += 1
+        self.enter('media')
+
+    def hear(self, told: Dict[str, Any]) -> bool:
+        """yt-dlp's progress hook; whether this was told on."""
+        self._bytes = told.get('downloaded_bytes') or told.get('total_bytes') or 0
+        total = told.get('total_bytes') or told.get('total_bytes_estimate')
+        share = self._bytes / total if total else (told.get('fragment_index') or 0) / (told.get('fragment_count') or 1)
+        share = 1.0 if told['status'] == 'finished' else min(share, 1.0)
+        percent = self.MEDIA * (self._video + (self._before + self._part * share) / self._whole) / self._videos
+        return self._report(Progress(
+            percent, self.phase, self._bytes_before + self._bytes, int(self._bytes_before + total) if total else None,
+            told.get('speed'), told.get('eta')), False)
+
+    def _report(self, progress: Progress, now: bool) -> bool:
+        with self._lock:
+            progress = progress._replace(percent=max(progress.percent, self._progress.percent), title=self._title)
+            self._progress, due = progress, now or time.monotonic() - self._told >= self.PAUSE
+            if due:
+                self._told = time.monotonic()
+                self.tell(progress)
+        return due
+
+
+# -- what lies in the folder of a download
+
+SAME = ('format_id', 'filesize', 'vcodec', 'width', 'height', 'tbr', 'duration', 'protocol')  # or it is another file
+NAMES_LOCK = threading.Lock()
+
+
+def boot_id() -> str:
+    """Which start of the machine this is; '' where that is not told."""
+    try:
+        return Path('/proc/sys/kernel/random/boot_id').read_text()
+    except OSError:
+        return ''
+
+
+def end_leftovers(folder: Path) -> None:
+    """Kill ffmpeg processes that an earlier life of this program left writing into `folder`."""
+    with suppress(OSError):
+        listed = subprocess.run(['ps', '-axww', '-o', 'pid=,args='], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        for line in listed.stdout.decode('utf-8', 'replace').splitlines():
+            pid, _, args = line.strip().partition(' ')
+            if re.match(r'\S*ffmpeg ', args) and f'{folder}/' in args:
+                with suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+
+def free_name(output: Path, result: Dict[str, Any]) -> str:
+    """A name for the result that nothing in `output` has."""
+    number, part = 1, result['part']
+    while True:
+        name = file_name(result['title'], result['id'], result['ext'], part)
+        if not os.path.lexists(output / name):
+            return name
+        number += 1
+        part = f'{result["part"]}-{number}' if result['part'] else str(number)
+
+
+def sync(path: Path) -> None:
+    """A file's bytes, or a folder's names, on stable storage. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        if hasattr(fcntl, 'F_FULLFSYNC'):  # macOS leaves the drive's own cache out of fsync
+            with suppress(OSError):
+                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some shares cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+class JobFolder:
+    """<output>/.incomplete/<id>: partial files, and job.json that tells what they are and where results go.
+
+    job.json is written without a sync: after another boot nothing here is believed."""
+
+    def __init__(self, path: Path):
+        self.path, self.file = path, path / 'job.json'
+        self.parts: Dict[str, Dict[str, Any]] = {}  # file name: format, total and size, as far as known
+        self.results: List[Dict[str, Any]] = []     # finished files: source, title, id, part, ext, name, size
+        self.current = ''  # the part whose bytes a request brings, '' for others
+
+    def open(self) -> None:
+        """Make it, or keep what can be continued. Raises OSError; the output folder itself is never made."""
+        self.path.parent.mkdir(exist_ok=True)
+        if not self.path.is_dir():
+            self.path.mkdir()
+            return
+        end_leftovers(self.path)
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            note = json.loads(self.file.read_text())
+            if note['boot'] == boot_id():
+                self.parts, self.results = note['parts'], note['results']
+        self.clear({result['source'] for result in self.results} | {self.file.name} | {
+            name + end for name in self.parts for end in ('', '.part', '.ytdl')})
+
+    def clear(self, keep: Iterable[str] = ()) -> None:
+        """Remove everything but the files to keep. Raises OSError."""
+        for name in set(os.listdir(self.path)) - set(keep):
+            (self.path / name).unlink()
+
+    def _drop(self, prefix: str) -> None:
+        self.clear(name for name in os.listdir(self.path) if not name.startswith(prefix))
+
+    def save(self) -> None:
+        """Write job.json, whole at any moment. Raises OSError."""
+        new = self.path / 'job.json.new'
+        new.write_text(json.dumps({'boot': boot_id(), 'parts': self.parts, 'results': self.results}))
+        os.replace(new, self.file)
+
+    def begin(self, name: str, info: Dict[str, Any]) -> None:
+        """yt-dlp is about to fetch file `name`: keep what is there only if it is a sound part of the same."""
+        same = json.dumps([info.get(field) for field in SAME], default=str)
+        plain_file = info.get('protocol') in ('http', 'https')
+        if self.parts.get(name, {}).get('same') != same or not self._sound(name, plain_file):
+            self._drop(name)
+            self.parts[name] = {'same': same}
+            self.save()
+        self.current = name if plain_file else ''
+
+    def _sound(self, name: str, plain_file: bool) -> bool:
+        file, partial = self.path / name, self.path / (name + '.part')
+        if file.exists() or not partial.exists():
+            return file.exists() and file.stat().st_size == self.parts[name].get('size')
+        if not plain_file:
+            return self._cut_to_index(name)
+        return partial.stat().st_size < (self.parts[name].get('total') or 0)
+
+    def _cut_to_index(self, name: str) -> bool:
+        """Cut a part made of fragments to the size its index knows; else a fragment could come twice."""
+        partial = self.path / (name + '.part')
+        try:
+            index = json.loads((self.path / (name + '.ytdl')).read_text())
+            size = index['downloader']['extra_state']['size']
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        if partial.stat().st_size < size:
+            return False
+        os.truncate(partial, size)
+        self._drop(name + '.part-')  # fragments begun
+        return True
+
+    def continues(self, response: Any) -> bool:
+        """Is this answer the file that is being fetched? Notes its size; False: a part of another file, or none."""
+        part = self.parts.get(self.current)
+        if part is None:
+            return True
+        told = re.fullmatch(r'bytes \d+-\d+/(\d+)', response.headers.get('Content-Range') or '')
+        length = told[1] if response.status == 206 and told else response.headers.get('Content-Length')
+        total = int(length) if length and length.isdigit() else None
+        if response.status == 416 or response.status == 206 and total != part.get('total', total):
+            return False
+        if 'total' not in part or total != part['total']:
+            (self.path / (self.current + '.part')).unlink(missing_ok=True)
+            part['total'] = total
+            self.save()
+        return True
+
+    def finished(self, name: str) -> None:
+        """yt-dlp has all of file `name`."""
+        if name in self.parts:
+            self.parts[name]['size'] = (self.path / name).stat().st_size
+            self.save()
+
+    def size(self) -> Tuple[int, float]:
+        """Bytes in it, and the time of the last write."""
+        found = [(0, 0.0)]
+        with suppress(OSError):
+            found += [(file.stat().st_size, file.stat().st_mtime) for file in os.scandir(self.path)]
+        return sum(size for size, _ in found), max(changed for _, changed in found)
+
+    # -- results
+
+    def complete(self, output: Path) -> bool:
+        """Are there results, each here or already in its final place?"""
+        def there(result):
+            final = output / result.get('name', '.')
+            return (self.path / result['source']).exists() or final.is_file() and final.stat().st_size == result['size']
+        return bool(self.results) and all(map(there, self.results))
+
+    def move(self, output: Path) -> Tuple[MediaFile, ...]:
+        """Rename the results to free names in `output`; the name is noted before, so that after a kill
+        the same file is found again and not made twice. Raises OSError."""
+        for result in self.results:
+            source = self.path / result['source']
+            with NAMES_LOCK:
+                if source.exists():
+                    result['name'] = free_name(output, result)
+                    self.save()
+                    os.rename(source, output / result['name'])
+        sync(output)
+        return tuple(MediaFile(result['name'], result['size'], media_type(result['name'])) for result in self.results)
+
+
+def forget_files(config: Config, job_id: str, files: Sequence[str]) -> None:
+    """Remove the folder of a download, and its finished files by name."""
+    output = config.downloads.output_directory
+    if re.fullmatch(r'[\w-]+', job_id):  # else it could lead out of there
+        remove_folder(output / '.incomplete' / job_id)
+    for name in files:
+        try:
+            (output / os.path.basename(name)).unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            log.warning('download %s: %s stays: %s', job_id, name, error)
+
+
+# -- is it media?
+
+MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (  # first bytes, their extensions
+    (rb'.{4}ftyp(?!avi[fs]|hei[cfx]|mif1)', 'mp4 m4a m4v mov 3gp'),
+    (rb'.{4}(?:moov|mdat|wide|free|skip)', 'mov mp4'),
+    (rb'\x1a\x45\xdf\xa3', 'mkv webm mka weba'),
+    (rb'OggS', 'ogg opus'),
+    (rb'ID3|\xff[\xfb\xf3\xf2]', 'mp3 aac'),
+    (rb'\xff[\xf1\xf9]', 'aac'),
+    (rb'fLaC', 'flac'),
+    (rb'RIFF.{4}WAVE', 'wav'),
+    (rb'RIFF.{4}AVI ', 'avi'),
+    (rb'FLV\x01', 'flv'),
+    (rb'GIF8[79]a', 'gif'),
+    (rb'\x47.{187}\x47', 'ts'),
+    (rb'\x00\x00\x01\xba', 'mpg'),
+))
+
+
+def media_extension(path: Path) -> Optional[str]:
+    """The file's extension, mended if its first bytes tell another kind; None if they are no media."""
+    with path.open('rb') as file:
+        start = file.read(256)
+    kinds = next((kinds for pattern, kinds in MAGIC if pattern.match(start)), None)
+    return kinds and (path.suffix[1:].lower() if path.suffix[1:].lower() in kinds else kinds[0])
+
+
+def plays(path: Path) -> bool:
+    """Does ffprobe find picture or sound in it? Where there is no ffprobe, the first bytes have to do."""
+    from yt_dlp.utils import Popen
+    if not which('ffprobe'):
+        return True
+    try:
+        found, _, code = Popen.run(
+            ['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_type', '-of', 'csv=p=0', f'file:{path}'],
+            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
+    except subprocess.TimeoutExpired:
+        return False
+    return code == 0 and bool({'video', 'audio'} & set(found.split()))
+
+
+# -- one try
+
+# What an iPhone does not play; `?`: a codec that is not told passes.
+PLAYABLE = '[vcodec!^=?vp][vcodec!^=?av0][vcodec!^=?av1]'
+BEST = {  # best that an iPhone plays, then whatever there is; by whether ffmpeg can merge
+    True: f'bv*{PLAYABLE}+ba[acodec^=?mp4a]/bv*{PLAYABLE}+ba/b{PLAYABLE}/bv*+ba/b',
+    False: f'b{PLAYABLE}/b'}
+PROTOCOLS = ('http', 'https', 'm3u8', 'm3u8_native', 'http_dash_segments', 'http_dash_segments_generator', 'ism')
+FEWEST_BYTES = 64 << 10  # to be gained within [downloader] timeout
+DEFAULTS = {  # that the caller may change
+    'retries': 3, 'fragment_retries': 3, 'socket_timeout': 20, 'noplaylist': True, 'merge_output_format': 'mp4',
+    'playlistend': 100}  # a carousel has 20 at most; nobody wants a whole channel by accident
+FORCED = {
+    'quiet': True, 'noprogress': True, 'color': 'never', 'progress_delta': 1, 'cachedir': False,
+    'skip_unavailable_fragments': False, 'hls_prefer_native': True, 'overwrites': False, 'nopart': False,
+    'outtmpl': {'default': '%(playlist_index|0)s-%(id).60B.%(ext)s'}}
+
+
+class QuietLog:
+    """yt-dlp's logger: chatter is for those who debug; errors are told once more when the attempt ends."""
+
+    def __init__(self, job_id: str):
+        self.job_id = job_id
+
+    def debug(self, message: str) -> None:
+        """Whatever yt-dlp says."""
+        log.debug('download %s: %s', self.job_id, excerpt(message, 400))
+    info = warning = error = debug
+
+
+def own_cookies(file: Optional[Path], url: str) -> Optional[io.StringIO]:
+    """Of the owner's cookies.txt what belongs to the site of `url`, as a copy: yt-dlp writes into it."""
+    if not file:
+        return None
+    try:
+        lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
+    except OSError as error:
+        log.warning('cookies_file cannot be read: %s', error)
+        return None
+    site = '.'.join((urlsplit(url).hostname or '').split('.')[-2:])
+    rows = [re.sub('^#HttpOnly_', '', line) for line in lines]
+    kept = [row for row in rows if row.count('\t') == 6 and is_under(row.partition('\t')[0].lstrip('.'), (site,))]
+    return io.StringIO('\n'.join(['# Netscape HTTP Cookie File', *kept, '']))
+
+
+def host_of(url: str) -> str:
+    """The canonical host of `url`; 'localhost' of one that programs might read in different ways."""
+    try:
+        return split_url(url)[1]
+    except ValueError:
+        return 'localhost'
+
+
+class Attempt:
+    """One try at one job, in <output>/.incomplete/<job.id>.
+
+    run() in a worker's thread; stop() and check() from any other. What blocks in system calls (name
+    servers, connecting, fsync) is done by helper threads, what reads is woken by shutting its socket
+    down, children are killed: so everything ends in well under a second."""
+
+    def __init__(self, job: Job, config: Config, ytdlp: Path, on_progress: Callable[[Progress], None]):
+        self.job, self.config, self.ytdlp = job, config, ytdlp
+        self.output = config.downloads.output_directory
+        self.folder = JobFolder(self.output / '.incomplete' / job.id)
+        self.meter = Meter(on_progress)
+        self.stopped_at: Optional[float] = None  # monotonic, of the first stop
+        self._changed = threading.Condition()
+        self._reason = ''  # of that stop
+        self._sockets: Dict[int, socket.socket] = {}  # by thread, a second handle on its last connection
+        self._children: List[Any] = []
+        self._proxies = set()  # hosts of the owner's choice
+        self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; then bytes, last write, steps
+
+    # -- stopping
+
+    def stop(self, reason: str) -> None:
+        """End it: 'cancelled', 'stopped', 'timeout' or 'disk'; the first reason stays. From any thread."""
+        with self._changed:
+            if self._reason:
+                return
+            self._reason, self.stopped_at = reason, time.monotonic()
+            for sock in self._sockets.values():
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            for child in self._children:
+                child.kill()
+            self._changed.notify_all()
+
+    def check(self, now: float) -> None:
+        """Stop it if the disk gets full or nothing is gained for too long. `now`: time.monotonic()."""
+        try:
+            if free_space(self.output) < self.config.downloads.min_free_space:
+                self.stop('disk')
+        except OSError:
+            pass  # the folder is gone: the next write says so
+        since, size, changed, steps = self._mark
+        new_size, new_changed = self.folder.size()
+        alive = self.meter.phase == 'file' or self.meter.phase == 'merge' and new_changed != changed
+        if not since or alive or steps != self.meter.steps or new_size >= size + FEWEST_BYTES:
+            self._mark = now, new_size, new_changed, self.meter.steps
+        elif now - since > self.config.downloader.timeout:
+            self.stop('timeout')
+        elif new_size < size:
+            self._mark = since, new_size, changed, steps
+
+    def go_on(self) -> None:
+        """Raise Ending if somebody said stop."""
+        if self._reason:
+            raise Ending(self._reason)
+
+    def nap(self, seconds: float) -> None:
+        """Sleep, but not beyond a stop. Raises Ending."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._reason, seconds)
+        self.go_on()
+
+    def _unless_stopped(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        """function(…) in a thread of its own, left behind at a stop. Raises what it raises, or Ending."""
+        done: List[Tuple[Any, Optional[BaseException]]] = []
+
+        def work():
+            try:
+                answer = function(*args, **more), None
+            except BaseException as error:
+                answer = None, error
+            with self._changed:
+                done.append(answer)
+                self._changed.notify_all()
+        threading.Thread(target=work, daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: done or self._reason)
+        self.go_on()
+        value, error = done.pop()
+        if error:
+            raise error
+        return value
+
+    def adopt(self, child: Any) -> None:
+        """A child process that is to end with a stop."""
+        with self._changed:
+            self._children = [other for other in self._children if other.returncode is None] + [child]
+            if self._reason:
+                child.kill()
+
+    # -- what may be fetched
+
+    def fetch(self, urlopen: Callable[[Any], Any], request: Any) -> Any:
+        """What `request` brings; all of the file where a part would be one of another file."""
+        here.attempt = self  # yt-dlp fetches fragments in threads of its own
+        self.go_on()
+        try:
+            response = urlopen(request)
+        except Exception as error:
+            if getattr(error, 'status', 0) != 416 or not self.folder.current or 'Range' not in request.headers:
+                raise
+            response = error.response
+        if not self.folder.continues(response):
+            response.close()
+            del request.headers['Range']
+            response = urlopen(request)
+            self.folder.continues(response)
+        return response
+
+    def connect(self, connect: Callable[..., Any], address: Tuple[str, int], *args: Any, **more: Any) -> Any:
+        """A connection to `address`, only to public hosts: checked is what is really connected to. Raises Ending."""
+        create = more.pop('_create_socket_func', connect.__kwdefaults__['_create_socket_func'])
+        free = self.config.security.allow_private_targets or address[0] in self._proxies
+        refused = []
+
+        def checked(found, *rest):
+            if not free and not is_public(found[4][0]):
+                refused.append(found[4][0])
+                raise PermissionError(errno.EACCES, 'not on the Internet')
+            return create(found, *rest)
+        try:
+            sock = self._unless_stopped(connect, address, *args, _create_socket_func=checked, **more)
+        except OSError:
+            if refused:
+                raise Ending('refused_address', f'{address[0]} is {refused[0]}') from None
+            raise
+        with self._changed:
+            old, self._sockets[threading.get_ident()] = self._sockets.get(threading.get_ident()), sock.dup()
+        if old:
+            old.close()
+        if self._reason:
+            sock.shutdown(socket.SHUT_RDWR)
+        return sock
+
+    def allow_proxied(self, url: str, proxy: Optional[str]) -> Optional[str]:
+        """`proxy`, once the host of `url` has been judged by its spelling: the proxy looks it up. Raises Ending."""
+        if not proxy:
+            return None
+        self._proxies.add(urlsplit(proxy).hostname)
+        if not self.config.security.allow_private_targets:
+            host = host_of(url)
+            if is_private_host(host) or re.fullmatch(r'[\d.]+|\[.*', host):
+                raise Ending('refused_address', excerpt(urlsplit(url).netloc))
+        return proxy
+
+    def allow_link(self, url: str) -> None:
+        """Raise Ending unless the page, asked for or led to, is of an allowed domain."""
+        domains = self.config.security.allowed_domains
+        if domains != ('*',) and not is_under(host_of(url), domains):
+            raise Ending('unsupported', f'it leads to {excerpt(url)}')
+
+    # -- what yt-dlp tells
+
+    def without_photos(self, result: Dict[str, Any]) -> Dict[str, Any]:
+        """The result without the photos of a carousel."""
+        def is_photo(entry):
+            return (isinstance(entry, dict) and entry.get('_type', 'video') == 'video'
+                    and not any(entry.get(key) for key in ('formats', 'url', 'duration')))
+        if isinstance(result.get('entries'), list):
+            result['entries'] = [entry for entry in result['entries'] if not is_photo(entry)]
+        return result
+
+    def choose(self, info: Dict[str, Any], incomplete: Any = False) -> None:
+        """yt-dlp's match_filter; complete info comes just before the download. Raises Ending."""
+        if incomplete:
+            return
+        formats = info.get('requested_formats') or [info]
+        if info.get('is_live') or any(part.get('protocol') not in PROTOCOLS for part in formats):
+            raise Ending('unsupported', 'it is live or streamed in a way that cannot be fetched')
+        sizes = [part.get('filesize') or part.get('filesize_approx') or 0 for part in formats]
+        self._check_room(sum(sizes) * (2 if len(formats) > 1 else 1) - self.folder.size()[0])
+        self.meter.plan(info, formats)
+
+    def _check_room(self, needed: float) -> None:
+        free, least = free_space(self.folder.path), self.config.downloads.min_free_space
+        if free < least:
+            raise Ending('disk')
+        if free - needed < least:  # the queue can go on, this one cannot
+            raise Ending('disk', f'this takes {format_size(needed)}, {format_size(free)} are free', kind='retry')
+
+    def begin_file(self, name: str, info: Dict[str, Any]) -> None:
+        """yt-dlp is about to fetch a file."""
+        self.go_on()
+        self.folder.begin(os.path.basename(name), info)
+        self.meter.begin(str(info.get('format_id')))
+
+    def _on_media(self, told: Dict[str, Any]) -> None:
+        self.go_on()  # before anything that was cut off by a stop is taken for whole
+        if told['status'] == 'finished':
+            self.folder.finished(os.path.basename(told['filename']))
+        if self.meter.hear(told):
+            self.check(time.monotonic())
+
+    def _on_step(self, told: Dict[str, Any]) -> None:
+        self.go_on()
+        if told['status'] == 'started' and told['postprocessor'] != 'MoveFiles':
+            self.meter.enter('merge')
+
+    # -- from the link to the files
+
+    def run(self) -> Outcome:
+        """Download it. In the worker's thread; never raises."""
+        here.attempt = self
+        try:
+            outcome = self._run()
+        except Ending as ending:
+            outcome = ending.outcome
+        except BaseException as error:
+            outcome = self._failed(error)
+        finally:
+            with self._changed:
+                for sock in self._sockets.values():
+                    sock.close()
+                self._sockets.clear()
+        if outcome.kind in ('cancelled', 'give_up'):
+            forget_files(self.config, self.job.id, ())
+        return outcome
+
+    def _failed(self, error: BaseException) -> Outcome:
+        if self._reason:
+            return Ending(self._reason).outcome
+        outcome = judge(error, self.output, self.meter.phase == 'page').outcome
+        error.__suppress_context__ = True  # yt-dlp's last words are enough in the log
+        log.log(logging.ERROR if outcome.reason == 'internal' else logging.WARNING, 'download %s: %s', self.job.id,
+                outcome.message, exc_info=error)
+        return outcome
+
+    def _run(self) -> Outcome:
+        self.go_on()
+        try:
+            self.folder.open()
+        except OSError as error:
+            raise Ending(system_reason(error, self.output) or 'output', str(error)) from None
+        self.meter.enter('page')
+        if not self.folder.complete(self.output):
+            self.folder.results = []
+            self._collect(self._download())
+        self.meter.enter('file')
+        for result in self.folder.results:
+            if (self.folder.path / result['source']).exists():
+                self._unless_stopped(sync, self.folder.path / result['source'])
+        files = self.folder.move(self.output)
+        self.folder.clear({self.folder.file.name})  # which tells a second run that all is done
+        return Outcome('done', title=self.folder.results[0]['title'], files=files)
+
+    def _download(self) -> Dict[str, Any]:
+        try:
+            Session = import_ytdlp(self.ytdlp)
+        except Exception as error:
+            log.exception('yt-dlp in %s cannot be used', self.ytdlp)
+            raise Ending('ytdlp', type(error).__name__) from None
+        try:
+            session = Session(self, self._params(), self._sites())
+        except (SyntaxError, ValueError) as error:  # of yt-dlp's own little languages
+            raise Ending('unsupported', sentence(str(error))) from None
+        code = 1
+        with closing(session):
+            try:
+                result = session.extract_info(self._resolve(session))
+                code = session._download_retcode
+            finally:
+                log.info('download %s: yt-dlp return code %d', self.job.id, code)
+        return result or {}
+
+    def _sites(self) -> Optional[Sequence[Any]]:
+        """Only the extractors for single posts, if that is what it takes: it spares memory. Else None."""
+        if not is_under(urlsplit(self.job.url).hostname or '', SITES):
+            return None
+        from yt_dlp.extractor.instagram import InstagramIE, InstagramStoryIE
+        from yt_dlp.extractor.tiktok import TikTokIE, TikTokVMIE
+        return TikTokIE, TikTokVMIE, InstagramIE, InstagramStoryIE
+
+    def _resolve(self, session: Any) -> str:
+        """The job's URL; of a link that the extractors do not know (share/, m., no www) where it leads."""
+        url = self.job.url
+        sites = self._sites()
+        if sites is None or any(site.suitable(url) for site in sites):
+            return url
+        response = session.urlopen(url)
+        response.close()
+        parts = urlsplit(response.url)
+        following = dict(parse_qsl(parts.query)).get('next', '')
+        if '/login' in parts.path and following.startswith('/'):
+            return urljoin(response.url, following)
+        if '/login' in parts.path:
+            raise Ending('login')
+        return response.url
+
+    def _params(self) -> Dict[str, Any]:
+        """What YoutubeDL is told: ours over the caller's over the defaults. Always new: yt-dlp changes it."""
+        own, ffmpeg = self.config.downloader, which('ffmpeg')
+        params = {**DEFAULTS, 'format': own.format or BEST[bool(ffmpeg)], **ytdlp_params(self.job.options)}
+        rates = [rate for rate in (params.get('ratelimit'), own.rate_limit) if rate]
+        if own.user_agent_rotation:
+            from yt_dlp.utils.networking import random_user_agent
+            params['http_headers'] = {'User-Agent': random_user_agent(), **params.get('http_headers', {})}
+        if self.config.security.allowed_domains != ('*',):
+            params['allowed_extractors'] = ['default', '-generic']
+        pause = {kind: lambda n: min(0.5 * 2 ** n, 5) for kind in ('http', 'fragment', 'extractor')}
+        return {**params, **copy.deepcopy(FORCED), 'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
+                'ratelimit': min(rates) if rates else None, 'retry_sleep_functions': pause,
+                'proxy': own.proxy or None, 'cookiefile': own_cookies(own.cookies_file, self.job.url),
+                'logger': QuietLog(self.job.id), 'match_filter': self.choose,
+                'progress_hooks': [self._on_media], 'postprocessor_hooks': [self._on_step]}
+
+    def _collect(self, result: Dict[str, Any]) -> None:
+        """Check what came and note it as results: videos in their order, then subtitles. Raises Ending."""
+        videos, texts, waiting = [], [], [result]
+        while waiting:
+            info = waiting.pop(0)
+            waiting[:0] = [entry for entry in info.get('entries') or () if entry]
+            for got in info.get('requested_downloads') or ():
+                videos.append(self._result(info, Path(got['filepath']), ''))
+            texts += [self._result(info, Path(text['filepath']), language)
+                      for language, text in (info.get('requested_subtitles') or {}).items() if text.get('filepath')]
+        if not videos:
+            raise Ending('unsupported', 'only photos') if 'entries' in result else Ending('bad_media')
+        self.folder.results = videos + [text for text in texts if text]
+        self.folder.save()
+
+    def _result(self, info: Dict[str, Any], path: Path, language: str) -> Optional[Dict[str, Any]]:
+        from yt_dlp.utils import sanitize_filename
+        if language and not path.exists():  # it was embedded
+            return None
+        extension = path.suffix[1:] if language else media_extension(path) if path.exists() else None
+        if not extension or not language and not plays(path):
+            self.go_on()
+            self.folder.clear()
+            raise Ending('bad_media')
+        title = str(info.get('title') or '')
+        if dict(self.job.options).get('restrictfilenames'):
+            title = sanitize_filename(title, restricted=True)
+        return {'source': path.name, 'title': title, 'id': str(info.get('id') or self.job.id), 'part': language,
+                'ext': extension, 'size': path.stat().st_size}
+
+
+# ---------- vendor ------------------------------------------------------------------------
+# Owns <ytdlp_directory>: releases of yt-dlp side by side, each whole in <version>/yt_dlp, and a
+# pointer per Python, current-3.11: the one in use, the last good one, those known as broken. A
+# release is checked, compiled and tried in a process of its own before the pointer names it.
+# Lock: flock on .lock for whoever writes, as the daemon's child and `update` are two processes.
+# Called by daemon (its thread `care`, through Freshness) and commands.
+
+INDEX = 'https://pypi.org'
+PYTHON = '%d.%d' % sys.version_info[:2]
+NEEDS = '>=3.11'  # yt-dlp since 2026.10.26; before any index tells
+OLDEST_SAFE = '2026.07.04'  # older ones have published holes; only Python 3.9 takes no newer one
+HELPER_TIMEOUT = 900  # seconds for pip, compiling, trying: a Pi Zero is slow, but not that slow
+DOWNLOAD_LIMIT = 64 << 20  # bytes; the wheel has 3 MB, the index's JSON 1.2 MB
+
+
+class Release(NamedTuple):
+    """A yt-dlp on the index, by its pure wheel. `url` is '' when only pip knows where it lies."""
+    version: str
+    requires: str
+    sha256: str
+    url: str
+
+
+class BrokenRelease(Trouble):
+    """A release that arrived as it was published, and does not work here."""
+
+
+def version_key(version: str) -> Tuple[int, ...]:
+    """Orders versions; '2026.8.29' equals '2026.08.29'. () for what is no final release."""
+    return tuple(map(int, version.split('.'))) if re.fullmatch(r'\d+(\.\d+)*', version, re.A) else ()
+
+
+def runs_here(requires: str, python: Tuple[int, ...] = sys.version_info[:3]) -> bool:
+    """Is this Python within the bounds of a Requires-Python such as '>=3.9,<4'? Whatever else stands there is left to
+    trying the release out; yt-dlp has never had more than a lower bound."""
+    bounds = re.findall(r'(>=|<)\s*(\d+(?:\.\d+)*)', requires, re.A)
+    return all((python >= version_key(version)) == (sign == '>=') for sign, version in bounds)
+
+
+def fetch_url(url: str) -> bytes:
+    """The body at `url`. Raises Trouble."""
+    import http.client
+    import urllib.request
+    try:
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            return answer.read(DOWNLOAD_LIMIT)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Trouble(f'no answer from {urlsplit(url).hostname} ({error})') from None
+
+
+def parse_index(body: bytes, base: str) -> List[Release]:
+    """The final releases with a pure wheel in the index's JSON, newest first. Raises Trouble."""
+    try:
+        found = [Release(version, file['requires_python'] or '', file['digests']['sha256'], urljoin(base, file['url']))
+                 for version, files in json.loads(body)['releases'].items() if version_key(version)
+                 for file in files if file['filename'].endswith('-py3-none-any.whl') and not file['yanked']]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Trouble(f'{base} does not answer as a package index does') from None
+    return sorted(found, key=lambda release: version_key(release.version), reverse=True)
+
+
+def run_helper(*command: str) -> 'subprocess.CompletedProcess[str]':
+    """Runs a process without our secrets and without yt-dlp's plugins. Raises Trouble when it hangs or is killed."""
+    env = {name: value for name, value in os.environ.items() if name not in SECRET_NAMES}
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              encoding='utf-8', errors='replace', env={**env, 'YTDLP_NO_PLUGINS': '1'},
+                              timeout=HELPER_TIMEOUT)
+    except subprocess.TimeoutExpired:
+        raise Trouble(f'the update of yt-dlp hung for {HELPER_TIMEOUT} seconds') from None
+    if done.returncode < 0:
+        raise Trouble(f'the update of yt-dlp was killed by signal {-done.returncode}; is there memory left?')
+    return done
+
+
+def unpack(wheel: Path, folder: Path) -> None:
+    """Unpacks yt_dlp/ and its dist-info into `folder`, nothing else (zipfile makes no links). Raises BrokenRelease."""
+    import zipfile
+    inside = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            for entry in archive.infolist():
+                if inside.fullmatch(entry.filename):
+                    archive.extract(entry, folder)
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+        raise BrokenRelease(f'{wheel.name} cannot be unpacked ({error})') from None
+
+
+def find_line(file: Path, pattern: str) -> str:
+    """The first group of the first line in `file` that matches; '' when there is none."""
+    try:
+        with open(file, encoding='utf-8', errors='replace') as stream:
+            match = re.search(pattern, stream.read(4096), re.M | re.A)  # METADATA goes on with the whole README
+    except OSError:
+        return ''
+    return match[1] if match else ''
+
+
+def version_in(folder: Path) -> str:
+    """The version of the yt-dlp in `folder`, as it writes it itself; '' when there is none."""
+    return find_line(folder / 'yt_dlp/version.py', r"^__version__ = '(\d[\d.]*)'")
+
+
+# A release is used as the daemon uses it, without a network: it has to find the sites' extractors, take the proxy that
+# it is told (nobody listens there), and must not get around the guard that refuses private addresses.
+TRY_OUT = '''
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+v = __import__(sys.argv[2])
+folder = pathlib.Path(sys.argv[3])
+v.import_ytdlp(folder)
+for url, proxy, reason in (('http://127.0.0.1:1/', '', 'refused_address'),
+                           ('https://www.tiktok.com/@a/video/1', 'http://127.0.0.1:1', 'network'),
+                           ('https://www.instagram.com/p/a/', 'http://127.0.0.1:1', 'network')):
+    config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': sys.argv[4],
+                                  'VIDEOSERVER_SECURITY_ALLOWED_DOMAINS': '*', 'VIDEOSERVER_DOWNLOADER_PROXY': proxy})
+    outcome = v.Attempt(v.Job('try', url, (), 1), config, folder, lambda progress: None).run()
+    if outcome.reason != reason:
+        sys.exit(f'{url} ends with {outcome.reason}: {outcome.message}')
+from yt_dlp.version import __version__
+print(__version__)
+'''
+
+
+def apart(script: str, *words: str) -> Tuple[str, ...]:
+    """The command line of `script` in a bare Python; it finds this program by its first two words."""
+    return sys.executable, '-I', '-S', '-B', '-c', script, str(PROGRAM.parent), PROGRAM.stem, *words
+
+
+def try_out(folder: Path, version: str) -> str:
+    """Compiles the yt-dlp in `folder` and uses it in a process of its own: why it does not work, '' when it does."""
+    import tempfile
+    run_helper(sys.executable, '-m', 'compileall', '-q', str(folder / 'yt_dlp'))
+    with tempfile.TemporaryDirectory() as output:
+        done = run_helper(*apart(TRY_OUT, str(folder), output))
+    if done.returncode == 0 and version_key(done.stdout.strip()) == version_key(version):
+        return ''
+    return (done.stderr.strip() or f'it says that it is {done.stdout.strip()}').splitlines()[-1]
+
+
+def read_pointer(file: Path) -> Dict[str, Any]:
+    """What a pointer says: version, previous, proven, bad, checked, newest. Empty when there is none."""
+    try:
+        state = json.loads(file.read_text(encoding='utf-8'))
+    except (OSError, ValueError):
+        return {}
+    return state if isinstance(state, dict) else {}
+
+
+class Vendor:
+    """The yt-dlp beside the program."""
+
+    def __init__(self, folder: Path, index: str = INDEX):
+        self.folder, self.index = folder, index
+        self.pointer = folder / f'current-{PYTHON}'
+
+    def state(self) -> Dict[str, Any]:
+        """What this Python's pointer says."""
+        return read_pointer(self.pointer)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Waits until no other process writes here. Raises Trouble when this one cannot."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with open(self.folder / '.lock', 'w') as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+        except OSError as error:
+            raise Trouble(f'yt-dlp cannot be kept in {self.folder} ({error.strerror or error}): make room, or let '
+                          'this user write there') from None
+
+    def remember(self, **changes: Any) -> None:
+        """Writes the pointer with these changes; a power cut leaves the old one or the new one."""
+        fresh = self.folder / f'.{self.pointer.name}'
+        with open(fresh, 'w', encoding='utf-8') as stream:
+            json.dump({**self.state(), **changes}, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(fresh, self.pointer)
+
+    def broken(self, release: str) -> List[str]:
+        """The releases known as broken, and now this one."""
+        return [*self.state().get('bad', ()), release][-5:]
+
+    def fits(self, name: str, version: str, requires: str) -> bool:
+        """May this Python use it? Not when it is unsafe or known as broken."""
+        safe = PYTHON == '3.9' or version_key(version) >= version_key(OLDEST_SAFE)
+        return safe and runs_here(requires) and name not in self.state().get('bad', ())
+
+    def usable(self, folder: Path) -> bool:
+        """Does `folder` hold a yt-dlp that fits?"""
+        version, about = version_in(folder), next(folder.glob('yt_dlp-*.dist-info/METADATA'), folder)
+        return bool(version) and self.fits(folder.name, version, find_line(about, r'^Requires-Python: (.+)$'))
+
+    def unpacked(self) -> List[Path]:
+        """The folders of releases, newest first."""
+        found = [path for path in self.folder.glob('[0-9]*.*') if version_key(path.name) and path.is_dir()]
+        return sorted(found, key=lambda path: version_key(path.name), reverse=True)
+
+    def current(self) -> Optional[Path]:
+        """The folder for sys.path: what the pointer names, else the last good one, else what somebody has put here
+        (as `pip install --target` does), else any other release. None when this Python can use none of them."""
+        state = self.state()
+        named = [self.folder / state[key] for key in ('version', 'previous') if state.get(key)]
+        return next((path for path in [*named, self.folder, *self.unpacked()] if self.usable(path)), None)
+
+    def version(self) -> Optional[str]:
+        """The version of `current`."""
+        folder = self.current()
+        return version_in(folder) if folder else None
+
+    def last_checked(self) -> float:
+        """When the index was last asked with success, in epoch seconds; 0: never."""
+        return float(self.state().get('checked', 0))
+
+    def held_back(self) -> Optional[str]:
+        """A sentence when newer releases do not run on this Python; also known before the index was ever asked."""
+        newest, requires = self.state().get('newest') or ('of today', NEEDS)
+        if runs_here(requires):
+            return None
+        return f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads will break as the ' \
+            'sites change; start the server with a newer Python (Debian 12 and Raspberry Pi OS 12 bring one)'
+
+    def pip(self, *words: str) -> Optional[str]:
+        """What pip printed, None when it failed or is not there. Its own configuration holds: mirrors, proxies, CAs."""
+        elsewhere = () if self.index == INDEX else ('--index-url', f'{self.index}/simple')
+        done = run_helper(sys.executable, '-m', 'pip', *words, '--quiet', '--no-input', '--retries', '1', '--no-deps',
+                          '--disable-pip-version-check', '--only-binary', ':all:', *elsewhere)
+        if done.returncode:
+            log.debug('pip: %s', done.stderr.strip())
+        return None if done.returncode else done.stdout
+
+    def catalogue(self) -> List[Release]:
+        """The releases on the index, newest first: from its JSON, else (a mirror may be all that this machine
+        reaches) the one that pip would take. Raises Trouble."""
+        base = f'{self.index}/pypi/yt-dlp/json'
+        try:
+            return parse_index(fetch_url(base), base)
+        except Trouble as error:
+            reason = error
+        try:
+            report = self.pip('install', '--dry-run', '--ignore-installed', '--report', '-', 'yt-dlp')
+            found = json.loads(report or '')['install'][0]
+            return [Release(found['metadata']['version'], found['metadata'].get('requires_python', ''),
+                            found['download_info']['archive_info'].get('hash', '').partition('=')[2], '')]
+        except (ValueError, LookupError):
+            raise Trouble(f'yt-dlp cannot be fetched: {reason}; connect this machine to the internet, then run: '
+                          'python3 videoserverd.py update') from None
+
+    def fetch(self, release: Release, folder: Path) -> Path:
+        """The wheel of `release`, put into `folder` by pip where there is one. Its SHA-256 is the one that the index
+        named before: no mirror, cache or proxy that pip goes through can put another in its place. Raises Trouble."""
+        pinned, wheel = folder / 'requirements.txt', folder / 'yt_dlp.whl'
+        pinned.write_text(f'yt-dlp=={release.version} --hash=sha256:{release.sha256}\n', encoding='utf-8')
+        if self.pip('download', '--dest', str(folder), '--requirement', str(pinned)) is not None:
+            os.replace(next(folder.glob('*-py3-none-any.whl')), wheel)
+        elif release.url:
+            wheel.write_bytes(fetch_url(release.url))
+        else:
+            raise Trouble(f'pip cannot download yt-dlp {release.version}; to see why: python3 -m pip download yt-dlp')
+        import hashlib
+        if hashlib.sha256(wheel.read_bytes()).hexdigest() != release.sha256:
+            raise Trouble(f'yt-dlp {release.version} arrived without the SHA-256 that the index names and was thrown '
+                          'away: try later; if it stays so, look at the proxy or mirror in between')
+        return wheel
+
+    def bring_in(self, release: Release) -> None:
+        """Fetches, checks and tries `release`, then moves it to its place whole. Raises Trouble, OSError."""
+        fresh, place = self.folder / '.new', self.folder / release.version
+        remove_folder(fresh)
+        (fresh / 'wheel').mkdir(parents=True)
+        unpack(self.fetch(release, fresh / 'wheel'), fresh / 'tree')
+        why = try_out(fresh / 'tree', release.version)
+        if why:
+            raise BrokenRelease(f'yt-dlp {release.version} does not work here ({why})')
+        os.sync()  # once for a thousand files: an fsync for each takes a minute on an SD card
+        if place.exists():
+            os.replace(place, fresh / 'damaged')
+        os.replace(fresh / 'tree', place)
+
+    def take(self, release: Release) -> None:
+        """Makes `release` the current one; it is fetched unless it is here and works. Raises Trouble, OSError."""
+        place, current = self.folder / release.version, self.current()
+        if not self.usable(place) or try_out(place, release.version):
+            self.bring_in(release)
+        if self.state().get('version') != release.version:
+            good = os.path.relpath(current, self.folder) if current not in (None, place) else None
+            self.remember(version=release.version, previous=good)
+
+    def clean(self) -> None:
+        """Removes what an interrupted installation left, and releases that are not in use and no pointer names."""
+        states = [read_pointer(file) for file in self.folder.glob('current-*')]
+        named = {state.get(key) for state in states for key in ('version', 'previous')}
+        for path in [self.folder / '.new', *self.unpacked()]:
+            if path.name not in named and path != self.current():
+                remove_folder(path)
+
+    def install(self) -> str:
+        """Makes the newest release that this Python can use the current one and returns its version. One that is
+        broken is remembered as such, and the next one tried. Raises Trouble; what was in use then stays in use."""
+        with self.locked():
+            releases, least = self.catalogue(), version_key(self.version() or '')
+            self.remember(newest=releases[0][:2] if releases else None)
+            fitting = [release for release in releases if self.fits(release.version, release.version, release.requires)
+                       and version_key(release.version) >= least]
+            for release in fitting[:3]:  # three broken ones in a row: the fault lies here
+                try:
+                    self.take(release)
+                    break
+                except BrokenRelease as error:
+                    log.warning('%s; it is not used', error)
+                    self.remember(bad=self.broken(release.version))
+            self.clean()
+            self.remember(checked=int(time.time()))
+        version = self.version()
+        if not version:
+            raise Trouble(f'{self.index} has no yt-dlp that works with Python {PYTHON}: install a newer Python')
+        return version
+
+    def roll_back(self) -> Optional[str]:
+        """Back to the last good release, for good; returns its version. None, and no change, when there is none."""
+        with self.locked():
+            state = self.state()
+            if not state.get('previous') or not self.usable(self.folder / state['previous']):
+                return None
+            self.remember(version=state['previous'], previous=None, bad=self.broken(state['version']))
+        return self.version()
+
+
+# -- the daemon's side
+
+DAY = 86400  # seconds
+RETRY_GAPS = (60, 300, 900, 3600)  # seconds after a look-up that failed: the network may be back; then hourly
+INSTALL = '''
+import pathlib, sys
+sys.path.insert(0, sys.argv[1])
+v = __import__(sys.argv[2])
+try:
+    v.Vendor(pathlib.Path(sys.argv[3]), sys.argv[4]).install()
+except v.Trouble as error:
+    sys.exit(str(error))
+'''
+
+
+def update_due(now: float, last_checked: float, site_changed: bool, failures: int = 0, last_tried: float = 0) -> bool:
+    """Is it time to look for a newer yt-dlp? At most daily when an extractor failed because its site has changed,
+    weekly otherwise, at growing gaps after failures. A clock set back by more than a day makes it due, too."""
+    gap = RETRY_GAPS[min(failures, len(RETRY_GAPS)) - 1] if failures else 0
+    age = now - last_checked
+    return not 0 <= now - last_tried < gap and (age >= (DAY if site_changed else 7 * DAY) or age < -DAY)
+
+
+def loaded_ytdlp() -> Optional[Path]:
+    """The folder that this process has imported yt_dlp from; None before it has."""
+    module = sys.modules.get('yt_dlp')
+    return Path(module.__file__).parents[1] if module else None
+
+
+class Freshness:
+    """Keeps the daemon's yt-dlp fresh, and a release that proves broken out of use. `heard` (flags only) and `stop`
+    may be called by any thread, `step` by `care` alone."""
+
+    def __init__(self, vendor: Vendor, automatic: bool, loaded: Callable[[], Optional[Path]] = loaded_ytdlp):
+        self.vendor, self.automatic, self.loaded = vendor, automatic, loaded
+        self.site_changed = self.worked = self.crashed = self.stopped = False
+        self.failures, self.last_tried = 0, 0.0
+        self.trouble = ''  # why the last look-up failed, a sentence
+        self.child: Optional[subprocess.Popen] = None
+
+    def heard(self, outcome: Outcome) -> None:
+        """How a download ended, as far as it tells about yt-dlp."""
+        self.worked |= outcome.kind == 'done'
+        self.crashed |= outcome.reason in ('internal', 'ytdlp')
+        self.site_changed |= outcome.reason == 'site_changed'
+
+    def step(self, now: float) -> bool:
+        """Does what is due at `now`, epoch seconds. True: the daemon should re-execute itself when it is idle, as
+        another yt-dlp than the one that it has imported is to be used. Raises Trouble."""
+        loaded, current = self.loaded(), self.vendor.current()
+        if loaded in (None, current):
+            self.judge()
+        checked = self.vendor.last_checked() if current else 0
+        if (self.automatic or not current) \
+                and update_due(now, checked, self.site_changed, self.failures, self.last_tried):
+            self.look(now)
+        current = self.vendor.current()
+        return None not in (loaded, current) and loaded != current
+
+    def judge(self) -> None:
+        """A release is trusted for good once a download worked; one that crashes before that is rolled back."""
+        state = self.vendor.state()
+        if state.get('version') != state.get('proven'):
+            if self.worked:
+                with self.vendor.locked():
+                    self.vendor.remember(proven=state['version'])
+            elif self.crashed and self.vendor.roll_back():
+                log.error('yt-dlp %s crashes: rolled back to %s', state['version'], self.vendor.version())
+        self.worked = self.crashed = False
+
+    def look(self, now: float) -> None:
+        """Installs the newest release, in a process of its own: its memory comes back, and it can be stopped."""
+        self.failures, self.last_tried = self.failures + 1, now
+        with subprocess.Popen(apart(INSTALL, str(self.vendor.folder), self.vendor.index), stdin=subprocess.DEVNULL,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
+                              start_new_session=True) as self.child:
+            if self.stopped:
+                self.stop()
+            lines = self.child.communicate()[1].strip().splitlines()
+        failed = self.child.returncode != 0
+        self.trouble = (lines or ['the update of yt-dlp was stopped']).pop() if failed else ''
+        for line in lines:
+            log.warning('%s', line)
+        if not failed:
+            log.info('the newest yt-dlp for this Python is %s', self.vendor.version())
+            self.failures, self.site_changed = 0, False
+
+    def stop(self) -> None:
+        """Ends the installation that is under way with all its processes; none begins."""
+        self.stopped = True
+        if self.child and self.child.poll() is None:
+            with suppress(ProcessLookupError):
+                os.killpg(self.child.pid, signal.SIGKILL)
+
+# ---------- publish -----------------------------------------------------------------------
+# Owns the ways to a finished file: links and their signatures, the bucket (AWS Signature 4,
+# parts, the thread `upload`), thumbnails. What it needs of the store is handed in. Lock:
+# `Uploader._changed` guards what is under way and the naps; never held across the network.
+# Called by http (links) and daemon.
+
+UPLOAD_BLOCK = 256 << 10         # bytes in memory at a time
+MULTIPART_ABOVE = 100 << 20      # where AWS advises parts
+PART_SIZE = 16 << 20             # the smallest part: what a lost connection costs at most
+MAX_PARTS = 10000                # the most that S3 takes
+S3_CONNECT_SECONDS = 10.0
+S3_SECONDS = 60.0                # without a sign of life; joining many parts takes a server long
+LONGEST_UPLOAD_DELAY = 6 * 3600  # seconds
+UPLOAD_NAP = 60.0                # seconds between looks when nothing is due, and after a failure
+THUMBNAIL_SECONDS = 20.0         # a Pi needs two for a frame of a 4K video
+THUMBNAIL_FORMATS = 'mov,matroska,flv,avi,mpegts,mp3,ogg'  # none that leads to other files, as a playlist does
+
+
+# -- links
+
+def public_base(config: Config, port: int) -> str:
+    """How others reach this server: scheme, host, port, perhaps a path; no final slash."""
+    scheme, host = 'https' if config.server.tls else 'http', socket.gethostname().split('.')[0].lower()
+    return config.server.public_base_url or f'{scheme}://{host or "localhost"}.local:{port}'
+
+
+def file_path(download_id: str, name: str) -> str:
+    """The path of a finished file below the base."""
+    return f'/files/{download_id}/{quote(name, safe="")}'
+
+
+def link_secret(file: Path) -> bytes:
+    """What signs links; made when missing (or emptied by a power cut). Raises OSError."""
+    if not file.exists() or not file.stat().st_size:
+        write_whole(file, os.urandom(32).hex())
+    return file.read_bytes()
+
+
+def link_signature(secret: bytes, path: str, expires: str) -> str:
+    """Signs what the path means, not how it is percent-encoded: players encode it anew."""
+    import hmac
+    return hmac.new(secret, f'{expires}\n{unquote(path)}'.encode('utf-8', 'replace'), 'sha256').hexdigest()
+
+
+def sign_path(secret: bytes, path: str, expires: int) -> str:
+    """The query that opens `path` until `expires`, epoch seconds."""
+    return f'?expires={expires}&signature={link_signature(secret, path, str(expires))}'
+
+
+def check_signature(secret: bytes, path: str, query: Dict[str, str], now: float) -> bool:
+    """Whether `query` opens `path` at `now`: not forged, not moved from another path, not expired."""
+    import hmac
+    expires, signature = query.get('expires', ''), query.get('signature', '')
+    if not re.fullmatch(r'\d{1,12}', expires, re.A) or int(expires) < now:
+        return False
+    return hmac.compare_digest(link_signature(secret, path, expires).encode(), signature.encode('utf-8', 'replace'))
+
+
+def content_disposition(name: str, inline: bool = True) -> str:
+    """The header by RFC 6266: the real name as RFC 8187 has it, and ASCII for clients of old."""
+    ascii_name = re.sub(r'[^ !#-$&-\[\]-~]', '_', name)  # no quote, backslash or %: clients differ on them
+    value = f'{"inline" if inline else "attachment"}; filename="{ascii_name}"'
+    return value if ascii_name == name else f"{value}; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+
+
+# -- AWS Signature 4 (docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html)
+
+Pairs = Sequence[Tuple[str, str]]
+
+
+class Keys(NamedTuple):
+    """What signs a request."""
+    access: str
+    secret: str
+    region: str
+    service: str = 's3'
+
+    def scope(self, stamp: str) -> str:
+        """Where and on which day a signature holds."""
+        return f'{stamp[:8]}/{self.region}/{self.service}/aws4_request'
+
+
+def amz_date(now: float) -> str:
+    """'20130524T000000Z'."""
+    return time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))
+
+
+def canonical_query(query: Pairs) -> str:
+    """`query` encoded and sorted, as it is signed and sent."""
+    encoded = sorted((quote(name, safe=''), quote(value, safe='')) for name, value in query)
+    return '&'.join(f'{name}={value}' for name, value in encoded)
+
+
+def signature_v4(keys: Keys, stamp: str, method: str, path: str, query: Pairs, headers: Pairs, payload: str) -> str:
+    """`path` is encoded as it is sent, `headers` are in lower case and sorted, `payload` is the body's
+    SHA-256 in hex or UNSIGNED-PAYLOAD."""
+    import hashlib
+    import hmac
+    lines = [f'{name}:{value}' for name, value in headers]
+    request = '\n'.join([method, path, canonical_query(query), *lines, '', ';'.join(dict(headers)), payload])
+    to_sign = '\n'.join(['AWS4-HMAC-SHA256', stamp, keys.scope(stamp), hashlib.sha256(request.encode()).hexdigest()])
+    digest = f'AWS4{keys.secret}'.encode()
+    for step in (*keys.scope(stamp).split('/'), to_sign):
+        digest = hmac.new(digest, step.encode(), 'sha256').digest()
+    return digest.hex()
+
+
+def sign_v4(keys: Keys, now: float, method: str, host: str, path: str, query: Pairs, headers: Dict[str, str],
+            payload: str) -> Dict[str, str]:
+    """`headers` and those that prove who asks."""
+    stamp = amz_date(now)
+    headers = {**headers, 'Host': host, 'X-Amz-Date': stamp}
+    signed = sorted((name.lower(), ' '.join(value.split())) for name, value in headers.items())
+    headers['Authorization'] = (
+        f'AWS4-HMAC-SHA256 Credential={keys.access}/{keys.scope(stamp)}, SignedHeaders={";".join(dict(signed))}, '
+        f'Signature={signature_v4(keys, stamp, method, path, query, signed, payload)}')
+    return headers
+
+
+def presign_v4(keys: Keys, now: float, base: str, path: str, query: Pairs, seconds: int) -> str:
+    """A URL by which whoever has it may GET `base` + `path` for so many seconds (a week at most)."""
+    stamp = amz_date(now)
+    query = [*query, ('X-Amz-Algorithm', 'AWS4-HMAC-SHA256'), ('X-Amz-Date', stamp), ('X-Amz-Expires', str(seconds)),
+             ('X-Amz-Credential', f'{keys.access}/{keys.scope(stamp)}'), ('X-Amz-SignedHeaders', 'host')]
+    headers = [('host', base.partition('://')[2])]
+    signature = signature_v4(keys, stamp, 'GET', path, query, headers, 'UNSIGNED-PAYLOAD')
+    return f'{base}{path}?{canonical_query(query)}&X-Amz-Signature={signature}'
+
+
+def bucket_address(endpoint: str, bucket: str, key: str = '') -> Tuple[str, str]:
+    """('https://host', '/path') of an object: path-style, or virtual-host style where the endpoint
+    says {bucket} or its host starts with the bucket's name and a dot."""
+    url = urlsplit(endpoint.replace('{bucket}', bucket))
+    host = re.sub(':80$' if url.scheme == 'http' else ':443$', '', url.netloc.lower())  # as browsers send it
+    virtual = '{bucket}' in endpoint or host.startswith(bucket.lower() + '.')
+    return f'{url.scheme}://{host}', f'{url.path}{"" if virtual else "/" + quote(bucket)}/{quote(key)}'
+
+
+# -- the bucket
+
+REFUSALS = {  # S3's words that somebody can do something about
+    'InvalidAccessKeyId': 'does not know the access key: mend AWS_ACCESS_KEY_ID',
+    'SignatureDoesNotMatch': 'refuses the secret key: mend AWS_SECRET_ACCESS_KEY',
+    'AccessDenied': 'does not let this key in: allow it to get, put and delete objects',
+    'NoSuchBucket': 'has no such bucket: create it, or mend [s3] bucket',
+    'RequestTimeTooSkewed': 'finds the clock of this machine wrong: set it',
+    'AuthorizationHeaderMalformed': 'keeps this bucket in another region: mend [s3] region',
+    'PermanentRedirect': 'keeps this bucket elsewhere: mend [s3] endpoint and region',
+}
+NOT_THERE = ('NoSuchKey', 'AccessDenied', 'InvalidRange')  # what GET says of no object, or of an empty one
+NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # who may put need not be allowed to list
+SPOILED = ('NoSuchUpload', 'InvalidPart', 'InvalidPartOrder', 'EntityTooSmall')  # an upload that cannot go on
+
+
+class BucketError(Trouble):
+    """What the bucket refuses or loses, as a sentence; `code` is S3's word for it."""
+
+    def __init__(self, message: str, code: str = ''):
+        super().__init__(message)
+        self.code = code
+
+
+class Body(NamedTuple):
+    """A stretch of an open file."""
+    file: Any
+    start: int
+    size: int
+
+    def blocks(self, halted: threading.Event) -> Iterator[bytes]:
+        """Its bytes, for as long as nobody halts. Raises BucketError."""
+        self.file.seek(self.start)
+        left = self.size
+        while left:
+            block = self.file.read(min(left, UPLOAD_BLOCK))
+            if halted.is_set() or not block:
+                raise BucketError('The upload was stopped' if block else 'The file became shorter during its upload')
+            left -= len(block)
+            yield block
+
+    def sha256(self, halted: threading.Event) -> str:
+        """Of its bytes, in hex. Raises BucketError."""
+        import hashlib
+        digest = hashlib.sha256()
+        for block in self.blocks(halted):
+            digest.update(block)
+        return digest.hexdigest()
+
+
+NO_BODY = Body(io.BytesIO(), 0, 0)
+
+
+def xml_texts(answer: bytes, tag: str) -> List[str]:
+    """The texts of all <tag> in S3's XML."""
+    import html
+    return [html.unescape(text) for text in re.findall(f'<{tag}>([^<]*)</{tag}>', answer.decode('utf-8', 'replace'))]
+
+
+class Bucket:
+    """The bucket of [s3]; one request at a time. `hang_up` and `presign` from any thread."""
+
+    def __init__(self, config: Config, multipart_above: int = MULTIPART_ABOVE, part_size: int = PART_SIZE):
+        self.s3 = config.s3
+        self.keys = Keys(config.aws_access_key_id, config.aws_secret_access_key, config.s3.region)
+        self.multipart_above, self.part_size = multipart_above, part_size
+        self.halted = threading.Event()  # set: what is under way ends
+        self._socket: Optional[socket.socket] = None
+
+    def key(self, download_id: str, name: str) -> str:
+        """The object's name: with the id in it, so that two downloads of one name never meet."""
+        return f'{self.s3.prefix}{download_id}/{name}'
+
+    def presign(self, key: str, name: str, seconds: int, now: float) -> str:
+        """A link to an object, saved as `name`; at the public endpoint where there is one."""
+        base, path = bucket_address(self.s3.public_endpoint or self.s3.endpoint, self.s3.bucket, key)
+        query = [('response-content-disposition', content_disposition(name))]
+        return presign_v4(self.keys, now, base, path, query, seconds)
+
+    def put(self, path: Path, key: str, media_type: str, state: Path) -> None:
+        """Store the file as `key`, unless it is there already. A large one goes in parts; in the file
+        `state` a later call, after a crash too, finds where to go on. Raises BucketError."""
+        try:
+            with open(path, 'rb') as file:
+                info = os.fstat(file.fileno())
+                mtime = '%d.%09d' % divmod(info.st_mtime_ns, 10 ** 9)  # as rclone writes it
+                headers = {'Content-Type': media_type, 'X-Amz-Meta-Mtime': mtime}
+                body = Body(file, 0, info.st_size)
+                # This also tells a wrong key or bucket before an upload is spent on it.
+                found, _ = self._call('GET', key, (), {'Range': 'bytes=0-0'}, fine=NOT_THERE)
+                if (found.get('Content-Range'), found.get('X-Amz-Meta-Mtime')) == (f'bytes 0-0/{body.size}', mtime):
+                    return
+                if body.size > self.multipart_above:
+                    self._put_parts(body, key, headers, state)
+                else:
+                    self._call('PUT', key, (), headers, body)
+        except OSError as error:
+            raise BucketError(f'{error.filename or path}: {error.strerror or error}') from None
+
+    def delete(self, key: str) -> None:
+        """Remove an object and its unfinished uploads, whose parts would cost money. Raises BucketError."""
+        _, answer = self._call('GET', '', (('uploads', ''), ('prefix', key)), fine=NOT_LISTED)
+        for found, upload in zip(xml_texts(answer, 'Key'), xml_texts(answer, 'UploadId')):
+            if found == key:
+                self._call('DELETE', key, (('uploadId', upload),), fine=SPOILED)
+        self._call('DELETE', key, fine=('NoSuchKey',))
+
+    def hang_up(self) -> None:
+        """End what is under way, and all that follows until `halted` is cleared."""
+        self.halted.set()
+        current = self._socket
+        if current:
+            with suppress(OSError):
+                socket.socket.shutdown(current, socket.SHUT_RDWR)  # below TLS, whose goodbye could stall
+
+    def _put_parts(self, whole: Body, key: str, headers: Dict[str, str], state: Path) -> None:
+        part = max(self.part_size, -(-whole.size // MAX_PARTS))
+        upload = self._begin_upload({'bucket': self.s3.bucket, 'key': key, 'size': whole.size, 'part': part, **headers},
+                                    headers, state)
+        which = ('uploadId', upload['id'])
+        try:
+            for start in range(part * len(upload['etags']), whole.size, part):
+                body = Body(whole.file, start, min(part, whole.size - start))
+                answer, _ = self._call('PUT', key, (('partNumber', str(start // part + 1)), which), {}, body)
+                upload['etags'].append(answer['ETag'])
+                write_whole(state, json.dumps(upload))
+            parts = ''.join(f'<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>'
+                            for number, etag in enumerate(upload['etags'], 1))
+            manifest = f'<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>'.encode()
+            self._call('POST', key, (which,), {}, Body(io.BytesIO(manifest), 0, len(manifest)))
+        except BucketError as error:
+            if error.code in SPOILED:
+                state.unlink()
+            raise
+        state.unlink()
+
+    def _begin_upload(self, wanted: Dict[str, Any], headers: Dict[str, str], state: Path) -> Dict[str, Any]:
+        """The upload that `state` tells of, if it is of this very file; else a new one."""
+        with suppress(OSError, ValueError):
+            upload = json.loads(state.read_bytes())
+            if {name: upload.get(name) for name in wanted} == wanted:
+                return upload
+        self.delete(wanted['key'])
+        _, answer = self._call('POST', wanted['key'], (('uploads', ''),), headers)
+        upload = {**wanted, 'id': ''.join(xml_texts(answer, 'UploadId')), 'etags': []}
+        write_whole(state, json.dumps(upload))
+        return upload
+
+    def _call(self, method: str, key: str, query: Pairs = (), headers: Optional[Dict[str, str]] = None,
+              body: Body = NO_BODY, fine: Sequence[str] = ()) -> Tuple[Any, bytes]:
+        """(headers, body) of S3's answer to one signed request; nothing where its error code is `fine`.
+        Raises BucketError."""
+        import http.client
+        base, path = bucket_address(self.s3.endpoint, self.s3.bucket, key)
+        host = base.partition('://')[2]
+        payload = 'UNSIGNED-PAYLOAD' if base.startswith('https:') else body.sha256(self.halted)
+        headers = {**(headers or {}), 'X-Amz-Content-Sha256': payload}
+        headers = sign_v4(self.keys, time.time(), method, host, path, query, headers, payload)
+        headers['Content-Length'] = str(body.size)  # not signed: some proxies drop a zero
+        try:
+            response, answer = self._exchange(base, method, f'{path}?{canonical_query(query)}', headers, body)
+        except (OSError, http.client.HTTPException) as error:
+            hint = ': name its CA in SSL_CERT_FILE' if isinstance(error, ssl.SSLCertVerificationError) else ''
+            words = ' '.join(str(error).split()) or type(error).__name__
+            raise BucketError(f'The S3 server {host} cannot be reached or was lost: {words}{hint}') from None
+        if response.status < 300 and b'<Error' not in answer:  # joining parts may fail after its 200
+            return response.headers, answer
+        code, text = (''.join(xml_texts(answer, tag)[:1])[:200] for tag in ('Code', 'Message'))
+        if code in fine:
+            return {}, b''
+        meaning = REFUSALS.get(code) or f'answers: {text or http.client.responses.get(response.status)}'
+        raise BucketError(f'The S3 server {host}, asked for bucket {self.s3.bucket}, {meaning} '
+                          f'({" ".join([str(response.status), code]).strip()})', code)
+
+    def _exchange(self, base: str, method: str, target: str, headers: Dict[str, str], body: Body) -> Tuple[Any, bytes]:
+        import http.client  # with the e-mail parser that it brings: 1 MB that only a bucket needs
+        url = urlsplit(base)
+        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=S3_CONNECT_SECONDS)
+        if url.scheme == 'https':  # SSL_CERT_FILE may name a private CA
+            connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=S3_CONNECT_SECONDS,
+                                                     context=ssl.create_default_context())
+        with closing(connection):
+            connection.connect()
+            self._socket = connection.sock
+            connection.sock.settimeout(S3_SECONDS)
+            if self.halted.is_set():
+                raise ConnectionAbortedError('the upload was stopped')
+            connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
+            for name, value in headers.items():
+                connection.putheader(name, value)
+            connection.endheaders()
+            with suppress(ConnectionError):  # who refuses may hang up before it has read all; its answer counts
+                for block in body.blocks(self.halted):
+                    connection.send(block)
+            response = connection.getresponse()
+            return response, response.read(1 << 20)
+
+
+# -- the thread `upload`
+
+def upload_delay(failures: int, delays: Sequence[int]) -> int:
+    """Seconds to the next try: the scheduler's delays, then doubled each time up to six hours."""
+    doublings = min(max(0, failures - len(delays)), 20)
+    return min(LONGEST_UPLOAD_DELAY, max(1, delays[min(failures, len(delays)) - 1]) << doublings)
+
+
+class Uploader:
+    """The thread `upload`: puts finished files into the bucket till each is stored or forgotten.
+
+    `due(now)` gives the rows whose turn it is, `stored(id, now)` and `later(id, due, error, now)`
+    keep how it went. `folder` holds what is begun, and notes of what is to be deleted."""
+
+    def __init__(self, config: Config, bucket: Bucket, folder: Path, due: Callable[[int], Sequence[Any]],
+                 stored: Callable[[str, int], Any], later: Callable[[str, int, str, int], Any]):
+        self.error: Optional[str] = None  # why copies fail at present, a sentence; for health
+        self.bucket, self.folder, self.output = bucket, folder, config.downloads.output_directory
+        self.delays, self.due, self.stored, self.later = config.downloads.retry_delays, due, stored, later
+        self._changed = threading.Condition()
+        self._current, self._stopping, self._woken = '', False, False
+        self._pause_until = 0.0
+        self._thread = threading.Thread(target=self._run, name='upload', daemon=True)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        with self._changed:
+            self._woken = True
+            self._changed.notify_all()
+
+    def stop(self, seconds: float = 0.8) -> bool:
+        """End, wherever it is; whether that came in time (a name that is being looked up does not)."""
+        with self._changed:
+            self._stopping = True
+        self.bucket.hang_up()
+        self.wake()
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def forget(self, download_id: str, names: Sequence[str]) -> None:
+        """Its copies are deleted too, once the bucket answers, after a restart as well. Raises OSError."""
+        keys = [self.bucket.key(download_id, name) for name in names]
+        write_whole(self.folder / f'{download_id}.delete', json.dumps(keys))
+        with self._changed:
+            if self._current == download_id:
+                self.bucket.hang_up()
+        self.wake()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                nap = self.step(time.time())
+            except Exception:
+                log.exception('upload: going on after')
+                nap = UPLOAD_NAP
+            with self._changed:
+                self._changed.wait_for(lambda: self._woken or self._stopping, nap)
+                self._woken = False
+
+    def step(self, now: float) -> float:
+        """Do one thing that is due at `now`; seconds until there may be another. After a failure
+        comes a pause, so that a server that is down is not asked once for every file."""
+        if 0 < self._pause_until - now <= UPLOAD_NAP:  # more: the clock was set back
+            return self._pause_until - now
+        rows, notes = self.due(int(now)), sorted(self.folder.glob('*.delete'))
+        if not rows and not notes:
+            return UPLOAD_NAP
+        with self._changed:
+            self._current = rows[0]['id'] if rows else notes[0].stem
+            if not self._stopping:
+                self.bucket.halted.clear()
+        try:
+            self._upload(rows[0], int(now)) if rows else self._delete(notes[0])
+        except BucketError as error:
+            if self.bucket.halted.is_set():
+                return 0
+            pause = self._postpone(rows[0], str(error), int(now)) if rows else UPLOAD_NAP
+            self.error, self._pause_until = str(error) if pause else None, now + pause
+            return pause
+        finally:
+            self._current = ''
+        self.error = None
+        return 0
+
+    def _upload(self, row: Any, now: int) -> None:
+        for file in row['files']:
+            key = self.bucket.key(row['id'], file.name)
+            self.bucket.put(self.output / file.name, key, file.type, self.folder / f'{row["id"]}.upload')
+        self.stored(row['id'], now)
+        log.info('download %s: stored in bucket %s', row['id'], self.bucket.s3.bucket)
+
+    def _postpone(self, row: Any, error: str, now: int) -> float:
+        """Seconds of pause; none if the download is forgotten meanwhile."""
+        delay = upload_delay(row['s3_attempts'] + 1, self.delays)
+        if not self.later(row['id'], now + delay, error, now):
+            return 0
+        log.warning('download %s: not in the bucket yet, next try in %d s: %s', row['id'], delay, error)
+        return min(delay, UPLOAD_NAP)
+
+    def _delete(self, note: Path) -> None:
+        for key in json.loads(note.read_bytes()):
+            self.bucket.delete(key)
+        note.with_suffix('.upload').unlink(missing_ok=True)
+        note.unlink()
+
+
+# -- thumbnails
+
+def make_thumbnail(video: Path, picture: Path) -> bool:
+    """A small JPEG of `video`; whether there is one to be had. Slow: seconds of a Pi's processor."""
+    fresh = picture.with_name(f'.{picture.name}.new')
+    for second in ('1', '0'):  # a clip may be shorter than a second
+        command = ['nice', 'ffmpeg', '-nostdin', '-v', 'quiet', '-threads', '1', '-protocol_whitelist', 'file',
+                   '-format_whitelist', THUMBNAIL_FORMATS, '-ss', second, '-i', f'file:{video}', '-frames:v', '1',
+                   '-vf', "scale='min(320,iw)':-2", '-q:v', '5', '-f', 'mjpeg', '-y', f'file:{fresh}']
+        try:
+            picture.parent.mkdir(exist_ok=True)
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                           timeout=THUMBNAIL_SECONDS, preexec_fn=die_with_us())
+            if fresh.stat().st_size:
+                os.replace(fresh, picture)
+                return True
+        except (OSError, subprocess.TimeoutExpired) as error:
+            log.debug('no thumbnail of %s: %s', video.name, error)
+    with suppress(OSError):
+        fresh.unlink()
+    return False
+
+# ---------- scheduler ---------------------------------------------------------------------
+# Owns the heap (due, seq, id), an index of what SQLite knows to be queued, and the workers.
+# Lock: `_changed` guards heap, `_running` and the pause; never held across the store, a
+# download or a socket. Called by http (push, cancel), daemon (start, stop) and its own threads.
+
+MAX_NAP = 5.0     # seconds: a wall clock that jumps (a Pi has no RTC) is noticed after this
+WATCH_NAP = 1.0   # seconds between looks at running attempts and at what pauses the queue
+PAUSE_SECONDS = 30  # how long a full disk, told by an attempt, keeps the queue from trying again
+HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never end
+HUNG = Outcome('retry', 'timeout', 'The download hung and had to be broken off.')
+CANCELLED = Outcome('cancelled', 'cancelled', 'Cancelled')
+STORE_NAP = 2.0   # seconds before an outcome that could not be stored is offered again
+
+
+class Run:
+    """A download in a worker's hands; `attempt` is None until it is claimed."""
+
+    def __init__(self):
+        self.attempt: Any = None
+        self.stop_reason: Optional[str] = None
+        self.hung = False
+        self.job: Optional[Job] = None
+
+
+class Scheduler:
+    """Starts what is due, watches what runs, stores how it ended.
+
+    `new_attempt(job, on_progress)` makes an Attempt, `preflight()` tells why nothing may start
+    (None: it may), `on_outcome(job, outcome, over)` and `on_hang()` are the daemon's."""
+
+    def __init__(self, config: Config, store: Store, board: Board, new_attempt: Callable[..., Any],
+                 preflight: Callable[[], Optional[str]], on_outcome: Callable[[Job, Outcome, bool], None],
+                 on_hang: Callable[[], None]):
+        self.config, self.store, self.board = config, store, board
+        self.new_attempt, self.preflight, self.on_outcome, self.on_hang = new_attempt, preflight, on_outcome, on_hang
+        self.ready = False  # whether what an earlier life left has been queued again
+        self.paused: Optional[str] = None  # why nothing starts, a sentence
+        self.beat = time.monotonic()  # when the loop last came round: for the watchdog
+        self._pause_until, self._pause_message = 0.0, ''
+        self._looked = -math.inf  # monotonic, when the pause was last looked at: each push wakes the loop
+        self._changed = threading.Condition()
+        self._heap: List[Tuple[float, int, str]] = []
+        self._seq = 0
+        self._running: Dict[str, Run] = {}
+        self._stopping = threading.Event()
+        self._threads: List[threading.Thread] = []
+
+    # -- what others call
+
+    def start(self) -> None:
+        """Begin, with what the store has."""
+        self._spawn('schedule', self._loop)
+
+    def _recover(self, now: int) -> None:
+        """Once: queue again what an earlier life left, as soon as the disk lets us. Raises StoreDown."""
+        downloads = self.config.downloads
+        self.store.recover(now, downloads.retry_delays, downloads.max_retries)
+        self._rebuild(now)
+        self.ready = True
+
+    def _rebuild(self, now: int) -> None:
+        self.store.pull_in(now, max(self.config.downloads.retry_delays))
+        with self._changed:
+            self._heap.clear()
+        for download_id, due in self.store.due_times():
+            self.push(download_id, due)
+
+    def push(self, download_id: str, due: float = 0) -> None:
+        """It is queued and may start at `due`, epoch seconds. A stale entry is harmless: claim decides."""
+        with self._changed:
+            self._seq += 1
+            heapq.heappush(self._heap, (due, self._seq, download_id))
+            self._changed.notify_all()
+        self.board.post(download_id)
+
+    def cancel(self, download_id: str, now: float) -> bool:
+        """Stop it wherever it is; whether there was something to stop."""
+        if self.store.cancel(download_id, int(now)):
+            self.board.post(download_id)
+            return True
+        with self._changed:
+            run = self._running.get(download_id)
+            if run is None:
+                return False
+            run.stop_reason = run.stop_reason or 'cancelled'
+        if run.attempt:
+            run.attempt.stop('cancelled')
+        with self._changed:
+            gone = self._changed.wait_for(lambda: self._running.get(download_id) is not run, 5)
+        if gone and self.store.cancel(download_id, int(now)):  # its attempt had just ended, for another one to follow
+            self.board.post(download_id)
+        return gone
+
+    def running(self) -> int:
+        """How many downloads are in workers' hands."""
+        with self._changed:
+            return len(self._running)
+
+    def stop(self, seconds: float = 4.0) -> bool:
+        """Stop all, leaving them queued; whether everything ended in that time."""
+        self._stopping.set()
+        with self._changed:
+            runs = list(self._running.values())
+            for run in runs:
+                run.stop_reason = run.stop_reason or 'stopped'
+            self._changed.notify_all()
+        for run in runs:
+            if run.attempt:
+                run.attempt.stop('stopped')
+        end = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    # -- the thread that schedules
+
+    def _spawn(self, name: str, target: Callable[[], None]) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        self._threads = [old for old in self._threads if old.is_alive()] + [thread]
+        thread.start()
+
+    def _loop(self) -> None:
+        while not self._stopping.is_set():
+            try:
+                self.step(time.time(), time.monotonic())
+            except StoreDown as error:
+                log.error('scheduler: waits for the database: %s', error)
+                self._stopping.wait(STORE_NAP)
+            except Exception:
+                log.exception('scheduler: going on after')
+                self._stopping.wait(STORE_NAP)
+            with self._changed:
+                if not self._stopping.is_set():
+                    self._changed.wait(self._nap(time.time()))
+
+    def step(self, now: float, monotonic: float) -> None:
+        """One look at everything: pause, what runs, what is due. `now` is epoch seconds."""
+        self.beat = monotonic
+        self._watch(monotonic)
+        if monotonic - self._looked >= WATCH_NAP or self._may_take(now):
+            self._looked = monotonic
+            self._refresh_pause(now)
+        if not self.ready:
+            self._recover(int(now))
+        if self._far_ahead(now):
+            self._rebuild(int(now))
+        for download_id in self._take_due(now):
+            self._employ(download_id)
+
+    def _employ(self, download_id: str) -> None:
+        """Give it to a worker of its own: idle threads cost memory. Raises what Thread.start does."""
+        try:
+            self._spawn(f'worker-{download_id[:8]}', lambda: self._work(download_id))
+        except Exception:
+            with self._changed:
+                self._running.pop(download_id, None)
+            self.push(download_id, time.time() + STORE_NAP)
+            raise
+
+    def _nap(self, now: float) -> float:
+        """Seconds until there is something to do; under the lock."""
+        if self._running or self.paused:
+            return WATCH_NAP
+        wait = self._heap[0][0] - now if self._heap else MAX_NAP
+        return min(max(wait, 0.0), MAX_NAP)
+
+    def _far_ahead(self, now: float) -> bool:
+        """Whether the next is due later than any delay can put it: the clock was set back."""
+        with self._changed:
+            return bool(self._heap) and self._heap[0][0] > now + max(self.config.downloads.retry_delays) + MAX_NAP
+
+    def _refresh_pause(self, now: float) -> None:
+        message = self.preflight() or (self._pause_message if now < self._pause_until else None)
+        if self._pause_until - now > PAUSE_SECONDS + MAX_NAP:  # a worker's `now` may be ahead of this one
+            self._pause_until = 0.0  # the clock was set back
+        if message != self.paused:
+            log.log(logging.WARNING if message else logging.INFO, 'queue: %s', message or 'goes on')
+            self.paused = message
+            self.board.post('')
+
+    def _may_take(self, now: float) -> bool:
+        """Whether something is due and a worker free for it."""
+        with self._changed:
+            return bool(self._heap and self._heap[0][0] <= now and not self.paused and not self._stopping.is_set()
+                        and len(self._running) < self.config.downloads.max_concurrent)
+
+    def _take_due(self, now: float) -> List[str]:
+        """Pop what is due while a worker is free, and mark it as running."""
+        taken: List[str] = []
+        with self._changed:
+            while self._may_take(now):
+                _, seq, download_id = heapq.heappop(self._heap)
+                if download_id in self._running:  # its last worker is just leaving
+                    heapq.heappush(self._heap, (now + WATCH_NAP, seq, download_id))
+                else:
+                    self._running[download_id] = Run()
+                    taken.append(download_id)
+        return taken
+
+    def _watch(self, monotonic: float) -> None:
+        """Let each attempt look at its own limits; one that ignores a stop ends the process."""
+        with self._changed:
+            runs = [run for run in self._running.values() if run.attempt]
+        for run in runs:
+            run.attempt.check(monotonic)
+            stopped_at = run.attempt.stopped_at
+            if stopped_at is not None and monotonic - stopped_at > HANG_SECONDS and not run.hung:
+                run.hung = True
+                log.error('download %s: hangs beyond its stop; restarting in place', run.job.id)
+                self._settle(run.job, CANCELLED if run.stop_reason == 'cancelled' else HUNG)
+                self.on_hang()
+
+    # -- the threads that download, one each
+
+    def _work(self, download_id: str) -> None:
+        with self._changed:
+            run = self._running[download_id]
+        try:
+            self._attempt(download_id, run)
+        except StoreDown as error:
+            log.warning('download %s: waits for the database: %s', download_id, error)
+            self.push(download_id, time.time() + STORE_NAP)
+        except Exception:
+            log.exception('download %s: failed inside', download_id)
+            self._settle(run.job, Outcome('retry', 'internal', 'The server made a mistake; its log tells more.'))
+        finally:
+            with self._changed:
+                self._running.pop(download_id, None)
+                self._changed.notify_all()
+            self.board.post(download_id)
+
+    def _attempt(self, download_id: str, run: Run) -> None:
+        run.job = job = self.store.claim(download_id, int(time.time()))
+        if job is None:
+            self._look_again(download_id)
+            return
+        log.info('download %s: attempt %d starts: %s', job.id, job.attempt, job.url)
+        self.board.post(job.id, Progress(0.0, 'page'))
+        attempt = self.new_attempt(job, lambda progress: self.board.post(job.id, progress))
+        with self._changed:
+            run.attempt, reason = attempt, run.stop_reason
+        if reason:
+            attempt.stop(reason)
+        self._settle(job, attempt.run())
+
+    def _look_again(self, download_id: str) -> None:
+        """Why it could not be claimed: gone, not due yet (the clock was set back), or claimed by a commit that
+        was told to have failed. Whatever still waits keeps its place in the heap."""
+        with suppress(LookupError):
+            record = self.store.get(download_id)
+            if record['status'] == 'downloading':  # by nobody but us: we hold its place in _running
+                self.store.requeue(download_id, int(time.time()))
+            if record['status'] in ('queued', 'downloading'):
+                self.push(download_id, record['next_attempt_at'] or 0)
+
+    def _settle(self, job: Optional[Job], outcome: Outcome) -> None:
+        """Store how it ended, however long the database takes; then tell the daemon."""
+        if job is None:
+            return
+        while True:
+            try:
+                over = self._store_outcome(job, outcome, time.time())
+                break
+            except StoreDown as error:
+                log.error('download %s: its end cannot be stored yet: %s', job.id, error)
+                if self._stopping.wait(STORE_NAP):
+                    return  # the next start finds it 'downloading', with its files
+        self.on_outcome(job, outcome, over)
+
+    def _store_outcome(self, job: Job, outcome: Outcome, now: float) -> bool:
+        """Whether it is over: completed or failed. Raises StoreDown."""
+        step, delay = next_step(outcome, job.attempt, self.config.downloads.max_retries,
+                                self.config.downloads.retry_delays)
+        log.log(logging.INFO if step in ('finish', 'requeue') else logging.WARNING,
+                'download %s: attempt %d ends: %s %s %s', job.id, job.attempt, step, outcome.reason,
+                outcome.message or ', '.join(file.name for file in outcome.files))
+        if step == 'finish':
+            return self.store.finish(job.id, outcome, self.config.downloads.output_directory, int(now),
+                                     bool(self.config.s3.endpoint))
+        if step == 'retry':
+            self.store.retry_later(job.id, job.attempt, int(now + delay), outcome, int(now))
+            self.push(job.id, int(now + delay))  # even if an earlier try has stored it that was told to have failed
+        elif step == 'fail':
+            outcome = outcome._replace(message=last_words(outcome, job.attempt))
+            self.store.give_up(job.id, job.attempt, outcome, int(now))
+        else:
+            self._put_back(job, outcome, now)
+        return step in ('finish', 'fail')
+
+    def _put_back(self, job: Job, outcome: Outcome, now: float) -> None:
+        """Stopped, or nothing can be downloaded now: queued again, no attempt counted."""
+        if outcome.kind == 'pause':
+            self._pause_until, self._pause_message, self._looked = now + PAUSE_SECONDS, outcome.message, -math.inf
+        self.store.requeue(job.id, int(now))
+        self.push(job.id)
+
+
+# ---------- certificate -------------------------------------------------------------------
+# Owns ca.crt, ca.key, names.json, and the server's certificate and key: a name-constrained CA
+# that a phone trusts once, and a leaf renewed from it with no phone touched. The openssl command
+# makes them; a handshake with ourselves reads and checks them, so that a start with a good
+# certificate runs no other program. Lock: flock on the CA's folder, one maker at a time, whatever
+# its process. Called by daemon (at start and daily), http and commands.
+
+LEAF_DAYS = 397  # iOS takes up to 825 from a CA of one's own; 397 passes everywhere
+CA_DAYS = 3652  # ten years: a new CA means a walk to each phone
+RENEW_DAYS = 30  # a machine that is off for a holiday comes back to a valid certificate
+BACK_DATED = DAY  # a Pi has no clock, and may have booted with yesterday's time
+CA_NAME = 'videoserverd on '  # iOS lists a root under Certificate Trust Settings by its CommonName
+PERMITTED_NAMES = ('local', 'lan', 'home.arpa', 'localhost')  # beside PRIVATE_NETWORKS and the host's names
+# A CA that permits `tv` permits all of .tv: a host of such a name is reached as tv.local only.
+TOP_LEVEL_NAMES = frozenset('ai app biz box cloud co com de dev edu eu fm fr gov home info int io it link live me '
+                            'media mobi movie net network online org page site tv uk us video web xyz zip'.split())
+HOST_NAME = re.compile(r'(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.(?!$)|$))+')
+PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000  # X509_V_FLAG_… of OpenSSL; Python names one, from 3.10
+WORKING, COMMITTED = '.making-', '.made'  # folders beside the CA while something is made
+OPENSSL_CONFIG = '''
+[req]
+prompt = no
+distinguished_name = subject
+[subject]
+CN = %s
+[ca]
+default_ca = signing
+[signing]
+database = index
+serial = serial
+new_certs_dir = .
+default_md = sha256
+policy = subject_policy
+[subject_policy]
+commonName = supplied
+[extensions]
+subjectKeyIdentifier = hash
+%s
+'''
+CA_EXTENSIONS = '''basicConstraints = critical, CA:TRUE, pathlen:0
+keyUsage = critical, keyCertSign, cRLSign
+nameConstraints = critical, @listed
+[listed]
+'''
+LEAF_EXTENSIONS = '''basicConstraints = critical, CA:FALSE
+keyUsage = critical, digitalSignature
+extendedKeyUsage = serverAuth
+authorityKeyIdentifier = keyid:always
+subjectAltName = @listed
+[listed]
+'''
+
+
+class ClockWrong(Trouble):
+    """The clock is before this release, and a certificate would have to be made."""
+
+
+class Certificate(NamedTuple):
+    """What the server shows. `own`: the owner's, not from our CA; `not_after`: epoch seconds."""
+    own: bool
+    not_after: int
+    names: Tuple[str, ...]
+    addresses: Tuple[str, ...]
+
+
+def network(word: str) -> Any:
+    """The network that `word` is, of one for an address; None for a host name."""
+    try:
+        return ipaddress.ip_network(word)
+    except ValueError:
+        return None
+
+
+def words_of(given: Iterable[str]) -> Tuple[str, ...]:
+    """Host names and IP addresses in their usual form, each once. Raises Trouble."""
+    found = {}
+    for word in given:
+        text = word.strip('[] ').lower().partition('%')[0].rstrip('.')
+        if '/' in text or not (network(text) or HOST_NAME.fullmatch(text)):
+            raise Trouble(f'{word!r} is no host name (such as pi.lan) and no IP address')
+        found[str(network(text).network_address) if network(text) else text] = True
+    return tuple(found)
+
+
+def machine_names() -> Tuple[str, ...]:
+    """`<host>.local`, the host name, the name with its domain if it has one, and localhost."""
+    full = re.sub(r'[^a-z0-9_.-]+', '-', socket.gethostname().lower()).strip('-.') or 'localhost'
+    host = full.partition('.')[0][:63].strip('-')
+    names = dict.fromkeys((f'{host}.local', host, full, 'localhost'))
+    return tuple(name for name in names if HOST_NAME.fullmatch(name))
+
+
+def host_names(config: Config) -> Tuple[str, ...]:
+    """The names this machine answers to, `<host>.local` first. Raises Trouble."""
+    base = urlsplit(config.server.public_base_url or '').hostname or ''
+    words = words_of((*machine_names(), *config.server.names, *([base] if HOST_NAME.fullmatch(base) else ())))
+    return tuple(word for word in words if not network(word))
+
+
+def host_addresses() -> Tuple[str, ...]:
+    """The addresses of this machine, loopback first; link-local and global ones are among them."""
+    found = ['127.0.0.1', '::1']
+    for family, target in ((socket.AF_INET, '192.0.2.1'), (socket.AF_INET6, '2001:db8::1')):
+        with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))  # sends nothing, but picks the address it would be sent from
+            found.append(probe.getsockname()[0])
+    with suppress(OSError):  # Linux lists all of them, to a sandboxed process too
+        found += re.findall(r'\|-- (\S+)\n\s+/32 host LOCAL', Path('/proc/net/fib_trie').read_text())
+        for line in Path('/proc/net/if_inet6').read_text().splitlines():
+            address, _, _, _, flags, name = line.split()
+            # Temporary (1), failed (8) and deprecated (0x20) ones pass, and so does a container's end of its cable.
+            if not int(flags, 16) & 0x29 and not name.startswith('veth'):
+                found.append(str(ipaddress.ip_address(bytes.fromhex(address))))
+    return words_of(found)
+
+
+def outside(permitted: Sequence[str], words: Iterable[str]) -> List[str]:
+    """The words that our CA, made to permit `permitted` too, must not sign for: no phone would take the leaf."""
+    domains = [f'.{name}' for name in (*PERMITTED_NAMES, *permitted)]
+    return [word for word in words if word not in permitted and not (
+        any(ipaddress.ip_address(word) in net for net in PRIVATE_NETWORKS) if network(word)
+        else any(f'.{word}'.endswith(domain) for domain in domains))]
+
+
+def targets(config: Config) -> Dict[str, Path]:
+    """Where each file of a working folder goes, in the order in which they are put there."""
+    server = config.server
+    return {'ca.key': server.ca_file.with_name('ca.key'), 'ca.crt': server.ca_file, 'server.key': server.key_file,
+            'server.crt': server.cert_file, 'names.json': server.ca_file.with_name('names.json')}
+
+
+def remembered(config: Config) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
+    """What `cert` was ever given as --host and --ip, and what the CA was made to permit."""
+    file = targets(config)['names.json']
+    try:
+        notes = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
+        return words_of(notes.get('given', ())), words_of(notes.get('permitted', ()))
+    except (OSError, ValueError, TypeError, AttributeError, Trouble) as error:
+        log.warning('%s cannot be used, give `cert --host` its names again: %s', file, error)
+        return (), ()
+
+
+def may_name(config: Config, word: str) -> bool:
+    """May the CA sign for this name or address?"""
+    return not outside(remembered(config)[1], [word])
+
+
+def tls_context(*pair: Path) -> ssl.SSLContext:
+    """TLS 1.2 (forward secrecy and AEAD only) and 1.3 with a certificate and its key. Raises Trouble."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers('ECDHE+AESGCM:ECDHE+CHACHA20')
+    context.set_alpn_protocols(['http/1.1'])
+    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0)  # LibreSSL has no such option
+    # The tickets of TLS 1.3 cost a sixth of a handshake, for phones that come back too late to use them. Those of
+    # 1.2 stay (no OP_NO_TICKET): OpenSSL would keep 20,000 sessions of 1 KB instead.
+    context.num_tickets = 0
+    try:
+        for file in pair:  # for an error that names the file, as load_cert_chain's does not
+            file.open('rb').close()
+        context.load_cert_chain(*pair, password=lambda: '')
+    except (OSError, ValueError) as error:
+        reason = getattr(error, 'reason', None) or getattr(error, 'strerror', None) or 'locked by a passphrase'
+        raise Trouble(f'{getattr(error, "filename", None) or " with ".join(map(str, pair))}: {reason}; put a matching '
+                      'pair in PEM form there, or move both away to have them made') from None
+    return context
+
+
+def server_context(config: Config) -> ssl.SSLContext:
+    """What the server speaks TLS with. Raises Trouble."""
+    return tls_context(config.server.cert_file, config.server.key_file)
+
+
+def seen_by_client(context: ssl.SSLContext, trusted: Path) -> Dict[str, Any]:
+    """A server's certificate, as a client sees it that trusts what is in a file, at any time.
+
+    The handshake is with ourselves, in memory. Raises ssl.SSLError where the client would.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname = False
+    client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
+    client.load_verify_locations(trusted)
+    up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
+    ends = client.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
+    for end in ends * 3:  # in turns, as often as TLS 1.2 needs
+        with suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    return ends[0].getpeercert()
+
+
+def look_at_certificate(config: Config) -> Certificate:
+    """The server's certificate: ours if it comes from the CA, else the owner's. Raises Trouble."""
+    context = server_context(config)
+    for own, trusted in ((False, config.server.ca_file), (True, config.server.cert_file)):
+        try:
+            found = seen_by_client(context, trusted)
+        except OSError as error:  # ssl.SSLError is one; so is a CA that is not there
+            reason = getattr(error, 'verify_message', error)
+            continue
+        words = found.get('subjectAltName', ())
+        addresses = (str(ipaddress.ip_address(word.strip())) for kind, word in words if kind == 'IP Address')
+        return Certificate(own, int(ssl.cert_time_to_seconds(found['notAfter'])),
+                           tuple(word.lower() for kind, word in words if kind == 'DNS'), tuple(addresses))
+    raise Trouble(f'{config.server.cert_file}: clients would refuse it: {reason}')
+
+
+def read_ca(config: Config) -> Tuple[bytes, Dict[str, Any]]:
+    """The CA that a phone has to trust, in DER and as fields. Raises Trouble."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        context.load_verify_locations(config.server.ca_file)
+        return context.get_ca_certs(binary_form=True)[0], context.get_ca_certs()[0]
+    except (OSError, IndexError):
+        raise Trouble(f'{config.server.ca_file} is missing or holds no CA: there is none to hand out') from None
+
+
+def openssl(folder: Path, *arguments: str) -> None:
+    """Runs openssl in `folder`, away from any terminal where it could ask. Raises Trouble."""
+    try:
+        done = subprocess.run(('openssl', *arguments), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, start_new_session=True, timeout=120)
+    except FileNotFoundError:
+        raise Trouble('the openssl command is missing: install it (Debian, Raspberry Pi: '
+                      'sudo apt-get install openssl; Mac: brew install openssl)') from None
+    except subprocess.TimeoutExpired:
+        raise Trouble(f'openssl {arguments[0]} did not come to an end in two minutes') from None
+    if done.returncode:
+        said = done.stderr.decode('utf-8', 'replace').replace('Using configuration from config', '').split('\n')
+        raise Trouble(f'openssl {arguments[0]} failed: {next(filter(None, said), "no reason given")}')
+
+
+def make_key(folder: Path, name: str, old: Path, fresh: bool) -> str:
+    """The key to use: the old one, unless `fresh`; else a new P-256 key, `name` in `folder`.
+
+    A renewal keeps the server's key, so that only its certificate changes, which is atomic.
+    """
+    if old.exists() and not fresh:
+        return str(old)
+    openssl(folder, 'genpkey', '-algorithm', 'EC', '-pkeyopt', 'ec_paramgen_curve:P-256',
+            '-pkeyopt', 'ec_param_enc:named_curve', '-out', name)
+    return name
+
+
+def listed(words: Iterable[str], prefix: str = '') -> str:
+    """Names, addresses and networks as lines of openssl's configuration."""
+    return '\n'.join(f'{prefix}IP.{at} = {network(word).with_netmask if "/" in word else word}' if network(word)
+                     else f'{prefix}DNS.{at} = {word}' for at, word in enumerate(words))
+
+
+def sign(folder: Path, out: str, key: str, subject: str, extensions: str, lifetime: Tuple[float, float],
+         *signer: str) -> None:
+    """Makes `out`, a certificate for `key`. Of openssl's ways, only `ca` can back-date in every release."""
+    start, end = (time.strftime('%Y%m%d%H%M%SZ', time.gmtime(moment)) for moment in lifetime)
+    (folder / 'config').write_text(OPENSSL_CONFIG % (subject[:64], extensions), encoding='ascii')
+    (folder / 'index').write_text('')
+    (folder / 'serial').write_text(f'{int.from_bytes(os.urandom(16), "big") >> 2 | 1:032X}\n')
+    openssl(folder, 'req', '-new', '-config', 'config', '-key', key, '-out', 'request')
+    openssl(folder, 'ca', '-batch', '-notext', '-config', 'config', '-in', 'request', '-out', out, *signer,
+            '-startdate', start, '-enddate', end, '-extfile', 'config', '-extensions', 'extensions')
+
+
+def recover(config: Config) -> None:
+    """Finishes what a killed maker had committed, clears away what it had not. Raises OSError."""
+    committed = config.server.ca_file.with_name(COMMITTED)
+    for name, target in targets(config).items() if committed.exists() else ():
+        if (committed / name).exists():
+            (committed / name).replace(target)
+            sync(target.parent)
+    if committed.exists():
+        remove_folder(committed, ignore_errors=False)
+    for left in committed.parent.glob(f'{WORKING}*'):
+        remove_folder(left)  # an openssl whose parent was killed may still write there
+
+
+def put_in_place(config: Config, folder: Path) -> None:
+    """Moves the files of a working folder to their targets: all of them or none, whenever the
+    process is killed. Renaming the folder is the commit. Raises Trouble, OSError.
+    """
+    for name, target in targets(config).items():
+        if (folder / name).exists():
+            target.parent.mkdir(0o755, parents=True, exist_ok=True)
+            owner = target.parent.stat()
+            if owner.st_dev != folder.stat().st_dev:
+                raise Trouble(f'{target} has to be on the same file system as {config.server.ca_file}')
+            if os.geteuid() == 0:  # `sudo videoserverd.py cert` must not lock out the service's user
+                os.chown(folder / name, owner.st_uid, owner.st_gid)
+            (folder / name).chmod(0o600 if name.endswith('.key') else 0o644)
+            sync(folder / name)
+    sync(folder)
+    folder.rename(folder.with_name(COMMITTED))
+    sync(folder.parent)
+    recover(config)
+
+
+class Plan(NamedTuple):
+    """What a leaf names, what its CA permits beyond the standard, what `cert` was ever given."""
+    words: Tuple[str, ...]
+    permitted: Tuple[str, ...]
+    given: Tuple[str, ...]
+
+
+def plan(config: Config, given: Sequence[str], new_ca: bool) -> Plan:
+    """The leaf to have. Raises Trouble if the CA that is there must not sign for what is given now."""
+    told, permitted = remembered(config)
+    told = words_of((*told, *given))
+    if new_ca:
+        own = (name for name in machine_names() if name not in TOP_LEVEL_NAMES)
+        permitted = words_of((*own, *config.server.names, *told))
+    words = words_of((*host_names(config), *config.server.names, *host_addresses(), *told))
+    left_out = outside(permitted, words)
+    refused = [word for word in given if word in left_out]
+    if refused:
+        raise Trouble(f'{", ".join(refused)}: outside what the CA may sign for; `videoserverd.py cert --new-ca` with '
+                      'the same names makes a CA that may, to be installed on each phone')
+    unnamed = [word for word in words_of(config.server.names) if word in left_out]
+    if unnamed:
+        log.warning('[server] names: the CA may not sign for %s, so the certificate does not name it; '
+                    '`videoserverd.py cert --new-ca` makes a CA that may', ', '.join(unnamed))
+    return Plan(tuple(word for word in words if word not in left_out), permitted, told)
+
+
+def make_ca(config: Config, folder: Path, start: float, what: Plan, fresh: bool) -> Tuple[float, Tuple[str, ...]]:
+    """A CA in `folder`: its end, and the options that have openssl sign with it. Raises Trouble, OSError."""
+    key = make_key(folder, 'ca.key', targets(config)['ca.key'], fresh)
+    tree = [*PERMITTED_NAMES, *map(str, PRIVATE_NETWORKS), *(str(network(word) or word) for word in what.permitted)]
+    sign(folder, 'ca.crt', key, CA_NAME + machine_names()[0][:-len('.local')],
+         CA_EXTENSIONS + listed(dict.fromkeys(tree), 'permitted;'), (start, start + CA_DAYS * DAY),
+         '-selfsign', '-keyfile', key)
+    return start + CA_DAYS * DAY, ('-cert', 'ca.crt', '-keyfile', key)
+
+
+def old_ca(config: Config, now: float) -> Tuple[float, Tuple[str, ...]]:
+    """The CA that is there: its end, and the options that have openssl sign with it. Raises Trouble."""
+    files, fields = targets(config), read_ca(config)[1]
+    if not files['ca.key'].exists():
+        raise Trouble(f'{files["ca.key"]} is missing, so no certificate can be made: put it back, or run '
+                      '`videoserverd.py cert --new-ca` and install the new CA on each phone')
+    first, last = (ssl.cert_time_to_seconds(fields[key]) for key in ('notBefore', 'notAfter'))
+    if not first <= now <= last - RENEW_DAYS * DAY:
+        log.warning('the CA is good from %s to %s only: `videoserverd.py cert --new-ca` makes another, to be '
+                    'installed on each phone', fields['notBefore'], fields['notAfter'])
+    return last, ('-cert', str(files['ca.crt']), '-keyfile', str(files['ca.key']))
+
+
+def make(config: Config, now: float, what: Plan, new_ca: bool, fresh: bool) -> None:
+    """Makes a leaf, before it a CA if `new_ca` is set; with new keys if `fresh`. Raises Trouble, OSError."""
+    import tempfile
+    if now < BUILT:
+        raise ClockWrong(f'the clock shows {time.strftime("%Y-%m-%d", time.gmtime(now))}, too early for a certificate '
+                         'that anyone would accept: it sets itself with the network, or: sudo timedatectl set-ntp true')
+    start, folder = now - BACK_DATED, Path(tempfile.mkdtemp(prefix=WORKING, dir=config.server.ca_file.parent))
+    try:
+        last, signer = make_ca(config, folder, start, what, fresh) if new_ca else old_ca(config, now)
+        key = make_key(folder, 'server.key', config.server.key_file, fresh)
+        sign(folder, 'server.crt', key, machine_names()[0], LEAF_EXTENSIONS + listed(what.words),
+             (start, min(start + LEAF_DAYS * DAY, last)), *signer)
+        notes = {'given': what.given, 'permitted': what.permitted}
+        (folder / 'names.json').write_text(json.dumps(notes), encoding='utf-8')
+        # On a full disk openssl may leave half a file and call it done.
+        seen_by_client(tls_context(folder / 'server.crt', folder / key), folder / signer[1])
+        put_in_place(config, folder)
+    finally:
+        recover(config)
+
+
+def due(old: Certificate, what: Plan, now: float) -> bool:
+    """Is it time for a new leaf: near its end, before its start, or without a name or address?
+
+    One that went away stays until then: networks of containers come and go.
+    """
+    left = (old.not_after - now) / DAY
+    return not RENEW_DAYS <= left <= LEAF_DAYS or not {*what.words} <= {*old.names, *old.addresses}
+
+
+def ensure_locked(config: Config, now: float, given: Tuple[str, ...], force: bool, fresh: bool
+                  ) -> Tuple[Certificate, bool]:
+    """What ensure_certificate does under its lock; `fresh` is its new_ca. Raises Trouble, OSError."""
+    recover(config)
+    server, asked = config.server, force or fresh or bool(given)
+    old = look_at_certificate(config) if server.cert_file.exists() else None
+    new_ca = fresh or not server.ca_file.exists()
+    if old and old.own and asked:
+        raise Trouble(f'{server.cert_file} is your own certificate, not from {server.ca_file}, and left alone: move it '
+                      'and its key away to have one made')
+    if old and old.own:
+        return old, False
+    what = plan(config, given, new_ca)
+    fine = bool(old) and (now < old.not_after or now < BUILT)
+    if fine and not asked and not due(old, what, now):
+        return old, False
+    try:
+        make(config, now, what, new_ca, fresh)
+    except (Trouble, OSError) as error:
+        if asked or not fine:
+            raise
+        log.warning('the certificate stays as it is until it can be renewed: %s', error)
+        return old, False
+    return look_at_certificate(config), True
+
+
+def ensure_certificate(config: Config, now: float, names: Sequence[str] = (), addresses: Sequence[str] = (),
+                       force: bool = False, new_ca: bool = False) -> Tuple[Certificate, bool]:
+    """The server's certificate, made or renewed where that is due; was it changed?
+
+    `names` and `addresses` are remembered for renewals. The owner's own certificate is left alone.
+    Raises ClockWrong or Trouble if there is no usable certificate, or none as it was asked for.
+    """
+    given, folder = words_of((*names, *addresses)), config.server.ca_file.parent
+    try:
+        if not config.server.cert_file.exists():
+            folder.mkdir(0o755, parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY) if folder.exists() else os.open(os.devnull, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            return ensure_locked(config, now, given, force, new_ca)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise Trouble(f'the certificate cannot be made: {error.filename or "disk"}: {error.strerror}') from None
+
+
+def ca_der(config: Config) -> bytes:
+    """The CA that a phone has to trust, DER. Raises Trouble."""
+    return read_ca(config)[0]
+
+
+def ca_fingerprint(config: Config) -> str:
+    """SHA-256 of the CA as phones and browsers show it: 'AB:CD:…'. Raises Trouble."""
+    import hashlib
+    return hashlib.sha256(ca_der(config)).digest().hex(':').upper()
+
+
+def mobileconfig(config: Config) -> bytes:
+    """The CA as an iPhone's profile. Raises Trouble.
+
+    A profile of the same identifier replaces the one that is installed, so it names the machine.
+    """
+    import plistlib
+    der, fields = read_ca(config)
+    title = dict(pair for group in fields['subject'] for pair in group).get('commonName', 'videoserverd')
+    identifier = 'com.videoserver.ca.' + re.sub(r'[^A-Za-z0-9-]+', '-', title.replace(CA_NAME, ''))
+    shared = {'PayloadVersion': 1, 'PayloadDisplayName': title}
+    root = {**shared, 'PayloadType': 'com.apple.security.root', 'PayloadContent': der,
+            'PayloadCertificateFileName': 'ca.cer', 'PayloadIdentifier': identifier + '.root',
+            'PayloadUUID': str(uuid.uuid5(uuid.NAMESPACE_OID, der.hex() + ' root')).upper()}
+    return plistlib.dumps({
+        **shared, 'PayloadType': 'Configuration', 'PayloadContent': [root], 'TargetDeviceType': 1,
+        'PayloadIdentifier': identifier, 'PayloadUUID': str(uuid.uuid5(uuid.NAMESPACE_OID, der.hex())).upper(),
+        'PayloadDescription': 'Lets this device trust the video server. The CA can vouch for names and addresses '
+                              'of your home network only.'})
+
+# ---------- http --------------------------------------------------------------------------
+# Owns the TLS server and its limits, the strict reading of requests, ROUTES (dispatch and
+# OpenAPI come from that one table), both dialects, files with Range. Lock: `Server._guard`
+# guards the table of peers. Handlers validate, call one verb, reply; trouble is raised as
+# HTTPError and becomes a reply in one place. Called by daemon and `phone`.
+
+HEAD_SECONDS = 10.0     # for a handshake, and for a whole request head
+BODY_SECONDS = 10.0     # for a whole body: 16 KB over the worst of Wi-Fi
+IDLE_SECONDS = 20.0     # a kept-alive connection without a request
+STALL_SECONDS = 60.0    # a reader that takes nothing of a file
+HEAD_LIMIT = 16 << 10   # bytes of a request head
+LINE_LIMIT = 8 << 10    # bytes of a request line
+CONNECTIONS = 128       # a thread each
+PER_ADDRESS = 16        # a browser opens 6
+BLOCK = 256 << 10       # bytes read and sent at a time: large enough for TLS to be the limit
+B_PATH = re.compile(r'/(initiateDownload|listDownloads|getVideoDownloadPublicURL)(/|$)')
+UUID_PATTERN = re.compile(r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}')
+TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+FIELD_VALUE = re.compile(rb'[\t\x20-\x7e\x80-\xff]*')
+CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:{images}; media-src 'self'; "
+       "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+FILE_CSP = "default-src 'none'; media-src 'self'; img-src 'self'; style-src 'unsafe-inline'; sandbox"
+SECURITY_HEADERS = (('X-Content-Type-Options', 'nosniff'), ('X-Frame-Options', 'DENY'),
+                    ('Referrer-Policy', 'no-referrer'))
+REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class HTTPError(Exception):
+    """A refusal: status, stable code, one sentence a phone can show, further headers."""
+
+    def __init__(self, status: int, code: str, message: str, **headers: str):
+        super().__init__(message)
+        self.status, self.code, self.message = status, code, message
+        self.headers = tuple((name.replace('_', '-'), value) for name, value in headers.items())
+
+
+class Head(NamedTuple):
+    """A request's first line and header fields, names in lower case."""
+    method: str
+    target: str
+    version: str
+    fields: Dict[str, List[str]]
+
+
+class Content(NamedTuple):
+    """`length` bytes of an open file from `start` on."""
+    file: Any
+    start: int
+    length: int
+
+
+class Reply(NamedTuple):
+    """What goes back; `content` instead of `body` is streamed."""
+    status: int
+    body: bytes = b''
+    type: str = 'application/json'
+    headers: Tuple[Tuple[str, str], ...] = ()
+    content: Optional[Content] = None
+
+
+# -- reading a request
+
+
+def parse_fields(lines: Sequence[bytes]) -> Dict[str, List[str]]:
+    """Header fields by lower-case name (RFC 9112 section 5). Raises HTTPError."""
+    fields: Dict[str, List[str]] = {}
+    if len(lines) > 100:
+        raise HTTPError(431, 'headers_too_large', 'The request has too many headers.')
+    for line in lines:
+        name, colon, value = line.partition(b':')
+        if not colon or not TOKEN.fullmatch(name) or not FIELD_VALUE.fullmatch(value):
+            raise HTTPError(400, 'bad_request', 'The request has a malformed header.')
+        fields.setdefault(name.decode().lower(), []).append(value.decode('latin-1').strip(' \t'))
+    return fields
+
+
+def parse_head(data: bytes) -> Head:
+    """The head of a request, without its last empty line (RFC 9112). Raises HTTPError.
+
+    Stricter than it must be: whatever two readers could understand in two ways is refused."""
+    lines = data.split(b'\r\n')
+    if any(byte in line for line in lines for byte in (b'\r', b'\n', b'\0')):
+        raise HTTPError(400, 'bad_request', 'The request has a bare line break or a NUL.')
+    if len(lines[0]) > LINE_LIMIT:
+        raise HTTPError(414, 'uri_too_long', 'The address of the request is too long.')
+    words_ = lines[0].split(b' ')
+    if len(words_) != 3 or not TOKEN.fullmatch(words_[0]) or words_[2] not in (b'HTTP/1.1', b'HTTP/1.0'):
+        raise HTTPError(400, 'bad_request', 'The first line of the request is not HTTP/1.1.')
+    if not re.fullmatch(rb'/[\x21\x24-\x3b\x3d\x3f-\x5b\x5d\x5f\x61-\x7a\x7e]*', words_[1]):
+        raise HTTPError(400, 'bad_request', 'The request asks for something that is not a path.')
+    return Head(words_[0].decode(), words_[1].decode(), words_[2].decode(), parse_fields(lines[1:]))
+
+
+def decode_path(raw: str) -> str:
+    """A path, percent-decoded; whatever could climb or mean two things is refused. Raises HTTPError."""
+    bad = HTTPError(400, 'bad_request', 'The request asks for a path that is not allowed.')
+    if re.search(r'%(?![0-9A-Fa-f]{2})|%2f|%5c|%0|%1|%7f|//', raw, re.I):
+        raise bad
+    try:
+        path = unquote(raw, errors='strict')
+    except UnicodeDecodeError:
+        raise bad from None
+    if any(part in ('.', '..') for part in path.split('/')):
+        raise bad
+    return path
+
+
+def body_length(fields: Dict[str, List[str]]) -> Optional[int]:
+    """Content-Length, None if there is none (RFC 9112 section 6). Raises HTTPError."""
+    lengths = fields.get('content-length', [])
+    if 'transfer-encoding' in fields:
+        raise HTTPError(400 if lengths else 411, 'length_required', 'Send the body with a Content-Length.')
+    if not lengths:
+        return None
+    if len(lengths) > 1 or not re.fullmatch(r'\d{1,15}', lengths[0], re.A):
+        raise HTTPError(400, 'bad_request', 'Content-Length is not one number.')
+    return int(lengths[0])
+
+
+def request_host(fields: Dict[str, List[str]]) -> str:
+    """The one Host, without its port, in lower case. Raises HTTPError."""
+    hosts = fields.get('host', [])
+    match = re.fullmatch(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?', hosts[0]) if len(hosts) == 1 else None
+    if not match:
+        raise HTTPError(400, 'bad_request', 'The request must name one host.')
+    return match[1].strip('[]').lower().rstrip('.')
+
+
+class DeadlineReader(io.RawIOBase):
+    """A socket read under one deadline, however small the pieces in which it comes."""
+
+    def __init__(self, peer: 'Peer'):
+        super().__init__()
+        self.peer, self.deadline = peer, 0.0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Raises TimeoutError at the deadline."""
+        left = self.deadline - time.monotonic()
+        if left <= 0:
+            raise TimeoutError('too slow')
+        self.peer.sock.settimeout(left)
+        try:
+            return self.peer.sock.recv_into(buffer)
+        except socket.timeout:  # before Python 3.10 no TimeoutError
+            raise TimeoutError('too slow') from None
+
+
+class Request:
+    """One request: what was asked, by whom, with the body still to be read."""
+
+    def __init__(self, head: Head, peer: 'Peer', reader: Any):
+        self.head, self.peer, self.reader = head, peer, reader
+        self.client = peer.address
+        self.raw_path, _, self.raw_query = head.target.partition('?')
+        self.query: Dict[str, Any] = {}
+        self.params: Dict[str, str] = {}
+        self.unread: Optional[int] = None  # bytes of the body; None: not known, the connection is lost
+        self.note = ''  # client_id and URL, for the log
+
+    def field(self, name: str) -> str:
+        """A header field, '' if it is absent; several are joined as RFC 9110 has it."""
+        return ', '.join(self.head.fields.get(name, ()))
+
+    def body(self) -> bytes:
+        """The whole body. Raises HTTPError, OSError."""
+        self.reader.raw.deadline = time.monotonic() + BODY_SECONDS
+        if 'expect' in self.head.fields and self.unread:
+            self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+        size, self.unread = self.unread or 0, None
+        try:
+            data = self.reader.read(size)
+        except TimeoutError:
+            raise HTTPError(408, 'timeout', 'The request came too slowly.') from None
+        if len(data) != size:
+            raise ConnectionError('the client left in the middle of its request')
+        self.unread = 0
+        return data
+
+    def json(self) -> Dict[str, Any]:
+        """The body as a JSON object. Raises HTTPError."""
+        if self.field('content-type').split(';')[0].strip().lower() != 'application/json':
+            raise HTTPError(415, 'not_json', 'Send JSON, with the header Content-Type: application/json.')
+        if 'content-length' not in self.head.fields:
+            raise HTTPError(411, 'length_required', 'Send the body with a Content-Length.')
+        try:
+            fields = json.loads(self.body().decode('utf-8'), parse_constant=lambda word: int(word))
+        except (ValueError, RecursionError):
+            raise HTTPError(400, 'bad_json', 'The request is not valid JSON.') from None
+        if not isinstance(fields, dict):
+            raise HTTPError(400, 'bad_json', 'The request must be a JSON object.')
+        return fields
+
+
+# -- what a route asks and answers
+
+
+class Param(NamedTuple):
+    """A query parameter: `parse` raises ValueError(what is accepted)."""
+    name: str
+    parse: Callable[[str], Any]
+    default: Any
+    schema: Dict[str, Any]
+    required: bool = False
+
+
+class Route(NamedTuple):
+    """A row of ROUTES. `access`: key (X-API-Key where keys are on), link (or a signature), open."""
+    method: str
+    path: str
+    handler: Callable[['App', Request], Reply]
+    summary: str
+    access: str = 'key'
+    answer: str = 'Object'
+    body: str = ''
+    query: Tuple[Param, ...] = ()
+    errors: Tuple[int, ...] = ()
+    status: int = 200
+
+
+def number_param(name: str, default: int, low: int, high: int) -> Param:
+    """A whole number from low to high."""
+    return Param(name, whole(low, high), default,
+                 {'type': 'integer', 'minimum': low, 'maximum': high, 'default': default})
+
+
+def choice_param(name: str, choices: Dict[str, Any], default: Any, required: bool = False) -> Param:
+    """One of some words, as they are written."""
+    def parse(text):
+        if text not in choices:
+            raise ValueError(' or '.join(choices))
+        return choices[text]
+    return Param(name, parse, default, {'type': 'string', 'enum': list(choices)}, required)
+
+
+def text_param(name: str, limit: int, required: bool = False) -> Param:
+    """Any text of at most `limit` characters."""
+    def parse(text):
+        if len(text) > limit or (required and not text):
+            raise ValueError(f'a text of at most {limit} characters')
+        return text
+    return Param(name, parse, '', {'type': 'string', 'maxLength': limit, 'minLength': int(required)}, required)
+
+
+def json_reply(status: int, body: Dict[str, Any], *headers: Tuple[str, str]) -> Reply:
+    """A JSON answer that nobody keeps."""
+    data = json.dumps(body, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace')
+    return Reply(status, data, headers=(('Cache-Control', 'no-store'), *headers))
+
+
+def plain_address(text: str) -> Any:
+    """An address; IPv4 in IPv6's clothes (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
+    address = ipaddress.ip_address(text.split('%')[0])
+    return getattr(address, 'ipv4_mapped', None) or address
+
+
+def match_path(pattern: str, path: str) -> Optional[Dict[str, str]]:
+    """The parameters of a path, None if it does not match. {id} must look like one of ours."""
+    wanted, found = pattern.split('/'), path.split('/')
+    if len(wanted) != len(found):
+        return None
+    params = {}
+    for part, text in zip(wanted, found):
+        if part.startswith('{'):
+            params[part.strip('{}')] = text
+        elif part != text:
+            return None
+    return params if UUID_PATTERN.fullmatch(params.get('id', '0' * 8 + '-0000' * 3 + '-' + '0' * 12)) else None
+
+
+def percent(record: Record, progress: Optional[Progress]) -> int:
+    """0–100; 100 only when it is completed."""
+    if record['status'] == 'completed':
+        return 100
+    return min(99, int(progress.percent)) if progress else 0
+
+
+class App:
+    """All that handlers need; what is not handed in by name comes from the daemon in `more`."""
+
+    def __init__(self, config: Config, store: Any = None, board: Any = None, scheduler: Any = None, **more: Any):
+        self.config, self.store, self.board, self.scheduler = config, store, board, scheduler
+        self.port = 0
+        self.hosts: frozenset = frozenset()  # names and addresses that are ours
+        self.assets: Dict[str, Any] = more.get('assets', {})
+        self.health: Callable[[], Dict[str, Any]] = more.get('health', dict)
+        self.forgotten: Callable[[Any], None] = more.get('forgotten', lambda record: None)
+        self.bucket = more.get('bucket')
+        self.link_secret: bytes = more.get('link_secret', b'')
+        self.thumbs: Optional[Path] = more.get('thumbs')
+        self.csp = CSP.format(images=more.get('image_origin', ''))
+        self.gauges: Callable[[], List[Tuple[str, float]]] = more.get('gauges', list)
+        self.routes: Tuple[Route, ...] = more.get('routes', ())
+        self.prefix = urlsplit(config.server.public_base_url or '').path
+
+    # -- links and rows
+
+    def link(self, download_id: str, name: str) -> str:
+        """The path of a finished file below our base, signed where keys are on."""
+        path = file_path(download_id, name)
+        if not self.config.api_keys:
+            return path
+        return path + sign_path(self.link_secret, path, int(time.time()) + self.config.s3.url_expiry)
+
+    def describe(self, record: Record) -> Dict[str, Any]:
+        """A download as the API shows it."""
+        progress = self.board.progress(record['id']) if record['status'] == 'downloading' else None
+        base = public_base(self.config, self.port)
+        files = []
+        for file in record['files']:
+            path = self.link(record['id'], file.name)
+            files.append({**file._asdict(), 'url': base + path, 'path': path.lstrip('/')})
+        return {
+            'download_id': record['id'], 'url': record['url'], 'status': record['status'],
+            'title': record['title'] or getattr(progress, 'title', None) or None,
+            'site': site_of(record['url']), 'filename': record['filename'], 'files': files,
+            'file_size': record['file_size'], 'progress': percent(record, progress),
+            **{name: getattr(progress, name, None) for name in ('phase', 'downloaded', 'speed', 'eta')},
+            'retry_count': record['retry_count'] or 0, 'public_url': files[0]['url'] if files else None,
+            **{name: record[name] for name in ('error_message', 'next_attempt_at', 'client_id', 'created_at',
+                                               'started_at', 'completed_at')},
+            'thumbnail': self.thumbnail_of(record),
+            's3': {'state': record['s3_state'], 'error': record['s3_error']} if record['s3_state'] else None}
+
+    def thumbnail_of(self, record: Record) -> Optional[str]:
+        """The relative address of its picture, None if there is none."""
+        there = record['files'] and self.thumbs and (self.thumbs / f'{record["id"]}.jpg').exists()
+        return f'api/v1/thumbnail/{record["id"]}' if there else None
+
+    def record(self, request: Request) -> Record:
+        """The download that the path names. Raises HTTPError."""
+        try:
+            return self.store.get(request.params['id'])
+        except LookupError:
+            raise HTTPError(404, 'not_found', 'There is no such download.') from None
+
+    # -- the gates, in this order
+
+    def respond(self, request: Request) -> Reply:
+        """The answer to a request, whatever it is."""
+        started = time.monotonic()
+        try:
+            reply = self._pass_gates(request)
+        except HTTPError as error:
+            reply = self.refuse(request.raw_path, error)
+        except StoreDown as error:
+            log.error('request: the database does not answer: %s', error)
+            reply = self.refuse(request.raw_path, HTTPError(
+                503, 'cannot_store', 'The server cannot store links at the moment; keep this one and send it again.',
+                Retry_After='30'))
+        except Exception:
+            log.exception('request: %s %s failed inside', request.head.method, request.raw_path)
+            reply = self.refuse(request.raw_path, HTTPError(
+                500, 'internal', 'The server made a mistake; its log tells more.'))
+        log.info('%s "%s %s" %d %.1fms%s', request.client, request.head.method, request.raw_path, reply.status,
+                 (time.monotonic() - started) * 1000, request.note)
+        return reply
+
+    def _pass_gates(self, request: Request) -> Reply:
+        self._check_client(request)
+        self._check_host(request)
+        length = body_length(request.head.fields)
+        request.unread = length or 0
+        if request.unread > self.config.security.max_request_size:
+            request.unread = None
+            limit = format_size(self.config.security.max_request_size)
+            raise HTTPError(413, 'too_large', f'The request is over {limit}.')
+        if request.field('expect').lower() not in ('', '100-continue'):
+            raise HTTPError(417, 'bad_request', 'The request expects something that is not known here.')
+        route = self._find_route(request)
+        self._check_origin(request)
+        self._check_key(request, route)
+        request.query = self._parse_query(request, route)
+        if not route.body and request.unread:
+            request.body()  # read and forgotten, so that the connection can go on
+        return route.handler(self, request)
+
+    def _check_client(self, request: Request) -> None:
+        """Only clients of the allowed networks are answered; a proxy we trust may speak for one."""
+        address = ipaddress.ip_address(request.peer.address)
+        trusted = self.config.server.trusted_proxies
+        for hop in reversed(request.field('x-forwarded-for').split(',')):
+            if not any(address in network for network in trusted) or not hop.strip():
+                break
+            try:
+                address = plain_address(hop.strip())
+            except ValueError:
+                raise HTTPError(400, 'bad_request', 'X-Forwarded-For names no address.') from None
+        request.client = str(address)
+        networks_ = self.config.security.allowed_clients
+        peer = ipaddress.ip_address(request.peer.address)
+        if not any(address in network for network in networks_):
+            raise HTTPError(403, 'client_not_allowed', 'This server does not answer your network.')
+        if not self.config.server.tls and not any(peer in network for network in PRIVATE_NETWORKS):
+            raise HTTPError(403, 'client_not_allowed', 'Without TLS this server answers private networks only.')
+
+    def _check_host(self, request: Request) -> None:
+        """A Host that is not ours is a trick (DNS rebinding) or a mistake."""
+        host = request_host(request.head.fields)
+        if host not in self.hosts and host != request.peer.local:
+            raise HTTPError(421, 'wrong_host', f'This server is not {host}; add it to [server] names if it is.')
+
+    def _check_origin(self, request: Request) -> None:
+        """Pages of other sites may change nothing (no CORS; Fetch Metadata where the browser has it)."""
+        if request.head.method in ('GET', 'HEAD'):
+            return
+        origin, site = request.field('origin').lower(), request.field('sec-fetch-site').lower()
+        ours = {request.field('host').lower(), urlsplit(self.config.server.public_base_url or '').netloc.lower()}
+        foreign = origin and not (origin.startswith(('https://', 'http://')) and origin.split('//', 1)[1] in ours)
+        if foreign or site not in ('', 'same-origin', 'none'):
+            raise HTTPError(403, 'foreign_origin', 'Pages of other sites may not use this server.')
+
+    def _check_key(self, request: Request, route: Route) -> None:
+        if self.config.api_keys and route.access == 'key' and not self.has_key(request):
+            raise HTTPError(401, 'key_wanted', 'Send a valid key in the header X-API-Key.')
+
+    def has_key(self, request: Request) -> bool:
+        """Whether the request carries one of the keys; always true where there are none. In constant time."""
+        if not self.config.api_keys:
+            return True
+        import hmac  # it fetches every digest of OpenSSL: 0.6 MB
+        sent = request.field('x-api-key').encode('latin-1', 'replace')
+        return any([hmac.compare_digest(sent, key.encode()) for key in self.config.api_keys])
+
+    def _find_route(self, request: Request) -> Route:
+        """The row of ROUTES for it; fills request.params. Raises HTTPError 404, 405."""
+        path = decode_path(request.raw_path)
+        if self.prefix and path.startswith(self.prefix + '/'):
+            path = path[len(self.prefix):]
+        method = 'GET' if request.head.method == 'HEAD' else request.head.method
+        allowed = []
+        for route in self.routes:
+            params = match_path(route.path, path)
+            if params is not None and route.method == method:
+                request.params = params
+                return route
+            if params is not None:
+                allowed += ['GET', 'HEAD'] if route.method == 'GET' else [route.method]
+        if allowed:
+            raise HTTPError(405, 'method_not_allowed', f'Use {" or ".join(allowed)} here.', Allow=', '.join(allowed))
+        raise HTTPError(404, 'not_found', 'There is nothing here.')
+
+    def _parse_query(self, request: Request, route: Route) -> Dict[str, Any]:
+        try:
+            given = dict(parse_qsl(request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
+        except ValueError:
+            raise HTTPError(400, 'bad_query', 'The query of the request cannot be read.') from None
+        values = {}
+        for param in route.query:
+            if param.required and param.name not in given:
+                raise HTTPError(400, 'bad_query', f'{param.name} is missing.')
+            try:
+                values[param.name] = param.parse(given[param.name]) if param.name in given else param.default
+            except ValueError as error:
+                raise HTTPError(400, 'bad_query', f'{param.name} must be {error}.') from None
+        return values if route.query else given
+
+    def refuse(self, raw_path: str, error: HTTPError) -> Reply:
+        """Trouble in the dialect of the path. Document B: always 418 and errorCode."""
+        path = raw_path[len(self.prefix):] if raw_path.startswith(f'{self.prefix}/') else raw_path
+        if B_PATH.match(path):
+            return json_reply(418, {'errorCode': error.code, 'errorMessage': error.message}, *error.headers)
+        return json_reply(error.status, {'status': 'error', 'error': error.message, 'message': error.message,
+                                         'code': error.code, 'timestamp': int(time.time())}, *error.headers)
+
+
+def schema(kind: Any) -> Dict[str, Any]:
+    """A JSON schema from a word: integer, string?, [Name, Name."""
+    if isinstance(kind, dict):
+        return kind
+    if kind.startswith('['):
+        return {'type': 'array', 'items': schema(kind[1:])}
+    if kind[0].isupper():
+        return {'$ref': f'#/components/schemas/{kind}'}
+    return {'type': [kind[:-1], 'null']} if kind.endswith('?') else {'type': kind}
+
+
+# -- what OpenAPI says
+
+def obj(required: str = '', **properties: Any) -> Dict[str, Any]:
+    """A JSON schema of an object; `required` names, separated by spaces; 'integer?' may be null."""
+    return {'type': 'object', 'properties': {name: schema(kind) for name, kind in properties.items()},
+            **({'required': required.split()} if required else {})}
+
+
+B_STATUS = {'queued': 'PENDING', 'downloading': 'DOWNLOADING', 'completed': 'COMPLETED', 'failed': 'FAILED'}
+TIMESTAMP = {'type': ['integer', 'null'], 'minimum': 0,
+             'description': 'only compared: a repeat with the same one is the same link'}
+OPTION_VALUES = {  # values that are taken for certain; the allowlist knows more
+    '--format': r'b|best|worst|bv[*][+]ba/b', '--format-sort': 'res:(480|720|1080)|size', '--retries': '[0-9]',
+    '--merge-output-format': 'mp4|mkv|webm', '--limit-rate': '[1-9][0-9][0-9]K|[1-9]M', '--fragment-retries': '[0-9]',
+    '--extractor-retries': '[0-9]', '--socket-timeout': '[1-9][0-9]', '--concurrent-fragments': '[1-4]',
+    '--user-agent': '[A-Za-z0-9./]{1,99}', '--referer': 'https://[a-z]{1,50}[.]com/', '--playlist-items': '[1-9]',
+    '--audio-format': 'mp3|m4a|opus', '--sub-langs': '[a-z]{2}(,[a-z]{2})?'}
+OPTION = '|'.join([*(flag for flag, (_, value) in OPTIONS.items() if not callable(value)),
+                   *(f'{name}=({value})' for name, value in OPTION_VALUES.items())])
+OPTIONS_SCHEMA = {
+    'description': 'options of yt-dlp; the other spellings of its command line are taken too',
+    'oneOf': [{'type': 'array', 'items': {'type': 'string', 'pattern': f'^({OPTION})$'}},
+              {'type': 'string', 'pattern': f'^(({OPTION})( ({OPTION}))*)?$'}, {'type': 'null'}]}
+UNSHOWN = r'\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufffe\uffff'  # as UNSAFE
+CLIENT_SCHEMA = {'type': ['string', 'null'], 'maxLength': 128, 'pattern': f'^[^{UNSHOWN}]*$'}
+PATH_SCHEMAS = {'id': {'type': 'string', 'format': 'uuid', 'pattern': f'^{UUID_PATTERN.pattern}$'},
+                'name': {'type': 'string', 'pattern': r'^[^\u0000-\u001f\u007f/\\.][^\u0000-\u001f\u007f/\\]*$'}}
+STATUS_SCHEMA = {'type': 'string', 'enum': list(STATES)}
+SCHEMAS = {
+    'Error': obj('status error message code timestamp', status={'const': 'error'}, error='string', message='string',
+                 code='string', timestamp='integer'),
+    'ErrorB': obj('errorCode errorMessage', errorCode='string', errorMessage='string'),
+    'Submission': obj('url', url='Link', client_id=CLIENT_SCHEMA, timestamp=TIMESTAMP,
+                      ytdlp_cli_parameters=OPTIONS_SCHEMA),
+    'Batch': obj('text', text='Text', client_id=CLIENT_SCHEMA, timestamp=TIMESTAMP),
+    'Queued': obj('status download_id message timestamp', status={'const': 'queued'}, download_id='string',
+                  message='string', timestamp='integer'),
+    'BatchAnswer': obj('status message downloads keep timestamp', status={'const': 'queued'}, message='string',
+                       downloads={'type': 'array', 'items': obj(
+                           'url', url='string', download_id='string', error='string')},
+                       keep='string', timestamp='integer'),
+    'File': obj('name size type url path', name='string', size='integer', type='string', url='string', path='string'),
+    'Download': obj(
+        'download_id status url progress error_message completed_at', download_id='string', url='string',
+        status=STATUS_SCHEMA, title='string?', site='string', filename='string?', files='[File', file_size='integer?',
+        progress={'type': 'integer', 'minimum': 0, 'maximum': 100}, phase='string?', downloaded='integer?',
+        speed='number?', eta='integer?', error_message='string?', retry_count='integer', next_attempt_at='integer?',
+        client_id='string', created_at='integer', started_at='integer?', completed_at='integer?', public_url='string?',
+        thumbnail='string?', s3={'type': ['object', 'null'], 'properties': {'state': schema('string'),
+                                                                            'error': schema('string?')}}),
+    'History': obj('total downloads version counts poll_after', total='integer', downloads='[Download',
+                   version='integer', poll_after='integer',
+                   counts={'type': 'object', 'additionalProperties': schema('integer')}),
+    'Health': obj('status version uptime queue_size', status={'enum': ['healthy', 'degraded']}, version='string',
+                  uptime='integer', queue_size='integer', problems='[string', paused='string?', free_disk='integer?',
+                  ytdlp_version='string?', certificate_days='integer?', s3='boolean', keys='boolean'),
+    'Deleted': obj('status download_id message timestamp', status={'const': 'deleted'}, download_id='string',
+                   message='string', timestamp='integer'),
+    'Initiate': obj('videoURL', videoURL='Link', ytdlpCLIParameters=OPTIONS_SCHEMA),
+    'Initiated': obj('downloadUUID', downloadUUID='string'),
+    'Listing': obj('downloads', downloads={'type': 'array', 'items': obj(
+        'downloadUUID downloadStatus', downloadUUID='string', downloadStatus={'enum': list(B_STATUS.values())},
+        downloadSizeInBytes='integer', progress='integer')}),
+    'PublicURL': obj('publicURL', publicURL='string'),
+    'Object': {'type': 'object'},
+}
+COMMON_ERRORS = (400, 403, 408, 414, 417, 421, 431, 500, 503)
+
+
+def response_of(name: str, status: int) -> Dict[str, Any]:
+    """What OpenAPI says of one answer; a name with a slash is a media type."""
+    content = {name: {'schema': {} if name.endswith('json') else {'type': 'string'}}} if '/' in name else {
+        'application/json': {'schema': schema(name)}}
+    return {'description': REASONS[status], **({} if status == 304 else {'content': content})}
+
+
+def responses_of(route: Route, keys: bool) -> Dict[str, Any]:
+    """Every status that the route can answer with."""
+    found = {str(route.status): response_of(route.answer, route.status)}
+    if B_PATH.match(route.path):
+        return {**found, '418': response_of('ErrorB', 418)}
+    errors = {*COMMON_ERRORS, *route.errors}
+    errors |= {411, 413, 415} if route.body else {411, 413}
+    errors |= {401} if keys and route.access in ('key', 'link') else set()
+    errors |= {404} if '{' in route.path else set()
+    for status in sorted(errors):
+        found[str(status)] = response_of('Error' if status >= 400 else route.answer, status)
+    return found
+
+
+def operation_of(route: Route, keys: bool) -> Dict[str, Any]:
+    """OpenAPI's operation object of a route."""
+    parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': PATH_SCHEMAS[name]}
+                  for name in re.findall(r'{(\w+)}', route.path)]
+    parameters += [{'name': param.name, 'in': 'query', 'required': param.required, 'schema': param.schema}
+                   for param in route.query]
+    return {
+        'summary': route.summary, 'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_'),
+        'parameters': parameters, 'responses': responses_of(route, keys),
+        **({'requestBody': {'required': True, 'content': {'application/json': {'schema': schema(route.body)}}}}
+           if route.body else {}),
+        **({'security': [{'key': []}]} if keys and route.access == 'key' else {})}
+
+
+def link_schemas(domains: Sequence[str]) -> Dict[str, Any]:
+    """A text with a link in it to one of these domains ('*': any): of a submission, and of a batch."""
+    names = '[a-z]+[.]com' if '*' in domains else '|'.join(name.replace('.', '[.]') for name in domains)
+    host, path = f'([a-z0-9]{{1,20}}[.]){{0,3}}({names})', rf'/[^ \\{UNSHOWN}]*'
+    link = f'(https?://{host}({path})?|{host}{path})[*.,;:!?]*'
+    text = r'[^\u0000-\u0009\u000b\u000c\u000e-\u001f\u007f]*'
+    return {'Link': {'type': 'string', 'pattern': rf'^({text}[ \n])?{link}( {text})?$'},
+            'Text': {'type': 'string', 'pattern': rf'(^|[ \n]){link}( |$)'}}
+
+
+def openapi(routes: Sequence[Route], keys: bool, base: str, domains: Sequence[str]) -> Dict[str, Any]:
+    """OpenAPI 3.1 of all routes; `security` only while keys are on."""
+    paths: Dict[str, Any] = {}
+    for route in routes:
+        paths.setdefault(route.path, {})[route.method.lower()] = operation_of(route, keys)
+    components: Dict[str, Any] = {'schemas': {**SCHEMAS, **link_schemas(domains)}}
+    if keys:
+        components['securitySchemes'] = {'key': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}
+    return {'openapi': '3.1.0', 'info': {'title': 'videoserverd', 'version': VERSION},
+            'servers': [{'url': base}], 'paths': paths, 'components': components}
+
+
+# -- handlers, document A
+
+REFUSAL_STATUS = {'domain_not_allowed': 403}  # the other codes of Refused are 400
+
+
+def refused(refusal: Refused) -> HTTPError:
+    """A Refused as HTTP has it."""
+    return HTTPError(REFUSAL_STATUS.get(refusal.code, 400), refusal.code, refusal.message)
+
+
+def rate_limited(error: RateLimited) -> HTTPError:
+    """A RateLimited as HTTP has it."""
+    return HTTPError(429, 'rate_limited', str(error), Retry_After=str(error.retry_after))
+
+
+def submit(app: App, request: Request, fields: Dict[str, Any]) -> Tuple[str, bool]:
+    """Store what was sent; (id, whether it is new). Raises HTTPError, StoreDown."""
+    started = time.monotonic()
+    try:
+        submission = parse_submission(fields, app.config.security)
+    except Refused as refusal:
+        request.note = f' client_id={str(fields.get("client_id"))[:80]!r} refused: {refusal.code}'
+        raise refused(refusal) from None
+    request.note = f' client_id={submission.client_id} url={submission.url}'
+    try:
+        download_id, fresh = app.store.add(submission, int(time.time()))
+    except RateLimited as error:
+        raise rate_limited(error) from None
+    app.scheduler.push(download_id)  # a repeat too: the first may lie in a commit that was told to have failed
+    app.board.observe(time.monotonic() - started)
+    return download_id, fresh
+
+
+def queued_message(app: App, text: str) -> str:
+    """What the phone shows; while the queue is paused it says so."""
+    why = (app.scheduler.paused or '').partition(' Mend:')[0]
+    return f'{text}. The queue is paused: {why}' if why else text
+
+
+def post_download(app: App, request: Request) -> Reply:
+    """POST /api/v1/download"""
+    download_id, fresh = submit(app, request, request.json())
+    message = 'Video queued for download' if fresh else 'This video was queued before'
+    return json_reply(202 if fresh else 200, {'status': 'queued', 'download_id': download_id,
+                                              'message': queued_message(app, message), 'timestamp': int(time.time())})
+
+
+def post_downloads(app: App, request: Request) -> Reply:
+    """POST /api/v1/downloads: every link of a text, one commit. `keep` has the links to send again."""
+    fields = request.json()
+    now = int(time.time())
+    try:
+        items = parse_batch(fields, app.config.security)
+    except Refused as refusal:
+        raise refused(refusal) from None
+    links = [item for _, item in items if isinstance(item, Submission)]
+    stored = iter(app.store.add_many(links, now) if links else ())
+    rows, keep = [], []
+    for written, item in items:
+        result = item if isinstance(item, Refused) else next(stored)
+        if isinstance(result, tuple):
+            rows.append({'url': written, 'download_id': result[0]})
+            app.scheduler.push(result[0])
+            continue
+        rows.append({'url': written, 'error': str(result)})
+        if isinstance(result, RateLimited):
+            keep.append(written)
+    queued = sum('download_id' in row for row in rows)
+    request.note = f' client_id={links[0].client_id if links else None} urls={[row["url"] for row in rows]}'
+    message = queued_message(app, f'{queued} queued, {len(rows) - queued} refused')
+    return json_reply(202, {'status': 'queued', 'message': message, 'downloads': rows, 'keep': '\n'.join(keep),
+                            'timestamp': now})
+
+
+def get_status(app: App, request: Request) -> Reply:
+    """GET /api/v1/status/{id}"""
+    return json_reply(200, app.describe(app.record(request)))
+
+
+def get_history(app: App, request: Request) -> Reply:
+    """GET /api/v1/history; with `since` it waits for news."""
+    query, poll_after = request.query, 0
+    if query['since'] is not None and not app.board.wait(query['since'], query['wait']):
+        poll_after = 3
+    version = app.board.version
+    total, records = app.store.page(query['limit'], query['offset'], query['status'], query['q'])
+    return json_reply(200, {'total': total, 'downloads': [app.describe(record) for record in records],
+                            'version': version, 'counts': app.store.counts(), 'poll_after': poll_after})
+
+
+def get_health(app: App, request: Request) -> Reply:
+    """GET /api/v1/health; without a key, where keys are on, the four fields of the specification only."""
+    facts = app.health()
+    if not app.has_key(request):
+        facts = {name: facts[name] for name in ('status', 'version', 'uptime', 'queue_size', 'storing')}
+    storing = facts.pop('storing')
+    if storing:
+        return json_reply(200, facts)
+    message = 'The server cannot store links at the moment.'
+    return json_reply(503, {**facts, 'status': 'error', 'error': message, 'message': message, 'code': 'cannot_store',
+                            'timestamp': int(time.time())}, ('Retry-After', '30'))
+
+
+def post_cancel(app: App, request: Request) -> Reply:
+    """POST /api/v1/download/{id}/cancel"""
+    record = app.record(request)
+    if not app.scheduler.cancel(record['id'], time.time()):
+        status = app.record(request)['status']
+        raise HTTPError(409, 'not_running', 'It is being stopped, which takes long.' if status == 'downloading'
+                        else f'It is {status}; there is nothing to cancel.')
+    return get_status(app, request)
+
+
+def post_retry(app: App, request: Request) -> Reply:
+    """POST /api/v1/download/{id}/retry"""
+    record = app.record(request)
+    if not app.store.retry(record['id'], int(time.time())):
+        raise HTTPError(409, 'not_failed', f'It is {record["status"]}; only what failed or waits can be tried again.')
+    app.scheduler.push(record['id'])
+    return get_status(app, request)
+
+
+def delete_download(app: App, request: Request) -> Reply:
+    """DELETE /api/v1/download/{id}: forget it and delete its files."""
+    record = app.record(request)
+    if record['status'] == 'downloading':
+        app.scheduler.cancel(record['id'], time.time())
+        record = app.record(request)
+    if not app.store.forget(record['id']):
+        raise HTTPError(409, 'still_running', 'It cannot be stopped at the moment; try again.')
+    forget_files(app.config, record['id'], [file.name for file in record['files']])
+    app.forgotten(record)
+    app.board.post(record['id'])
+    return json_reply(200, {'status': 'deleted', 'download_id': record['id'], 'message': 'Deleted',
+                            'timestamp': int(time.time())})
+
+
+def get_thumbnail(app: App, request: Request) -> Reply:
+    """GET /api/v1/thumbnail/{id}: a small JPEG."""
+    try:
+        data = (app.thumbs / f'{request.params["id"]}.jpg').read_bytes()
+    except (OSError, TypeError):
+        raise HTTPError(404, 'not_found', 'There is no picture of it.') from None
+    return Reply(200, data, 'image/jpeg', (('Cache-Control', 'private, max-age=86400'),))
+
+
+def get_metrics(app: App, request: Request) -> Reply:
+    """GET /metrics: Prometheus text."""
+    lines = [f'{name} {value!r}' if not name.startswith('#') else name for name, value in app.gauges()]
+    return Reply(200, '\n'.join([*lines, '']).encode(), 'text/plain; version=0.0.4; charset=utf-8',
+                 (('Cache-Control', 'no-store'),))
+
+
+def get_openapi(app: App, request: Request) -> Reply:
+    """GET /openapi.json"""
+    return json_reply(200, openapi(app.routes, bool(app.config.api_keys), public_base(app.config, app.port),
+                                   app.config.security.allowed_domains))
+
+
+def get_asset(app: App, request: Request) -> Reply:
+    """The page, the set-up page, the CA."""
+    path = decode_path(request.raw_path)
+    if path not in app.assets and app.prefix and path.startswith(app.prefix + '/'):
+        path = path[len(app.prefix):]
+    type_, content = app.assets[path]
+    data = content() if callable(content) else content
+    check = path.startswith('/setup/')  # the picture that the plain page of `phone` asks for; a stale one would lie
+    headers = (('Cache-Control', 'no-store' if check else 'no-cache'),
+               ('Cross-Origin-Resource-Policy', 'cross-origin' if check else 'same-origin'))
+    return Reply(200, data if isinstance(data, bytes) else data.encode(), type_, headers)
+
+
+# -- handlers, document B
+
+
+def initiate_download(app: App, request: Request) -> Reply:
+    """POST /initiateDownload"""
+    fields = request.json()
+    if 'videoURL' not in fields:
+        raise HTTPError(400, 'bad_field', 'videoURL is missing.')
+    download_id, _ = submit(app, request, {'url': fields['videoURL'],
+                                           'ytdlp_cli_parameters': fields.get('ytdlpCLIParameters')})
+    return json_reply(200, {'downloadUUID': download_id})
+
+
+def brief(app: App, record: Any) -> Dict[str, Any]:
+    """A download as document B lists it; size and progress only where they are known."""
+    progress = app.board.progress(record['id']) if record['status'] == 'downloading' else None
+    size = record['file_size'] or (progress.total if progress else None)
+    return {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']],
+            **({'downloadSizeInBytes': size} if size else {}),
+            **({'progress': percent(record, progress)} if progress or record['status'] == 'completed' else {})}
+
+
+def list_downloads(app: App, request: Request) -> Reply:
+    """GET /listDownloads"""
+    since = int(time.time()) - 60 * request.query['overLastPeriodDurationInMinutes']
+    records = app.store.since(since, request.query['onlyShowOngoingDownloads'])
+    return json_reply(200, {'downloads': [brief(app, record) for record in records]})
+
+
+def get_public_url(app: App, request: Request) -> Reply:
+    """GET /getVideoDownloadPublicURL"""
+    request.params = {'id': request.query['videoDownloadUUID']}
+    record = app.record(request)
+    if record['status'] == 'failed':
+        raise HTTPError(409, 'downloadFailed', record['error_message'] or 'The download failed.')
+    if record['status'] != 'completed':
+        raise HTTPError(409, 'downloadNotReady', 'The download is not finished.')
+    if request.query['URLTypeEnum'] == 'HTTPS':
+        return json_reply(200, {'publicURL': app.describe(record)['public_url']})
+    if app.bucket is None:
+        raise HTTPError(409, 's3NotConfigured', 'No object storage is configured; set [s3] endpoint.')
+    if record['s3_state'] != 'stored':
+        raise HTTPError(409, 'downloadNotReady', record['s3_error'] or 'The copy in the bucket is not finished.')
+    return json_reply(200, {'publicURL': app.bucket.presign(
+        app.bucket.key(record['id'], record['filename']), record['filename'], app.config.s3.url_expiry, time.time())})
+
+
+# -- finished files
+
+
+def open_regular(path: Path) -> Any:
+    """Open a regular file, never through a link. Raises HTTPError."""
+    try:
+        handle = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), 'rb', buffering=0)
+    except OSError:
+        raise HTTPError(404, 'file_gone', 'The file is no longer in the output folder.') from None
+    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle.close()
+        raise HTTPError(404, 'file_gone', 'The file is no longer in the output folder.')
+    return handle
+
+
+def parse_range(text: str, size: int) -> Optional[Tuple[int, int]]:
+    """(first, last) byte; None: the whole file (no range, several, or not understood). ValueError: out of reach."""
+    match = re.fullmatch(r'bytes\s*=\s*(\d{0,18})-(\d{0,18})', text, re.A | re.I)
+    if not match or not (match[1] or match[2]):
+        return None
+    if not match[1]:
+        start, end = max(0, size - int(match[2])), size - 1
+    else:
+        start, end = int(match[1]), min(int(match[2] or size - 1), size - 1)
+        if match[2] and int(match[2]) < start:
+            return None
+    if start >= size or (not match[1] and int(match[2]) == 0):
+        raise ValueError(text)
+    return start, end
+
+
+def send_file(request: Request, path: Path, type_: str, headers: List[Tuple[str, str]]) -> Reply:
+    """The whole file, a part of it, or that it has not changed."""
+    handle = open_regular(path)
+    facts = os.fstat(handle.fileno())
+    etag = f'"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"'
+    modified = formatdate(facts.st_mtime, usegmt=True)
+    headers = [*headers, ('ETag', etag), ('Last-Modified', modified)]
+    matching = request.field('if-none-match')
+    if etag in [tag.strip().replace('W/', '', 1) for tag in matching.split(',')] or matching == '*' or (
+            not matching and request.field('if-modified-since') == modified):
+        handle.close()
+        return Reply(304, b'', '', tuple(headers))
+    fresh = request.head.method == 'GET' and request.field('if-range') in ('', etag, modified)
+    try:
+        span = parse_range(request.field('range') if fresh else '', facts.st_size)
+    except ValueError:
+        handle.close()
+        raise HTTPError(416, 'bad_range', 'The file is shorter than that.',
+                        Content_Range=f'bytes */{facts.st_size}') from None
+    if span is None:
+        return Reply(200, b'', type_, tuple(headers), Content(handle, 0, facts.st_size))
+    start, end = span
+    headers.append(('Content-Range', f'bytes {start}-{end}/{facts.st_size}'))
+    return Reply(206, b'', type_, tuple(headers), Content(handle, start, end - start + 1))
+
+
+def get_file(app: App, request: Request) -> Reply:
+    """GET /files/{id}/{name}: Range, If-Range, If-None-Match (RFC 9110 sections 13 and 14)."""
+    path = file_path(request.params['id'], request.params['name'])
+    signed = check_signature(app.link_secret, path, request.query, time.time())
+    if app.config.api_keys and not signed and not app.has_key(request):
+        if 'signature' not in request.query:
+            raise HTTPError(401, 'key_wanted', 'Send a valid key in the header X-API-Key.')
+        raise HTTPError(403, 'bad_link', 'This link has expired or is not whole; copy it again.')
+    record = app.record(request)
+    file = next((file for file in record['files'] if file.name == request.params['name']), None)
+    if file is None:
+        raise HTTPError(404, 'not_found', 'There is no such file.')
+    headers = [('Content-Disposition', content_disposition(file.name)), ('Accept-Ranges', 'bytes'),
+               ('Cache-Control', 'private, no-cache'), ('Cross-Origin-Resource-Policy', 'same-origin')]
+    if app.config.server.accel_redirect and any(ipaddress.ip_address(request.peer.address) in network
+                                                for network in app.config.server.trusted_proxies):
+        inner = app.config.server.accel_redirect + quote(file.name)
+        return Reply(200, b'', file.type, (*headers, ('X-Accel-Redirect', inner)))
+    return send_file(request, app.config.downloads.output_directory / file.name, file.type, headers)
+
+
+# -- the table of routes
+
+STATUS_PARAM = choice_param('status', {state: state for state in STATES}, '')
+SINCE_PARAM = Param('since', whole(0, 999999999), None, {'type': 'integer', 'minimum': 0, 'maximum': 999999999})
+ROUTES = (
+    Route('POST', '/api/v1/download', post_download, 'Queue a link', body='Submission', answer='Queued', status=202,
+          errors=(200, 429)),
+    Route('POST', '/api/v1/downloads', post_downloads, 'Queue every link of a text', body='Batch',
+          answer='BatchAnswer', status=202),
+    Route('GET', '/api/v1/status/{id}', get_status, 'One download', answer='Download'),
+    Route('GET', '/api/v1/history', get_history, 'Downloads, newest first', answer='History', query=(
+        number_param('limit', 50, 1, 200), number_param('offset', 0, 0, 999999999), STATUS_PARAM,
+        text_param('q', 200), SINCE_PARAM, number_param('wait', 25, 0, 25))),
+    Route('GET', '/api/v1/health', get_health, 'How the server is', access='open', answer='Health'),
+    Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'A small picture', answer='image/jpeg'),
+    Route('POST', '/api/v1/download/{id}/cancel', post_cancel, 'Stop it', answer='Download', errors=(409,)),
+    Route('POST', '/api/v1/download/{id}/retry', post_retry, 'Queue it again', answer='Download', errors=(409,)),
+    Route('DELETE', '/api/v1/download/{id}', delete_download, 'Forget it and delete its files', answer='Deleted',
+          errors=(409,)),
+    Route('GET', '/files/{id}/{name}', get_file, 'A finished file', access='link', answer='application/octet-stream',
+          errors=(206, 304, 416)),
+    Route('GET', '/metrics', get_metrics, 'Figures for Prometheus', answer='text/plain'),
+    Route('GET', '/openapi.json', get_openapi, 'This description'),
+    Route('POST', '/initiateDownload', initiate_download, 'Queue a link', body='Initiate', answer='Initiated'),
+    Route('GET', '/listDownloads', list_downloads, 'Downloads of the last minutes', answer='Listing', query=(
+        number_param('overLastPeriodDurationInMinutes', 60, 0, 99999999),
+        choice_param('onlyShowOngoingDownloads', {'true': True, 'false': False}, False))),
+    Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'A link to the finished file', query=(
+        text_param('videoDownloadUUID', 64, True),
+        choice_param('URLTypeEnum', {'HTTPS': 'HTTPS', 'S3': 'S3'}, 'HTTPS', True)), answer='PublicURL'),
+)
+
+
+# -- connections
+
+
+class Peer:
+    """A connection: its socket, whose it is, when it last moved a byte, whether a request is under way."""
+
+    def __init__(self, sock: socket.socket, address: str):
+        self.sock, self.address = sock, address
+        self.local = str(plain_address(sock.getsockname()[0]))
+        self.moved = time.monotonic()
+        self.busy, self.fresh, self.unread, self.sending = False, True, False, False
+
+    def send(self, data: Any) -> None:
+        """All of `data`; OSError when nothing moves for STALL_SECONDS."""
+        view = memoryview(data)
+        self.sock.settimeout(STALL_SECONDS)
+        self.sending = True
+        while view:
+            view = view[self.sock.send(view):]
+            self.moved = time.monotonic()
+        self.sending = False
+
+    def break_off(self, how: int = socket.SHUT_RDWR) -> None:
+        """From any thread: its own thread finds the connection closed. Never touches the TLS object."""
+        try:
+            socket.socket.shutdown(self.sock, how)
+        except OSError:
+            pass  # it is closed already
+
+    def close(self) -> None:
+        """With close_notify, for clients that count on it, but never waiting for theirs."""
+        try:
+            self.sock.settimeout(0)
+            if isinstance(self.sock, ssl.SSLSocket):
+                self.sock.unwrap()
+        except (OSError, ValueError):
+            pass  # it was sent as far as the client let us
+        self.break_off(socket.SHUT_WR)
+        if self.unread:
+            self._linger()
+        self.sock.close()
+
+    def _linger(self) -> None:
+        """Unread bytes would make the kernel reset the connection before the client has our answer."""
+        end, room = time.monotonic() + 1, 16 * HEAD_LIMIT
+        try:
+            while room > 0 and time.monotonic() < end:
+                self.sock.settimeout(1)
+                data = socket.socket.recv(self.sock, HEAD_LIMIT)
+                room = room - len(data) if data else 0
+        except (OSError, ValueError):
+            pass  # long enough
+
+
+def head_of(reply: Reply, length: int, keep: bool, csp: str) -> bytes:
+    """Status line and header fields; nothing in a value can end its line."""
+    fields = [('Server', 'videoserverd'), ('Date', formatdate(usegmt=True)), *SECURITY_HEADERS, *reply.headers]
+    if reply.status != 304:
+        fields += [('Content-Length', str(length)), ('Content-Type', reply.type)]
+    if not any(name == 'Cross-Origin-Resource-Policy' for name, _ in reply.headers):
+        fields.append(('Cross-Origin-Resource-Policy', 'same-origin'))
+    own_page = reply.type.startswith(('text/html', 'image/svg')) and not reply.content
+    fields.append(('Content-Security-Policy', csp if own_page else FILE_CSP))
+    fields.append(('Connection', 'keep-alive' if keep else 'close'))
+    lines = [f'HTTP/1.1 {reply.status} {REASONS[reply.status]}']
+    lines += [f'{name}: ' + re.sub(r'[\x00-\x08\x0a-\x1f\x7f]', '', value) for name, value in fields]
+    return '\r\n'.join([*lines, '', '']).encode('latin-1', 'replace')
+
+
+class Handler(BaseHTTPRequestHandler):
+    """One connection, in a thread of its own: the handshake, then requests one after the other."""
+    server: 'Server'
+
+    def setup(self) -> None:
+        self.peer: Peer = self.request
+        self.app = self.server.app
+
+    def finish(self) -> None:
+        """The server closes the peer."""
+
+    def handle(self) -> None:
+        """Serve until either side has had enough; a broken connection is nobody's fault."""
+        try:
+            self._shake_hands()
+            self.rfile = io.BufferedReader(DeadlineReader(self.peer), 4096)
+            while self._serve_one():
+                pass
+        except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
+            log.debug('%s: connection ended: %s', self.peer.address, error)
+        except Exception:
+            log.exception('%s: connection failed inside', self.peer.address)
+
+    def _shake_hands(self) -> None:
+        context = self.server.context
+        if context is None:
+            return
+        self.peer.sock.settimeout(HEAD_SECONDS)
+        self.peer.sock = context.wrap_socket(self.peer.sock, server_side=True, do_handshake_on_connect=False,
+                                             suppress_ragged_eofs=True)
+        self.peer.sock.do_handshake()  # CPython keeps the time-out for the handshake as a whole
+        self.peer.moved = time.monotonic()
+
+    def _serve_one(self) -> bool:
+        """Read, answer; whether the connection goes on."""
+        peer, first_line = self.peer, b''
+        self.rfile.raw.deadline = time.monotonic() + (HEAD_SECONDS if peer.fresh else IDLE_SECONDS)
+        try:
+            if not self.rfile.peek(1):
+                return False
+        except TimeoutError:
+            return False
+        peer.busy, request, lines = True, None, []
+        try:
+            self._read_head(lines)
+            request = Request(parse_head(b'\r\n'.join(lines)), peer, self.rfile)
+            reply = self.app.respond(request)
+        except HTTPError as error:
+            first_line = (lines[0].split(b' ') + [b''])[1] if lines else b''
+            reply = self.app.refuse(first_line.decode('latin-1'), error)
+            log.info('%s malformed request: %d %s', peer.address, error.status, error.message)
+        keep = self._goes_on(request, reply)
+        self._send(request, reply, keep)
+        peer.unread = request is None or request.unread != 0
+        peer.busy, peer.fresh, peer.moved = False, False, time.monotonic()
+        return keep
+
+    def _read_head(self, lines: List[bytes]) -> None:
+        """Into `lines`, up to the empty one, under one deadline. Raises HTTPError."""
+        self.rfile.raw.deadline = time.monotonic() + HEAD_SECONDS
+        room = HEAD_LIMIT
+        while True:
+            try:
+                line = self.rfile.readline(room + 1)
+            except TimeoutError:
+                raise HTTPError(408, 'timeout', 'The request came too slowly.') from None
+            room -= len(line)
+            if room < 0:
+                raise HTTPError(*((431, 'headers_too_large', 'The headers of the request are over 16 KB.') if lines else
+                                  (414, 'uri_too_long', 'The address of the request is too long.')))
+            if not line:
+                raise ConnectionError('the client left in the middle of its request')
+            if not line.endswith(b'\r\n'):
+                raise HTTPError(400, 'bad_request', 'The request has a bare line break.')
+            if line == b'\r\n' and lines:
+                return
+            if line != b'\r\n':  # RFC 9112 section 2.2: an empty line before the request is skipped
+                lines.append(line[:-2])
+            if len(lines) == 1 and not line.endswith((b' HTTP/1.1\r\n', b' HTTP/1.0\r\n')) and line != b'\r\n':
+                raise HTTPError(400, 'bad_request', 'The first line of the request is not HTTP/1.1.')
+
+    def _goes_on(self, request: Optional[Request], reply: Reply) -> bool:
+        """Whether the connection is kept: only after a request that was read to its end."""
+        return (request is not None and request.unread == 0 and request.head.version == 'HTTP/1.1'
+                and 'close' not in request.field('connection').lower() and not self.server.draining
+                and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429)))
+
+    def _send(self, request: Optional[Request], reply: Reply, keep: bool) -> None:
+        """Head and small body in one piece: one TLS record, one packet."""
+        length = reply.content.length if reply.content else len(reply.body)
+        head = head_of(reply, length, keep, self.app.csp)
+        try:
+            if request is not None and request.head.method == 'HEAD':
+                self.peer.send(head)
+            elif reply.content is None:
+                self.peer.send(head + reply.body)
+            else:
+                self.peer.send(head)
+                self._stream(reply.content)
+        finally:
+            if reply.content:
+                reply.content.file.close()
+
+    def _stream(self, content: Content) -> None:
+        """Bounded memory whatever the size; a connection that stops reading is broken off."""
+        content.file.seek(content.start)
+        block, left = memoryview(bytearray(min(BLOCK, content.length or 1))), content.length
+        while left:
+            read = content.file.readinto(block[:left])
+            if not read:
+                raise ConnectionError('the file became shorter while it was sent')
+            self.peer.send(block[:read])
+            left -= read
+
+
+class Server(ThreadingHTTPServer):
+    """Accepts, counts and, where it gets crowded, sends the longest idle home.
+
+    `sock` listens already (it may come from before a re-execution); `context` None speaks plain
+    HTTP and may be replaced at any time: new connections take the new one."""
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, sock: socket.socket, app: App, context: Optional[ssl.SSLContext]):
+        super().__init__(sock.getsockname()[:2], Handler, bind_and_activate=False)
+        self.socket.close()
+        self.socket, self.app, self.context = sock, app, context
+        self.server_address = sock.getsockname()
+        self.draining = False
+        self.beat = time.monotonic()  # when accepting last came round: for the watchdog
+        self._guard = threading.Lock()  # guards _peers
+        self._peers: Dict[int, Peer] = {}
+
+    def service_actions(self) -> None:
+        self.beat = time.monotonic()
+
+    def get_request(self) -> Tuple[Peer, str]:
+        """Accept. Out of descriptors: make room and wait a moment instead of spinning."""
+        try:
+            sock, address = self.socket.accept()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._evict(lambda peer: True)
+                time.sleep(0.1)
+            raise
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return Peer(sock, str(plain_address(address[0]))), address[0]
+
+    def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Whether there is room for it, made by sending an idle one home if need be."""
+        peer = request
+        with self._guard:
+            total = len(self._peers)
+            same = sum(other.address == peer.address for other in self._peers.values())
+        end = time.monotonic() + 0.5  # when all are busy at this very moment, one soon is not
+        while total >= CONNECTIONS and not self._evict(lambda other: True):
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
+        if same >= PER_ADDRESS and not self._is_exempt(peer):
+            return self._evict(lambda other: other.address == peer.address)
+        return True
+
+    def _is_exempt(self, peer: Peer) -> bool:
+        address = ipaddress.ip_address(peer.address)
+        return address.is_loopback or any(address in network for network in self.app.config.server.trusted_proxies)
+
+    def _evict(self, of: Callable[[Peer], bool]) -> bool:
+        """Break off the one that has not moved for longest; of the busy ones, who takes nothing of his answer
+        for a tenth of a second, or waits for news."""
+        now = time.monotonic()
+        with self._guard:
+            idle = [(peer.moved, key) for key, peer in self._peers.items()
+                    if of(peer) and (not peer.busy or peer.moved < now - (0.1 if peer.sending else 1.0))]
+            peer = self._peers.pop(min(idle)[1]) if idle else None
+        if peer:
+            peer.break_off()
+        return peer is not None
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        with self._guard:
+            self._peers[id(request)] = request
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._guard:
+            self._peers.pop(id(request), None)
+        request.close()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """No room for a thread, most likely."""
+        log.warning('%s: connection refused: %s', client_address, sys.exc_info()[1])
+
+    def drain(self, seconds: float) -> None:
+        """Let requests under way end, and first requests of new connections come; the socket stays open."""
+        self.draining = True
+        self.shutdown()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            with self._guard:
+                peers = list(self._peers.values())
+            for peer in peers:
+                if not peer.busy and not peer.fresh:
+                    peer.break_off(socket.SHUT_RD)
+            if not peers:
+                return
+            time.sleep(0.02)
+
+
+# ---------- page --------------------------------------------------------------------------
+# Owns the web page and the set-up page: raw strings, sent as they are, so that the browser's
+# Content-Security-Policy can forbid everything inline. No lock, no state. `daemon` hands ASSETS
+# and `setup_page` to http; the `phone` command serves the set-up page over plain HTTP.
+
+ICON_SVG = r'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 512 512">
+<rect width="512" height="512" rx="116" fill="#0b6e5f"/>
+<g fill="none" stroke="#fff" stroke-linecap="round" stroke-linejoin="round">
+<path d="M176 124h160l-80 138z" fill="#fff" stroke-width="44"/>
+<path d="M104 286v42a72 72 0 0 0 72 72h160a72 72 0 0 0 72-72v-42" stroke-width="44"/>
+</g></svg>
+'''
+
+# Launchers cut a maskable icon to a circle of 80 %: colour to the edges, the drawing inside.
+ICON_MASKABLE_SVG = ICON_SVG.replace(' rx="116"', '').replace('<g ', '<g transform="translate(92 92) scale(.64)" ')
+
+# Seen only by a phone that trusts the certificate; elsewhere the alt text of its <img> says what is missing.
+CHECK_SVG = r'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 72" width="320" height="72">
+<rect width="320" height="72" rx="16" fill="#0b6e5f"/>
+<path d="M26 37l10 10 18-22" fill="none" stroke="#fff" stroke-width="5" stroke-linecap="round" stroke-linejoin="round"/>
+<text x="72" y="43" fill="#fff" font-family="system-ui,sans-serif" font-size="19">This phone trusts it</text>
+</svg>
+'''
+
+MANIFEST = r'''{
+  "name": "Video inbox", "short_name": "Videos", "id": "./", "start_url": "./", "scope": "./",
+  "description": "Links in, videos out: the inbox on your own machine.", "lang": "en", "display": "standalone",
+  "background_color": "#f5f5f1", "theme_color": "#0b6e5f",
+  "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml"},
+            {"src": "icon-maskable.svg", "sizes": "any", "type": "image/svg+xml", "purpose": "maskable"}],
+  "share_target": {"action": "./", "method": "GET", "enctype": "application/x-www-form-urlencoded",
+                   "params": {"title": "title", "text": "text", "url": "url"}}
+}
+'''
+
+PAGE_HTML = r'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Video inbox</title>
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<meta name="color-scheme" content="light dark">
+<meta name="theme-color" content="#f5f5f1" media="(prefers-color-scheme: light)">
+<meta name="theme-color" content="#111412" media="(prefers-color-scheme: dark)">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="icon.svg" type="image/svg+xml">
+<link rel="manifest" href="manifest.webmanifest">
+<link rel="stylesheet" href="page.css">
+<script type="module" src="page.js"></script>
+</head>
+<body>
+<svg class="sprite" aria-hidden="true">
+<symbol id="i-play" viewBox="0 0 24 24"><path d="M8 5.5v13l10.5-6.5z" fill="currentColor"/></symbol>
+<symbol id="i-save" viewBox="0 0 24 24"><path d="M12 4v11m-4.5-4.5L12 15l4.5-4.5M5 19.5h14"/></symbol>
+<symbol id="i-copy" viewBox="0 0 24 24"><path d="M10 14a4 4 0 0 0 5.7.3l3-3a4 4 0 0 0-5.7-5.7l-1.2 1.2M14
+ 10a4 4 0 0 0-5.7-.3l-3 3a4 4 0 0 0 5.7 5.7l1.2-1.2"/></symbol>
+<symbol id="i-s3" viewBox="0 0 24 24"><path d="M7 18.5a4.2 4.2 0 0 1-.6-8.4 6 6 0 0 1 11.5 1A3.7 3.7 0 0 1 17.5
+ 18.5z"/></symbol>
+<symbol id="i-retry" viewBox="0 0 24 24"><path d="M19 12a7 7 0 1 1-2.3-5.2M19.5 4v4.5H15"/></symbol>
+<symbol id="i-cancel" viewBox="0 0 24 24"><path d="M6.5 6.5l11 11m0-11l-11 11"/></symbol>
+<symbol id="i-delete" viewBox="0 0 24 24"><path d="M5 7h14M10 4h4M7 7l.8 12.5h8.4L17 7m-5 4v5"/></symbol>
+<symbol id="i-paste" viewBox="0 0 24 24"><path d="M9 5H6v15h12V5h-3M9 4h6v3.5H9z"/></symbol>
+<symbol id="i-phone" viewBox="0 0 24 24"><path d="M7.5 3h9v18h-9zM11 18h2"/></symbol>
+<symbol id="i-film" viewBox="0 0 24 24"><path d="M8 4.5h8l-4 6.9zM4.5 12.5v2a4 4 0 0 0 4 4h7a4 4 0 0 0 4-4v-2"/>
+</symbol>
+</svg>
+<header>
+  <img class="mark" src="icon.svg" alt="" width="40" height="40">
+  <div class="name"><h1 data-text="name"></h1><p id="pulse"><span id="dot"></span><span id="facts"></span></p></div>
+  <a id="phone" class="button quiet" href="setup"><svg aria-hidden="true"><use href="#i-phone"/></svg
+    ><span data-text="setUp"></span></a>
+</header>
+<main>
+  <section id="health" data-label="health" hidden><h2 data-text="attention"></h2><ul id="problems"></ul></section>
+  <form id="add" data-label="add">
+    <textarea id="box" rows="1" data-label="links" data-hint="hint" autocomplete="off" autocapitalize="off"
+      spellcheck="false" enterkeyhint="send" maxlength="16000" aria-describedby="refusal"></textarea>
+    <button id="paste" class="button quiet" type="button" hidden><svg aria-hidden="true"><use href="#i-paste"/></svg
+      ><span data-text="paste"></span></button>
+    <button id="send" class="button" data-text="send"></button>
+    <p id="refusal" role="alert"></p>
+  </form>
+  <ul id="outbox" data-label="outbox" hidden></ul>
+  <form id="filters" role="search" data-label="filters" hidden>
+    <div id="states" role="group" data-label="states"></div>
+    <input id="search" type="search" data-label="search" data-hint="search" autocomplete="off" spellcheck="false">
+  </form>
+  <section id="empty" hidden>
+    <svg class="tray" aria-hidden="true"><use href="#i-film"/></svg>
+    <h2 id="empty-title"></h2><p id="empty-text"></p>
+    <ol id="first-steps"><li data-text="first1"></li><li data-text="first2"></li><li data-text="first3"></li></ol>
+    <a id="first-link" class="button" href="setup" data-text="setUp"></a>
+    <button id="show-all" class="button" data-text="showAll"></button>
+  </section>
+  <div id="list" role="feed" data-label="list" aria-busy="true"></div>
+</main>
+<footer><a href="setup" data-text="setUpMore"></a><button id="forget" hidden data-text="forget"></button></footer>
+<div id="notes"><p id="note" role="status"></p>
+  <div id="undo" role="alert" hidden><span id="undo-text"></span>
+    <button id="undo-button" data-text="undo"></button></div></div>
+<dialog id="player" aria-labelledby="player-title">
+  <form method="dialog"><h2 id="player-title"></h2>
+    <button class="act" data-label="close"><svg aria-hidden="true"><use href="#i-cancel"/></svg></button></form>
+  <div id="screen"></div>
+</dialog>
+<dialog id="door" aria-labelledby="door-title">
+  <form id="key-form" method="dialog"><h2 id="door-title" data-text="keyTitle"></h2>
+    <p id="key-text" data-text="keyText"></p>
+    <input id="key" type="password" required data-label="key" autocomplete="off" aria-describedby="key-text">
+    <button class="button" data-text="useKey"></button></form>
+</dialog>
+<template id="row"><article tabindex="-1">
+  <div class="thumb"><svg aria-hidden="true"><use href="#i-film"/></svg></div>
+  <div class="what"><h2 class="title"></h2>
+    <p class="meta"><a class="site" target="_blank" rel="noreferrer noopener"></a><span class="size"></span
+      ><time class="when"></time></p></div>
+  <div class="state"><p class="word"></p><progress class="bar" max="100"></progress><p class="reason"></p></div>
+  <div class="tools"><ul class="files"></ul><div class="acts"></div></div>
+</article></template>
+<noscript><p>This page needs JavaScript. The <a href="setup">set-up page</a> does not.</p></noscript>
+</body>
+</html>
+'''
+
+PAGE_CSS = r'''
+/* Warm paper, one accent, the system's own letters. Sizes in rem: they follow the reader's own. */
+:root {
+  color-scheme: light dark; --gap: 1rem;
+  --paper: light-dark(#f5f5f1, #111412); --card: light-dark(#fff, #1b1f1c); --ink: light-dark(#1a1d1a, #edf0ec);
+  --soft: light-dark(#5a605a, #a5aca5); --line: light-dark(#e1e2db, #2c322e); --edge: light-dark(#858b84, #7a827b);
+  --accent: light-dark(#0b6e5f, #62cdb5); --on-accent: light-dark(#fff, #04231d); --tint: light-dark(#e2f0ec, #17362f);
+  --bad: light-dark(#b3261e, #ff9389); --warn: light-dark(#fdf1d3, #352b12); --warn-line: light-dark(#e2c77d, #6b5722);
+  --shade: 0 1px 2px #0000000f, 0 4px 16px #0000000a;
+}
+*, ::before, ::after { box-sizing: border-box; }
+[hidden] { display: none !important; }
+html { background: var(--paper); scroll-padding: 5rem 0; -webkit-text-size-adjust: 100%; }
+body {
+  margin: 0 auto; max-width: 78rem; min-height: 100vh; min-height: 100dvh; display: flex; flex-direction: column;
+  padding: env(safe-area-inset-top) max(var(--gap), env(safe-area-inset-right)) env(safe-area-inset-bottom)
+    max(var(--gap), env(safe-area-inset-left));
+  font: 1rem/1.45 system-ui, -apple-system, 'Segoe UI', sans-serif; color: var(--ink); overflow-wrap: anywhere;
+}
+h1, h2, p, ul, ol, dl, dd { margin: 0; padding: 0; }
+h1, h2 { line-height: 1.25; text-wrap: balance; }
+ul { list-style: none; }
+ol { display: grid; gap: .7rem; padding-left: 1.4rem; text-align: left; }
+li::marker { color: var(--accent); font-weight: 700; }
+a { color: var(--accent); text-underline-offset: .18em; }
+svg { width: 1.5rem; height: 1.5rem; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
+  stroke-linecap: round; stroke-linejoin: round; }
+button, input, textarea, .button, .act, footer > * { min-height: 2.75rem; font: inherit; color: inherit; }
+button, .button, .act { display: inline-flex; align-items: center; justify-content: center; gap: .4rem; border: 0;
+  border-radius: .8rem; background: none; text-decoration: none; overflow-wrap: normal; cursor: pointer; }
+.act { min-width: 2.75rem; color: var(--soft); }
+.button { padding: .5rem 1.1rem; background: var(--accent); color: var(--on-accent); font-weight: 600; }
+.button.quiet, .play, .retry { background: var(--tint); color: var(--accent); font-weight: 600; }
+input, textarea { padding: .6rem .9rem; border: 1px solid var(--edge); border-radius: .8rem; background: var(--card); }
+::placeholder { color: var(--soft); opacity: 1; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+code { padding: .1em .35em; border-radius: .35em; background: #8882; font: .875em ui-monospace, Menlo, monospace; }
+small { display: block; }
+small, #pulse, .hint, .trust::before { color: var(--soft); font-size: .8125rem; }
+
+.sprite { position: absolute; width: 0; height: 0; }
+header { display: flex; align-items: center; gap: .8rem; padding: 1.25rem 0 1rem; }
+header .name { flex: 1; }
+header .button span { position: absolute; clip-path: inset(50%); }
+.mark { border-radius: 22%; }
+h1 { font-size: 1.3rem; letter-spacing: -.015em; }
+#dot { display: inline-block; width: .5rem; height: .5rem; margin-right: .4rem; border-radius: 50%; }
+.live #dot { background: var(--accent); }
+.lost #dot { background: var(--bad); }
+main { flex: 1; display: flex; flex-direction: column; gap: 1rem; }
+#health { padding: .9rem 1.1rem; border: 1px solid var(--warn-line); border-radius: 1rem; background: var(--warn); }
+#problems li { margin-top: .35rem; }
+#add { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
+#box, #refusal, #paste[hidden] + #send { grid-column: 1 / -1; }
+#box { max-height: 40vh; resize: none; field-sizing: content; }
+#refusal { color: var(--bad); font-weight: 500; white-space: pre-line; }
+#refusal:empty, .reason:empty, #outbox:not([hidden]) ~ #empty { display: none; }
+#outbox li { display: flex; align-items: center; padding: .4rem .4rem .4rem 1rem; margin-bottom: .4rem;
+  border: 1px dashed var(--edge); border-radius: 1rem; }
+#outbox li > span { flex: 1; white-space: pre-line; }
+#filters { display: flex; flex-direction: column; gap: .6rem; }
+#states { display: flex; gap: .2rem; margin: 0 calc(-1 * var(--gap)); padding: 3px var(--gap); overflow-x: auto;
+  scrollbar-width: none; }
+#states button { flex: none; padding: .3rem .8rem; border: 1px solid transparent; border-radius: 2rem;
+  color: var(--soft); font-weight: 500; }
+#states [aria-pressed="true"] { background: var(--card); border-color: var(--line); color: var(--ink);
+  box-shadow: var(--shade); }
+#states b { font-weight: 500; font-variant-numeric: tabular-nums; }
+#empty { display: grid; gap: .9rem; justify-items: center; margin: 1rem auto 3rem; max-width: 26rem;
+  text-align: center; }
+.tray { width: 6rem; height: 6rem; color: var(--accent); fill: var(--tint); stroke-width: 1.1; }
+
+article { display: grid; grid-template-columns: 3.75rem minmax(0, 1fr) auto; gap: .4rem .9rem; }
+.thumb { position: relative; width: 3.75rem; height: 5rem; border-radius: .65rem; overflow: hidden; display: grid;
+  place-items: center; background: var(--tint); color: var(--accent); }
+.thumb img { position: absolute; width: 100%; height: 100%; object-fit: cover; }
+.thumb svg { width: 2rem; height: 2rem; stroke-width: 1.4; }
+[data-status="failed"] .thumb { background: var(--line); color: var(--soft); }
+.what, .state { align-self: center; }
+.title { font-size: 1rem; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
+.meta, .word, .reason, .files .name { color: var(--soft); font-size: .875rem; font-variant-numeric: tabular-nums; }
+.meta > * { display: inline-block; padding: .25rem 0; }
+.site { color: inherit; text-decoration-color: var(--edge); }
+.site::after, .size:not(:empty)::after { content: '\a0·\a0'; display: inline-block; }
+[data-status="completed"] :is(.word, .state:has(.reason:empty)) { display: none; }
+[data-status="downloading"] .word { color: var(--accent); }
+[data-status="failed"] .word { color: var(--bad); font-weight: 600; }
+.bar { appearance: none; display: block; width: 100%; height: .4rem; margin: .3rem 0; border: 0; border-radius: .2rem;
+  overflow: hidden; background: var(--line); }
+.bar::-webkit-progress-bar { background: var(--line); }
+.bar::-webkit-progress-value { background: var(--accent); }
+.bar::-moz-progress-bar { background: var(--accent); }
+.tools, .acts, .files li { display: flex; flex-wrap: wrap; gap: .25rem; align-items: center; }
+.acts { margin-left: auto; }
+.files .name, .act span { display: none; }
+.many .files { flex: 1 0 100%; }
+.many .files .name, :is(.play, .retry) span { display: block; flex: 1; }
+.play, .retry { padding: .5rem 1rem .5rem .75rem; }
+@media (max-width: 49.99rem) {
+  article { margin-bottom: .75rem; padding: .9rem; border-radius: 1.1rem; background: var(--card);
+    box-shadow: var(--shade); }
+  .thumb { grid-row: 1 / span 2; }
+  .what, [data-status="failed"] .state, .state:has(~ .tools .retry:not([hidden])) { grid-column: 2 / -1; }
+  .tools:has(li, .retry:not([hidden])) { grid-column: 1 / -1; }
+  .go .button { flex: 1 0 100%; }
+  .desk { display: none; }
+}
+
+footer { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; justify-content: center; padding: 1.5rem 0; }
+footer > * { display: inline-flex; align-items: center; color: var(--accent); text-decoration: underline; }
+#notes { position: fixed; z-index: 3; inset: auto 0 max(1rem, env(safe-area-inset-bottom)); display: grid;
+  justify-items: center; gap: .5rem; padding: 0 1rem; pointer-events: none; }
+#note:not(:empty), #undo { display: flex; align-items: center; gap: 1rem; min-height: 2.75rem; max-width: 36rem;
+  padding: .5rem 1.1rem; border-radius: 1rem; background: var(--ink); color: var(--paper); pointer-events: auto; }
+#undo button { font-weight: 700; text-decoration: underline; outline-color: currentColor; }
+dialog { width: min(56rem, calc(100% - 1.5rem)); max-width: none; max-height: calc(100% - 1.5rem); padding: 1rem;
+  border: 0; border-radius: 1.25rem; background: var(--card); color: var(--ink); }
+dialog::backdrop { background: #000b; }
+:is(dialog, #health) h2 { flex: 1; font-size: 1rem; max-height: 2.5em; overflow: hidden; }
+#player form { display: flex; align-items: center; gap: 1rem; margin-bottom: .75rem; }
+#screen > * { width: 100%; max-height: calc(100vh - 8rem); border-radius: .75rem; object-fit: contain; }
+#door { max-width: 26rem; }
+#door form { display: grid; gap: 1rem; padding: .5rem; }
+
+.setup main { gap: 0; max-width: 40rem; width: 100%; margin: 0 auto; }
+.step { display: flex; flex-direction: column; gap: 1rem; padding: 2.5rem 0 1.5rem; min-height: 100vh;
+  min-height: 100svh; }
+.step + .step { border-top: 1px solid var(--line); }
+.trust { counter-increment: trust; }
+.trust::before { content: 'Step ' counter(trust) ' of 4'; }
+.step :is(h1, h2) { font-size: 1.75rem; letter-spacing: -.02em; }
+dt { font-weight: 600; margin-top: .6rem; }
+dd, #empty p { color: var(--soft); }
+.go { margin-top: auto; padding-top: 1rem; display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; }
+.go .button { min-width: 10rem; min-height: 3.25rem; }
+.go a:not(.button) { padding: .7rem 0; }
+.qr svg { width: 12rem; height: 12rem; padding: .5rem; border-radius: .8rem; background: #fff; stroke: none; }
+.print { display: block; margin-top: .4rem; padding: .6rem .8rem; }
+.check { max-width: 100%; height: auto; min-height: 4.5rem; border-radius: 1rem; font-weight: 600; }
+.copy { display: flex; gap: .5rem; margin: .4rem 0; }
+.copy input { flex: 1; min-width: 0; }
+
+@media (min-width: 50rem) {
+  :root { --gap: 2rem; }
+  header .button span { position: static; clip-path: none; }
+  #add { grid-template-columns: 1fr auto auto; align-items: start; }
+  #box { grid-column: 1; }
+  #paste[hidden] + #send { grid-column: 2 / -1; }
+  #filters { position: sticky; top: 0; z-index: 2; flex-direction: row; justify-content: space-between;
+    margin: 0 -.5rem; padding: .6rem .5rem; background: var(--paper); }
+  #states { margin: 0; padding: 3px; }
+  #search { width: 22rem; }
+  #list { border-radius: 1.1rem; background: var(--card); box-shadow: var(--shade); }
+  article { padding: .7rem 1rem; gap: .4rem 1.1rem; align-items: center;
+    grid-template-columns: 2.75rem minmax(0, 1fr) minmax(0, 18rem) 15.5rem; }
+  article[data-status="completed"] { grid-template-columns: 2.75rem minmax(0, 1fr) 0 auto; }
+  article + article, .chunk + .chunk > :first-child { border-top: 1px solid var(--line); }
+  .thumb { width: 2.75rem; height: 3.6rem; }
+  .tools { grid-column: 4; justify-content: flex-end; }
+  .tools, .acts { flex-wrap: nowrap; }
+  [data-status="completed"] .state { grid-area: 2 / 2 / auto / -1; }
+  .many .tools { grid-area: 3 / 2 / auto / -1; align-items: start; }
+  .many .files { flex: 1; }
+  .act:hover { background: var(--tint); color: var(--accent); }
+  .step { min-height: 0; padding: 3rem 0; }
+}
+@media (min-width: 120rem) { html { font-size: 112.5%; } body { max-width: 96rem; } }
+@media (prefers-reduced-motion: no-preference) {
+  .bar::-webkit-progress-value { transition: inline-size .8s linear; }
+  dialog[open], #undo, #note:not(:empty) { animation: arrive .2s ease-out; }
+  @keyframes arrive { from { opacity: 0; transform: translateY(.4rem); } }
+}
+'''
+
+PAGE_JS = r'''
+// What the page says: another language is one table more.
+const TEXT = {
+  name: 'Video inbox', setUp: 'Set up a phone', setUpMore: 'Set up phones and browsers', live: 'Live',
+  lost: 'No connection', free: '{size} free', ytdlp: 'yt-dlp {version}', health: 'Health',
+  attention: 'Needs your attention', add: 'Add links', links: 'Links, one a line', paste: 'Paste', send: 'Add',
+  hint: 'Paste a link, or several, one a line', nothing: 'There is no link in the box yet.',
+  lostText: 'The server does not answer. What you add is kept here and sent when it is back.',
+  outbox: 'Not sent yet', sending: 'Sending', waitsHere: 'Kept here, sent when the server answers', drop: 'Discard',
+  filters: 'Find videos', states: 'Show', search: 'Search', list: 'Videos', all: 'All', queued: 'Waiting',
+  downloading: 'Active', completed: 'Done', failed: 'Failed', page: 'Reading the page',
+  merge: 'Joining picture and sound', file: 'Putting it in place', left: '{time} left', rate: '{size}/s',
+  seconds: '{n} s', minutes: '{n} min', next: 'Next attempt {when}', tried: '{n} failed so far',
+  s3waiting: 'Copy to the bucket: waiting', s3failing: 'Copy to the bucket: {error}', play: 'Play', save: 'Save',
+  copy: 'Copy link', s3: 'Copy bucket link', retry: 'Try again', cancel: 'Cancel', delete: 'Delete', close: 'Close',
+  part: '{n} of {all}', progress: 'Progress of {title}', copied: 'Link copied',
+  copyByHand: 'Copy it from here: {link}', noPlay: 'This browser cannot play it. Save it instead.',
+  deleted: 'Deleted: {title}', deletedMany: '{n} videos deleted', undo: 'Undo', finished: 'Done: {title}',
+  gaveUp: 'Failed: {title}. {why}', empty: 'Nothing here yet',
+  emptyText: 'Links come in here, videos come out, on your own machine.',
+  first1: 'Set up your iPhone: it takes two minutes.', first3: 'Or paste a link into the box above.',
+  first2: 'In TikTok or Instagram tap Share, then Save video.', none: 'Nothing matches',
+  noneText: 'No video fits this search and filter.', showAll: 'Show all videos', key: 'Key', useKey: 'Use this key',
+  keyTitle: 'This server asks for a key', forget: 'Forget the key',
+  keyText: 'It is one of those in VIDEOSERVER_API_KEYS. It stays in this browser.',
+  keyWrong: 'The server does not know this key. Please try another.',
+};
+const ACTIONS = {  // state → what a person can do about it
+  queued: ['cancel', 'delete'], downloading: ['cancel'], completed: ['delete'], failed: ['retry', 'delete'],
+};
+const CHUNK = 20;         // rows drawn and dropped together
+const MOST_ROWS = 200;    // the server's limit for one answer
+const ROW_GUESS = 140;    // pixels, until a chunk has been seen
+const FRAME = 1;          // seconds between two answers: live enough, and light on a Pi
+const PATIENCE = 40000;   // ms: the long poll's 25 s and a slow network
+const ROUND = 30000;      // ms between looks at health and outbox
+const PASSING = [0, 401, 408, 429, 500, 502, 503, 504];  // keep the link, send it later (0: no answer)
+
+const $ = id => document.getElementById(id);
+const say = (name, facts) => TEXT[name].replace(/\{(\w+)\}/g, (_, fact) => facts[fact]);
+const sleep = (ms, signal) => new Promise(done => {
+  setTimeout(done, signal.aborted ? 0 : ms);
+  signal.addEventListener('abort', done);
+});
+
+// ---- what this browser remembers ----
+const recall = (name, other) => JSON.parse(localStorage.getItem('videoserverd.' + name)) ?? other;
+function remember(name, value) {
+  localStorage.setItem('videoserverd.' + name, JSON.stringify(value));
+  return value;
+}
+const clientId = () =>
+  recall('client') ?? remember('client', 'web-' + crypto.getRandomValues(new Uint32Array(3)).join('-'));
+
+// ---- talking to the server ----
+let online = null, locked = false;  // locked: a key is wanted and not known
+
+const keyHeader = () => recall('key') ? {'X-API-Key': recall('key')} : {};
+
+async function api(method, path, body, signal) {
+  const patience = AbortSignal.timeout(PATIENCE);
+  const headers = {...keyHeader(), ...(body && {'Content-Type': 'application/json'})};
+  let response, answer;
+  try {
+    response = await fetch(path, {
+      method, headers, body: body && JSON.stringify(body), cache: 'no-store', keepalive: method === 'DELETE',
+      signal: signal ? AbortSignal.any([signal, patience]) : patience,
+    });
+    answer = await response.json();
+  } catch (error) {
+    if (signal?.aborted) throw error;
+    connected(false);
+    throw Object.assign(Error(TEXT.lostText), {status: 0});
+  }
+  connected(true);
+  if (response.status === 401) askForKey();
+  if (!response.ok) throw Object.assign(Error(answer.message), {status: response.status});
+  return answer;
+}
+function connected(now) {
+  if (now === online) return;
+  const back = now && online === false;
+  online = now;
+  document.body.className = now ? 'live' : 'lost';
+  paintHealth();
+  if (back) makeRound();
+}
+function askForKey() {
+  locked = true;
+  write($('key-text'), recall('key') ? TEXT.keyWrong : TEXT.keyText);
+  if (!$('door').open) $('door').showModal();
+}
+function useKey(key) {
+  remember('key', key);
+  $('key').value = '';
+  $('forget').hidden = !key;
+  locked = false;
+  makeRound().then(refresh);
+}
+
+// ---- health, every half minute; what waits in the outbox gets its chance then, too ----
+let health = {};
+async function makeRound() {
+  if (locked || document.hidden) return;
+  health = await api('GET', 'api/v1/health').catch(() => health);
+  if (online && !('problems' in health)) askForKey();  // the short form is for those without a key
+  paintHealth();
+  if (online) flush();
+}
+function paintHealth() {
+  const {problems: faults = [], free_disk: free, ytdlp_version: version} = health, lost = online === false;
+  const problems = lost ? [TEXT.lostText, ...faults] : faults;
+  const room = free && say('free', {size: size(free)}), ytdlp = version && say('ytdlp', {version});
+  write($('facts'), [TEXT[lost ? 'lost' : 'live'], room, ytdlp].filter(Boolean).join(' · '));
+  $('health').hidden = !problems.length;
+  $('problems').replaceChildren(...problems.map(text => element('li', ...withCommands(text))));
+}
+// `commands` in a sentence are set as code.
+const withCommands = text => text.split('`').map((piece, i) => i % 2 ? element('code', piece) : piece);
+
+// ---- sending links: what is in the outbox has not been answered for yet ----
+let flushing = false;
+const outbox = () => recall('outbox', []);
+function changeOutbox(entries) {
+  remember('outbox', entries);
+  $('outbox').hidden = !entries.length;
+  $('outbox').replaceChildren(...entries.map(entry => element('li',
+    element('span', entry.text, element('small', TEXT[flushing ? 'sending' : 'waitsHere'])),
+    control('cancel', TEXT.drop, () => takeOut(entry.timestamp)))));
+}
+const takeOut = timestamp => changeOutbox(outbox().filter(entry => entry.timestamp !== timestamp));
+
+async function flush() {
+  if (flushing || locked) return;
+  flushing = true;
+  changeOutbox(outbox());
+  try { while (outbox().length) await post(outbox()[0]); } catch { /* the next round tries again */ }
+  flushing = false;
+  changeOutbox(outbox());
+}
+// Always with the timestamp that the entry was made with: the server knows a repeat by it. Throws to try later.
+async function post({text, timestamp}) {
+  const many = text.includes('\n');
+  const body = {[many ? 'text' : 'url']: text, client_id: clientId(), timestamp};
+  try {
+    const answer = await api('POST', many ? 'api/v1/downloads' : 'api/v1/download', body);
+    const refused = (answer.downloads ?? []).filter(row => row.error);
+    if (refused.length) write($('refusal'), refused.map(row => row.error).join('\n'));
+    putIntoBox(refused.map(row => row.url).join('\n'));
+    note(answer.message);
+  } catch (error) {
+    if (error.status) write($('refusal'), error.message);
+    if (PASSING.includes(error.status)) throw error;
+    putIntoBox(text);
+  }
+  takeOut(timestamp);
+  refresh();
+}
+const putIntoBox = text => fill([$('box').value, text].filter(Boolean).join('\n'));
+
+// ---- the list: as tall as everything, drawn only where it is looked at, a chunk of rows at a time ----
+const chunks = [], near = new Set(), nodes = new Map(), doomed = new Set();
+const view = {status: '', q: '', version: 0};
+let wake = new AbortController();
+
+function refresh() {
+  view.version = 0;
+  wake.abort();
+}
+const sight = new IntersectionObserver(entries => {
+  for (const {target, isIntersecting} of entries) isIntersecting ? near.add(target) : leave(target);
+  if ([...near].some(chunk => !chunk.firstChild)) refresh();
+}, {rootMargin: '600px'});
+
+function leave(chunk) {
+  near.delete(chunk);
+  if (!chunk.firstChild || chunk.contains(document.activeElement)) return;
+  chunk.style.setProperty('min-height', chunk.offsetHeight + 'px');
+  chunk.replaceChildren();
+}
+function stretch(total) {
+  const wanted = Math.ceil(total / CHUNK) || 1;
+  for (const chunk of chunks.splice(wanted)) { sight.unobserve(chunk); near.delete(chunk); chunk.remove(); }
+  while (chunks.length < wanted) {
+    const chunk = Object.assign(element('div'), {className: 'chunk'});
+    chunk.style.setProperty('min-height', CHUNK * ROW_GUESS + 'px');
+    chunks.push(chunk);
+    $('list').append(chunk);
+    sight.observe(chunk);
+  }
+}
+// What is in sight, as the server counts it.
+function range() {
+  const seen = [...near].map(chunk => chunks.indexOf(chunk)), first = seen.length ? Math.min(...seen) : 0;
+  const count = seen.length ? Math.max(...seen) - first + 1 : 1;
+  return {offset: first * CHUNK, limit: Math.min(MOST_ROWS, count * CHUNK)};
+}
+async function look() {
+  const place = range(), query = new URLSearchParams(place);
+  for (const name of ['status', 'q']) if (view[name]) query.set(name, view[name]);
+  if (view.version) { query.set('since', view.version); query.set('wait', 25); }
+  const answer = await api('GET', 'api/v1/history?' + query, null, wake.signal);
+  view.version = answer.version;
+  paintList(answer, place.offset);
+  return answer.poll_after || FRAME;
+}
+// Looks for ever; refresh() makes it look at once.
+async function watch() {
+  for (let gap = FRAME, pause; ; await sleep(1000 * pause, wake.signal)) {
+    if (wake.signal.aborted) wake = new AbortController();
+    try {
+      pause = locked || document.hidden ? 3600 : await look();
+      gap = FRAME;
+    } catch {
+      pause = wake.signal.aborted ? 0 : gap;
+      gap = Math.min(2 * gap, 15);
+    }
+  }
+}
+function paintList({downloads, total, counts}, offset) {
+  stretch(total);
+  for (let at = 0; at < Math.max(1, downloads.length); at += CHUNK) {
+    const chunk = chunks[(offset + at) / CHUNK];
+    if (chunk) arrange(chunk, downloads.slice(at, at + CHUNK), offset + at, total);
+  }
+  for (const [id, node] of nodes) if (!node.isConnected) nodes.delete(id);
+  $('list').ariaBusy = 'false';
+  $('list').hidden = !total;
+  paintStates(counts);
+  paintEmpty(!total);
+}
+// Rows are moved and repainted, never rebuilt: focus and the reader's place stay.
+function arrange(chunk, rows, offset, total) {
+  const wanted = rows.map(row => nodes.get(row.download_id) ?? newRow(row));
+  for (const node of [...chunk.children]) if (!wanted.includes(node)) node.remove();
+  wanted.forEach((node, i) => {
+    if (chunk.children[i] !== node) chunk.insertBefore(node, chunk.children[i] ?? null);
+    Object.assign(node, {ariaPosInSet: String(offset + i + 1), ariaSetSize: String(total)});
+    paintRow(node, rows[i]);
+  });
+  chunk.style.removeProperty('min-height');
+}
+function newRow(row) {
+  const node = $('row').content.firstElementChild.cloneNode(true);
+  part(node, 'title').id = 't-' + row.download_id;
+  node.setAttribute('aria-labelledby', 't-' + row.download_id);
+  part(node, 'acts').append(...['s3', 'retry', 'cancel', 'delete'].map(name => control(name)));
+  nodes.set(row.download_id, node);
+  return node;
+}
+
+const part = (node, name) => node.querySelector('.' + name);
+const heading = row => row.title || row.filename || row.url.replace(/^https?:\/\/(www\.)?/, '');
+
+function paintRow(node, row) {
+  if (node.row && node.row.status !== row.status) announce(row);
+  node.row = row;
+  node.hidden = doomed.has(row.download_id);
+  node.dataset.status = row.status;
+  const time = row.completed_at ?? row.created_at;
+  write(part(node, 'title'), heading(row));
+  write(part(node, 'site'), row.site);
+  part(node, 'site').href = row.url;
+  write(part(node, 'size'), row.file_size ? size(row.file_size) : '');
+  write(part(node, 'when'), ago(time));
+  part(node, 'when').title = new Date(1000 * time).toLocaleString();
+  paintProgress(node, row);
+  paintPicture(part(node, 'thumb'), row.thumbnail);
+  paintFiles(node, row);
+  const can = [...ACTIONS[row.status], row.next_attempt_at && 'retry', row.s3?.state === 'stored' && 's3'];
+  for (const button of part(node, 'acts').children) button.hidden = !can.includes(button.dataset.act);
+  for (const button of node.querySelectorAll('.act')) button.ariaLabel = label(button.dataset, row);
+}
+function label({act, file}, row) {
+  const which = file && row.files.length > 1 ? say('part', {n: +file + 1, all: row.files.length}) + ' ' : '';
+  return `${TEXT[act]}: ${which}${heading(row)}`;
+}
+function paintProgress(node, row) {
+  const bar = part(node, 'bar'), s3 = row.s3?.state;
+  Object.assign(bar, {hidden: row.status !== 'downloading', value: row.progress});
+  bar.ariaLabel = say('progress', {title: heading(row)});
+  write(part(node, 'word'), words(row).map(text => text.replaceAll(' ', '\u00a0')).join(' · '));
+  const reasons = [row.error_message, TEXT['s3' + s3] && say('s3' + s3, row.s3)];
+  write(part(node, 'reason'), reasons.filter(Boolean).join(' '));
+}
+function words(row) {
+  const {next_attempt_at: next, retry_count: n, speed, eta} = row;
+  if (next) return [say('next', {when: ago(next)}), say('tried', {n})];
+  if (row.status !== 'downloading') return [TEXT[row.status]];
+  const rate = speed && say('rate', {size: size(speed)}), left = eta && say('left', {time: duration(eta)});
+  return [TEXT[row.phase], row.progress + ' %', rate, left].filter(Boolean);
+}
+// Fetched, not linked: the key travels as a header.
+async function paintPicture(frame, path) {
+  if (!path || frame.dataset.path === path) return;
+  frame.dataset.path = path;
+  const answer = await fetch(path, {headers: keyHeader()}).catch(() => null);
+  if (!answer?.ok) return;
+  const picture = Object.assign(new Image(), {alt: '', src: URL.createObjectURL(await answer.blob())});
+  picture.onload = () => { URL.revokeObjectURL(picture.src); frame.append(picture); };
+}
+function paintFiles(node, row) {
+  const list = part(node, 'files'), files = row.files ?? [];
+  node.classList.toggle('many', files.length > 1);
+  while (list.children.length > files.length) list.lastChild.remove();
+  while (list.children.length < files.length) list.append(fileLine(list.children.length));
+  files.forEach((file, i) => {
+    write(part(list.children[i], 'name'), `${say('part', {n: i + 1, all: files.length})} · ${size(file.size)}`);
+    part(list.children[i], 'save').href = file.path;
+  });
+}
+function fileLine(index) {
+  const buttons = ['play', 'save', 'copy'].map(name => control(name));
+  for (const button of buttons) button.dataset.file = index;
+  return element('li', Object.assign(element('span'), {className: 'name'}), ...buttons);
+}
+
+function announce(row) {
+  const news = {completed: 'finished', failed: 'gaveUp'}[row.status];
+  if (news) note(say(news, {title: heading(row), why: row.error_message}));
+}
+function paintStates(counts) {
+  const all = Object.values(counts).reduce((sum, n) => sum + n), busy = counts.queued + counts.downloading;
+  document.title = (busy ? `(${busy}) ` : '') + TEXT.name;
+  $('filters').hidden = !all;
+  for (const button of $('states').children) {
+    write(button.lastChild, String(button.value ? counts[button.value] : all));
+    button.ariaPressed = String(button.value === view.status);
+  }
+}
+function paintEmpty(empty) {
+  const narrowed = Boolean(view.status || view.q);
+  $('empty').hidden = !empty;
+  $('first-steps').hidden = $('first-link').hidden = narrowed;
+  $('show-all').hidden = !narrowed;
+  write($('empty-title'), narrowed ? TEXT.none : TEXT.empty);
+  write($('empty-text'), narrowed ? TEXT.noneText : TEXT.emptyText);
+}
+function narrow(change) {
+  Object.assign(view, change);
+  scrollTo({top: Math.min(scrollY, $('add').offsetTop)});
+  refresh();
+}
+
+// ---- what can be done with a row ----
+const DO = {
+  play: (row, file) => play(heading(row), file),
+  copy: (row, file) => copy(file.url),
+  s3: row => copy(bucketLink(row.download_id)),
+  retry: row => order('POST', row.download_id + '/retry'),
+  cancel: row => order('POST', row.download_id + '/cancel'),
+  delete: doom,
+};
+const order = (method, path) =>
+  api(method, 'api/v1/download/' + path).catch(error => note(error.message)).finally(refresh);
+const bucketLink = id =>
+  api('GET', `getVideoDownloadPublicURL?videoDownloadUUID=${id}&URLTypeEnum=S3`).then(answer => answer.publicURL);
+
+function play(title, file) {
+  const kind = {audio: 'audio', image: 'img'}[file.type.split('/')[0]] ?? 'video';
+  const media = Object.assign(element(kind), {src: file.path, controls: true, autoplay: true, playsInline: true});
+  media.onerror = () => $('screen').replaceChildren(element('p', TEXT.noPlay));
+  write($('player-title'), title);
+  $('screen').replaceChildren(media);
+  $('player').showModal();
+}
+// The clipboard is asked at once and told later: Safari allows it only within the tap.
+async function copy(link) {
+  try {
+    const blob = Promise.resolve(link).then(text => new Blob([text], {type: 'text/plain'}));
+    await navigator.clipboard.write([new ClipboardItem({'text/plain': blob})]);
+    note(TEXT.copied);
+  } catch {
+    note(say('copyByHand', {link: await link}));
+  }
+}
+let undoTimer;
+function doom(row, file, byKeyboard) {
+  doomed.add(row.download_id);
+  nodes.get(row.download_id).hidden = true;
+  write($('undo-text'), say(doomed.size > 1 ? 'deletedMany' : 'deleted', {n: doomed.size, title: heading(row)}));
+  $('undo').hidden = false;
+  if (byKeyboard) $('undo-button').focus();
+  clearTimeout(undoTimer);
+  undoTimer = setTimeout(bury, 7000);
+}
+function undo() {
+  clearTimeout(undoTimer);
+  $('undo').hidden = true;
+  for (const id of doomed) if (nodes.has(id)) nodes.get(id).hidden = false;
+  doomed.clear();
+}
+async function bury() {
+  const ids = [...doomed];
+  $('undo').hidden = true;
+  await Promise.all(ids.map(id => order('DELETE', id)));
+  for (const id of ids) doomed.delete(id);
+}
+
+// ---- small tools ----
+function element(name, ...children) {
+  const node = document.createElement(name);
+  node.append(...children);
+  return node;
+}
+function write(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+function control(name, text = TEXT[name], onclick = null) {
+  const [svg, use] = ['svg', 'use'].map(tag => document.createElementNS('http://www.w3.org/2000/svg', tag));
+  use.setAttribute('href', '#i-' + name);
+  svg.append(use);
+  const node = element(name === 'save' ? 'a' : 'button', svg, element('span', text));
+  Object.assign(node, {className: 'act ' + name, title: text, ariaLabel: text, onclick, download: ''});
+  node.dataset.act = name;
+  return node;
+}
+let noteTimer;
+function note(text) {
+  write($('note'), text);
+  clearTimeout(noteTimer);
+  noteTimer = setTimeout(() => write($('note'), ''), 6000);
+}
+function size(bytes) {
+  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, bytes)) / 10)), number = bytes / 1024 ** power;
+  return `${number.toFixed(power && number < 100 ? 1 : 0)} ${['bytes', 'KB', 'MB', 'GB', 'TB'][power]}`;
+}
+const duration = eta => eta < 60 ? say('seconds', {n: Math.ceil(eta)}) : say('minutes', {n: Math.ceil(eta / 60)});
+const UNITS = [['second', 1, 60], ['minute', 60, 3600], ['hour', 3600, 86400], ['day', 86400, 604800]];
+function ago(time) {
+  const away = time - Date.now() / 1000;
+  const unit = UNITS.find(([, , end]) => Math.abs(away) < end);
+  if (!unit) return new Date(1000 * time).toLocaleDateString(undefined, {dateStyle: 'medium'});
+  const format = new Intl.RelativeTimeFormat(document.documentElement.lang, {numeric: 'auto', style: 'short'});
+  return format.format(Math.round(away / unit[1]), unit[0]);
+}
+function fill(text) {
+  $('box').value = remember('draft', text);
+  $('box').rows = Math.min(8, text.split('\n').length);  // for browsers without field-sizing
+}
+
+// ---- the start ----
+function speak() {
+  const all = name => document.querySelectorAll(`[data-${name}]`);
+  for (const node of all('text')) node.textContent = TEXT[node.dataset.text];
+  for (const node of all('label')) node.ariaLabel = TEXT[node.dataset.label];
+  for (const node of all('hint')) node.placeholder = TEXT[node.dataset.hint];
+  for (const status of ['', 'queued', 'downloading', 'completed', 'failed']) {
+    const button = element('button', TEXT[status || 'all'], element('b'));
+    $('states').append(Object.assign(button, {type: 'button', value: status, onclick: () => narrow({status})}));
+  }
+}
+// A link that came with the address only fills the box; a person sends it.
+function prefill() {
+  const shared = new URLSearchParams(location.search);
+  const text = [shared.get('url'), shared.get('text')].filter(Boolean).join('\n') || shared.get('title');
+  fill(text || recall('draft', ''));
+  if (!text) return;
+  history.replaceState(null, '', location.pathname);
+  $('send').focus();
+}
+function submit(event) {
+  event.preventDefault();
+  const text = $('box').value.split('\n').map(line => line.trim()).filter(Boolean).join('\n');
+  write($('refusal'), text ? '' : TEXT.nothing);
+  if (!text) return;
+  fill('');
+  changeOutbox([...outbox(), {text, timestamp: Date.now()}]);
+  flush();
+}
+async function paste() {
+  putIntoBox((await navigator.clipboard.readText().catch(() => '')).trim());
+  $($('box').value ? 'send' : 'box').focus();
+}
+function typed(event) {
+  const plain = event.key === 'Enter' && !event.shiftKey && !event.isComposing;
+  if (plain && (event.ctrlKey || event.metaKey || !$('box').value.includes('\n'))) submit(event);
+}
+let typing;
+function search() {  // once the typing pauses
+  clearTimeout(typing);
+  typing = setTimeout(() => narrow({q: $('search').value.trim()}), 250);
+}
+async function tap(event) {
+  const node = event.target.closest('article'), target = event.target.closest('[data-act], .thumb');
+  const file = node?.row.files?.[target?.dataset.file ?? 0];
+  const action = DO[target?.dataset.act ?? (target && file && 'play')];
+  if (!action) return;
+  if (event.detail === 0 && !file) node.focus();  // by keyboard, and the button may go
+  await action(node.row, file, event.detail === 0);
+}
+function listen() {
+  const on = (id, event, action) => $(id).addEventListener(event, action);
+  on('add', 'submit', submit);
+  on('box', 'input', () => fill($('box').value));
+  on('box', 'keydown', typed);
+  $('paste').hidden = !navigator.clipboard?.readText;
+  on('paste', 'click', paste);
+  on('filters', 'submit', event => event.preventDefault());
+  on('search', 'input', search);
+  on('show-all', 'click', () => { $('search').value = ''; narrow({status: '', q: ''}); });
+  on('list', 'click', tap);
+  on('undo-button', 'click', undo);
+  on('player', 'close', () => $('screen').replaceChildren());
+  on('key-form', 'submit', () => useKey($('key').value.trim()));
+  on('door', 'close', () => { if (locked) askForKey(); });
+  on('forget', 'click', () => useKey(''));
+  $('forget').hidden = !recall('key');
+  addEventListener('pagehide', bury);
+  addEventListener('online', refresh);
+  document.addEventListener('visibilitychange', () => { wake.abort(); makeRound(); });
+  setInterval(makeRound, ROUND);
+  setInterval(() => nodes.forEach(node => paintRow(node, node.row)), 20000);  // times grow older
+}
+
+speak();
+prefill();
+listen();
+changeOutbox(outbox());
+await makeRound();
+watch();
+'''
+
+# {{NAME}} is a fact, escaped; <!--name-->…<!--/name--> stays only where that fact is not empty.
+SETUP_HTML = r'''<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<title>Set up a phone</title>
+<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<link rel="icon" href="icon.svg" type="image/svg+xml">
+<link rel="stylesheet" href="page.css">
+<script type="module" src="setup.js"></script>
+</head>
+<body class="setup">
+<main>
+<section class="step">
+  <img class="mark" src="icon.svg" alt="" width="72" height="72">
+  <h1>Save videos from your iPhone</h1>
+  <p>The phone gets a <i>Save video</i> button in its share sheet that sends links to <b>{{HOST}}</b>. It takes two
+    minutes, in Safari, at home in your Wi-Fi.</p>
+  <!--qr_svg--><div class="desk"><p>On a computer now? Point the phone's camera at this, or type
+    <b>{{SETUP_URL}}</b></p>
+    <div class="qr" role="img" aria-label="QR code of this page">{{QR_SVG}}</div></div><!--/qr_svg-->
+  <p class="go"><!--fingerprint--><a class="button" href="#get">Start</a><!--/fingerprint-->
+    <!--secure--><a href="#shortcut">On to the Shortcut</a><!--/secure--></p>
+</section>
+<!--fingerprint-->
+<section class="step trust" id="get">
+  <h2>Download the profile</h2>
+  <ol><li>Tap the button below, in Safari.</li>
+    <li>Safari says that the site wants to download a configuration profile: <b>Allow</b>, then <b>Close</b>.</li></ol>
+  <p class="hint">It holds one certificate. That can vouch only for private addresses and for this machine's own
+    names, never for another website.</p>
+  <p class="go"><a class="button" href="ca.mobileconfig">Download the profile</a> <a href="#install">Next</a></p>
+</section>
+
+<section class="step trust" id="install">
+  <h2>Install it</h2>
+  <ol><li>Open <b>Settings</b> and tap <b>Profile Downloaded</b>, near the top. Not there? <b>General</b> → <b>VPN &amp;
+      Device Management</b>.</li>
+    <li>Tap <b>More Details</b>, then the certificate. Its SHA-256 fingerprint has to be the one that the server
+      printed on its console:<code class="print">{{FINGERPRINT}}</code></li>
+    <li>Go back, tap <b>Install</b>, enter the passcode, tap <b>Install</b> until it says <b>Done</b>.</li></ol>
+  <p class="hint">A profile that is not installed within 8 minutes vanishes: then download it again.</p>
+  <p class="go"><a class="button" href="#trust">Next</a></p>
+</section>
+
+<section class="step trust" id="trust">
+  <h2>Switch the trust on</h2>
+  <p>This is the step that is forgotten most.</p>
+  <ol><li><b>Settings</b> → <b>General</b> → <b>About</b> → at the very bottom <b>Certificate Trust Settings</b>.</li>
+    <li>Switch on the one that names <b>{{HOST}}</b>, and tap <b>Continue</b>.</li></ol>
+  <p class="go"><a class="button" href="#check">Next</a></p>
+</section>
+
+<section class="step trust" id="check">
+  <h2>Check it</h2>
+  <p><img class="check" src="{{CHECK_ORIGIN}}setup/check.svg" width="320" height="72" alt="Not trusted yet"></p>
+  <p>A green sign has to stand above. If not: is the switch of step 3 on? Is it not even listed there? Then step 2 is
+    missing. Is it on? Then the server does not run.</p>
+  <!--plain--><p class="go"><a class="button" href="{{BASE_URL}}/setup#shortcut">On to the Shortcut</a>
+    <a href="setup#check">Check again</a></p><!--/plain-->
+  <!--secure--><p>Did Safari warn you of this page, and did you tap <b>visit this website</b>? Then step 2 or 3 is still
+    missing, whatever the sign says: other apps do not take that exception.</p>
+  <p class="go"><a class="button" href="#shortcut">On to the Shortcut</a></p><!--/secure-->
+  <p class="hint">Addresses of the server: {{BASE_URL}} {{ADDRESSES}}</p>
+</section>
+<!--/fingerprint--><!--secure-->
+<section class="step" id="shortcut">
+  <h2>Make the Shortcut</h2>
+  <ol><li>Open the app <b>Shortcuts</b> and tap <b>+</b>.</li>
+    <li>Tap the name at the top → <b>Rename</b>: <b>Save video</b>.</li>
+    <li>Tap <b>ⓘ</b>, switch on <b>Show in Share Sheet</b>, tap <b>Done</b>.</li>
+    <li>In <b>Receive … from Share Sheet</b> tap the kinds, then <b>Clear</b>, and choose <b>URLs</b> and <b>Text</b>.
+      <b>If there's no input</b>: <b>Get Clipboard</b>.</li></ol>
+  <p class="go"><a class="button" href="#send">Next: the simple form</a>
+    <a href="#careful">Or the careful one, which keeps links while you are away</a></p>
+</section>
+
+<section class="step" id="send">
+  <h2>Make it send</h2>
+  <ol><li>Add the action <b>Get Contents of URL</b> with this address:
+      <span class="copy"><input id="one" readonly value="{{BASE_URL}}/api/v1/download" aria-label="Address">
+        <button class="button quiet" data-copy="one" hidden>Copy</button></span></li>
+    <li>Open it with <b>›</b>. <b>Method</b>: <b>POST</b>. <b>Request Body</b>: <b>JSON</b>, with two fields of the kind
+      Text: <b>url</b>: <b>Shortcut Input</b>, and <b>client_id</b>: a name for this phone.</li>
+    <!--has_keys--><li><b>Headers</b>: add this one. Its value is your key.
+      <span class="copy"><input id="header" readonly value="X-API-Key" aria-label="Name of the header">
+        <button class="button quiet" data-copy="header" hidden>Copy</button></span>
+      <button id="copy-key" class="button quiet" hidden>Copy the key of this browser</button></li><!--/has_keys-->
+    <li>Add <b>Get Dictionary Value</b>: <b>Value</b> for <b>message</b> in <b>Contents of URL</b>.</li>
+    <li>Add <b>Show Notification</b>: <b>Dictionary Value</b>. Tap <b>Done</b>.</li></ol>
+  <p>Now share a video: <b>Share</b> → <b>More</b> → <b>Save video</b>. The first time, tap <b>Always Allow</b>.</p>
+  <p class="go"><a class="button" href="#answers">What it answers</a></p>
+</section>
+
+<section class="step" id="answers">
+  <h2>What it answers</h2>
+  <dl><dt>“… queued …”</dt><dd>The link is stored, and will be downloaded whatever happens to the server.</dd>
+    <dt>“… paused …”</dt><dd>Stored as well. The server says what it waits for, such as disk space.</dd>
+    <dt>Any other sentence</dt><dd>The link was not taken, and why: no link in it, a site that is not allowed, a
+      missing key.</dd>
+    <dt>An error of Shortcuts</dt><dd>The phone did not reach the server. Another network? Is step 3 missing? The
+      careful form has kept the link.</dd></dl>
+  <p class="go"><a class="button" href="./">To the videos</a> <a href="#careful">The careful form</a></p>
+</section>
+
+<section class="step" id="careful">
+  <h2>The careful form: no link is lost</h2>
+  <p>It writes each link to a file in iCloud Drive first, and takes it out after the server's answer. Its actions:</p>
+  <ol><li><b>If</b> <b>Shortcut Input</b> <b>has any value</b>: <b>Append to Text File</b>, Shortcut Input to
+      <b>videos.txt</b>, <b>Make New Line</b> on. <b>End If</b>. At the top, <b>If there's no input</b> is
+      <b>Continue</b>.</li>
+    <li><b>Get File from Folder</b> Shortcuts: <b>videos.txt</b>, <b>Error If Not Found</b> off. <b>Get Text from
+      Input</b>.</li>
+    <li><b>If</b> <b>Text</b> <b>contains</b> <b>http</b>. All that follows goes inside.</li>
+    <li><b>Get Contents of URL</b>: POST, JSON with the Text fields <b>text</b>: <b>Text</b>, and
+      <b>client_id</b>: a name for this phone<!--has_keys-->; the header <b>X-API-Key</b> with your key<!--/has_keys-->.
+      <span class="copy"><input id="many" readonly value="{{BASE_URL}}/api/v1/downloads" aria-label="Address for many">
+        <button class="button quiet" data-copy="many" hidden>Copy</button></span></li>
+    <li><b>Get Dictionary Value</b> for <b>downloads</b>. <b>If</b> it <b>has any value</b>: <b>Get Dictionary Value</b>
+      for <b>keep</b> in <b>Contents of URL</b>; <b>Text</b>: that value and an empty line; <b>Save File</b> to
+      Shortcuts: <b>videos.txt</b>, <b>Ask Where to Save</b> off, <b>Overwrite If File Exists</b> on; <b>End If</b></li>
+    <li><b>Get Dictionary Value</b> for <b>message</b> in <b>Contents of URL</b>. <b>Show Notification</b>.
+      <b>End If</b>.</li></ol>
+  <p class="hint"><b>keep</b> has the links to send again, one a line; it is empty when all have been answered for.</p>
+  <p class="go"><a class="button" href="#home">Send them on arriving home</a></p>
+</section>
+
+<section class="step" id="home">
+  <h2>Send them on arriving home</h2>
+  <ol><li><b>Shortcuts</b> → <b>Automation</b> → <b>+</b> → <b>Wi-Fi</b>: choose your network. (Or <b>Arrive</b>: choose
+      your home.)</li>
+    <li><b>Run Immediately</b>, <b>Next</b>, and choose <b>Save video</b>.</li></ol>
+  <p class="go"><a class="button" href="#others">Other devices</a></p>
+</section>
+
+<section class="step" id="others">
+  <h2>Other devices</h2>
+  <p><b>A browser on a desk:</b> drag this into its bookmarks bar. A click on it brings the page you are on here.</p>
+  <p><a id="bookmarklet" class="button quiet"
+    href="javascript:void(open('{{BASE_URL}}/?url='+encodeURIComponent(location.href)))">Save video</a></p>
+  <p><b>Android:</b> <!--fingerprint-->install <a href="ca.crt">the certificate</a> (Settings → Security → Install a
+    certificate → CA certificate), <!--/fingerprint-->open {{BASE_URL}} in Chrome, menu → <b>Add to Home screen</b>:
+    then it is in the share sheet.</p>
+  <!--fingerprint--><p><b>Macs and PCs:</b> open <a href="ca.crt">the certificate</a> and have it trusted for
+    websites.</p><!--/fingerprint-->
+  <p class="go"><a class="button" href="#remove">How to remove it all</a></p>
+</section>
+<!--/secure-->
+<section class="step" id="remove">
+  <h2>How to remove it all</h2>
+  <ol><li>The trust: <b>Settings</b> → <b>General</b> → <b>VPN &amp; Device Management</b> → the profile that names
+      <b>{{HOST}}</b> → <b>Remove Profile</b>.</li>
+    <li>The Shortcut: hold <b>Save video</b> in <b>Shortcuts</b>, tap <b>Delete</b>; likewise the automation.</li>
+    <li>The careful form's list: <b>videos.txt</b> in <b>Files</b> → iCloud Drive → Shortcuts.</li></ol>
+  <!--secure--><p class="go"><a class="button" href="./">To the videos</a></p><!--/secure-->
+</section>
+</main>
+</body>
+</html>
+'''
+
+SETUP_JS = r'''
+// Copy buttons; without JavaScript the fields are marked and copied by hand.
+async function copy(button, text) {
+  await navigator.clipboard.writeText(text);
+  button.append(' ✓');
+  setTimeout(() => button.lastChild.remove(), 2000);
+}
+for (const button of document.querySelectorAll('[data-copy]')) {
+  const field = document.getElementById(button.dataset.copy);
+  button.hidden = !navigator.clipboard;
+  button.ariaLabel = 'Copy: ' + field.ariaLabel;
+  button.onclick = () => copy(button, field.value);
+}
+const key = JSON.parse(localStorage.getItem('videoserverd.key')), keyButton = document.getElementById('copy-key');
+if (key && keyButton) {
+  keyButton.hidden = false;
+  keyButton.onclick = () => copy(keyButton, key);
+}
+document.getElementById('bookmarklet')?.addEventListener('click', event => event.preventDefault());  // to be dragged
+'''
+
+
+def fact_as_html(name: str, facts: Dict[str, str]) -> str:
+    """A fact as text for the page; only qrencode's picture is markup."""
+    import html
+    return facts[name] if name == 'qr_svg' else html.escape(facts[name])
+
+
+def setup_page(facts: Dict[str, str]) -> str:
+    """The set-up page for `facts`: base_url, addresses (further ones), fingerprint ('' where the certificate is
+    the owner's own), host, has_keys, qr_svg (markup from qrencode), secure ('' over plain HTTP: no Shortcut then)."""
+    secure, base = facts['secure'], facts['base_url']
+    facts = {**facts, 'plain': '' if secure else 'yes', 'setup_url': f'{base}/setup',
+             'check_origin': '' if secure else f'{base}/', 'qr_svg': facts['qr_svg'] if secure else ''}
+    page = SETUP_HTML
+    for name, fact in facts.items():
+        page = re.sub(f'<!--{name}-->(.*?)<!--/{name}-->', r'\1' if fact else '', page, flags=re.S)
+    return re.sub(r'{{(\w+)}}', lambda mark: fact_as_html(mark[1].lower(), facts), page)
+
+
+# What http serves as it is; the set-up page is made anew for each request.
+ASSETS = {
+    '/': ('text/html; charset=utf-8', PAGE_HTML),
+    '/page.css': ('text/css; charset=utf-8', PAGE_CSS),
+    '/page.js': ('text/javascript; charset=utf-8', PAGE_JS),
+    '/setup.js': ('text/javascript; charset=utf-8', SETUP_JS),
+    '/setup/check.svg': ('image/svg+xml', CHECK_SVG),
+    '/manifest.webmanifest': ('application/manifest+json', MANIFEST),
+    '/icon.svg': ('image/svg+xml', ICON_SVG),
+    '/icon-maskable.svg': ('image/svg+xml', ICON_MASKABLE_SVG),
+}
+PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.svg')  # what the `phone` command serves of them
+
+# ---------- daemon ------------------------------------------------------------------------
+# Owns the wiring: order of start and stop, signals, what pauses the queue, health, daily care,
+# sd_notify, re-execution. No lock: main waits on the pipe `_wishes`. Called by commands only; its
+# thread `care` does everything that is due hourly or daily.
+
+INSTALLED = Path('/opt/videoserver/videoserverd.py')  # where install.sh puts this file
+MARKER = '.videoserverd'  # in the output folder: an unplugged disk leaves an empty folder without it
+CARE_SECONDS = 60.0       # between looks at what is due
+DRAIN_SECONDS = 5.0       # for requests under way when the server stops
+ALONE = ('-I', '-S')      # Python's options: no environment, no site-packages, 4 MB less
+INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': descriptors kept across a re-execution
+OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STALE_SECONDS = 120.0     # a thread that has not come round for this long is stuck
+CERTIFICATE_WARNING_DAYS = 14
+
+
+class EscapingFormatter(logging.Formatter):
+    """One line a record, whatever a client has sent: control characters are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = record.getMessage()
+        record.message = message if message.isprintable() else ''.join(
+            c if c.isprintable() else repr(c)[1:-1] for c in message)
+        record.asctime = self.formatTime(record, self.datefmt)
+        text = self.formatMessage(record)
+        if record.exc_info:
+            text += '\n    ' + self.formatException(record.exc_info).replace('\n', '\n    ')
+        return text
+
+
+class LogFile(logging.FileHandler):
+    """A log that is moved aside when it is full, `copies` of it kept. The one of logging.handlers brings
+    pickle along: 0.6 MB for good."""
+
+    def __init__(self, file: Path, limit: int, copies: int):
+        super().__init__(file, encoding='utf-8', errors='backslashreplace')
+        self.limit, self.copies = limit, copies
+
+    def _open(self) -> Any:
+        """Private to us: it tells who shared which link."""
+        fd = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return open(fd, 'a', encoding=self.encoding, errors=self.errors)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            super().emit(record)
+            if self.stream and 0 < self.limit <= self.stream.tell():
+                self._move_aside()
+        except (OSError, ValueError):
+            self.handleError(record)
+
+    def _move_aside(self) -> None:
+        """server.log becomes server.log.1 and so on; the next record opens a new one. Raises OSError."""
+        full, self.stream = self.stream, None
+        full.close()
+        names = [self.baseFilename, *(f'{self.baseFilename}.{number}' for number in range(1, self.copies + 1))]
+        for newer, older in reversed(list(zip(names, names[1:]))):
+            with suppress(FileNotFoundError):
+                os.replace(newer, older)
+        if not self.copies:
+            os.unlink(self.baseFilename)
+
+
+def set_up_logging(config: Config) -> None:
+    """Into the file, and to stderr when systemd or a terminal (or nothing else) takes it."""
+    logging.raiseExceptions = False  # a full disk must not turn each request into a traceback
+    log.setLevel(config.logging.level)
+    log.propagate = False
+    log.handlers.clear()
+    handlers: List[logging.Handler] = []
+    if config.logging.file:
+        try:
+            config.logging.file.parent.mkdir(parents=True, exist_ok=True)
+            handlers.append(LogFile(config.logging.file, config.logging.max_size, config.logging.backup_count))
+        except OSError as error:
+            print(f'{config.logging.file}: cannot be written ({error.strerror}); logging to stderr', file=sys.stderr)
+    if not handlers or sys.stderr.isatty() or 'INVOCATION_ID' in os.environ:
+        handlers.append(logging.StreamHandler())
+    when = '' if 'INVOCATION_ID' in os.environ else '%(asctime)s '  # the journal has its own clock
+    for handler in handlers:
+        handler.setFormatter(EscapingFormatter(f'{when}%(levelname)s %(message)s'))
+        log.addHandler(handler)
+
+
+def sd_notify(text: str) -> None:
+    """Tell systemd (sd_notify(3)); nothing where it did not start us."""
+    address = os.environ.get('NOTIFY_SOCKET', '')
+    if not address:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect('\0' + address[1:] if address[0] == '@' else address)
+            sock.send(text.encode())
+        except OSError as error:
+            log.warning('systemd cannot be told: %s', error)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises Trouble."""
+    family = socket.AF_INET6 if ':' in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind((host, port))
+        sock.listen(128)
+    except OSError as error:
+        sock.close()
+        raise Trouble(f'port {port} on {host}: {error.strerror}; stop what uses it or set [server] port.') from None
+    return sock
+
+
+def user_name() -> str:
+    """Whose process this is."""
+    return os.environ.get('USER') or str(os.getuid())
+
+
+def usable_output(config: Config, make: bool = True) -> Optional[str]:
+    """Why nothing can be put into the output folder, None if it can be. A folder that is new to this
+    database is made and marked (unless not `make`); one that has lost its mark is a disk that is not there."""
+    folder, known = config.downloads.output_directory, Path(f'{config.database.path}.output')
+    try:
+        expected = known.read_text() == str(folder) if known.exists() else False
+        if expected and not (folder / MARKER).exists():
+            return (f'The output folder {folder} is not what it was: is its disk plugged in? '
+                    f'Mend: mount it, or, to begin anew: `mkdir -p {folder} && touch {folder / MARKER}`')
+        if not expected and make:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / MARKER).touch()
+            write_whole(known, str(folder))
+        if make:
+            (folder / '.incomplete').mkdir(exist_ok=True)
+    except OSError as error:
+        return f'The output folder {folder} cannot be used ({error.strerror}). Mend: `ls -ld {folder}`'
+    if not os.access(folder, os.W_OK | os.X_OK) or not os.access(folder / '.incomplete', os.W_OK | os.X_OK):
+        return f'The output folder {folder} is read-only for this user. Mend: `sudo chown {user_name()} {folder}`'
+    return None
+
+
+def program(config: Config) -> str:
+    """The command line that runs this program, to be shown."""
+    if PROGRAM == INSTALLED:
+        return 'sudo videoserverd'
+    return shlex.join(['python3', str(PROGRAM), *(['--config', str(config.file)] if config.file else [])])
+
+
+def known_hosts(config: Config) -> frozenset:
+    """All names and addresses by which a Host header may call us."""
+    base = urlsplit(config.server.public_base_url or '').hostname
+    names = (*host_names(config), *host_addresses(), *config.server.names, 'localhost', '127.0.0.1', '::1', base or '')
+    return frozenset(name.lower().rstrip('.') for name in names if name)
+
+
+def ca_assets(config: Config) -> Dict[str, Any]:
+    """The CA as the iPhone and as others take it, where it is ours."""
+    if not config.server.tls or not config.server.ca_file.exists():
+        return {}
+    return {'/ca.mobileconfig': ('application/x-apple-aspen-config', lambda: mobileconfig(config)),
+            '/ca.crt': ('application/x-x509-ca-cert', lambda: ca_der(config))}
+
+
+@functools.lru_cache(maxsize=4)  # anybody may ask for the set-up page
+def qr_code(text: str, kind: str) -> str:
+    """A QR code by qrencode, SVG or ANSIUTF8; '' where it is not installed."""
+    try:
+        return subprocess.run(['qrencode', '-t', kind, '-m', '2', '-o', '-', text], stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=10, check=True).stdout.decode()
+    except (OSError, subprocess.SubprocessError):
+        return ''
+
+
+def setup_facts(config: Config, port: int, secure: bool) -> Dict[str, str]:
+    """What the set-up page is filled in with."""
+    base, ours = public_base(config, port), bool(ca_assets(config))
+    addresses = [f'https://{f"[{ip}]" if ":" in ip else ip}:{port}' for ip in host_addresses()
+                 if not ipaddress.ip_address(ip).is_loopback]
+    return {'base_url': base, 'addresses': ' '.join(addresses), 'fingerprint': ca_fingerprint(config) if ours else '',
+            'qr_svg': re.sub(r'^.*?(?=<svg)', '', qr_code(f'{base}/setup', 'SVG'), flags=re.S),
+            'host': socket.gethostname().split('.')[0], 'has_keys': 'yes' if config.api_keys else '',
+            'secure': 'yes' if secure else ''}
+
+
+def welcome(config: Config, port: int, ytdlp: Optional[str]) -> str:
+    """One screen: where it listens, what to open on the phone."""
+    base = public_base(config, port)
+    rows = [f'videoserverd {VERSION} is running.', '',
+            f'  page      {base}/',
+            f'  iPhone    {base}/setup   (first time: {program(config)} phone)',
+            f'  videos    {config.downloads.output_directory}',
+            f'  links     {config.database.path}',
+            f'  yt-dlp    {ytdlp or "being fetched; links are taken meanwhile"}']
+    if sys.stdout.isatty() and ca_assets(config):  # for whoever sits there; hashing costs 0.6 MB for good
+        rows.append(f'  CA        SHA-256 {ca_fingerprint(config)}')
+    return '\n'.join([*rows, '', 'Ctrl-C stops it; nothing is lost.'])
+
+
+def free_output(config: Config) -> Optional[int]:
+    """Bytes free for videos, None if the folder is not there."""
+    try:
+        return free_space(config.downloads.output_directory)
+    except OSError:
+        return None
+
+
+def gauge(name: str, value: Optional[float]) -> List[Tuple[str, float]]:
+    """The lines of one gauge of /metrics, none if there is no value."""
+    family = name.partition('{')[0]
+    return [(f'# TYPE videoserverd_{family} gauge', 0.0), (f'videoserverd_{name}', value)] if value is not None else []
+
+
+class Daemon:
+    """The running server. `run` returns the exit code, or does not return: it re-executes."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.started = time.time()
+        self.store = Store(config.database.path, config.security.requests_per_hour)
+        self.board = Board(int(self.started) % 10 ** 8)
+        self.vendor = Vendor(config.downloader.ytdlp_directory)
+        self.freshness = Freshness(self.vendor, config.downloader.auto_update)
+        self.ytdlp: Optional[Path] = None  # the folder new attempts import from
+        self.certificate: Optional[Certificate] = None
+        self.bucket = Bucket(config) if config.s3.endpoint else None
+        self.uploader: Optional[Uploader] = None
+        self.scheduler = Scheduler(config, self.store, self.board, self._new_attempt, self._preflight,
+                                   self._on_outcome, self._on_hang)
+        self.thumbs = config.database.path.parent / 'thumbs'
+        self.care_problems: Dict[str, str] = {}
+        self.wish = ''  # 'stop' or 'restart', once somebody has asked
+        self._wishes = os.pipe()  # a signal handler may write into it; an Event's lock could be held by its own thread
+        self._care = threading.Event()  # something may be due now
+        self._days: Dict[str, float] = {}  # daily task → monotonic time of its last run
+        self._restart_when_idle = self._tidy = False
+        self._certificate_stamp = 0  # when the certificate in use was written
+        self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of finished videos without a picture
+
+    # -- start
+
+    def run(self) -> int:
+        """Start, serve, stop. Raises Trouble when it cannot start."""
+        inherited = [int(word) for word in os.environ.pop(INHERIT, '').split()]
+        self.lock = Lock(self.config.database.path, inherited[1] if inherited else None)
+        self.lock.take()
+        self.store.open()
+        self._handle_signals()
+        context = self._make_context()
+        sock = self._listening(inherited[0] if inherited else None)
+        self._start_threads(sock, context)
+        self._announce()
+        return self._stop(self._wait())
+
+    def _make_context(self) -> Optional[ssl.SSLContext]:
+        if not self.config.server.tls:
+            return None
+        while True:
+            try:
+                self.certificate, _ = ensure_certificate(self.config, time.time())
+                return server_context(self.config)
+            except ClockWrong as error:  # a Pi without a network at boot: the time will come
+                log.warning('%s', error)
+                sd_notify(f'STATUS={error}\nEXTEND_TIMEOUT_USEC=30000000')
+                time.sleep(2)
+
+    def _listening(self, fd: Optional[int]) -> socket.socket:
+        """The inherited socket if it listens where it should, else a new one."""
+        server = self.config.server
+        if fd is not None:
+            sock = socket.socket(fileno=fd)
+            os.set_inheritable(fd, False)
+            if sock.getsockname()[0] == server.host and server.port in (0, sock.getsockname()[1]):
+                return sock
+            sock.close()
+        return listen(server.host, server.port)
+
+    def _start_threads(self, sock: socket.socket, context: Optional[ssl.SSLContext]) -> None:
+        self.ytdlp = self.vendor.current()
+        if self.bucket:
+            self.uploader = Uploader(self.config, self.bucket, self.config.database.path.parent / 'uploads',
+                                     self.store.uploads_due, self.store.upload_done, self.store.upload_later)
+            self.uploader.start()
+        self.app = self._make_app(sock.getsockname()[1])
+        self.server = Server(sock, self.app, context)
+        self.scheduler.start()
+        for name, target in (('accept', lambda: self.server.serve_forever(0.5)), ('care', self._care_loop)):
+            threading.Thread(target=target, name=name, daemon=True).start()
+
+    def _make_app(self, port: int) -> App:
+        config = self.config
+        assets = {**ASSETS, **ca_assets(config), '/setup': ('text/html; charset=utf-8', lambda: setup_page(
+            setup_facts(config, port, secure=True)))}
+        routes = ROUTES + tuple(Route('GET', path, get_asset, 'Part of the page', 'open', kind.split(';')[0])
+                                for path, (kind, _) in assets.items())
+        app = App(config, self.store, self.board, self.scheduler, assets=assets, routes=routes, health=self.health,
+                  forgotten=self._forgotten, bucket=self.bucket, thumbs=self.thumbs, gauges=self.gauges,
+                  link_secret=link_secret(config.database.path.parent / 'link.key'))
+        app.port, app.hosts = port, known_hosts(config)
+        return app
+
+    def _care_leftovers(self, now: float) -> None:
+        """Once: remove half downloads that nobody waits for any more. Listed first, asked then."""
+        if self._tidy or not self.scheduler.ready:
+            return
+        folders = list((self.config.downloads.output_directory / '.incomplete').iterdir())
+        wanted = self.store.unfinished()
+        for folder in folders:
+            if folder.name not in wanted:
+                remove_folder(folder)
+        self._tidy = True
+
+    def _announce(self) -> None:
+        port, server = self.app.port, self.config.server
+        self.lock.tell({'pid': os.getpid(), 'port': port, 'host': server.host, 'tls': server.tls})
+        sd_notify(f'READY=1\nSTATUS=Listening on port {port}\nMAINPID={os.getpid()}')
+        log.info('videoserverd %s: listening on %s port %d, %d in the queue', VERSION, server.host, port,
+                 self.queue_size())
+        print(welcome(self.config, port, self.vendor.version()), flush=True)
+
+    # -- signals, waiting, stopping
+
+    def _handle_signals(self) -> None:
+        """The wake-up descriptor: a signal just before select() would else wait for the next one."""
+        os.set_blocking(self._wishes[1], False)
+        signal.set_wakeup_fd(self._wishes[1], warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: self._ask('stop'))
+        from_terminal = sys.stdin is not None and sys.stdin.isatty()
+        signal.signal(signal.SIGHUP, lambda *_: self._ask('stop' if from_terminal else 'restart'))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
+
+    def _ask(self, wish: str) -> None:
+        """Stop or restart; a stop is never taken back."""
+        self.wish = wish if self.wish != 'stop' else 'stop'
+        os.write(self._wishes[1], b'.')
+
+    def _wait(self) -> bool:
+        """Until somebody wants an end; whether to start anew. The watchdog is fed only while every thread
+        comes round."""
+        interval = int(os.environ.get('WATCHDOG_USEC', 0)) / 2e6 or None
+        while True:
+            if select.select([self._wishes[0]], [], [], interval)[0]:
+                os.read(self._wishes[0], 1 << 10)
+                wish, self.wish = self.wish, ''
+                if wish == 'stop' or wish and self._may_restart():
+                    return wish != 'stop'
+            elif self.alive():
+                sd_notify('WATCHDOG=1')
+
+    def alive(self) -> bool:
+        """Whether commit thread, scheduler and listener all do their work."""
+        now = time.monotonic()
+        return (self.store.thread.is_alive() and now - self.scheduler.beat < STALE_SECONDS
+                and now - self.server.beat < STALE_SECONDS)
+
+    def _may_restart(self) -> bool:
+        """Whether a re-execution would succeed: configuration, program, port. The old one runs on if not."""
+        try:
+            config = load_config(self.config.file, dict(os.environ))
+            compile(PROGRAM.read_bytes(), str(PROGRAM), 'exec')
+            place = (config.server.host, config.server.port)
+            if place != (self.config.server.host, self.config.server.port) and config.server.port:
+                self.next_socket = listen(*place)
+            if config.server.tls and config.server.cert_file.exists():
+                server_context(config)
+            if config.database.path != self.config.database.path and Lock(config.database.path).running():
+                raise Trouble(f'{config.database.path}: another server uses this database')
+            return True
+        except (Trouble, OSError, SyntaxError) as error:
+            log.error('restart refused, going on as before: %s', error)
+            self.care_problems['restart'] = f'A restart was refused: {error}. Mend that, then restart by hand.'
+            return False
+
+    def _stop(self, restart: bool) -> int:
+        """Requests end, downloads go back into the queue, the database is closed; then exit or re-execute."""
+        log.info('stopping%s', ' to start anew in place' if restart else '')
+        sd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}' if restart else 'STOPPING=1')
+        self.board.release()
+        stopper = threading.Thread(target=self.scheduler.stop, daemon=True)
+        stopper.start()
+        self.server.drain(DRAIN_SECONDS if restart else 2.0)
+        if not restart:
+            self.server.server_close()
+        stopper.join(5)
+        if self.uploader:
+            self.uploader.stop()
+        self.freshness.stop()
+        self.store.close()
+        if restart:  # a signal from here on waits for the handlers of the next life; by itself it would kill
+            signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
+        if restart and self.wish != 'stop':
+            self._re_execute()
+        self.lock.release()
+        log.info('stopped')
+        return 0
+
+    def _re_execute(self) -> None:
+        """The same process, the newest program and configuration; socket and lock stay open, so that a
+        phone only waits a moment."""
+        sock = getattr(self, 'next_socket', None) or self.server.socket
+        for fd in (sock.fileno(), self.lock.fd):
+            os.set_inheritable(fd, True)
+        os.environ[INHERIT] = f'{sock.fileno()} {self.lock.fd}'
+        arguments = ['--config', str(self.config.file)] if self.config.file else []
+        os.execv(sys.executable, [sys.executable, *ALONE, str(PROGRAM), *arguments])
+
+    # -- what the scheduler asks and tells
+
+    def _new_attempt(self, job: Job, on_progress: Callable[[Progress], None]) -> Attempt:
+        return Attempt(job, self.config, self.ytdlp, on_progress)
+
+    def _preflight(self) -> Optional[str]:
+        """Why nothing may start, None if it may."""
+        message = usable_output(self.config)
+        if message:
+            return message
+        free = free_output(self.config)
+        if free is not None and free < self.config.downloads.min_free_space:
+            return (f'The disk is full: {format_size(free)} free, {format_size(self.config.downloads.min_free_space)} '
+                    f'wanted. Mend: delete videos, or set [downloads] min_free_space lower.')
+        if self.ytdlp is None:
+            return f'yt-dlp is missing. Mend: `{program(self.config)} update`'
+        return 'A new yt-dlp is about to be taken up.' if self._restart_when_idle else None
+
+    def _on_outcome(self, job: Job, outcome: Outcome, over: bool) -> None:
+        """Count it; a finished one gets a picture and a copy, a changed site a newer yt-dlp."""
+        self.board.count('videoserverd_attempts_total{outcome="%s",reason="%s"}' % (outcome.kind, outcome.reason))
+        self.board.count('videoserverd_downloaded_bytes_total', sum(file.size for file in outcome.files))
+        if over:
+            forget_files(self.config, job.id, ())  # the partial files, and what told where the finished ones went
+        if outcome.kind == 'done':
+            self._unpictured.append((job.id, outcome.files[0].name))
+            if self.uploader:
+                self.uploader.wake()
+        self.freshness.heard(outcome)
+        self._care.set()
+
+    def _on_hang(self) -> None:
+        self._ask('restart')
+
+    def _forgotten(self, record: Record) -> None:
+        (self.thumbs / f'{record["id"]}.jpg').unlink(missing_ok=True)
+        if self.uploader and record['files']:
+            self.uploader.forget(record['id'], [file.name for file in record['files']])
+
+    # -- health
+
+    def queue_size(self) -> int:
+        """Downloads that are not finished."""
+        counts = self.store.counts()
+        return counts['queued'] + counts['downloading']
+
+    def problems(self, paused: Optional[str]) -> List[str]:
+        """What is wrong, each a sentence with what mends it."""
+        days = self.certificate_days()
+        found = [paused, *self.care_problems.values(), self.vendor.held_back()]
+        if self.store.error:
+            found.append(f'Links cannot be stored: {self.store.error}. '
+                         f'Mend: look at the disk of {self.config.database.path}')
+        if days is not None and days < CERTIFICATE_WARNING_DAYS:
+            found.append(f'The certificate ends in {days} days. Mend: `{program(self.config)} cert`')
+        if self.uploader and self.uploader.error:
+            found.append(f'Copies to the bucket fail: {self.uploader.error}')
+        return [message for message in found if message]
+
+    def certificate_days(self) -> Optional[int]:
+        """Days that the certificate still lives."""
+        return int((self.certificate.not_after - time.time()) // DAY) if self.certificate else None
+
+    def health(self) -> Dict[str, Any]:
+        """What /api/v1/health tells; `storing`: whether links can be stored."""
+        if self.store.error:
+            with suppress(StoreDown):
+                self.store.probe()
+        try:
+            size = self.queue_size()
+        except StoreDown as error:
+            self.store.error, size = str(error), 0
+        paused = self._preflight()
+        problems = self.problems(paused)
+        return {'status': 'degraded' if problems else 'healthy', 'version': VERSION,
+                'uptime': max(0, int(time.time() - self.started)), 'queue_size': size, 'problems': problems,
+                'paused': paused, 'free_disk': free_output(self.config),
+                'ytdlp_version': self.vendor.version(), 'certificate_days': self.certificate_days(),
+                's3': bool(self.bucket), 'keys': bool(self.config.api_keys), 'storing': not self.store.error}
+
+    def gauges(self) -> List[Tuple[str, float]]:
+        """(name, value) of every figure of /metrics; a name that begins with # is a line of its own."""
+        rows = [('# TYPE videoserverd_downloads gauge', 0.0)]
+        rows += [(f'videoserverd_downloads{{status="{status}"}}', n) for status, n in self.store.counts().items()]
+        rows += gauge('free_disk_bytes', free_output(self.config))
+        rows += gauge('certificate_days', self.certificate_days())
+        rows += gauge('uptime_seconds', time.time() - self.started)
+        rows += gauge('paused', float(bool(self.scheduler.paused)))
+        rows += gauge('ytdlp_info{version="%s"}' % (self.vendor.version() or ''), 1.0)
+        counters = list(self.board.counters.items())
+        for family, kind in (('attempts_total', 'counter'), ('downloaded_bytes_total', 'counter'),
+                             ('ack_seconds', 'histogram')):
+            rows.append((f'# TYPE videoserverd_{family} {kind}', 0.0))
+            rows += [row for row in counters if row[0].startswith(f'videoserverd_{family}')]
+        return rows
+
+    # -- daily care
+
+    def _care_loop(self) -> None:
+        while True:
+            for name, task in (('leftovers', self._care_leftovers), ('certificate', self._care_certificate),
+                               ('backup', self._care_backup), ('pictures', self._care_pictures),
+                               ('ytdlp', self._care_ytdlp)):
+                try:
+                    task(time.time())
+                    self.care_problems.pop(name, None)
+                except (Trouble, StoreDown, OSError) as error:
+                    if self.care_problems.get(name) != str(error):
+                        log.warning('%s: %s', name, error)
+                    self.care_problems[name] = str(error)
+                except Exception as error:
+                    log.exception('care: %s failed inside', name)
+                    self.care_problems[name] = f'{name}: {error}; the log tells more'
+            self._care.wait(CARE_SECONDS)
+            self._care.clear()
+
+    def _care_certificate(self, now: float) -> None:
+        """Daily a new leaf if names, addresses or time ask for one; whoever has changed the file, new
+        connections get the new one."""
+        if not self.config.server.tls:
+            return
+        stamp = self.config.server.cert_file.stat().st_mtime_ns
+        if self._is_daily('certificate', now) or stamp != self._certificate_stamp:
+            self.certificate, _ = ensure_certificate(self.config, now)
+            self.server.context = server_context(self.config)
+            self.app.hosts = known_hosts(self.config)
+            self._certificate_stamp = self.config.server.cert_file.stat().st_mtime_ns
+
+    def _is_daily(self, name: str, now: float) -> bool:
+        """Whether a day has passed since this was last true, by the clock that never jumps."""
+        last = self._days.get(name)
+        if last is not None and time.monotonic() - last < DAY:
+            return False
+        self._days[name] = time.monotonic()
+        return True
+
+    def _care_backup(self, now: float) -> None:
+        """A copy a day, the newest `backups` of them kept. Never replaces a good copy by a bad one."""
+        folder, keep = self.config.database.path.parent / 'backups', self.config.database.backups
+        target = folder / f'{self.config.database.path.stem}-{time.strftime("%Y-%m-%d", time.localtime(now))}.db'
+        if not keep or target.exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.store.backup(target)
+        for old in sorted(folder.glob(f'{self.config.database.path.stem}-????-??-??.db'))[:-keep]:
+            old.unlink()
+
+    def _care_pictures(self, now: float) -> None:
+        """One at a time, and off the workers: a Pi needs seconds for each."""
+        while self._unpictured and which('ffmpeg'):
+            download_id, name = self._unpictured.popleft()
+            self.thumbs.mkdir(exist_ok=True)
+            picture = self.thumbs / f'{download_id}.jpg'
+            if make_thumbnail(self.config.downloads.output_directory / name, picture):
+                self.board.post(download_id)
+            try:
+                self.store.get(download_id)
+            except LookupError:  # deleted meanwhile
+                picture.unlink(missing_ok=True)
+
+    def _care_ytdlp(self, now: float) -> None:
+        """Fetch what is missing or due. An imported yt_dlp cannot be swapped, but the process can."""
+        changed = self.freshness.step(now)
+        self._restart_when_idle = changed and 'restart' not in self.care_problems
+        if not changed:
+            self.ytdlp = self.vendor.current()
+        elif self._restart_when_idle and not self.scheduler.running():
+            self._ask('restart')
+        if self.freshness.trouble:
+            raise Trouble(self.freshness.trouble)
+# ---------- commands ----------------------------------------------------------------------
+# Owns the command line: one function per command, each returns its exit code. Trouble becomes
+# one line on stderr in `main` only. No lock. Called by the shell.
+
+
+def cmd_run(config: Config, options: Any) -> int:
+    """run the server in the foreground"""
+    set_up_logging(config)
+    return Daemon(config).run()
+
+
+def cmd_setup(config: Config, options: Any) -> int:
+    """make directories, database, certificate and yt-dlp, then exit"""
+    lock = Lock(config.database.path)
+    if not lock.running():
+        lock.take()
+        store = Store(config.database.path)
+        store.open()
+        store.close()
+        lock.release()
+    print(f'database     {config.database.path}')
+    if config.server.tls:
+        certificate, changed = ensure_certificate(config, time.time())
+        print(f'certificate  {config.server.cert_file} ({"made" if changed else "kept"}; '
+              f'{(certificate.not_after - time.time()) // DAY:.0f} days)')
+    message = usable_output(config)
+    print(f'videos       {message or config.downloads.output_directory}')
+    vendor = Vendor(config.downloader.ytdlp_directory)
+    if vendor.current() is None:
+        print('yt-dlp       being fetched …', flush=True)
+        vendor.install()
+    print(f'yt-dlp       {vendor.version()} in {vendor.folder}')
+    return 0 if not message else 1
+
+
+def cmd_cert(config: Config, options: Any) -> int:
+    """make or renew the certificate"""
+    certificate, changed = ensure_certificate(config, time.time(), options.host or (), options.ip or (),
+                                              options.force, options.new_ca)
+    if certificate.own:
+        print(f'{config.server.cert_file} is your own certificate; it is left alone.')
+    else:
+        print(f'{config.server.cert_file}: {"made" if changed else "still good"}, for '
+              f'{(certificate.not_after - time.time()) // DAY:.0f} days and these names:')
+        print('  ' + ' '.join([*certificate.names, *certificate.addresses]))
+        print(f'CA SHA-256: {ca_fingerprint(config)}')
+    if changed and Lock(config.database.path).running():
+        print('The running server takes it up within a minute.')
+    return 0
+
+
+def cmd_update(config: Config, options: Any) -> int:
+    """vendor the newest yt-dlp that this Python can run"""
+    vendor = Vendor(config.downloader.ytdlp_directory)
+    before = vendor.version()
+    after = vendor.install()
+    print(f'yt-dlp {after} was there already.' if before == after else f'yt-dlp {after} is ready (before: {before}).')
+    if vendor.held_back():
+        print(vendor.held_back())
+    if before != after and Lock(config.database.path).running():
+        print('The running server takes it up as soon as nothing is being downloaded.')
+    return 0
+
+
+def server_url(config: Config, facts: Dict[str, Any]) -> Tuple[str, int]:
+    """Host and port at which the running server is reached from here."""
+    host = facts.get('host', config.server.host)
+    return {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), facts.get('port', config.server.port)
+
+
+def local_context(config: Config) -> ssl.SSLContext:
+    """TLS to our own server: its very certificate is trusted, whoever has signed it."""
+    context = ssl.create_default_context(cafile=str(config.server.cert_file))
+    context.check_hostname = False
+    context.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN: a leaf may be the anchor
+    return context
+
+
+def call_server(config: Config, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+    """The running server's JSON answer. Raises Trouble."""
+    import http.client
+    lock = Lock(config.database.path)
+    host, port = server_url(config, lock.running())
+    kind = http.client.HTTPSConnection if config.server.tls else http.client.HTTPConnection
+    more = {'context': local_context(config)} if config.server.tls else {}
+    connection = kind(host, port, timeout=30, **more)
+    headers = {'Content-Type': 'application/json', **({'X-API-Key': config.api_keys[0]} if config.api_keys else {})}
+    try:
+        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+        return json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise Trouble(f'The server on port {port} does not answer ({error}).') from None
+    finally:
+        connection.close()
+
+
+def add_by_hand(config: Config, lock: Lock, urls: Sequence[str]) -> List[Dict[str, Any]]:
+    """Write the database, as its only writer. Raises Trouble."""
+    lock.take()
+    store = Store(config.database.path)
+    store.open()
+    rows = []
+    try:
+        for url in urls:
+            try:
+                submission = parse_submission({'url': url, 'client_id': 'command-line'}, config.security)
+                rows.append({'url': url, 'download_id': store.add(submission, int(time.time()))[0]})
+            except Refused as refusal:
+                rows.append({'url': url, 'error': refusal.message})
+    except StoreDown as error:
+        raise Trouble(f'{config.database.path}: cannot be written ({error}).') from None
+    finally:
+        store.close()
+        lock.release()
+    return rows
+
+
+def add_by_server(config: Config, urls: Sequence[str]) -> List[Dict[str, Any]]:
+    """Post each; the server answers for it. Raises Trouble."""
+    rows = []
+    for url in urls:
+        answer = call_server(config, 'POST', '/api/v1/download', {
+            'url': url, 'client_id': 'command-line', 'timestamp': time.time_ns()})
+        rows.append({'url': url, **({'download_id': answer['download_id']} if 'download_id' in answer
+                                    else {'error': answer.get('message', 'no answer')})})
+    return rows
+
+
+def cmd_add(config: Config, options: Any) -> int:
+    """queue URLs: through the running server, or else into the database"""
+    lock = Lock(config.database.path)
+    rows = add_by_server(config, options.url) if lock.running() else add_by_hand(config, lock, options.url)
+    for row in rows:
+        print(row.get('download_id') or 'refused', row['url'], f'({row["error"]})' if 'error' in row else '')
+    return 1 if any('error' in row for row in rows) else 0
+
+
+def cmd_list(config: Config, options: Any) -> int:
+    """show the queue at a glance"""
+    store = Store(config.database.path)
+    if not config.database.path.exists():
+        raise Trouble(f'{config.database.path}: no database yet; start the server once.')
+    try:
+        total, records = store.page(20)
+        counts = store.counts()
+    except StoreDown as error:
+        raise Trouble(f'{config.database.path}: cannot be read ({error}).') from None
+    print('   '.join(f'{n} {status}' for status, n in counts.items()))
+    for record in records:
+        when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record['created_at']))
+        print(f'{when}  {record["status"]:<11} {record["title"] or record["url"]}'
+              + (f'\n{"":30}{record["error_message"]}' if record['error_message'] else ''))
+    if total > len(records):
+        print(f'… and {total - len(records)} older ones')
+    return 0
+
+
+# -- doctor
+
+Finding = Tuple[bool, str, str]  # fine, what was seen, the command that mends it
+
+
+def check_database(config: Config) -> Iterator[Finding]:
+    """The database, its lock, its copies."""
+    path, running = config.database.path, Lock(config.database.path).running()
+    yield (bool(running), f'server: process {running.get("pid")} on port {running.get("port")}' if running
+           else 'server: not running on this database', f'{program(config)}, or: sudo systemctl start videoserver')
+    if not path.exists():
+        yield False, f'database: {path} is missing', f'{program(config)} setup'
+        return
+    try:
+        with closing(sqlite3.connect(f'{path.as_uri()}?mode=ro', uri=True)) as db:
+            found = quick_check(db)
+    except sqlite3.Error as error:
+        found = str(error)
+    yield (not found, f'database: {path}' + (f': {found}' if found else ' is whole'),
+           f'stop the server, then copy the newest whole file of {path.parent / "backups"} to {path}')
+    yield os.access(path, os.W_OK), 'database: writable by this user', f'sudo chown {user_name()} {path}'
+
+
+def check_certificate(config: Config) -> Iterator[Finding]:
+    """Days, names and key of the certificate."""
+    if not config.server.tls:
+        return
+    yield time.time() > BUILT, f'clock: {time.strftime("%Y-%m-%d %H:%M")}', 'sudo timedatectl set-ntp true'
+    yield which('openssl') is not None, 'openssl: installed', 'sudo apt-get install openssl'
+    try:
+        server_context(config)
+        leaf = look_at_certificate(config)
+    except (Trouble, OSError) as error:
+        yield False, f'certificate: {error}', f'{program(config)} cert'
+        return
+    days = int((leaf.not_after - time.time()) // DAY)
+    yield days > CERTIFICATE_WARNING_DAYS, f'certificate: {days} days left', f'{program(config)} cert'
+    missing = sorted({*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses})
+    reachable = [name for name in missing if not leaf.own and may_name(config, name)]
+    yield (not reachable, f'certificate: does not name {", ".join(reachable)}' if reachable
+           else 'certificate: names this machine', f'{program(config)} cert')
+
+
+def check_downloads(config: Config) -> Iterator[Finding]:
+    """Output folder, disk, ffmpeg, yt-dlp."""
+    message = usable_output(config, make=False)
+    yield not message, f'output folder: {message or config.downloads.output_directory}', 'as it says'
+    free = free_output(config)
+    if free is not None:
+        yield (free >= config.downloads.min_free_space, f'disk: {format_size(free)} free',
+               'delete videos, or set [downloads] min_free_space lower')
+    yield (which('ffmpeg') is not None, 'ffmpeg: merges the best video with its sound',
+           'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
+    vendor = Vendor(config.downloader.ytdlp_directory)
+    yield vendor.current() is not None, f'yt-dlp: {vendor.version() or "missing"}', f'{program(config)} update'
+    age = (time.time() - vendor.last_checked()) / DAY
+    yield age < 30, f'yt-dlp: looked for a newer one {age:.0f} days ago' if age < 9999 else 'yt-dlp: never updated', \
+        f'{program(config)} update'
+    if vendor.held_back():
+        yield False, f'yt-dlp: {vendor.held_back()}', 'install Python 3.11 or later'
+    if config.downloader.cookies_file:
+        yield (os.access(config.downloader.cookies_file, os.R_OK), f'cookies: {config.downloader.cookies_file}',
+               'export cookies.txt from your browser again')
+
+
+def check_port(config: Config) -> Iterator[Finding]:
+    """Whether the running server answers, or the port is free."""
+    if Lock(config.database.path).running():
+        try:
+            answer = call_server(config, 'GET', '/api/v1/health')
+            problems = answer.get('problems', [])
+            well = answer.get('status') in ('healthy', 'degraded')
+            yield well, f'health: {answer.get("status") if well else answer.get("message", answer)}', 'look at the log'
+            for problem in problems:
+                yield False, f'health: {problem}', 'as it says'
+        except Trouble as error:
+            yield False, f'health: {error}', 'sudo systemctl restart videoserver'
+        return
+    try:
+        listen(config.server.host, config.server.port).close()
+        yield True, f'port: {config.server.port} is free', ''
+    except Trouble as error:
+        yield False, f'port: {error}', f'sudo ss -ltnp "sport = :{config.server.port}"'
+
+
+def check_service(config: Config) -> Iterator[Finding]:
+    """The systemd service, where there is one."""
+    if not which('systemctl') or not Path('/etc/systemd/system/videoserver.service').exists():
+        return
+    state = subprocess.run(['systemctl', 'is-active', 'videoserver'], stdout=subprocess.PIPE).stdout.decode().strip()
+    yield state == 'active', f'service: {state}', 'sudo systemctl restart videoserver; journalctl -u videoserver -n 50'
+
+
+def cmd_doctor(config: Config, options: Any) -> int:
+    """say what is wrong with this installation and how to mend it"""
+    faults = 0
+    print(f'configuration: {config.file or "built-in values"}')
+    for check in (check_database, check_certificate, check_downloads, check_port, check_service):
+        for fine, seen, remedy in check(config):
+            print(f'{" ok " if fine else "BAD "} {seen}' + ('' if fine else f'\n       mend: {remedy}'))
+            faults += not fine
+    print('Nothing is wrong.' if not faults else f'{faults} to mend.')
+    return 1 if faults else 0
+
+
+def first_address(port: int) -> str:
+    """The plain-HTTP address of this machine on its network."""
+    private = [ip for ip in host_addresses() if ':' not in ip and not ip.startswith('127.')]
+    return f'http://{private[0] if private else "127.0.0.1"}:{port}/'
+
+
+# -- first contact
+
+def cmd_phone(config: Config, options: Any) -> int:
+    """for a new iPhone: the CA and the steps over plain HTTP, for some minutes"""
+    if not ca_assets(config):
+        ensure_certificate(config, time.time())
+    running = Lock(config.database.path).running()
+    port = running.get('port', config.server.port)
+    assets = {**{path: ASSETS[path] for path in PHONE_ASSETS}, **ca_assets(config)}
+    facts = setup_facts(config, port, secure=False)
+    assets['/'] = assets['/setup'] = ('text/html; charset=utf-8', lambda: setup_page(facts))
+    routes = tuple(Route('GET', path, get_asset, 'Set-up', 'open') for path in assets)
+    app = App(config, assets=assets, routes=routes, image_origin=f' {public_base(config, port)}')
+    app.hosts = known_hosts(config)
+    sock = listen('0.0.0.0', options.port)
+    config.server.tls = True
+    server = Server(sock, app, None)
+    url = first_address(sock.getsockname()[1])
+    print('\n'.join([qr_code(url, 'ANSIUTF8'), f'Open this on the iPhone (in Safari, on the same Wi-Fi):  {url}', '',
+                     f'The fingerprint of the certificate it will be offered:\n  {ca_fingerprint(config)}', '',
+                     '' if running else f'The server does not run yet: start it with  {program(config)}',
+                     f'This page goes away in {options.minutes} minutes; Ctrl-C ends it at once.']), flush=True)
+    timer = threading.Timer(options.minutes * 60, server.shutdown)
+    timer.daemon = True
+    timer.start()
+    with suppress(KeyboardInterrupt):
+        server.serve_forever(0.5)
+    return 0
+
+
+def cmd_backup(config: Config, options: Any) -> int:
+    """write a consistent copy of the database, while the server runs"""
+    if not config.database.path.exists():
+        raise Trouble(f'{config.database.path}: no database yet; start the server once.')
+    Store(config.database.path).backup(options.file.absolute())
+    print(f'{options.file}: {format_size(options.file.stat().st_size)}')
+    return 0
+
+
+# -- main
+
+COMMANDS = {'setup': cmd_setup, 'cert': cmd_cert, 'update': cmd_update, 'add': cmd_add, 'list': cmd_list,
+            'doctor': cmd_doctor, 'phone': cmd_phone, 'backup': cmd_backup}
+
+
+def settings_table() -> str:
+    """The README's table of all keys, from SETTINGS."""
+    rows = ['| section | key | default | meaning |', '| --- | --- | --- | --- |']
+    for section, keys in SETTINGS.items():
+        for key, row in keys.items():
+            rows.append(f'| {section} | `{key}` | {f"`{row.default}`" if row.default else "(empty)"} | {row.help} |')
+    return '\n'.join(rows)
+
+
+def make_parser() -> Any:
+    """The command line; --config is taken before and after the command."""
+    import argparse  # the daemon itself has no use for it
+    where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    where.add_argument('--config', type=Path, metavar='FILE', help='config.ini (default: the one beside this program)')
+    parser = argparse.ArgumentParser(
+        prog='videoserverd.py', parents=[where], formatter_class=argparse.RawDescriptionHelpFormatter,
+        description='The video inbox people trust. Without a command: run the server.',
+        epilog='Each key of config.ini can be set as VIDEOSERVER_<SECTION>_<KEY>:\n' + '\n'.join(
+            f'  [{section}] {key} = {row.default}\n        {row.help}' for section, keys in SETTINGS.items()
+            for key, row in keys.items()))
+    parser.add_argument('--version', action='version', version=f'videoserverd {VERSION}')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
+    added = {name: commands.add_parser(name, parents=[where], help=function.__doc__)
+             for name, function in COMMANDS.items()}
+    added['add'].add_argument('url', nargs='+', metavar='URL')
+    added['backup'].add_argument('file', type=Path, metavar='FILE')
+    added['cert'].add_argument('--force', action='store_true', help='a new leaf even if the old one is good')
+    added['cert'].add_argument('--new-ca', action='store_true', help='a new CA; every phone must trust it anew')
+    added['cert'].add_argument('--host', action='append', metavar='NAME', help='a further name')
+    added['cert'].add_argument('--ip', action='append', metavar='ADDR', help='a further address')
+    added['phone'].add_argument('--minutes', type=whole(1, 1440), default=15)
+    added['phone'].add_argument('--port', type=whole(0, 65535), default=8080)
+    return parser
+
+
+def compiled_form() -> str:
+    """The .pyc of this file: the one that is there (install.sh leaves one where the service may not
+    write), by Python's own rule whether it is of today's source, or a new one. Raises OSError."""
+    import importlib.util
+    import py_compile
+    compiled, source = Path(importlib.util.cache_from_source(str(PROGRAM))), PROGRAM.stat()
+    stamp = b''.join(number.to_bytes(8, 'little')[:4] for number in (int(source.st_mtime), source.st_size))
+    with suppress(FileNotFoundError):
+        if compiled.read_bytes()[8:16] == stamp:
+            return str(compiled)
+    return py_compile.compile(str(PROGRAM), doraise=True)
+
+
+def run_compiled(config: Config) -> None:
+    """Go on in this file's compiled form, as a new program in the same process. Parsing the source at
+    each start leaves 15 MB behind that never come back; where no .pyc can be written, so be it."""
+    try:
+        compiled = compiled_form()
+        os.environ['VIDEOSERVERD_PROGRAM'] = str(PROGRAM)
+        os.environ.setdefault('MALLOC_ARENA_MAX', '1')  # glibc keeps a heap per thread otherwise
+        os.execv(sys.executable, [sys.executable, *ALONE, compiled, str(config.file or '')])
+    except OSError as error:
+        log.debug('running from source: %s', error)
+
+
+def act(file: Optional[Path], options: Any) -> int:
+    """Load the configuration and do what is asked; `options` None: serve, in the compiled form."""
+    try:
+        config = load_config(file, dict(os.environ))
+        if options is None:
+            return cmd_run(config, None)
+        if options.command is None:
+            run_compiled(config)
+        return COMMANDS[options.command](config, options) if options.command else cmd_run(config, options)
+    except Trouble as error:
+        print(f'videoserverd: {error}', file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (StoreDown, OSError) as error:  # a full disk, a folder of somebody else
+        print(f'videoserverd: {error}', file=sys.stderr)
+        return 1
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run a command; trouble becomes one line and an exit code."""
+    options = make_parser().parse_args(arguments)
+    file = getattr(options, 'config', None)
+    beside = PROGRAM.parent / 'config.ini'
+    return act(file or (beside if beside.exists() else None), options)
+
+
+if __name__ == '__main__':
+    sys.exit(act(Path(sys.argv[1]) if sys.argv[1] else None, None) if __file__.endswith('.pyc') else main())
