@@ -26,6 +26,7 @@ their own TLS handshake under a deadline and never wait for yt-dlp; `commit` alo
 database; `schedule` alone pops the heap; `worker-N` download; `upload` (with [s3] only) feeds the
 bucket; `care` does what is due daily (certificate, copies of the database, yt-dlp).
 """
+import bisect
 import configparser
 import copy
 import errno
@@ -34,6 +35,7 @@ import functools
 import heapq
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import math
@@ -52,7 +54,6 @@ import sys
 import threading
 import time
 import unicodedata
-import uuid
 from collections import deque
 from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
@@ -573,6 +574,7 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not any(ip in network for network in NEVER_PUBLIC)
 
 
+@functools.lru_cache(maxsize=32)  # nearly all links lead to the same few hosts
 def is_private_host(host: str) -> bool:
     """Does the canonical host name something that is not on the Internet, as far as its spelling tells?"""
     try:
@@ -604,6 +606,7 @@ def ascii_label(label: str) -> str:
     return lower
 
 
+@functools.lru_cache(maxsize=32)
 def canonical_host(host: str) -> str:
     """The one spelling of a host: ASCII lower case without final dot, or an address. Raises ValueError."""
     if host.startswith('['):
@@ -1012,13 +1015,15 @@ ALTER TABLE downloads ADD COLUMN s3_attempts INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE downloads ADD COLUMN s3_due INTEGER;
 ALTER TABLE downloads ADD COLUMN s3_error TEXT;
 CREATE UNIQUE INDEX idx_repeat ON downloads(client_id, url, timestamp) WHERE timestamp IS NOT NULL;
-CREATE INDEX idx_client_created ON downloads(client_id, created_at);
-CREATE INDEX idx_status_created ON downloads(status, created_at DESC);
+DROP INDEX idx_status;  -- each costs a page of the log with every link: two that tell more take their places
+DROP INDEX idx_client_id;
+CREATE INDEX idx_status ON downloads(status, created_at DESC);
+CREATE INDEX idx_client_id ON downloads(client_id, created_at);
 CREATE INDEX idx_s3_due ON downloads(s3_due) WHERE s3_due IS NOT NULL;
 CREATE TABLE tally (status TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;  -- counting 100,000 rows is slow
-INSERT INTO tally SELECT status, count(*) FROM downloads GROUP BY status;
+INSERT INTO tally VALUES ('queued', 0), ('downloading', 0), ('completed', 0), ('failed', 0);
+UPDATE tally SET n = (SELECT count(*) FROM downloads WHERE downloads.status = tally.status);
 CREATE TRIGGER tally_insert AFTER INSERT ON downloads BEGIN
-    INSERT OR IGNORE INTO tally VALUES (new.status, 0);
     UPDATE tally SET n = n + 1 WHERE status = new.status;
 END;
 CREATE TRIGGER tally_delete AFTER DELETE ON downloads BEGIN
@@ -1026,13 +1031,21 @@ CREATE TRIGGER tally_delete AFTER DELETE ON downloads BEGIN
 END;
 CREATE TRIGGER tally_update AFTER UPDATE OF status ON downloads WHEN old.status <> new.status BEGIN
     UPDATE tally SET n = n - 1 WHERE status = old.status;
-    INSERT OR IGNORE INTO tally VALUES (new.status, 0);
     UPDATE tally SET n = n + 1 WHERE status = new.status;
 END;
 '''
 MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA)  # user_version counts the ones that have run
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
 CHECK_SECONDS = 0.25  # of quick_check at the start; a large database is checked in full with each daily copy
+
+
+# The link whose hour has to pass before the client may send another; a future row (clock set back) does not count.
+HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? AND created_at <= ? '
+             'ORDER BY created_at DESC LIMIT 1 OFFSET ?')
+INSERT_LINK = (  # one statement for the usual case: each one hands the interpreter to another thread twice
+    'INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, timestamp, options) '
+    f"SELECT ?, ?, ?, 'queued', ?, ?, ?, ? WHERE NOT (? AND EXISTS ({HOUR_FULL})) "
+    'ON CONFLICT (client_id, url, timestamp) WHERE timestamp IS NOT NULL DO NOTHING')
 
 
 class StoreDown(Exception):
@@ -1067,9 +1080,9 @@ class Record(dict):
         return record
 
 
-def full_sync(file: Path) -> None:
+def full_sync(file: str) -> None:
     """On a Mac push `file` through the drive's cache: Apple's SQLite has a barrier only (fsync(2))."""
-    if hasattr(fcntl, 'F_FULLFSYNC') and file.exists():
+    if hasattr(fcntl, 'F_FULLFSYNC') and os.path.exists(file):
         with open(file, 'rb') as handle:
             fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
 
@@ -1104,6 +1117,12 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         raise Trouble(f'{path}: made by a newer videoserverd (schema {version}); install that version again.')
     for number in range(version, len(MIGRATIONS)):
         db.executescript(f'BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;')
+
+
+def new_id() -> str:
+    """A random UUID (RFC 9562 section 5.4); the module uuid would take 0.2 MB for it."""
+    digits = f'{int.from_bytes(os.urandom(16), "big") & ~(15 << 76 | 3 << 62) | 4 << 76 | 2 << 62:032x}'
+    return '-'.join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
 def escape_like(text: str) -> str:
@@ -1188,7 +1207,7 @@ class Store:
             for ticket in batch:
                 self._work(ticket)
             self._writer.execute('COMMIT')
-            full_sync(Path(f'{self.path}-wal'))
+            full_sync(f'{self.path}-wal')
             self.error = None
         except Exception as error:  # whatever it is, this thread must live and nobody may be told 'stored'
             self._fail(batch, error)
@@ -1335,28 +1354,18 @@ class Store:
             return refusal
 
     def _insert(self, db: sqlite3.Connection, item: Submission, now: int) -> Tuple[str, bool]:
-        timestamp = None if item.timestamp is None else str(item.timestamp)
-        known = timestamp and db.execute('SELECT id FROM downloads WHERE client_id = ? AND url = ? AND timestamp = ?',
-                                         (item.client_id, item.url, timestamp)).fetchone()
+        download_id, timestamp = new_id(), None if item.timestamp is None else str(item.timestamp)
+        row = (download_id, item.url, item.client_id, now, now, timestamp,
+               json.dumps(item.options) if item.options else None)
+        hour = (item.client_id, now - 3600, now, self.links_per_hour - 1)
+        if db.execute(INSERT_LINK, (*row, self.links_per_hour, *hour)).rowcount == 1:
+            return download_id, True
+        known = db.execute('SELECT id FROM downloads WHERE client_id = ? AND url = ? AND timestamp = ?',
+                           (item.client_id, item.url, timestamp)).fetchone()
         if known:
             return known['id'], False
-        self._check_rate(db, item.client_id, now)
-        download_id = str(uuid.uuid4())
-        db.execute('INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, timestamp, options) '
-                   "VALUES (?, ?, ?, 'queued', ?, ?, ?, ?)",
-                   (download_id, item.url, item.client_id, now, now, timestamp,
-                    json.dumps(item.options) if item.options else None))
-        return download_id, True
-
-    def _check_rate(self, db: sqlite3.Connection, client_id: str, now: int) -> None:
-        """Raise RateLimited when the client's last hour is full; a future row (clock set back) does not count."""
-        if not self.links_per_hour:
-            return
-        row = db.execute('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? AND created_at <= ? '
-                         'ORDER BY created_at DESC LIMIT 1 OFFSET ?',
-                         (client_id, now - 3600, now, self.links_per_hour - 1)).fetchone()
-        if row:
-            raise RateLimited(max(1, row['created_at'] + 3600 - now), self.links_per_hour)
+        last = db.execute(HOUR_FULL, hour).fetchone()
+        raise RateLimited(max(1, last['created_at'] + 3600 - now), self.links_per_hour)
 
     # -- the way of a download
 
@@ -1583,8 +1592,6 @@ class Lock:
 # wait on it, at most WATCHERS at once. Called by scheduler (writes) and http (reads, waits).
 
 ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)  # seconds; the PRD allows 0.5
-ACK_COUNTERS = (*(f'videoserverd_ack_seconds_bucket{{le="{limit}"}}' for limit in (*ACK_BUCKETS, '+Inf')),
-                'videoserverd_ack_seconds_count', 'videoserverd_ack_seconds_sum')  # Prometheus wants this order
 WATCHERS = 8  # threads that may wait for news; on a Pi a thread per open page is too many
 
 
@@ -1596,7 +1603,9 @@ class Board:
         self._changed = threading.Condition()
         self._progress: Dict[str, Progress] = {}
         self._watchers = 0
-        self.counters: Dict[str, float] = {name: 0.0 for name in ACK_COUNTERS}  # of /metrics, since the start
+        self.counters: Dict[str, float] = {}  # of /metrics, since the start
+        self._acks = [0] * (len(ACK_BUCKETS) + 1)  # acknowledgements by the first bucket that they fit into
+        self._ack_seconds = 0.0
 
     def post(self, download_id: str, progress: Optional[Progress] = None) -> None:
         """Something about this download changed; `progress` None: it runs no more."""
@@ -1617,10 +1626,17 @@ class Board:
 
     def observe(self, seconds: float) -> None:
         """An acknowledgement took that long: into its histogram."""
-        amounts = [*(float(seconds <= limit) for limit in ACK_BUCKETS), 1.0, 1.0, seconds]
         with self._changed:
-            for name, amount in zip(ACK_COUNTERS, amounts):
-                self.counters[name] += amount
+            self._acks[bisect.bisect_left(ACK_BUCKETS, seconds)] += 1
+            self._ack_seconds += seconds
+
+    def acks(self) -> List[Tuple[str, float]]:
+        """(name, value) of the histogram of acknowledgements, in the order that Prometheus wants."""
+        with self._changed:
+            sums, seconds = list(itertools.accumulate(self._acks)), self._ack_seconds
+        name, limits = 'videoserverd_ack_seconds', (*ACK_BUCKETS, '+Inf')
+        rows = [(f'{name}_bucket{{le="{limit}"}}', n) for limit, n in zip(limits, sums)]
+        return [*rows, (f'{name}_count', sums[-1]), (f'{name}_sum', seconds)]
 
     def progress(self, download_id: str) -> Optional[Progress]:
         """How far it is, None if it does not run."""
@@ -3597,7 +3613,8 @@ class Scheduler:
         with self._changed:
             self._seq += 1
             heapq.heappush(self._heap, (due, self._seq, download_id))
-            self._changed.notify_all()
+            if self._heap[0][2] == download_id:  # else what is due before it has woken the loop, or waits for a worker
+                self._changed.notify_all()
         self.board.post(download_id)
 
     def cancel(self, download_id: str, now: float) -> bool:
@@ -4260,6 +4277,7 @@ def mobileconfig(config: Config) -> bytes:
     A profile of the same identifier replaces the one that is installed, so it names the machine.
     """
     import plistlib
+    import uuid
     der, fields = read_ca(config)
     title = dict(pair for group in fields['subject'] for pair in group).get('commonName', 'videoserverd')
     identifier = 'com.videoserver.ca.' + re.sub(r'[^A-Za-z0-9-]+', '-', title.replace(CA_NAME, ''))
@@ -4292,11 +4310,16 @@ B_PATH = re.compile(r'/(initiateDownload|listDownloads|getVideoDownloadPublicURL
 UUID_PATTERN = re.compile(r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}')
 TOKEN = re.compile(rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 FIELD_VALUE = re.compile(rb'[\t\x20-\x7e\x80-\xff]*')
+TARGET = re.compile(rb'/[\x21\x24-\x3b\x3d\x3f-\x5b\x5d\x5f\x61-\x7a\x7e]*')
+HOST_FIELD = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?')
+BAD_PATH = re.compile(r'%(?![0-9A-Fa-f]{2})|%2f|%5c|%0|%1|%7f|//', re.I)
+DOTS = re.compile(r'(?:^|/)\.\.?(?:/|$)')
+LINE_END = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
 CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:{images}; media-src 'self'; "
        "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 FILE_CSP = "default-src 'none'; media-src 'self'; img-src 'self'; style-src 'unsafe-inline'; sandbox"
-SECURITY_HEADERS = (('X-Content-Type-Options', 'nosniff'), ('X-Frame-Options', 'DENY'),
-                    ('Referrer-Policy', 'no-referrer'))
+SAME_HEADERS = ('Server: videoserverd\r\nX-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY\r\n'
+                'Referrer-Policy: no-referrer')
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
@@ -4353,30 +4376,27 @@ def parse_head(data: bytes) -> Head:
     """The head of a request, without its last empty line (RFC 9112). Raises HTTPError.
 
     Stricter than it must be: whatever two readers could understand in two ways is refused."""
-    lines = data.split(b'\r\n')
-    if any(byte in line for line in lines for byte in (b'\r', b'\n', b'\0')):
+    lines, rest = data.split(b'\r\n'), data.replace(b'\r\n', b'')
+    if b'\r' in rest or b'\n' in rest or b'\0' in rest:
         raise HTTPError(400, 'bad_request', 'The request has a bare line break or a NUL.')
     if len(lines[0]) > LINE_LIMIT:
         raise HTTPError(414, 'uri_too_long', 'The address of the request is too long.')
     words_ = lines[0].split(b' ')
     if len(words_) != 3 or not TOKEN.fullmatch(words_[0]) or words_[2] not in (b'HTTP/1.1', b'HTTP/1.0'):
         raise HTTPError(400, 'bad_request', 'The first line of the request is not HTTP/1.1.')
-    if not re.fullmatch(rb'/[\x21\x24-\x3b\x3d\x3f-\x5b\x5d\x5f\x61-\x7a\x7e]*', words_[1]):
+    if not TARGET.fullmatch(words_[1]):
         raise HTTPError(400, 'bad_request', 'The request asks for something that is not a path.')
     return Head(words_[0].decode(), words_[1].decode(), words_[2].decode(), parse_fields(lines[1:]))
 
 
 def decode_path(raw: str) -> str:
     """A path, percent-decoded; whatever could climb or mean two things is refused. Raises HTTPError."""
-    bad = HTTPError(400, 'bad_request', 'The request asks for a path that is not allowed.')
-    if re.search(r'%(?![0-9A-Fa-f]{2})|%2f|%5c|%0|%1|%7f|//', raw, re.I):
-        raise bad
     try:
         path = unquote(raw, errors='strict')
     except UnicodeDecodeError:
-        raise bad from None
-    if any(part in ('.', '..') for part in path.split('/')):
-        raise bad
+        path = '..'
+    if BAD_PATH.search(raw) or DOTS.search(path):
+        raise HTTPError(400, 'bad_request', 'The request asks for a path that is not allowed.')
     return path
 
 
@@ -4395,7 +4415,7 @@ def body_length(fields: Dict[str, List[str]]) -> Optional[int]:
 def request_host(fields: Dict[str, List[str]]) -> str:
     """The one Host, without its port, in lower case. Raises HTTPError."""
     hosts = fields.get('host', [])
-    match = re.fullmatch(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?', hosts[0]) if len(hosts) == 1 else None
+    match = HOST_FIELD.fullmatch(hosts[0]) if len(hosts) == 1 else None
     if not match:
         raise HTTPError(400, 'bad_request', 'The request must name one host.')
     return match[1].strip('[]').lower().rstrip('.')
@@ -4421,6 +4441,10 @@ class DeadlineReader(io.RawIOBase):
             return self.peer.sock.recv_into(buffer)
         except socket.timeout:  # before Python 3.10 no TimeoutError
             raise TimeoutError('too slow') from None
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: ValueError
+COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 
 
 class Request:
@@ -4461,7 +4485,7 @@ class Request:
         if 'content-length' not in self.head.fields:
             raise HTTPError(411, 'length_required', 'Send the body with a Content-Length.')
         try:
-            fields = json.loads(self.body().decode('utf-8'), parse_constant=lambda word: int(word))
+            fields = STRICT_JSON.decode(self.body().decode('utf-8'))
         except (ValueError, RecursionError):
             raise HTTPError(400, 'bad_json', 'The request is not valid JSON.') from None
         if not isinstance(fields, dict):
@@ -4521,7 +4545,7 @@ def text_param(name: str, limit: int, required: bool = False) -> Param:
 
 def json_reply(status: int, body: Dict[str, Any], *headers: Tuple[str, str]) -> Reply:
     """A JSON answer that nobody keeps."""
-    data = json.dumps(body, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace')
+    data = COMPACT_JSON.encode(body).encode('utf-8', 'replace')
     return Reply(status, data, headers=(('Cache-Control', 'no-store'), *headers))
 
 
@@ -4654,9 +4678,12 @@ class App:
 
     def _check_client(self, request: Request) -> None:
         """Only clients of the allowed networks are answered; a proxy we trust may speak for one."""
+        forwarded = request.field('x-forwarded-for')
+        if request.peer.admitted and not forwarded:
+            return
         address = ipaddress.ip_address(request.peer.address)
         trusted = self.config.server.trusted_proxies
-        for hop in reversed(request.field('x-forwarded-for').split(',')):
+        for hop in reversed(forwarded.split(',')):
             if not any(address in network for network in trusted) or not hop.strip():
                 break
             try:
@@ -4670,6 +4697,7 @@ class App:
             raise HTTPError(403, 'client_not_allowed', 'This server does not answer your network.')
         if not self.config.server.tls and not any(peer in network for network in PRIVATE_NETWORKS):
             raise HTTPError(403, 'client_not_allowed', 'Without TLS this server answers private networks only.')
+        request.peer.admitted = not forwarded
 
     def _check_host(self, request: Request) -> None:
         """A Host that is not ours is a trick (DNS rebinding) or a mistake."""
@@ -4719,7 +4747,8 @@ class App:
 
     def _parse_query(self, request: Request, route: Route) -> Dict[str, Any]:
         try:
-            given = dict(parse_qsl(request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
+            given = dict(parse_qsl(request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50)
+                         if request.raw_query else ())
         except ValueError:
             raise HTTPError(400, 'bad_query', 'The query of the request cannot be read.') from None
         values = {}
@@ -5219,6 +5248,7 @@ class Peer:
         self.local = str(plain_address(sock.getsockname()[0]))
         self.moved = time.monotonic()
         self.busy, self.fresh, self.unread, self.sending = False, True, False, False
+        self.admitted = False  # its own address was found to be that of an allowed client
 
     def send(self, data: Any) -> None:
         """All of `data`; OSError when nothing moves for STALL_SECONDS."""
@@ -5262,19 +5292,24 @@ class Peer:
             pass  # long enough
 
 
+@functools.lru_cache(maxsize=1)
+def http_date(now: int) -> str:
+    """'Fri, 24 May 2013 00:00:00 GMT' (RFC 9110 section 5.6.7) for epoch seconds."""
+    return formatdate(now, usegmt=True)
+
+
 def head_of(reply: Reply, length: int, keep: bool, csp: str) -> bytes:
     """Status line and header fields; nothing in a value can end its line."""
-    fields = [('Server', 'videoserverd'), ('Date', formatdate(usegmt=True)), *SECURITY_HEADERS, *reply.headers]
+    lines = [f'HTTP/1.1 {reply.status} {REASONS[reply.status]}', f'Date: {http_date(int(time.time()))}', SAME_HEADERS]
+    lines += [f'{name}: {LINE_END.sub("", value)}' for name, value in reply.headers]
     if reply.status != 304:
-        fields += [('Content-Length', str(length)), ('Content-Type', reply.type)]
+        lines.append(f'Content-Length: {length}\r\nContent-Type: {reply.type}')
     if not any(name == 'Cross-Origin-Resource-Policy' for name, _ in reply.headers):
-        fields.append(('Cross-Origin-Resource-Policy', 'same-origin'))
+        lines.append('Cross-Origin-Resource-Policy: same-origin')
     own_page = reply.type.startswith(('text/html', 'image/svg')) and not reply.content
-    fields.append(('Content-Security-Policy', csp if own_page else FILE_CSP))
-    fields.append(('Connection', 'keep-alive' if keep else 'close'))
-    lines = [f'HTTP/1.1 {reply.status} {REASONS[reply.status]}']
-    lines += [f'{name}: ' + re.sub(r'[\x00-\x08\x0a-\x1f\x7f]', '', value) for name, value in fields]
-    return '\r\n'.join([*lines, '', '']).encode('latin-1', 'replace')
+    lines.append(f'Content-Security-Policy: {csp if own_page else FILE_CSP}')
+    lines.append('Connection: keep-alive\r\n\r\n' if keep else 'Connection: close\r\n\r\n')
+    return '\r\n'.join(lines).encode('latin-1', 'replace')
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -5315,13 +5350,18 @@ class Handler(BaseHTTPRequestHandler):
         peer, first_line = self.peer, b''
         self.rfile.raw.deadline = time.monotonic() + (HEAD_SECONDS if peer.fresh else IDLE_SECONDS)
         try:
-            if not self.rfile.peek(1):
-                return False
+            start = self.rfile.peek(1)
         except TimeoutError:
+            return False
+        if not start:
             return False
         peer.busy, request, lines = True, None, []
         try:
-            self._read_head(lines)
+            end = start.find(b'\r\n\r\n')
+            if end > 0 and not start.startswith(b'\r\n'):  # it has come as a whole, as nearly always
+                lines = [self.rfile.read(end + 4)[:-4]]
+            else:
+                self._read_head(lines)
             request = Request(parse_head(b'\r\n'.join(lines)), peer, self.rfile)
             reply = self.app.respond(request)
         except HTTPError as error:
@@ -7018,11 +7058,10 @@ class Daemon:
         rows += gauge('paused', float(bool(self.scheduler.paused)))
         rows += gauge('ytdlp_info{version="%s"}' % (self.vendor.version() or ''), 1.0)
         counters = list(self.board.counters.items())
-        for family, kind in (('attempts_total', 'counter'), ('downloaded_bytes_total', 'counter'),
-                             ('ack_seconds', 'histogram')):
-            rows.append((f'# TYPE videoserverd_{family} {kind}', 0.0))
+        for family in ('attempts_total', 'downloaded_bytes_total'):
+            rows.append((f'# TYPE videoserverd_{family} counter', 0.0))
             rows += [row for row in counters if row[0].startswith(f'videoserverd_{family}')]
-        return rows
+        return [*rows, ('# TYPE videoserverd_ack_seconds histogram', 0.0), *self.board.acks()]
 
     # -- daily care
 

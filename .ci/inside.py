@@ -240,6 +240,7 @@ def first_boot():
         posts = [(str(post), post.id) for post in (held, site.tiktok())]
         ids.append(post(posts[1][0]))
         LEFT.write_text(json.dumps({'ids': ids, 'posts': posts}))
+        configure(downloads={'retry_delays': '600'})  # the next boot has no stand-in at first: no try may be wasted
     say('cuts the power')
 
 
