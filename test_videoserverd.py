@@ -43,6 +43,7 @@ import textwrap
 import threading
 import time
 import tokenize
+import unicodedata
 import unittest
 import unittest.mock
 import uuid
@@ -1892,17 +1893,17 @@ DROPPED = re.compile('[\xad\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b\u20
 
 def browser_name(name: str) -> Optional[str]:
     """Domain to ASCII (UTS 46, not transitional), near enough, then the forbidden code points and IPv4."""
-    name = ''.join(part if part in 'ßς' else v.unicodedata.normalize('NFKC', part.casefold())
+    name = ''.join(part if part in 'ßς' else unicodedata.normalize('NFKC', part.casefold())
                    for part in DROPPED.sub('', name)).replace('\u3002', '.')
     labels = []
     for label in name.split('.'):
-        label = v.unicodedata.normalize('NFC', label)
+        label = unicodedata.normalize('NFC', label)
         if label.startswith('xn--'):
             try:
                 label = label[4:].encode('ascii').decode('punycode')
             except UnicodeError:
                 return None
-            if label.isascii() or label != v.unicodedata.normalize('NFKC', label.lower()):
+            if label.isascii() or label != unicodedata.normalize('NFKC', label.lower()):
                 return None
         labels.append(label if label.isascii() else 'xn--' + label.encode('punycode', 'replace').decode())
     name = '.'.join(labels)
@@ -2405,7 +2406,7 @@ class TestFileNames(unittest.TestCase):
                         self.assertLessEqual(len(name.encode('utf-8')), 255)
                         self.assertNotRegex(name, r'^[-. ~]|[\0-\x1f\x7f-\x9f/\\:*?"<>|]|\.$')
                         self.assertNotRegex(name, r'[\u200b\u200e\u200f\u202a-\u202e\u2066-\u2069\ufeff]')
-                        self.assertEqual(name, v.unicodedata.normalize('NFC', name))
+                        self.assertEqual(name, unicodedata.normalize('NFC', name))
                         self.assertRegex(name, r'\.[A-Za-z0-9]{1,10}$')
                         self.assertEqual(name, Path(name).name)
                         if re.fullmatch(r'[\w-]{1,99}', media_id, re.A):
@@ -6649,7 +6650,7 @@ class TestRenewal(unittest.TestCase):
         return {name for name in {*now, *self.before} if now.get(name) != self.before.get(name)}
 
     def test_a_start_with_a_good_certificate_runs_no_program_and_writes_nothing(self):
-        with unittest.mock.patch.object(v.subprocess, 'run', side_effect=AssertionError):
+        with unittest.mock.patch.object(subprocess, 'run', side_effect=AssertionError):
             for now in (NOW, NOW + 366 * v.DAY - 60, 0):
                 self.assertEqual(v.ensure_certificate(self.config, now), (self.first, False))
         self.assertEqual(self.changed(), set())
@@ -6796,7 +6797,7 @@ class TestOwnCertificate(unittest.TestCase):
             own_pair(config)
             before = contents(config)
             end = last_of(fields(config.server.cert_file))
-            with unittest.mock.patch.object(v.subprocess, 'run', side_effect=AssertionError):
+            with unittest.mock.patch.object(subprocess, 'run', side_effect=AssertionError):
                 for now in (NOW, NOW + YEAR, 0):
                     made, changed = v.ensure_certificate(config, now)
                 self.assertEqual((made.own, changed), (True, False))
@@ -6840,7 +6841,7 @@ class TestClock(unittest.TestCase):
 
 
 MAKER = '''
-import os, random, shutil, signal, sys, time
+import os, random, shutil, signal, subprocess, sys, time
 import videoserverd as v
 config = v.load_config(v.Path(sys.argv[1]) / 'config.ini', {})
 now = float(sys.argv[2])
@@ -6865,7 +6866,7 @@ def pair():
     return v.look_at_certificate(config)
 
 CHANGES = {'fsync': os, 'chown': os, 'rename': v.Path, 'replace': v.Path, 'chmod': v.Path, 'mkdir': v.Path,
-           'write_text': v.Path, 'rmtree': shutil, 'run': v.subprocess}
+           'write_text': v.Path, 'rmtree': shutil, 'run': subprocess}
 
 def doomed(step, names=tuple(CHANGES)):
     """Has this process killed at its `step`th change of the disk, of those named."""
@@ -6967,14 +6968,14 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
         self.run_maker(config, '''
 def watch():
     """Looks at each file when openssl has made it."""
-    real = v.subprocess.run
+    real = subprocess.run
     def run(*words, **more):
         done = real(*words, **more)
         assert os.stat(more['cwd']).st_mode & 0o777 == 0o700
         assert not [name for name in os.listdir(more['cwd']) if name.endswith('.key')
                     and os.stat(os.path.join(more['cwd'], name)).st_mode & 0o077]
         return done
-    v.subprocess.run = run
+    subprocess.run = run
 assert not wait(fork(watch))
 ''')
         self.check_whole(config)
