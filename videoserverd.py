@@ -26,8 +26,6 @@ their own TLS handshake under a deadline and never wait for yt-dlp; `commit` alo
 database; `schedule` alone pops the heap; `worker-N` download; `upload` (with [s3] only) feeds the
 bucket; `care` does what is due daily (certificate, copies of the database, yt-dlp).
 """
-import configparser
-import copy
 import errno
 import fcntl
 import functools
@@ -41,27 +39,22 @@ import os
 import re
 import select
 import shlex
-import shutil
 import signal
 import socket
 import sqlite3
 import ssl
 import stat
-import subprocess
 import sys
 import threading
 import time
-import unicodedata
 import uuid
-from collections import deque
+from collections import deque, namedtuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from shutil import which
-from types import SimpleNamespace
-from typing import Any, Callable, Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from types import ModuleType, SimpleNamespace
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 # ---------- settings ----------------------------------------------------------------------
@@ -75,6 +68,18 @@ PROGRAM = Path(os.environ.get('VIDEOSERVERD_PROGRAM', __file__)).absolute()  # a
 log = logging.getLogger('videoserverd')
 
 
+Any = object  # in annotations only; the module typing takes 0.4 MB
+
+
+def named_tuple(cls: type) -> Any:
+    """A decorator: the annotated fields of the class, with their defaults, become those of a named tuple."""
+    members = dict(vars(cls))
+    fields = list(cls.__annotations__)
+    base = namedtuple(cls.__name__, fields, defaults=[members.pop(field) for field in fields if field in members])
+    del members['__dict__'], members['__weakref__']
+    return type(cls.__name__, (base,), {**members, '__slots__': ()})
+
+
 class Trouble(Exception):
     """A fault its reader can mend; str() is one line that says what to do."""
     exit_code = 1
@@ -85,7 +90,8 @@ class ConfigError(Trouble):
     exit_code = 2
 
 
-class Setting(NamedTuple):
+@named_tuple
+class Setting:
     """A key of config.ini. `parse` takes the text and raises ValueError(what is accepted)."""
     default: str
     parse: Callable[[str], Any]
@@ -124,7 +130,14 @@ def write_whole(file: Path, text: str) -> None:
 
 def remove_folder(folder: Path, ignore_errors: bool = True) -> None:
     """Remove a folder with all that is in it. Raises OSError only if asked to."""
+    import shutil
     shutil.rmtree(folder, ignore_errors)
+
+
+def which(name: str) -> str | None:
+    """Where a program is, None if it is not installed."""
+    import shutil  # with three compressors: 0.5 MB that an idle server can do without
+    return shutil.which(name)
 
 
 def free_space(folder: Path) -> int:
@@ -133,7 +146,7 @@ def free_space(folder: Path) -> int:
     return disk.f_bavail * disk.f_frsize
 
 
-def one_of(choices: Dict[str, Any]) -> Callable[[str], Any]:
+def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
     """A parser that accepts the words of `choices` and returns what they stand for."""
     def parse(text):
         if text.lower() not in choices:
@@ -155,7 +168,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def words(text: str) -> Tuple[str, ...]:
+def words(text: str) -> tuple[str, ...]:
     """The comma-separated words of `text`."""
     return tuple(word.strip() for word in text.split(',') if word.strip())
 
@@ -177,7 +190,7 @@ def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: parse(text) if text else None
 
 
-def delays(text: str) -> Tuple[int, ...]:
+def delays(text: str) -> tuple[int, ...]:
     """Seconds to wait before each retry."""
     found = words(text)
     if not found or not all(re.fullmatch(r'\d{1,7}', word, re.A) for word in found):
@@ -193,7 +206,7 @@ def listen_host(text: str) -> str:
         raise ValueError('an IP address such as 0.0.0.0, 127.0.0.1 or ::') from None
 
 
-def networks(text: str) -> Tuple[Any, ...]:
+def networks(text: str) -> tuple[Any, ...]:
     """CIDR networks; a bare address is a network of one."""
     try:
         return tuple(ipaddress.ip_network(word) for word in words(text))
@@ -205,7 +218,7 @@ PRIVATE_NETWORKS = networks(  # RFC 1918, 6598 (Tailscale), 3927, 4193, loopback
     '127.0.0.0/8,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,169.254.0.0/16,::1,fc00::/7,fe80::/10')
 
 
-def clients(text: str) -> Tuple[Any, ...]:
+def clients(text: str) -> tuple[Any, ...]:
     """The networks whose clients are answered."""
     if text.lower() in ('private', 'any'):
         return PRIVATE_NETWORKS if text.lower() == 'private' else networks('0.0.0.0/0,::/0')
@@ -214,7 +227,7 @@ def clients(text: str) -> Tuple[Any, ...]:
     return networks(text)
 
 
-def domains(text: str) -> Tuple[str, ...]:
+def domains(text: str) -> tuple[str, ...]:
     """Domain names in lower case, or '*'."""
     found = tuple(word.lower().rstrip('.') for word in words(text))
     if not found or not all(word == '*' or re.fullmatch(r'[a-z0-9-]+(\.[a-z0-9-]+)+', word) for word in found):
@@ -248,7 +261,7 @@ def url_prefix(text: str) -> str:
     return text and text.rstrip('/') + '/'
 
 
-SETTINGS: Dict[str, Dict[str, Setting]] = {
+SETTINGS: dict[str, dict[str, Setting]] = {
     'server': {
         'host': Setting('0.0.0.0', listen_host, 'address to listen on; :: is IPv6 and IPv4'),
         'port': Setting('8443', whole(0, 65535), 'TCP port to listen on; 0 takes a free one'),
@@ -319,8 +332,9 @@ class Config(SimpleNamespace):
     """All settings, a namespace per section, and `file`, `folder`, `api_keys`, the AWS keys."""
 
 
-def read_ini(file: Path) -> Dict[str, Dict[str, str]]:
+def read_ini(file: Path) -> dict[str, dict[str, str]]:
     """The sections of an ini file. Raises ConfigError."""
+    import configparser
     parser = configparser.ConfigParser(interpolation=None, default_section='\0', inline_comment_prefixes=('#', ';'))
     try:
         parser.read_string(file.read_text(encoding='utf-8'), str(file))
@@ -331,7 +345,7 @@ def read_ini(file: Path) -> Dict[str, Dict[str, str]]:
     return {name: dict(parser[name]) for name in parser.sections()}
 
 
-def environment_settings(env: Dict[str, str]) -> Iterator[Tuple[str, str, str, str]]:
+def environment_settings(env: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
     """(variable, section, key, text) of each setting in the environment. Raises ConfigError."""
     for name, text in sorted(env.items(), reverse=True):  # PRT_… first, so that VIDEOSERVER_… wins
         section, key = OTHER_NAMES.get(name, ('', ''))
@@ -376,7 +390,7 @@ def check_together(config: Config, where: str) -> None:
         raise ConfigError(f'{where}: [server] host is a multicast address; accepted: an address of this machine')
 
 
-def load_config(file: Optional[Path], env: Dict[str, str]) -> Config:
+def load_config(file: Path | None, env: dict[str, str]) -> Config:
     """Built-in values, then `file` (None: none), then the environment. Raises ConfigError."""
     folder = (file or PROGRAM).absolute().parent
     config = Config(file=file and file.absolute(), folder=folder)
@@ -421,33 +435,37 @@ TRANSITIONS = {  # verb of the store: (status before, status after); whatever is
 }
 
 
-class MediaFile(NamedTuple):
+@named_tuple
+class MediaFile:
     """A finished file in the output directory: its name there, bytes, MIME type."""
     name: str
     size: int
     type: str
 
 
-class Progress(NamedTuple):
+@named_tuple
+class Progress:
     """How far a running download is. `phase`: page, media, merge or file; bytes; seconds."""
     percent: float
     phase: str = ''
     downloaded: int = 0
-    total: Optional[int] = None
-    speed: Optional[float] = None
-    eta: Optional[int] = None
+    total: int | None = None
+    speed: float | None = None
+    eta: int | None = None
     title: str = ''
 
 
-class Job(NamedTuple):
+@named_tuple
+class Job:
     """One try at one download: attempt 1 is the first."""
     id: str
     url: str
-    options: Tuple[Tuple[str, Any], ...]
+    options: tuple[tuple[str, Any], ...]
     attempt: int
 
 
-class Outcome(NamedTuple):
+@named_tuple
+class Outcome:
     """How a try ended: done, retry, give_up, cancelled, stopped or pause.
 
     `reason` is a stable word, `message` a sentence for a person, `tries` the attempts that this
@@ -456,8 +474,8 @@ class Outcome(NamedTuple):
     reason: str = ''
     message: str = ''
     title: str = ''
-    files: Tuple[MediaFile, ...] = ()
-    tries: Optional[int] = None
+    files: tuple[MediaFile, ...] = ()
+    tries: int | None = None
 
 
 def backoff(attempt: int, delays: Sequence[int], jitter: float = 0) -> float:
@@ -472,7 +490,7 @@ STEPS = {'done': 'finish', 'give_up': 'fail', 'cancelled': 'fail', 'stopped': 'r
 
 
 def next_step(outcome: Outcome, attempt: int, max_retries: int, delays: Sequence[int],
-              jitter: float = 0) -> Tuple[str, float]:
+              jitter: float = 0) -> tuple[str, float]:
     """What follows from how attempt `attempt` ended: finish, retry, fail or requeue, and seconds to wait."""
     if outcome.kind != 'retry':
         return STEPS[outcome.kind], 0
@@ -498,14 +516,15 @@ class Refused(Exception):
         self.code, self.message = code, message
 
 
-class Submission(NamedTuple):
+@named_tuple
+class Submission:
     """A link to be stored: canonical URL, who sent it, options as (name, value) pairs.
 
     `timestamp` is the sender's, of any size; it is only ever compared."""
     url: str
     client_id: str
-    timestamp: Optional[int]
-    options: Tuple[Tuple[str, Any], ...]
+    timestamp: int | None
+    options: tuple[tuple[str, Any], ...]
 
 
 UNSAFE = re.compile(  # control characters, line ends, marks that reverse the text around them, half characters
@@ -546,7 +565,7 @@ def trim_link(link: str) -> str:
     return link
 
 
-def find_urls(text: str, domains: Sequence[str] = SITES) -> List[str]:
+def find_urls(text: str, domains: Sequence[str] = SITES) -> list[str]:
     """The links in a text, in order, as written; without https:// only those to `domains`."""
     return [('https://' if match[1] else '') + trim_link(match[0]) for match in LINK.finditer(text)
             if not match[1] or is_under(match[1].lower(), domains)]
@@ -593,6 +612,7 @@ def ascii_label(label: str) -> str:
     no mapping but lower case changes. So no program can take the label for another one."""
     lower = label.lower()
     if not lower.isascii():
+        import unicodedata  # 0.1 MB that plain links can do without
         mapped = unicodedata.normalize('NFKC', label.casefold()) != lower or IGNORED.search(lower)
         if mapped or any(unicodedata.category(character)[0] not in 'LMN' for character in lower if character != '-'):
             raise ValueError('ambiguous')
@@ -631,7 +651,7 @@ URL_SAFE = "%/;:@&=+$,!~*'()?[]"  # what yt-dlp itself leaves as it is
 DEFAULT_PORTS = {'http': 80, 'https': 443}
 
 
-def split_url(text: str) -> Tuple[str, str, int, str]:
+def split_url(text: str) -> tuple[str, str, int, str]:
     """Scheme, canonical host, port, and path with query of a web link. Raises ValueError."""
     parts = WEB_LINK.fullmatch(text)
     if not parts or re.search(r'[\s\\]', text) or UNSAFE.search(text):
@@ -692,7 +712,7 @@ def matching(pattern: str, accepted: str) -> Callable[[str], str]:
     return parse
 
 
-def listing(pattern: str, accepted: str) -> Callable[[str], Tuple[str, ...]]:
+def listing(pattern: str, accepted: str) -> Callable[[str], tuple[str, ...]]:
     """A parser of up to 30 words that match `pattern`, separated by commas."""
     def parse(text):
         found = tuple(word.strip() for word in text.split(','))
@@ -768,7 +788,7 @@ OPTIONS = {spelling: (name, value) for spellings, name, value in OPTION_ROWS for
 JOINED = {'format_sort': lambda old, new: new + old, 'subtitleslangs': lambda old, new: old + new}  # given twice
 
 
-def option_words(value: Any) -> List[str]:
+def option_words(value: Any) -> list[str]:
     """The words of a list of strings or of one shell-like string. Raises Refused."""
     if value is None:
         return []
@@ -784,7 +804,7 @@ def option_words(value: Any) -> List[str]:
     return list(value)
 
 
-def split_option(word: str) -> Tuple[str, Optional[str]]:
+def split_option(word: str) -> tuple[str, str | None]:
     """'--name=value' and '-fvalue' in two; the value is None where it stands apart."""
     if word.startswith('--'):
         name, equals, value = word.partition('=')
@@ -792,7 +812,7 @@ def split_option(word: str) -> Tuple[str, Optional[str]]:
     return (word[:2], word[2:] or None) if word.startswith('-') else (word, None)
 
 
-def option_value(spelling: str, parse: Callable[[str], Any], argument: Optional[str]) -> Any:
+def option_value(spelling: str, parse: Callable[[str], Any], argument: str | None) -> Any:
     """The checked argument of an option. Raises Refused."""
     if argument is None:
         raise Refused('bad_option', f'The option {spelling} needs a value.')
@@ -802,11 +822,11 @@ def option_value(spelling: str, parse: Callable[[str], Any], argument: Optional[
         raise Refused('bad_option', f'The option {spelling} takes {error}.') from None
 
 
-def parse_options(value: Any) -> Tuple[Tuple[str, Any], ...]:
+def parse_options(value: Any) -> tuple[tuple[str, Any], ...]:
     """The caller's yt-dlp options, checked against OPTIONS, as (name, value) pairs. Raises Refused.
 
     Nothing of yt-dlp looks at them before: its own parser reads files, asks and exits."""
-    found: Dict[str, Any] = {}
+    found: dict[str, Any] = {}
     rest = deque(option_words(value))
     while rest:
         spelling, argument = split_option(rest.popleft())
@@ -826,7 +846,7 @@ PARAMS = {name for _, name, _ in OPTION_ROWS} - {  # the others are made of seve
     'User-Agent', 'Referer', 'extractaudio', 'audioformat', 'embedsubtitles', 'addmetadata'}
 
 
-def postprocessors(chosen: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
+def postprocessors(chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What yt-dlp's command line sets up for -x, --embed-subs and --embed-metadata, in its order."""
     if chosen.get('extractaudio'):
         yield {'key': 'FFmpegExtractAudio', 'preferredcodec': chosen.get('audioformat', 'best'),
@@ -837,7 +857,7 @@ def postprocessors(chosen: Dict[str, Any]) -> Iterator[Dict[str, Any]]:
         yield {'key': 'FFmpegMetadata', 'add_chapters': True, 'add_metadata': True, 'add_infojson': 'if_exists'}
 
 
-def ytdlp_params(options: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
+def ytdlp_params(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """YoutubeDL params that mean what yt-dlp's own parser makes of these options; always a new dict."""
     chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in options}
     params = {name: value for name, value in chosen.items() if name in PARAMS}
@@ -858,7 +878,7 @@ def ytdlp_params(options: Sequence[Tuple[str, Any]]) -> Dict[str, Any]:
 
 # -- a submission
 
-def text_field(fields: Dict[str, Any], name: str) -> str:
+def text_field(fields: dict[str, Any], name: str) -> str:
     """A text among the fields; null is as good as left out. Raises Refused."""
     value = '' if fields.get(name) is None else fields[name]
     if not isinstance(value, str):
@@ -866,7 +886,7 @@ def text_field(fields: Dict[str, Any], name: str) -> str:
     return value.strip()
 
 
-def parse_client_id(fields: Dict[str, Any]) -> str:
+def parse_client_id(fields: dict[str, Any]) -> str:
     """Who sends, 'unknown' by default. Raises Refused."""
     client_id = text_field(fields, 'client_id') or 'unknown'
     if len(client_id) > 128 or UNSAFE.search(client_id):
@@ -874,7 +894,7 @@ def parse_client_id(fields: Dict[str, Any]) -> str:
     return client_id
 
 
-def parse_timestamp(fields: Dict[str, Any]) -> Optional[int]:
+def parse_timestamp(fields: dict[str, Any]) -> int | None:
     """The sender's time, any non-negative integer. Raises Refused."""
     value = fields.get('timestamp')
     if isinstance(value, float) and value.is_integer():
@@ -885,9 +905,9 @@ def parse_timestamp(fields: Dict[str, Any]) -> Optional[int]:
     return value
 
 
-def parse_links(text: str, security: Any) -> List[Tuple[str, Any]]:
+def parse_links(text: str, security: Any) -> list[tuple[str, Any]]:
     """Every link in the text, in order: (as written, canonical URL or Refused). Raises Refused if there is none."""
-    found: List[Tuple[str, Any]] = []
+    found: list[tuple[str, Any]] = []
     for link in find_urls(text, SITES if security.allowed_domains == ('*',) else security.allowed_domains):
         try:
             found.append((link, check_url(link, security)))
@@ -898,7 +918,7 @@ def parse_links(text: str, security: Any) -> List[Tuple[str, Any]]:
     return found
 
 
-def parse_submission(fields: Dict[str, Any], security: Any) -> Submission:
+def parse_submission(fields: dict[str, Any], security: Any) -> Submission:
     """What the decoded JSON asks for; `security` is that section of the Config. Raises Refused.
 
     Of several links in `url` it is the first that can be taken."""
@@ -913,7 +933,7 @@ def parse_submission(fields: Dict[str, Any], security: Any) -> Submission:
                       parse_options(fields.get('ytdlp_cli_parameters')))
 
 
-def parse_batch(fields: Dict[str, Any], security: Any) -> List[Tuple[str, Any]]:
+def parse_batch(fields: dict[str, Any], security: Any) -> list[tuple[str, Any]]:
     """Every link in `text`, once, in order: (as written, Submission or Refused). Raises Refused."""
     client_id, timestamp, found = parse_client_id(fields), parse_timestamp(fields), {}
     for written, url in parse_links(text_field(fields, 'text'), security):
@@ -944,6 +964,7 @@ SUFFIX_BYTES = 28  # kept for '.part.ext', so that a subtitle's name begins like
 
 def readable(text: str) -> str:
     """`text` for a file name: composed, one line, without invisible marks or hostile characters."""
+    import unicodedata
     shown = (character if character in '\u200c\u200d' else ' ' if character.isspace() else
              '' if unicodedata.category(character)[0] == 'C' else character for character in text)
     return ' '.join(HOSTILE.sub('_', unicodedata.normalize('NFC', ''.join(shown))).split())
@@ -1081,7 +1102,7 @@ def corrupt(path: Path, error: object) -> Trouble:
                    f'{path.parent / "backups"}.')
 
 
-def quick_check(db: sqlite3.Connection, seconds: Optional[float] = None) -> Optional[str]:
+def quick_check(db: sqlite3.Connection, seconds: float | None = None) -> str | None:
     """What SQLite finds wrong with the database, None if nothing; stops looking after `seconds`."""
     end = time.monotonic() + seconds if seconds else None
     if end:
@@ -1116,13 +1137,13 @@ class Store:
 
     def __init__(self, path: Path, links_per_hour: int = 0):
         self.path, self.links_per_hour = path, links_per_hour
-        self.error: Optional[str] = None  # why the last commit failed, None when it did not
+        self.error: str | None = None  # why the last commit failed, None when it did not
         self._queue: deque = deque()
         self._tickets = threading.Condition()  # guards _queue and _closed
         self._closed = False
-        self._pool: List[sqlite3.Connection] = []
+        self._pool: list[sqlite3.Connection] = []
         self._pool_lock = threading.Lock()  # guards _pool: readers nobody uses now
-        self._writer: Optional[sqlite3.Connection] = None
+        self._writer: sqlite3.Connection | None = None
         self.thread = threading.Thread(target=self._commit_loop, name='commit', daemon=True)
 
     # -- opening and closing
@@ -1179,7 +1200,7 @@ class Store:
             self._commit(batch)
         self._shut_writer('PRAGMA wal_checkpoint(TRUNCATE)')
 
-    def _commit(self, batch: List[Ticket]) -> None:
+    def _commit(self, batch: list[Ticket]) -> None:
         """One transaction, one sync, for all of `batch`; every ticket gets its answer whatever happens."""
         try:
             if self._writer is None:
@@ -1202,7 +1223,7 @@ class Store:
         except (RateLimited, LookupError, ValueError, TypeError, OverflowError) as error:  # nothing was written
             ticket.error = error
 
-    def _fail(self, batch: List[Ticket], error: Exception) -> None:
+    def _fail(self, batch: list[Ticket], error: Exception) -> None:
         """Nobody knows what a failed sync left behind: tell all, start afresh with the next batch."""
         if self.error is None or not isinstance(error, (sqlite3.Error, OSError)):
             log.error('database: commit failed, links are refused until it works: %s', error,
@@ -1240,7 +1261,7 @@ class Store:
 
     # -- reading
 
-    def read(self, sql: str, args: Sequence[Any] = ()) -> List[sqlite3.Row]:
+    def read(self, sql: str, args: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """The rows of a query, on a connection that cannot write."""
         with self._pool_lock:
             reader = self._pool.pop() if self._pool else None
@@ -1273,12 +1294,12 @@ class Store:
             raise LookupError(download_id)
         return Record.of(rows[0])
 
-    def counts(self) -> Dict[str, int]:
+    def counts(self) -> dict[str, int]:
         """Downloads by status."""
         found = dict(tuple(row) for row in self.read('SELECT status, n FROM tally'))
         return {status: found.get(status, 0) for status in STATES}
 
-    def page(self, limit: int, offset: int = 0, status: str = '', q: str = '') -> Tuple[int, List[Record]]:
+    def page(self, limit: int, offset: int = 0, status: str = '', q: str = '') -> tuple[int, list[Record]]:
         """(how many there are, `limit` of them from `offset` on), newest first."""
         where, args = '1', []
         if status:
@@ -1296,33 +1317,33 @@ class Store:
             f'LIMIT ? OFFSET ?) {newest}', [*args, limit, offset])
         return total, [Record.of(row) for row in rows]
 
-    def since(self, created_at: int, ongoing: bool) -> List[sqlite3.Row]:
+    def since(self, created_at: int, ongoing: bool) -> list[sqlite3.Row]:
         """(id, status, file_size) of downloads made since then, newest first, 10,000 at most; with `ongoing`
         only the unfinished."""
         only = "AND status IN ('queued', 'downloading')" if ongoing else ''
         return self.read(f'SELECT id, status, file_size FROM downloads WHERE created_at >= ? {only} '
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at,))
 
-    def due_times(self) -> List[Tuple[str, int]]:
+    def due_times(self) -> list[tuple[str, int]]:
         """(id, epoch seconds from which it may start) of all that is queued, oldest first."""
         return [tuple(row) for row in self.read(
             "SELECT id, coalesce(next_attempt_at, 0) FROM downloads WHERE status = 'queued' "
             'ORDER BY created_at, rowid')]
 
-    def unfinished(self) -> Dict[str, str]:
+    def unfinished(self) -> dict[str, str]:
         """All that is queued or downloading: status by id."""
         return dict(tuple(row) for row in self.read(
             "SELECT id, status FROM downloads WHERE status IN ('queued', 'downloading')"))
 
     # -- submissions
 
-    def add(self, submission: Submission, now: int) -> Tuple[str, bool]:
+    def add(self, submission: Submission, now: int) -> tuple[str, bool]:
         """Store a link; (its id, False if the client had sent this very one before).
 
         Raises RateLimited, StoreDown."""
         return self.write(lambda db: self._insert(db, submission, now))
 
-    def add_many(self, submissions: Sequence[Submission], now: int) -> List[Any]:
+    def add_many(self, submissions: Sequence[Submission], now: int) -> list[Any]:
         """Store links in one commit; for each what `add` returns, or the RateLimited it raises."""
         def work(db):
             return [self._insert_or_refusal(db, submission, now) for submission in submissions]
@@ -1334,7 +1355,7 @@ class Store:
         except RateLimited as refusal:
             return refusal
 
-    def _insert(self, db: sqlite3.Connection, item: Submission, now: int) -> Tuple[str, bool]:
+    def _insert(self, db: sqlite3.Connection, item: Submission, now: int) -> tuple[str, bool]:
         timestamp = None if item.timestamp is None else str(item.timestamp)
         known = timestamp and db.execute('SELECT id FROM downloads WHERE client_id = ? AND url = ? AND timestamp = ?',
                                          (item.client_id, item.url, timestamp)).fetchone()
@@ -1372,7 +1393,7 @@ class Store:
                 (*columns.values(), after, now, download_id, *before)).rowcount == 1
         return self.write(work)
 
-    def claim(self, download_id: str, now: int) -> Optional[Job]:
+    def claim(self, download_id: str, now: int) -> Job | None:
         """Take a queued download to work on; None if it is queued no more, or not due yet."""
         def work(db):  # one transaction: a row that is taken but cannot be read would be nobody's
             taken = db.execute(
@@ -1459,7 +1480,7 @@ class Store:
 
     # -- copies in the bucket
 
-    def uploads_due(self, now: int, limit: int = 10) -> List[Record]:
+    def uploads_due(self, now: int, limit: int = 10) -> list[Record]:
         """Finished downloads whose copy is due."""
         return [Record.of(row) for row in self.read(
             'SELECT * FROM downloads WHERE s3_due <= ? ORDER BY s3_due LIMIT ?', (now, limit))]
@@ -1516,7 +1537,7 @@ class Lock:
 
     The kernel drops it with the process; across a re-execution the descriptor is kept."""
 
-    def __init__(self, database: Path, fd: Optional[int] = None):
+    def __init__(self, database: Path, fd: int | None = None):
         self.path, self.fd = Path(f'{database}.lock'), fd
 
     def take(self) -> None:
@@ -1542,21 +1563,21 @@ class Lock:
                           f'{holder.get("port", "unknown")}) uses this database; stop it first.') from None
         self.tell({'pid': os.getpid()})
 
-    def tell(self, facts: Dict[str, Any]) -> None:
+    def tell(self, facts: dict[str, Any]) -> None:
         """Leave in the file who holds it."""
         told = json.dumps(facts).encode()
         with suppress(OSError):  # a full disk: it is locked all the same
             os.pwrite(self.fd, told, 0)
             os.ftruncate(self.fd, len(told))
 
-    def holder(self) -> Dict[str, Any]:
+    def holder(self) -> dict[str, Any]:
         """What the holder has left, {} if nothing."""
         try:
             return json.loads(self.path.read_text() or '{}')
         except (OSError, ValueError):
             return {}
 
-    def running(self) -> Dict[str, Any]:
+    def running(self) -> dict[str, Any]:
         """The facts of the server that runs on this database, {} if none does."""
         try:
             fd = os.open(self.path, os.O_RDWR)
@@ -1594,11 +1615,11 @@ class Board:
     def __init__(self, first_version: int = 0):
         self.version = first_version  # differs from run to run, so that no page takes a new run for the old one
         self._changed = threading.Condition()
-        self._progress: Dict[str, Progress] = {}
+        self._progress: dict[str, Progress] = {}
         self._watchers = 0
-        self.counters: Dict[str, float] = {name: 0.0 for name in ACK_COUNTERS}  # of /metrics, since the start
+        self.counters: dict[str, float] = {name: 0.0 for name in ACK_COUNTERS}  # of /metrics, since the start
 
-    def post(self, download_id: str, progress: Optional[Progress] = None) -> None:
+    def post(self, download_id: str, progress: Progress | None = None) -> None:
         """Something about this download changed; `progress` None: it runs no more."""
         with self._changed:
             if progress is None:
@@ -1622,7 +1643,7 @@ class Board:
             for name, amount in zip(ACK_COUNTERS, amounts):
                 self.counters[name] += amount
 
-    def progress(self, download_id: str) -> Optional[Progress]:
+    def progress(self, download_id: str) -> Progress | None:
         """How far it is, None if it does not run."""
         with self._changed:
             return self._progress.get(download_id)
@@ -1656,7 +1677,7 @@ class Board:
 # guards what stop() has to end, Meter._lock the figures, NAMES_LOCK a free name until its file
 # is there. Called by scheduler (Attempt), daemon and http (forget_files).
 
-ENDINGS: Dict[str, Tuple[str, Optional[int], str]] = {  # kind, tries if fewer than configured, what a person reads
+ENDINGS: dict[str, tuple[str, int | None, str]] = {  # kind, tries if fewer than configured, what a person reads
     'cancelled': ('cancelled', None, 'Cancelled'),
     'stopped': ('stopped', None, 'The server was stopped'),
     'disk': ('pause', None, 'The disk is nearly full: delete videos, and the downloads go on'),
@@ -1710,8 +1731,8 @@ class Ending(BaseException):
 
 def chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what lies behind it; what an ExtractorError followed is another story."""
-    found: List[BaseException] = []
-    waiting: List[Any] = [error]
+    found: list[BaseException] = []
+    waiting: list[Any] = [error]
     while waiting:
         error = waiting.pop(0)
         if isinstance(error, BaseException) and error not in found:
@@ -1734,7 +1755,7 @@ def sentence(text: str) -> str:
     return excerpt(' '.join(kept), 160).rstrip('.; ')
 
 
-def system_reason(error: BaseException, output: Path) -> Optional[str]:
+def system_reason(error: BaseException, output: Path) -> str | None:
     """'disk' or 'output' if this is what an error of the system tells."""
     number = getattr(error, 'errno', None)
     if number in (errno.ENOSPC, errno.EDQUOT):
@@ -1794,7 +1815,7 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
 here = threading.local()  # .attempt: whose work this thread does; set by its worker and at each request
 PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
 IMPORT_LOCK = threading.Lock()
-IMPORTED: Dict[str, Any] = {}  # 'Session': the class made below, once yt-dlp is imported
+IMPORTED: dict[str, Any] = {}  # 'Session': the class made below, once yt-dlp is imported
 
 
 def guard_network() -> None:
@@ -1811,7 +1832,7 @@ def guard_network() -> None:
     common.time = extractor.time = _utils.time = clock
 
 
-def die_with_us() -> Optional[Callable[[], None]]:
+def die_with_us() -> Callable[[], None] | None:
     """For preexec_fn: Linux kills the child when the thread that started it ends, be it by kill -9.
 
     Elsewhere None: the next attempt ends what is left over (`end_leftovers`)."""
@@ -1827,7 +1848,7 @@ def die_with_us() -> Optional[Callable[[], None]]:
     return arrange
 
 
-def local_only(args: Sequence[str]) -> List[str]:
+def local_only(args: Sequence[str]) -> list[str]:
     """A command line that reads nothing but files, even if a file names an address; with a URL
     in it, or of another program, it is as if the program was not installed. Raises OSError."""
     name, allowed = os.path.basename(args[0]), ['-protocol_whitelist', 'file,crypto,data']
@@ -1852,6 +1873,8 @@ def guard_processes() -> None:
 
 def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
     """AES-CBC by the openssl command, empty if that cannot; yt-dlp's own takes ten seconds per MB."""
+    import subprocess
+
     from yt_dlp.utils import Popen
     with suppress(OSError):
         with Popen(['openssl', 'enc', '-d', f'-aes-{len(key) * 8}-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()],
@@ -1966,7 +1989,7 @@ class Meter:
         self.phase, self.steps = '', 0  # steps: phases and files begun, a sign of life
         self._progress, self._told, self._title = Progress(0.0), 0.0, ''
         self._videos, self._video = 1, 0
-        self._sizes: Dict[str, float] = {}  # of the parts that are to come
+        self._sizes: dict[str, float] = {}  # of the parts that are to come
         self._whole, self._before, self._part = 1.0, 0.0, 0.0  # of this video: all, parts before, this part
         self._bytes_before, self._bytes = 0, 0
 
@@ -1976,7 +1999,7 @@ class Meter:
             self.phase, self.steps = phase, self.steps + 1
             self._report(self._progress._replace(phase=phase, speed=None, eta=None), True)
 
-    def plan(self, info: Dict[str, Any], formats: Sequence[Dict[str, Any]]) -> None:
+    def plan(self, info: dict[str, Any], formats: Sequence[dict[str, Any]]) -> None:
         """A video of these formats begins."""
         self._title = excerpt(str(info.get('playlist_title') or info.get('title') or ''), 200)
         self._videos = max(int(info.get('n_entries') or 1), 1)
@@ -1992,7 +2015,7 @@ class Meter:
         self.steps += 1
         self.enter('media')
 
-    def hear(self, told: Dict[str, Any]) -> bool:
+    def hear(self, told: dict[str, Any]) -> bool:
         """yt-dlp's progress hook; whether this was told on."""
         self._bytes = told.get('downloaded_bytes') or told.get('total_bytes') or 0
         total = told.get('total_bytes') or told.get('total_bytes_estimate')
@@ -2029,6 +2052,7 @@ def boot_id() -> str:
 
 def end_leftovers(folder: Path) -> None:
     """Kill ffmpeg processes that an earlier life of this program left writing into `folder`."""
+    import subprocess
     with suppress(OSError):
         listed = subprocess.run(['ps', '-axww', '-o', 'pid=,args='], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         for line in listed.stdout.decode('utf-8', 'replace').splitlines():
@@ -2038,7 +2062,7 @@ def end_leftovers(folder: Path) -> None:
                     os.kill(int(pid), signal.SIGKILL)
 
 
-def free_name(output: Path, result: Dict[str, Any]) -> str:
+def free_name(output: Path, result: dict[str, Any]) -> str:
     """A name for the result that nothing in `output` has."""
     number, part = 1, result['part']
     while True:
@@ -2071,8 +2095,8 @@ class JobFolder:
 
     def __init__(self, path: Path):
         self.path, self.file = path, path / 'job.json'
-        self.parts: Dict[str, Dict[str, Any]] = {}  # file name: format, total and size, as far as known
-        self.results: List[Dict[str, Any]] = []     # finished files: source, title, id, part, ext, name, size
+        self.parts: dict[str, dict[str, Any]] = {}  # file name: format, total and size, as far as known
+        self.results: list[dict[str, Any]] = []     # finished files: source, title, id, part, ext, name, size
         self.current = ''  # the part whose bytes a request brings, '' for others
 
     def open(self) -> None:
@@ -2103,7 +2127,7 @@ class JobFolder:
         new.write_text(json.dumps({'boot': boot_id(), 'parts': self.parts, 'results': self.results}))
         os.replace(new, self.file)
 
-    def begin(self, name: str, info: Dict[str, Any]) -> None:
+    def begin(self, name: str, info: dict[str, Any]) -> None:
         """yt-dlp is about to fetch file `name`: keep what is there only if it is a sound part of the same."""
         same = json.dumps([info.get(field) for field in SAME], default=str)
         plain_file = info.get('protocol') in ('http', 'https')
@@ -2157,7 +2181,7 @@ class JobFolder:
             self.parts[name]['size'] = (self.path / name).stat().st_size
             self.save()
 
-    def size(self) -> Tuple[int, float]:
+    def size(self) -> tuple[int, float]:
         """Bytes in it, and the time of the last write."""
         found = [(0, 0.0)]
         with suppress(OSError):
@@ -2173,7 +2197,7 @@ class JobFolder:
             return (self.path / result['source']).exists() or final.is_file() and final.stat().st_size == result['size']
         return bool(self.results) and all(map(there, self.results))
 
-    def move(self, output: Path) -> Tuple[MediaFile, ...]:
+    def move(self, output: Path) -> tuple[MediaFile, ...]:
         """Rename the results to free names in `output`; the name is noted before, so that after a kill
         the same file is found again and not made twice. Raises OSError."""
         for result in self.results:
@@ -2220,7 +2244,7 @@ MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (
 ))
 
 
-def media_extension(path: Path) -> Optional[str]:
+def media_extension(path: Path) -> str | None:
     """The file's extension, mended if its first bytes tell another kind; None if they are no media."""
     with path.open('rb') as file:
         start = file.read(256)
@@ -2230,6 +2254,8 @@ def media_extension(path: Path) -> Optional[str]:
 
 def plays(path: Path) -> bool:
     """Does ffprobe find picture or sound in it? Where there is no ffprobe, the first bytes have to do."""
+    import subprocess
+
     from yt_dlp.utils import Popen
     if not which('ffprobe'):
         return True
@@ -2272,7 +2298,7 @@ class QuietLog:
     info = warning = error = debug
 
 
-def own_cookies(file: Optional[Path], url: str) -> Optional[io.StringIO]:
+def own_cookies(file: Path | None, url: str) -> io.StringIO | None:
     """Of the owner's cookies.txt what belongs to the site of `url`, as a copy: yt-dlp writes into it."""
     if not file:
         return None
@@ -2307,11 +2333,11 @@ class Attempt:
         self.output = config.downloads.output_directory
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
-        self.stopped_at: Optional[float] = None  # monotonic, of the first stop
+        self.stopped_at: float | None = None  # monotonic, of the first stop
         self._changed = threading.Condition()
         self._reason = ''  # of that stop
-        self._sockets: Dict[int, socket.socket] = {}  # by thread, a second handle on its last connection
-        self._children: List[Any] = []
+        self._sockets: dict[int, socket.socket] = {}  # by thread, a second handle on its last connection
+        self._children: list[Any] = []
         self._proxies = set()  # hosts of the owner's choice
         self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; then bytes, last write, steps
 
@@ -2360,7 +2386,7 @@ class Attempt:
 
     def _unless_stopped(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
         """function(…) in a thread of its own, left behind at a stop. Raises what it raises, or Ending."""
-        done: List[Tuple[Any, Optional[BaseException]]] = []
+        done: list[tuple[Any, BaseException | None]] = []
 
         def work():
             try:
@@ -2405,7 +2431,7 @@ class Attempt:
             self.folder.continues(response)
         return response
 
-    def connect(self, connect: Callable[..., Any], address: Tuple[str, int], *args: Any, **more: Any) -> Any:
+    def connect(self, connect: Callable[..., Any], address: tuple[str, int], *args: Any, **more: Any) -> Any:
         """A connection to `address`, only to public hosts: checked is what is really connected to. Raises Ending."""
         create = more.pop('_create_socket_func', connect.__kwdefaults__['_create_socket_func'])
         free = self.config.security.allow_private_targets or address[0] in self._proxies
@@ -2430,7 +2456,7 @@ class Attempt:
             sock.shutdown(socket.SHUT_RDWR)
         return sock
 
-    def allow_proxied(self, url: str, proxy: Optional[str]) -> Optional[str]:
+    def allow_proxied(self, url: str, proxy: str | None) -> str | None:
         """`proxy`, once the host of `url` has been judged by its spelling: the proxy looks it up. Raises Ending."""
         if not proxy:
             return None
@@ -2449,7 +2475,7 @@ class Attempt:
 
     # -- what yt-dlp tells
 
-    def without_photos(self, result: Dict[str, Any]) -> Dict[str, Any]:
+    def without_photos(self, result: dict[str, Any]) -> dict[str, Any]:
         """The result without the photos of a carousel."""
         def is_photo(entry):
             return (isinstance(entry, dict) and entry.get('_type', 'video') == 'video'
@@ -2458,7 +2484,7 @@ class Attempt:
             result['entries'] = [entry for entry in result['entries'] if not is_photo(entry)]
         return result
 
-    def choose(self, info: Dict[str, Any], incomplete: Any = False) -> None:
+    def choose(self, info: dict[str, Any], incomplete: Any = False) -> None:
         """yt-dlp's match_filter; complete info comes just before the download. Raises Ending."""
         if incomplete:
             return
@@ -2476,20 +2502,20 @@ class Attempt:
         if free - needed < least:  # the queue can go on, this one cannot
             raise Ending('disk', f'this takes {format_size(needed)}, {format_size(free)} are free', kind='retry')
 
-    def begin_file(self, name: str, info: Dict[str, Any]) -> None:
+    def begin_file(self, name: str, info: dict[str, Any]) -> None:
         """yt-dlp is about to fetch a file."""
         self.go_on()
         self.folder.begin(os.path.basename(name), info)
         self.meter.begin(str(info.get('format_id')))
 
-    def _on_media(self, told: Dict[str, Any]) -> None:
+    def _on_media(self, told: dict[str, Any]) -> None:
         self.go_on()  # before anything that was cut off by a stop is taken for whole
         if told['status'] == 'finished':
             self.folder.finished(os.path.basename(told['filename']))
         if self.meter.hear(told):
             self.check(time.monotonic())
 
-    def _on_step(self, told: Dict[str, Any]) -> None:
+    def _on_step(self, told: dict[str, Any]) -> None:
         self.go_on()
         if told['status'] == 'started' and told['postprocessor'] != 'MoveFiles':
             self.meter.enter('merge')
@@ -2541,7 +2567,7 @@ class Attempt:
         self.folder.clear({self.folder.file.name})  # which tells a second run that all is done
         return Outcome('done', title=self.folder.results[0]['title'], files=files)
 
-    def _download(self) -> Dict[str, Any]:
+    def _download(self) -> dict[str, Any]:
         try:
             Session = import_ytdlp(self.ytdlp)
         except Exception as error:
@@ -2560,7 +2586,7 @@ class Attempt:
                 log.info('download %s: yt-dlp return code %d', self.job.id, code)
         return result or {}
 
-    def _sites(self) -> Optional[Sequence[Any]]:
+    def _sites(self) -> Sequence[Any] | None:
         """Only the extractors for single posts, if that is what it takes: it spares memory. Else None."""
         if not is_under(urlsplit(self.job.url).hostname or '', SITES):
             return None
@@ -2584,7 +2610,7 @@ class Attempt:
             raise Ending('login')
         return response.url
 
-    def _params(self) -> Dict[str, Any]:
+    def _params(self) -> dict[str, Any]:
         """What YoutubeDL is told: ours over the caller's over the defaults. Always new: yt-dlp changes it."""
         own, ffmpeg = self.config.downloader, which('ffmpeg')
         params = {**DEFAULTS, 'format': own.format or BEST[bool(ffmpeg)], **ytdlp_params(self.job.options)}
@@ -2595,13 +2621,13 @@ class Attempt:
         if self.config.security.allowed_domains != ('*',):
             params['allowed_extractors'] = ['default', '-generic']
         pause = {kind: lambda n: min(0.5 * 2 ** n, 5) for kind in ('http', 'fragment', 'extractor')}
-        return {**params, **copy.deepcopy(FORCED), 'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
+        return {**params, **FORCED, 'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
                 'ratelimit': min(rates) if rates else None, 'retry_sleep_functions': pause,
                 'proxy': own.proxy or None, 'cookiefile': own_cookies(own.cookies_file, self.job.url),
                 'logger': QuietLog(self.job.id), 'match_filter': self.choose,
                 'progress_hooks': [self._on_media], 'postprocessor_hooks': [self._on_step]}
 
-    def _collect(self, result: Dict[str, Any]) -> None:
+    def _collect(self, result: dict[str, Any]) -> None:
         """Check what came and note it as results: videos in their order, then subtitles. Raises Ending."""
         videos, texts, waiting = [], [], [result]
         while waiting:
@@ -2616,7 +2642,7 @@ class Attempt:
         self.folder.results = videos + [text for text in texts if text]
         self.folder.save()
 
-    def _result(self, info: Dict[str, Any], path: Path, language: str) -> Optional[Dict[str, Any]]:
+    def _result(self, info: dict[str, Any], path: Path, language: str) -> dict[str, Any] | None:
         from yt_dlp.utils import sanitize_filename
         if language and not path.exists():  # it was embedded
             return None
@@ -2647,7 +2673,8 @@ HELPER_TIMEOUT = 900  # seconds for pip, compiling, trying: a Pi Zero is slow, b
 DOWNLOAD_LIMIT = 64 << 20  # bytes; the wheel has 3 MB, the index's JSON 1.2 MB
 
 
-class Release(NamedTuple):
+@named_tuple
+class Release:
     """A yt-dlp on the index, by its pure wheel. `url` is '' when only pip knows where it lies."""
     version: str
     requires: str
@@ -2659,12 +2686,12 @@ class BrokenRelease(Trouble):
     """A release that arrived as it was published, and does not work here."""
 
 
-def version_key(version: str) -> Tuple[int, ...]:
+def version_key(version: str) -> tuple[int, ...]:
     """Orders versions; '2026.8.29' equals '2026.08.29'. () for what is no final release."""
     return tuple(map(int, version.split('.'))) if re.fullmatch(r'\d+(\.\d+)*', version, re.A) else ()
 
 
-def runs_here(requires: str, python: Tuple[int, ...] = sys.version_info[:3]) -> bool:
+def runs_here(requires: str, python: tuple[int, ...] = sys.version_info[:3]) -> bool:
     """Is this Python within the bounds of a Requires-Python such as '>=3.9,<4'? Whatever else stands there is left to
     trying the release out; yt-dlp has never had more than a lower bound."""
     bounds = re.findall(r'(>=|<)\s*(\d+(?:\.\d+)*)', requires, re.A)
@@ -2682,7 +2709,7 @@ def fetch_url(url: str) -> bytes:
         raise Trouble(f'no answer from {urlsplit(url).hostname} ({error})') from None
 
 
-def parse_index(body: bytes, base: str) -> List[Release]:
+def parse_index(body: bytes, base: str) -> list[Release]:
     """The final releases with a pure wheel in the index's JSON, newest first. Raises Trouble."""
     try:
         found = [Release(version, file['requires_python'] or '', file['digests']['sha256'], urljoin(base, file['url']))
@@ -2693,8 +2720,9 @@ def parse_index(body: bytes, base: str) -> List[Release]:
     return sorted(found, key=lambda release: version_key(release.version), reverse=True)
 
 
-def run_helper(*command: str) -> 'subprocess.CompletedProcess[str]':
+def run_helper(*command: str) -> Any:
     """Runs a process without our secrets and without yt-dlp's plugins. Raises Trouble when it hangs or is killed."""
+    import subprocess
     env = {name: value for name, value in os.environ.items() if name not in SECRET_NAMES}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -2756,7 +2784,7 @@ print(__version__)
 '''
 
 
-def apart(script: str, *words: str) -> Tuple[str, ...]:
+def apart(script: str, *words: str) -> tuple[str, ...]:
     """The command line of `script` in a bare Python; it finds this program by its first two words."""
     return sys.executable, '-I', '-S', '-B', '-c', script, str(PROGRAM.parent), PROGRAM.stem, *words
 
@@ -2772,7 +2800,7 @@ def try_out(folder: Path, version: str) -> str:
     return (done.stderr.strip() or f'it says that it is {done.stdout.strip()}').splitlines()[-1]
 
 
-def read_pointer(file: Path) -> Dict[str, Any]:
+def read_pointer(file: Path) -> dict[str, Any]:
     """What a pointer says: version, previous, proven, bad, checked, newest. Empty when there is none."""
     try:
         state = json.loads(file.read_text(encoding='utf-8'))
@@ -2788,7 +2816,7 @@ class Vendor:
         self.folder, self.index = folder, index
         self.pointer = folder / f'current-{PYTHON}'
 
-    def state(self) -> Dict[str, Any]:
+    def state(self) -> dict[str, Any]:
         """What this Python's pointer says."""
         return read_pointer(self.pointer)
 
@@ -2813,7 +2841,7 @@ class Vendor:
             os.fsync(stream.fileno())
         os.replace(fresh, self.pointer)
 
-    def broken(self, release: str) -> List[str]:
+    def broken(self, release: str) -> list[str]:
         """The releases known as broken, and now this one."""
         return [*self.state().get('bad', ()), release][-5:]
 
@@ -2827,19 +2855,19 @@ class Vendor:
         version, about = version_in(folder), next(folder.glob('yt_dlp-*.dist-info/METADATA'), folder)
         return bool(version) and self.fits(folder.name, version, find_line(about, r'^Requires-Python: (.+)$'))
 
-    def unpacked(self) -> List[Path]:
+    def unpacked(self) -> list[Path]:
         """The folders of releases, newest first."""
         found = [path for path in self.folder.glob('[0-9]*.*') if version_key(path.name) and path.is_dir()]
         return sorted(found, key=lambda path: version_key(path.name), reverse=True)
 
-    def current(self) -> Optional[Path]:
+    def current(self) -> Path | None:
         """The folder for sys.path: what the pointer names, else the last good one, else what somebody has put here
         (as `pip install --target` does), else any other release. None when this Python can use none of them."""
         state = self.state()
         named = [self.folder / state[key] for key in ('version', 'previous') if state.get(key)]
         return next((path for path in [*named, self.folder, *self.unpacked()] if self.usable(path)), None)
 
-    def version(self) -> Optional[str]:
+    def version(self) -> str | None:
         """The version of `current`."""
         folder = self.current()
         return version_in(folder) if folder else None
@@ -2848,7 +2876,7 @@ class Vendor:
         """When the index was last asked with success, in epoch seconds; 0: never."""
         return float(self.state().get('checked', 0))
 
-    def held_back(self) -> Optional[str]:
+    def held_back(self) -> str | None:
         """A sentence when newer releases do not run on this Python; also known before the index was ever asked."""
         newest, requires = self.state().get('newest') or ('of today', NEEDS)
         if runs_here(requires):
@@ -2856,7 +2884,7 @@ class Vendor:
         return f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads will break as the ' \
             'sites change; start the server with a newer Python (Debian 12 and Raspberry Pi OS 12 bring one)'
 
-    def pip(self, *words: str) -> Optional[str]:
+    def pip(self, *words: str) -> str | None:
         """What pip printed, None when it failed or is not there. Its own configuration holds: mirrors, proxies, CAs."""
         elsewhere = () if self.index == INDEX else ('--index-url', f'{self.index}/simple')
         done = run_helper(sys.executable, '-m', 'pip', *words, '--quiet', '--no-input', '--retries', '1', '--no-deps',
@@ -2865,7 +2893,7 @@ class Vendor:
             log.debug('pip: %s', done.stderr.strip())
         return None if done.returncode else done.stdout
 
-    def catalogue(self) -> List[Release]:
+    def catalogue(self) -> list[Release]:
         """The releases on the index, newest first: from its JSON, else (a mirror may be all that this machine
         reaches) the one that pip would take. Raises Trouble."""
         base = f'{self.index}/pypi/yt-dlp/json'
@@ -2952,7 +2980,7 @@ class Vendor:
             raise Trouble(f'{self.index} has no yt-dlp that works with Python {PYTHON}: install a newer Python')
         return version
 
-    def roll_back(self) -> Optional[str]:
+    def roll_back(self) -> str | None:
         """Back to the last good release, for good; returns its version. None, and no change, when there is none."""
         with self.locked():
             state = self.state()
@@ -2985,7 +3013,7 @@ def update_due(now: float, last_checked: float, site_changed: bool, failures: in
     return not 0 <= now - last_tried < gap and (age >= (DAY if site_changed else 7 * DAY) or age < -DAY)
 
 
-def loaded_ytdlp() -> Optional[Path]:
+def loaded_ytdlp() -> Path | None:
     """The folder that this process has imported yt_dlp from; None before it has."""
     module = sys.modules.get('yt_dlp')
     return Path(module.__file__).parents[1] if module else None
@@ -2995,12 +3023,12 @@ class Freshness:
     """Keeps the daemon's yt-dlp fresh, and a release that proves broken out of use. `heard` (flags only) and `stop`
     may be called by any thread, `step` by `care` alone."""
 
-    def __init__(self, vendor: Vendor, automatic: bool, loaded: Callable[[], Optional[Path]] = loaded_ytdlp):
+    def __init__(self, vendor: Vendor, automatic: bool, loaded: Callable[[], Path | None] = loaded_ytdlp):
         self.vendor, self.automatic, self.loaded = vendor, automatic, loaded
         self.site_changed = self.worked = self.crashed = self.stopped = False
         self.failures, self.last_tried = 0, 0.0
         self.trouble = ''  # why the last look-up failed, a sentence
-        self.child: Optional[subprocess.Popen] = None
+        self.child: Any = None
 
     def heard(self, outcome: Outcome) -> None:
         """How a download ended, as far as it tells about yt-dlp."""
@@ -3034,6 +3062,7 @@ class Freshness:
 
     def look(self, now: float) -> None:
         """Installs the newest release, in a process of its own: its memory comes back, and it can be stopped."""
+        import subprocess
         self.failures, self.last_tried = self.failures + 1, now
         with subprocess.Popen(apart(INSTALL, str(self.vendor.folder), self.vendor.index), stdin=subprocess.DEVNULL,
                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
@@ -3105,7 +3134,7 @@ def sign_path(secret: bytes, path: str, expires: int) -> str:
     return f'?expires={expires}&signature={link_signature(secret, path, str(expires))}'
 
 
-def check_signature(secret: bytes, path: str, query: Dict[str, str], now: float) -> bool:
+def check_signature(secret: bytes, path: str, query: dict[str, str], now: float) -> bool:
     """Whether `query` opens `path` at `now`: not forged, not moved from another path, not expired."""
     import hmac
     expires, signature = query.get('expires', ''), query.get('signature', '')
@@ -3123,10 +3152,11 @@ def content_disposition(name: str, inline: bool = True) -> str:
 
 # -- AWS Signature 4 (docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html)
 
-Pairs = Sequence[Tuple[str, str]]
+Pairs = Sequence[tuple[str, str]]
 
 
-class Keys(NamedTuple):
+@named_tuple
+class Keys:
     """What signs a request."""
     access: str
     secret: str
@@ -3163,8 +3193,8 @@ def signature_v4(keys: Keys, stamp: str, method: str, path: str, query: Pairs, h
     return digest.hex()
 
 
-def sign_v4(keys: Keys, now: float, method: str, host: str, path: str, query: Pairs, headers: Dict[str, str],
-            payload: str) -> Dict[str, str]:
+def sign_v4(keys: Keys, now: float, method: str, host: str, path: str, query: Pairs, headers: dict[str, str],
+            payload: str) -> dict[str, str]:
     """`headers` and those that prove who asks."""
     stamp = amz_date(now)
     headers = {**headers, 'Host': host, 'X-Amz-Date': stamp}
@@ -3185,7 +3215,7 @@ def presign_v4(keys: Keys, now: float, base: str, path: str, query: Pairs, secon
     return f'{base}{path}?{canonical_query(query)}&X-Amz-Signature={signature}'
 
 
-def bucket_address(endpoint: str, bucket: str, key: str = '') -> Tuple[str, str]:
+def bucket_address(endpoint: str, bucket: str, key: str = '') -> tuple[str, str]:
     """('https://host', '/path') of an object: path-style, or virtual-host style where the endpoint
     says {bucket} or its host starts with the bucket's name and a dot."""
     url = urlsplit(endpoint.replace('{bucket}', bucket))
@@ -3218,7 +3248,8 @@ class BucketError(Trouble):
         self.code = code
 
 
-class Body(NamedTuple):
+@named_tuple
+class Body:
     """A stretch of an open file."""
     file: Any
     start: int
@@ -3247,7 +3278,7 @@ class Body(NamedTuple):
 NO_BODY = Body(io.BytesIO(), 0, 0)
 
 
-def xml_texts(answer: bytes, tag: str) -> List[str]:
+def xml_texts(answer: bytes, tag: str) -> list[str]:
     """The texts of all <tag> in S3's XML."""
     import html
     return [html.unescape(text) for text in re.findall(f'<{tag}>([^<]*)</{tag}>', answer.decode('utf-8', 'replace'))]
@@ -3261,7 +3292,7 @@ class Bucket:
         self.keys = Keys(config.aws_access_key_id, config.aws_secret_access_key, config.s3.region)
         self.multipart_above, self.part_size = multipart_above, part_size
         self.halted = threading.Event()  # set: what is under way ends
-        self._socket: Optional[socket.socket] = None
+        self._socket: socket.socket | None = None
 
     def key(self, download_id: str, name: str) -> str:
         """The object's name: with the id in it, so that two downloads of one name never meet."""
@@ -3309,7 +3340,7 @@ class Bucket:
             with suppress(OSError):
                 socket.socket.shutdown(current, socket.SHUT_RDWR)  # below TLS, whose goodbye could stall
 
-    def _put_parts(self, whole: Body, key: str, headers: Dict[str, str], state: Path) -> None:
+    def _put_parts(self, whole: Body, key: str, headers: dict[str, str], state: Path) -> None:
         part = max(self.part_size, -(-whole.size // MAX_PARTS))
         upload = self._begin_upload({'bucket': self.s3.bucket, 'key': key, 'size': whole.size, 'part': part, **headers},
                                     headers, state)
@@ -3330,7 +3361,7 @@ class Bucket:
             raise
         state.unlink()
 
-    def _begin_upload(self, wanted: Dict[str, Any], headers: Dict[str, str], state: Path) -> Dict[str, Any]:
+    def _begin_upload(self, wanted: dict[str, Any], headers: dict[str, str], state: Path) -> dict[str, Any]:
         """The upload that `state` tells of, if it is of this very file; else a new one."""
         with suppress(OSError, ValueError):
             upload = json.loads(state.read_bytes())
@@ -3342,8 +3373,8 @@ class Bucket:
         write_whole(state, json.dumps(upload))
         return upload
 
-    def _call(self, method: str, key: str, query: Pairs = (), headers: Optional[Dict[str, str]] = None,
-              body: Body = NO_BODY, fine: Sequence[str] = ()) -> Tuple[Any, bytes]:
+    def _call(self, method: str, key: str, query: Pairs = (), headers: dict[str, str] | None = None,
+              body: Body = NO_BODY, fine: Sequence[str] = ()) -> tuple[Any, bytes]:
         """(headers, body) of S3's answer to one signed request; nothing where its error code is `fine`.
         Raises BucketError."""
         import http.client
@@ -3368,7 +3399,7 @@ class Bucket:
         raise BucketError(f'The S3 server {host}, asked for bucket {self.s3.bucket}, {meaning} '
                           f'({" ".join([str(response.status), code]).strip()})', code)
 
-    def _exchange(self, base: str, method: str, target: str, headers: Dict[str, str], body: Body) -> Tuple[Any, bytes]:
+    def _exchange(self, base: str, method: str, target: str, headers: dict[str, str], body: Body) -> tuple[Any, bytes]:
         import http.client  # with the e-mail parser that it brings: 1 MB that only a bucket needs
         url = urlsplit(base)
         connection = http.client.HTTPConnection(url.hostname, url.port, timeout=S3_CONNECT_SECONDS)
@@ -3408,7 +3439,7 @@ class Uploader:
 
     def __init__(self, config: Config, bucket: Bucket, folder: Path, due: Callable[[int], Sequence[Any]],
                  stored: Callable[[str, int], Any], later: Callable[[str, int, str, int], Any]):
-        self.error: Optional[str] = None  # why copies fail at present, a sentence; for health
+        self.error: str | None = None  # why copies fail at present, a sentence; for health
         self.bucket, self.folder, self.output = bucket, folder, config.downloads.output_directory
         self.delays, self.due, self.stored, self.later = config.downloads.retry_delays, due, stored, later
         self._changed = threading.Condition()
@@ -3507,6 +3538,7 @@ class Uploader:
 
 def make_thumbnail(video: Path, picture: Path) -> bool:
     """A small JPEG of `video`; whether there is one to be had. Slow: seconds of a Pi's processor."""
+    import subprocess
     fresh = picture.with_name(f'.{picture.name}.new')
     for second in ('1', '0'):  # a clip may be shorter than a second
         command = ['nice', 'ffmpeg', '-nostdin', '-v', 'quiet', '-threads', '1', '-protocol_whitelist', 'file',
@@ -3544,9 +3576,9 @@ class Run:
 
     def __init__(self):
         self.attempt: Any = None
-        self.stop_reason: Optional[str] = None
+        self.stop_reason: str | None = None
         self.hung = False
-        self.job: Optional[Job] = None
+        self.job: Job | None = None
 
 
 class Scheduler:
@@ -3556,21 +3588,21 @@ class Scheduler:
     (None: it may), `on_outcome(job, outcome, over)` and `on_hang()` are the daemon's."""
 
     def __init__(self, config: Config, store: Store, board: Board, new_attempt: Callable[..., Any],
-                 preflight: Callable[[], Optional[str]], on_outcome: Callable[[Job, Outcome, bool], None],
+                 preflight: Callable[[], str | None], on_outcome: Callable[[Job, Outcome, bool], None],
                  on_hang: Callable[[], None]):
         self.config, self.store, self.board = config, store, board
         self.new_attempt, self.preflight, self.on_outcome, self.on_hang = new_attempt, preflight, on_outcome, on_hang
         self.ready = False  # whether what an earlier life left has been queued again
-        self.paused: Optional[str] = None  # why nothing starts, a sentence
+        self.paused: str | None = None  # why nothing starts, a sentence
         self.beat = time.monotonic()  # when the loop last came round: for the watchdog
         self._pause_until, self._pause_message = 0.0, ''
         self._looked = -math.inf  # monotonic, when the pause was last looked at: each push wakes the loop
         self._changed = threading.Condition()
-        self._heap: List[Tuple[float, int, str]] = []
+        self._heap: list[tuple[float, int, str]] = []
         self._seq = 0
-        self._running: Dict[str, Run] = {}
+        self._running: dict[str, Run] = {}
         self._stopping = threading.Event()
-        self._threads: List[threading.Thread] = []
+        self._threads: list[threading.Thread] = []
 
     # -- what others call
 
@@ -3711,9 +3743,9 @@ class Scheduler:
             return bool(self._heap and self._heap[0][0] <= now and not self.paused and not self._stopping.is_set()
                         and len(self._running) < self.config.downloads.max_concurrent)
 
-    def _take_due(self, now: float) -> List[str]:
+    def _take_due(self, now: float) -> list[str]:
         """Pop what is due while a worker is free, and mark it as running."""
-        taken: List[str] = []
+        taken: list[str] = []
         with self._changed:
             while self._may_take(now):
                 _, seq, download_id = heapq.heappop(self._heap)
@@ -3780,7 +3812,7 @@ class Scheduler:
             if record['status'] in ('queued', 'downloading'):
                 self.push(download_id, record['next_attempt_at'] or 0)
 
-    def _settle(self, job: Optional[Job], outcome: Outcome) -> None:
+    def _settle(self, job: Job | None, outcome: Outcome) -> None:
         """Store how it ended, however long the database takes; then tell the daemon."""
         if job is None:
             return
@@ -3879,12 +3911,13 @@ class ClockWrong(Trouble):
     """The clock is before this release, and a certificate would have to be made."""
 
 
-class Certificate(NamedTuple):
+@named_tuple
+class Certificate:
     """What the server shows. `own`: the owner's, not from our CA; `not_after`: epoch seconds."""
     own: bool
     not_after: int
-    names: Tuple[str, ...]
-    addresses: Tuple[str, ...]
+    names: tuple[str, ...]
+    addresses: tuple[str, ...]
 
 
 def network(word: str) -> Any:
@@ -3895,7 +3928,7 @@ def network(word: str) -> Any:
         return None
 
 
-def words_of(given: Iterable[str]) -> Tuple[str, ...]:
+def words_of(given: Iterable[str]) -> tuple[str, ...]:
     """Host names and IP addresses in their usual form, each once. Raises Trouble."""
     found = {}
     for word in given:
@@ -3906,7 +3939,7 @@ def words_of(given: Iterable[str]) -> Tuple[str, ...]:
     return tuple(found)
 
 
-def machine_names() -> Tuple[str, ...]:
+def machine_names() -> tuple[str, ...]:
     """`<host>.local`, the host name, the name with its domain if it has one, and localhost."""
     full = re.sub(r'[^a-z0-9_.-]+', '-', socket.gethostname().lower()).strip('-.') or 'localhost'
     host = full.partition('.')[0][:63].strip('-')
@@ -3914,14 +3947,14 @@ def machine_names() -> Tuple[str, ...]:
     return tuple(name for name in names if HOST_NAME.fullmatch(name))
 
 
-def host_names(config: Config) -> Tuple[str, ...]:
+def host_names(config: Config) -> tuple[str, ...]:
     """The names this machine answers to, `<host>.local` first. Raises Trouble."""
     base = urlsplit(config.server.public_base_url or '').hostname or ''
     words = words_of((*machine_names(), *config.server.names, *([base] if HOST_NAME.fullmatch(base) else ())))
     return tuple(word for word in words if not network(word))
 
 
-def host_addresses() -> Tuple[str, ...]:
+def host_addresses() -> tuple[str, ...]:
     """The addresses of this machine, loopback first; link-local and global ones are among them."""
     found = ['127.0.0.1', '::1']
     for family, target in ((socket.AF_INET, '192.0.2.1'), (socket.AF_INET6, '2001:db8::1')):
@@ -3938,7 +3971,7 @@ def host_addresses() -> Tuple[str, ...]:
     return words_of(found)
 
 
-def outside(permitted: Sequence[str], words: Iterable[str]) -> List[str]:
+def outside(permitted: Sequence[str], words: Iterable[str]) -> list[str]:
     """The words that our CA, made to permit `permitted` too, must not sign for: no phone would take the leaf."""
     domains = [f'.{name}' for name in (*PERMITTED_NAMES, *permitted)]
     return [word for word in words if word not in permitted and not (
@@ -3946,14 +3979,14 @@ def outside(permitted: Sequence[str], words: Iterable[str]) -> List[str]:
         else any(f'.{word}'.endswith(domain) for domain in domains))]
 
 
-def targets(config: Config) -> Dict[str, Path]:
+def targets(config: Config) -> dict[str, Path]:
     """Where each file of a working folder goes, in the order in which they are put there."""
     server = config.server
     return {'ca.key': server.ca_file.with_name('ca.key'), 'ca.crt': server.ca_file, 'server.key': server.key_file,
             'server.crt': server.cert_file, 'names.json': server.ca_file.with_name('names.json')}
 
 
-def remembered(config: Config) -> Tuple[Tuple[str, ...], Tuple[str, ...]]:
+def remembered(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What `cert` was ever given as --host and --ip, and what the CA was made to permit."""
     file = targets(config)['names.json']
     try:
@@ -3995,7 +4028,7 @@ def server_context(config: Config) -> ssl.SSLContext:
     return tls_context(config.server.cert_file, config.server.key_file)
 
 
-def seen_by_client(context: ssl.SSLContext, trusted: Path) -> Dict[str, Any]:
+def seen_by_client(context: ssl.SSLContext, trusted: Path) -> dict[str, Any]:
     """A server's certificate, as a client sees it that trusts what is in a file, at any time.
 
     The handshake is with ourselves, in memory. Raises ssl.SSLError where the client would.
@@ -4028,7 +4061,7 @@ def look_at_certificate(config: Config) -> Certificate:
     raise Trouble(f'{config.server.cert_file}: clients would refuse it: {reason}')
 
 
-def read_ca(config: Config) -> Tuple[bytes, Dict[str, Any]]:
+def read_ca(config: Config) -> tuple[bytes, dict[str, Any]]:
     """The CA that a phone has to trust, in DER and as fields. Raises Trouble."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
@@ -4040,6 +4073,7 @@ def read_ca(config: Config) -> Tuple[bytes, Dict[str, Any]]:
 
 def openssl(folder: Path, *arguments: str) -> None:
     """Runs openssl in `folder`, away from any terminal where it could ask. Raises Trouble."""
+    import subprocess
     try:
         done = subprocess.run(('openssl', *arguments), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, start_new_session=True, timeout=120)
@@ -4071,7 +4105,7 @@ def listed(words: Iterable[str], prefix: str = '') -> str:
                      else f'{prefix}DNS.{at} = {word}' for at, word in enumerate(words))
 
 
-def sign(folder: Path, out: str, key: str, subject: str, extensions: str, lifetime: Tuple[float, float],
+def sign(folder: Path, out: str, key: str, subject: str, extensions: str, lifetime: tuple[float, float],
          *signer: str) -> None:
     """Makes `out`, a certificate for `key`. Of openssl's ways, only `ca` can back-date in every release."""
     start, end = (time.strftime('%Y%m%d%H%M%SZ', time.gmtime(moment)) for moment in lifetime)
@@ -4116,11 +4150,12 @@ def put_in_place(config: Config, folder: Path) -> None:
     recover(config)
 
 
-class Plan(NamedTuple):
+@named_tuple
+class Plan:
     """What a leaf names, what its CA permits beyond the standard, what `cert` was ever given."""
-    words: Tuple[str, ...]
-    permitted: Tuple[str, ...]
-    given: Tuple[str, ...]
+    words: tuple[str, ...]
+    permitted: tuple[str, ...]
+    given: tuple[str, ...]
 
 
 def plan(config: Config, given: Sequence[str], new_ca: bool) -> Plan:
@@ -4143,7 +4178,7 @@ def plan(config: Config, given: Sequence[str], new_ca: bool) -> Plan:
     return Plan(tuple(word for word in words if word not in left_out), permitted, told)
 
 
-def make_ca(config: Config, folder: Path, start: float, what: Plan, fresh: bool) -> Tuple[float, Tuple[str, ...]]:
+def make_ca(config: Config, folder: Path, start: float, what: Plan, fresh: bool) -> tuple[float, tuple[str, ...]]:
     """A CA in `folder`: its end, and the options that have openssl sign with it. Raises Trouble, OSError."""
     key = make_key(folder, 'ca.key', targets(config)['ca.key'], fresh)
     tree = [*PERMITTED_NAMES, *map(str, PRIVATE_NETWORKS), *(str(network(word) or word) for word in what.permitted)]
@@ -4153,7 +4188,7 @@ def make_ca(config: Config, folder: Path, start: float, what: Plan, fresh: bool)
     return start + CA_DAYS * DAY, ('-cert', 'ca.crt', '-keyfile', key)
 
 
-def old_ca(config: Config, now: float) -> Tuple[float, Tuple[str, ...]]:
+def old_ca(config: Config, now: float) -> tuple[float, tuple[str, ...]]:
     """The CA that is there: its end, and the options that have openssl sign with it. Raises Trouble."""
     files, fields = targets(config), read_ca(config)[1]
     if not files['ca.key'].exists():
@@ -4196,8 +4231,8 @@ def due(old: Certificate, what: Plan, now: float) -> bool:
     return not RENEW_DAYS <= left <= LEAF_DAYS or not {*what.words} <= {*old.names, *old.addresses}
 
 
-def ensure_locked(config: Config, now: float, given: Tuple[str, ...], force: bool, fresh: bool
-                  ) -> Tuple[Certificate, bool]:
+def ensure_locked(config: Config, now: float, given: tuple[str, ...], force: bool, fresh: bool
+                  ) -> tuple[Certificate, bool]:
     """What ensure_certificate does under its lock; `fresh` is its new_ca. Raises Trouble, OSError."""
     recover(config)
     server, asked = config.server, force or fresh or bool(given)
@@ -4223,7 +4258,7 @@ def ensure_locked(config: Config, now: float, given: Tuple[str, ...], force: boo
 
 
 def ensure_certificate(config: Config, now: float, names: Sequence[str] = (), addresses: Sequence[str] = (),
-                       force: bool = False, new_ca: bool = False) -> Tuple[Certificate, bool]:
+                       force: bool = False, new_ca: bool = False) -> tuple[Certificate, bool]:
     """The server's certificate, made or renewed where that is due; was it changed?
 
     `names` and `addresses` are remembered for renewals. The owner's own certificate is left alone.
@@ -4300,6 +4335,22 @@ SECURITY_HEADERS = (('X-Content-Type-Options', 'nosniff'), ('X-Frame-Options', '
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
+@contextmanager
+def hollow(*names: str) -> Iterator[None]:
+    """Meanwhile whoever imports these modules gets empty ones."""
+    fresh = {name: ModuleType(name) for name in names if name not in sys.modules}
+    sys.modules.update(fresh)
+    try:
+        yield
+    finally:
+        for name in fresh:
+            del sys.modules[name]
+
+
+with hollow('copy', 'html', 'mimetypes', 'shutil'):  # its listing of files wants them: 1 MB, and nobody here lists
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+
 class HTTPError(Exception):
     """A refusal: status, stable code, one sentence a phone can show, further headers."""
 
@@ -4309,36 +4360,39 @@ class HTTPError(Exception):
         self.headers = tuple((name.replace('_', '-'), value) for name, value in headers.items())
 
 
-class Head(NamedTuple):
+@named_tuple
+class Head:
     """A request's first line and header fields, names in lower case."""
     method: str
     target: str
     version: str
-    fields: Dict[str, List[str]]
+    fields: dict[str, list[str]]
 
 
-class Content(NamedTuple):
+@named_tuple
+class Content:
     """`length` bytes of an open file from `start` on."""
     file: Any
     start: int
     length: int
 
 
-class Reply(NamedTuple):
+@named_tuple
+class Reply:
     """What goes back; `content` instead of `body` is streamed."""
     status: int
     body: bytes = b''
     type: str = 'application/json'
-    headers: Tuple[Tuple[str, str], ...] = ()
-    content: Optional[Content] = None
+    headers: tuple[tuple[str, str], ...] = ()
+    content: Content | None = None
 
 
 # -- reading a request
 
 
-def parse_fields(lines: Sequence[bytes]) -> Dict[str, List[str]]:
+def parse_fields(lines: Sequence[bytes]) -> dict[str, list[str]]:
     """Header fields by lower-case name (RFC 9112 section 5). Raises HTTPError."""
-    fields: Dict[str, List[str]] = {}
+    fields: dict[str, list[str]] = {}
     if len(lines) > 100:
         raise HTTPError(431, 'headers_too_large', 'The request has too many headers.')
     for line in lines:
@@ -4380,7 +4434,7 @@ def decode_path(raw: str) -> str:
     return path
 
 
-def body_length(fields: Dict[str, List[str]]) -> Optional[int]:
+def body_length(fields: dict[str, list[str]]) -> int | None:
     """Content-Length, None if there is none (RFC 9112 section 6). Raises HTTPError."""
     lengths = fields.get('content-length', [])
     if 'transfer-encoding' in fields:
@@ -4392,7 +4446,7 @@ def body_length(fields: Dict[str, List[str]]) -> Optional[int]:
     return int(lengths[0])
 
 
-def request_host(fields: Dict[str, List[str]]) -> str:
+def request_host(fields: dict[str, list[str]]) -> str:
     """The one Host, without its port, in lower case. Raises HTTPError."""
     hosts = fields.get('host', [])
     match = re.fullmatch(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?', hosts[0]) if len(hosts) == 1 else None
@@ -4430,9 +4484,9 @@ class Request:
         self.head, self.peer, self.reader = head, peer, reader
         self.client = peer.address
         self.raw_path, _, self.raw_query = head.target.partition('?')
-        self.query: Dict[str, Any] = {}
-        self.params: Dict[str, str] = {}
-        self.unread: Optional[int] = None  # bytes of the body; None: not known, the connection is lost
+        self.query: dict[str, Any] = {}
+        self.params: dict[str, str] = {}
+        self.unread: int | None = None  # bytes of the body; None: not known, the connection is lost
         self.note = ''  # client_id and URL, for the log
 
     def field(self, name: str) -> str:
@@ -4454,7 +4508,7 @@ class Request:
         self.unread = 0
         return data
 
-    def json(self) -> Dict[str, Any]:
+    def json(self) -> dict[str, Any]:
         """The body as a JSON object. Raises HTTPError."""
         if self.field('content-type').split(';')[0].strip().lower() != 'application/json':
             raise HTTPError(415, 'not_json', 'Send JSON, with the header Content-Type: application/json.')
@@ -4472,16 +4526,18 @@ class Request:
 # -- what a route asks and answers
 
 
-class Param(NamedTuple):
+@named_tuple
+class Param:
     """A query parameter: `parse` raises ValueError(what is accepted)."""
     name: str
     parse: Callable[[str], Any]
     default: Any
-    schema: Dict[str, Any]
+    schema: dict[str, Any]
     required: bool = False
 
 
-class Route(NamedTuple):
+@named_tuple
+class Route:
     """A row of ROUTES. `access`: key (X-API-Key where keys are on), link (or a signature), open."""
     method: str
     path: str
@@ -4490,8 +4546,8 @@ class Route(NamedTuple):
     access: str = 'key'
     answer: str = 'Object'
     body: str = ''
-    query: Tuple[Param, ...] = ()
-    errors: Tuple[int, ...] = ()
+    query: tuple[Param, ...] = ()
+    errors: tuple[int, ...] = ()
     status: int = 200
 
 
@@ -4501,7 +4557,7 @@ def number_param(name: str, default: int, low: int, high: int) -> Param:
                  {'type': 'integer', 'minimum': low, 'maximum': high, 'default': default})
 
 
-def choice_param(name: str, choices: Dict[str, Any], default: Any, required: bool = False) -> Param:
+def choice_param(name: str, choices: dict[str, Any], default: Any, required: bool = False) -> Param:
     """One of some words, as they are written."""
     def parse(text):
         if text not in choices:
@@ -4519,7 +4575,7 @@ def text_param(name: str, limit: int, required: bool = False) -> Param:
     return Param(name, parse, '', {'type': 'string', 'maxLength': limit, 'minLength': int(required)}, required)
 
 
-def json_reply(status: int, body: Dict[str, Any], *headers: Tuple[str, str]) -> Reply:
+def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> Reply:
     """A JSON answer that nobody keeps."""
     data = json.dumps(body, ensure_ascii=False, separators=(',', ':')).encode('utf-8', 'replace')
     return Reply(status, data, headers=(('Cache-Control', 'no-store'), *headers))
@@ -4531,7 +4587,7 @@ def plain_address(text: str) -> Any:
     return getattr(address, 'ipv4_mapped', None) or address
 
 
-def match_path(pattern: str, path: str) -> Optional[Dict[str, str]]:
+def match_path(pattern: str, path: str) -> dict[str, str] | None:
     """The parameters of a path, None if it does not match. {id} must look like one of ours."""
     wanted, found = pattern.split('/'), path.split('/')
     if len(wanted) != len(found):
@@ -4545,7 +4601,7 @@ def match_path(pattern: str, path: str) -> Optional[Dict[str, str]]:
     return params if UUID_PATTERN.fullmatch(params.get('id', '0' * 8 + '-0000' * 3 + '-' + '0' * 12)) else None
 
 
-def percent(record: Record, progress: Optional[Progress]) -> int:
+def percent(record: Record, progress: Progress | None) -> int:
     """0–100; 100 only when it is completed."""
     if record['status'] == 'completed':
         return 100
@@ -4559,15 +4615,15 @@ class App:
         self.config, self.store, self.board, self.scheduler = config, store, board, scheduler
         self.port = 0
         self.hosts: frozenset = frozenset()  # names and addresses that are ours
-        self.assets: Dict[str, Any] = more.get('assets', {})
-        self.health: Callable[[], Dict[str, Any]] = more.get('health', dict)
+        self.assets: dict[str, Any] = more.get('assets', {})
+        self.health: Callable[[], dict[str, Any]] = more.get('health', dict)
         self.forgotten: Callable[[Any], None] = more.get('forgotten', lambda record: None)
         self.bucket = more.get('bucket')
         self.link_secret: bytes = more.get('link_secret', b'')
-        self.thumbs: Optional[Path] = more.get('thumbs')
+        self.thumbs: Path | None = more.get('thumbs')
         self.csp = CSP.format(images=more.get('image_origin', ''))
-        self.gauges: Callable[[], List[Tuple[str, float]]] = more.get('gauges', list)
-        self.routes: Tuple[Route, ...] = more.get('routes', ())
+        self.gauges: Callable[[], list[tuple[str, float]]] = more.get('gauges', list)
+        self.routes: tuple[Route, ...] = more.get('routes', ())
         self.prefix = urlsplit(config.server.public_base_url or '').path
 
     # -- links and rows
@@ -4579,7 +4635,7 @@ class App:
             return path
         return path + sign_path(self.link_secret, path, int(time.time()) + self.config.s3.url_expiry)
 
-    def describe(self, record: Record) -> Dict[str, Any]:
+    def describe(self, record: Record) -> dict[str, Any]:
         """A download as the API shows it."""
         progress = self.board.progress(record['id']) if record['status'] == 'downloading' else None
         base = public_base(self.config, self.port)
@@ -4599,7 +4655,7 @@ class App:
             'thumbnail': self.thumbnail_of(record),
             's3': {'state': record['s3_state'], 'error': record['s3_error']} if record['s3_state'] else None}
 
-    def thumbnail_of(self, record: Record) -> Optional[str]:
+    def thumbnail_of(self, record: Record) -> str | None:
         """The relative address of its picture, None if there is none."""
         there = record['files'] and self.thumbs and (self.thumbs / f'{record["id"]}.jpg').exists()
         return f'api/v1/thumbnail/{record["id"]}' if there else None
@@ -4717,7 +4773,7 @@ class App:
             raise HTTPError(405, 'method_not_allowed', f'Use {" or ".join(allowed)} here.', Allow=', '.join(allowed))
         raise HTTPError(404, 'not_found', 'There is nothing here.')
 
-    def _parse_query(self, request: Request, route: Route) -> Dict[str, Any]:
+    def _parse_query(self, request: Request, route: Route) -> dict[str, Any]:
         try:
             given = dict(parse_qsl(request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
         except ValueError:
@@ -4741,7 +4797,7 @@ class App:
                                          'code': error.code, 'timestamp': int(time.time())}, *error.headers)
 
 
-def schema(kind: Any) -> Dict[str, Any]:
+def schema(kind: Any) -> dict[str, Any]:
     """A JSON schema from a word: integer, string?, [Name, Name."""
     if isinstance(kind, dict):
         return kind
@@ -4754,7 +4810,7 @@ def schema(kind: Any) -> Dict[str, Any]:
 
 # -- what OpenAPI says
 
-def obj(required: str = '', **properties: Any) -> Dict[str, Any]:
+def obj(required: str = '', **properties: Any) -> dict[str, Any]:
     """A JSON schema of an object; `required` names, separated by spaces; 'integer?' may be null."""
     return {'type': 'object', 'properties': {name: schema(kind) for name, kind in properties.items()},
             **({'required': required.split()} if required else {})}
@@ -4821,14 +4877,14 @@ SCHEMAS = {
 COMMON_ERRORS = (400, 403, 408, 414, 417, 421, 431, 500, 503)
 
 
-def response_of(name: str, status: int) -> Dict[str, Any]:
+def response_of(name: str, status: int) -> dict[str, Any]:
     """What OpenAPI says of one answer; a name with a slash is a media type."""
     content = {name: {'schema': {} if name.endswith('json') else {'type': 'string'}}} if '/' in name else {
         'application/json': {'schema': schema(name)}}
     return {'description': REASONS[status], **({} if status == 304 else {'content': content})}
 
 
-def responses_of(route: Route, keys: bool) -> Dict[str, Any]:
+def responses_of(route: Route, keys: bool) -> dict[str, Any]:
     """Every status that the route can answer with."""
     found = {str(route.status): response_of(route.answer, route.status)}
     if B_PATH.match(route.path):
@@ -4842,7 +4898,7 @@ def responses_of(route: Route, keys: bool) -> Dict[str, Any]:
     return found
 
 
-def operation_of(route: Route, keys: bool) -> Dict[str, Any]:
+def operation_of(route: Route, keys: bool) -> dict[str, Any]:
     """OpenAPI's operation object of a route."""
     parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': PATH_SCHEMAS[name]}
                   for name in re.findall(r'{(\w+)}', route.path)]
@@ -4856,7 +4912,7 @@ def operation_of(route: Route, keys: bool) -> Dict[str, Any]:
         **({'security': [{'key': []}]} if keys and route.access == 'key' else {})}
 
 
-def link_schemas(domains: Sequence[str]) -> Dict[str, Any]:
+def link_schemas(domains: Sequence[str]) -> dict[str, Any]:
     """A text with a link in it to one of these domains ('*': any): of a submission, and of a batch."""
     names = '[a-z]+[.]com' if '*' in domains else '|'.join(name.replace('.', '[.]') for name in domains)
     host, path = f'([a-z0-9]{{1,20}}[.]){{0,3}}({names})', rf'/[^ \\{UNSHOWN}]*'
@@ -4866,12 +4922,12 @@ def link_schemas(domains: Sequence[str]) -> Dict[str, Any]:
             'Text': {'type': 'string', 'pattern': rf'(^|[ \n]){link}( |$)'}}
 
 
-def openapi(routes: Sequence[Route], keys: bool, base: str, domains: Sequence[str]) -> Dict[str, Any]:
+def openapi(routes: Sequence[Route], keys: bool, base: str, domains: Sequence[str]) -> dict[str, Any]:
     """OpenAPI 3.1 of all routes; `security` only while keys are on."""
-    paths: Dict[str, Any] = {}
+    paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation_of(route, keys)
-    components: Dict[str, Any] = {'schemas': {**SCHEMAS, **link_schemas(domains)}}
+    components: dict[str, Any] = {'schemas': {**SCHEMAS, **link_schemas(domains)}}
     if keys:
         components['securitySchemes'] = {'key': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}
     return {'openapi': '3.1.0', 'info': {'title': 'videoserverd', 'version': VERSION},
@@ -4893,7 +4949,7 @@ def rate_limited(error: RateLimited) -> HTTPError:
     return HTTPError(429, 'rate_limited', str(error), Retry_After=str(error.retry_after))
 
 
-def submit(app: App, request: Request, fields: Dict[str, Any]) -> Tuple[str, bool]:
+def submit(app: App, request: Request, fields: dict[str, Any]) -> tuple[str, bool]:
     """Store what was sent; (id, whether it is new). Raises HTTPError, StoreDown."""
     started = time.monotonic()
     try:
@@ -5063,7 +5119,7 @@ def initiate_download(app: App, request: Request) -> Reply:
     return json_reply(200, {'downloadUUID': download_id})
 
 
-def brief(app: App, record: Any) -> Dict[str, Any]:
+def brief(app: App, record: Any) -> dict[str, Any]:
     """A download as document B lists it; size and progress only where they are known."""
     progress = app.board.progress(record['id']) if record['status'] == 'downloading' else None
     size = record['file_size'] or (progress.total if progress else None)
@@ -5112,7 +5168,7 @@ def open_regular(path: Path) -> Any:
     return handle
 
 
-def parse_range(text: str, size: int) -> Optional[Tuple[int, int]]:
+def parse_range(text: str, size: int) -> tuple[int, int] | None:
     """(first, last) byte; None: the whole file (no range, several, or not understood). ValueError: out of reach."""
     match = re.fullmatch(r'bytes\s*=\s*(\d{0,18})-(\d{0,18})', text, re.A | re.I)
     if not match or not (match[1] or match[2]):
@@ -5128,7 +5184,7 @@ def parse_range(text: str, size: int) -> Optional[Tuple[int, int]]:
     return start, end
 
 
-def send_file(request: Request, path: Path, type_: str, headers: List[Tuple[str, str]]) -> Reply:
+def send_file(request: Request, path: Path, type_: str, headers: list[tuple[str, str]]) -> Reply:
     """The whole file, a part of it, or that it has not changed."""
     handle = open_regular(path)
     facts = os.fstat(handle.fileno())
@@ -5334,7 +5390,7 @@ class Handler(BaseHTTPRequestHandler):
         peer.busy, peer.fresh, peer.moved = False, False, time.monotonic()
         return keep
 
-    def _read_head(self, lines: List[bytes]) -> None:
+    def _read_head(self, lines: list[bytes]) -> None:
         """Into `lines`, up to the empty one, under one deadline. Raises HTTPError."""
         self.rfile.raw.deadline = time.monotonic() + HEAD_SECONDS
         room = HEAD_LIMIT
@@ -5358,13 +5414,13 @@ class Handler(BaseHTTPRequestHandler):
             if len(lines) == 1 and not line.endswith((b' HTTP/1.1\r\n', b' HTTP/1.0\r\n')) and line != b'\r\n':
                 raise HTTPError(400, 'bad_request', 'The first line of the request is not HTTP/1.1.')
 
-    def _goes_on(self, request: Optional[Request], reply: Reply) -> bool:
+    def _goes_on(self, request: Request | None, reply: Reply) -> bool:
         """Whether the connection is kept: only after a request that was read to its end."""
         return (request is not None and request.unread == 0 and request.head.version == 'HTTP/1.1'
                 and 'close' not in request.field('connection').lower() and not self.server.draining
                 and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429)))
 
-    def _send(self, request: Optional[Request], reply: Reply, keep: bool) -> None:
+    def _send(self, request: Request | None, reply: Reply, keep: bool) -> None:
         """Head and small body in one piece: one TLS record, one packet."""
         length = reply.content.length if reply.content else len(reply.body)
         head = head_of(reply, length, keep, self.app.csp)
@@ -5400,7 +5456,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, sock: socket.socket, app: App, context: Optional[ssl.SSLContext]):
+    def __init__(self, sock: socket.socket, app: App, context: ssl.SSLContext | None):
         super().__init__(sock.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket, self.app, self.context = sock, app, context
@@ -5408,12 +5464,12 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.beat = time.monotonic()  # when accepting last came round: for the watchdog
         self._guard = threading.Lock()  # guards _peers
-        self._peers: Dict[int, Peer] = {}
+        self._peers: dict[int, Peer] = {}
 
     def service_actions(self) -> None:
         self.beat = time.monotonic()
 
-    def get_request(self) -> Tuple[Peer, str]:
+    def get_request(self) -> tuple[Peer, str]:
         """Accept. Out of descriptors: make room and wait a moment instead of spinning."""
         try:
             sock, address = self.socket.accept()
@@ -6492,13 +6548,13 @@ document.getElementById('bookmarklet')?.addEventListener('click', event => event
 '''
 
 
-def fact_as_html(name: str, facts: Dict[str, str]) -> str:
+def fact_as_html(name: str, facts: dict[str, str]) -> str:
     """A fact as text for the page; only qrencode's picture is markup."""
     import html
     return facts[name] if name == 'qr_svg' else html.escape(facts[name])
 
 
-def setup_page(facts: Dict[str, str]) -> str:
+def setup_page(facts: dict[str, str]) -> str:
     """The set-up page for `facts`: base_url, addresses (further ones), fingerprint ('' where the certificate is
     the owner's own), host, has_keys, qr_svg (markup from qrencode), secure ('' over plain HTTP: no Shortcut then)."""
     secure, base = facts['secure'], facts['base_url']
@@ -6592,7 +6648,7 @@ def set_up_logging(config: Config) -> None:
     log.setLevel(config.logging.level)
     log.propagate = False
     log.handlers.clear()
-    handlers: List[logging.Handler] = []
+    handlers: list[logging.Handler] = []
     if config.logging.file:
         try:
             config.logging.file.parent.mkdir(parents=True, exist_ok=True)
@@ -6641,7 +6697,7 @@ def user_name() -> str:
     return os.environ.get('USER') or str(os.getuid())
 
 
-def usable_output(config: Config, make: bool = True) -> Optional[str]:
+def usable_output(config: Config, make: bool = True) -> str | None:
     """Why nothing can be put into the output folder, None if it can be. A folder that is new to this
     database is made and marked (unless not `make`); one that has lost its mark is a disk that is not there."""
     folder, known = config.downloads.output_directory, Path(f'{config.database.path}.output')
@@ -6677,7 +6733,7 @@ def known_hosts(config: Config) -> frozenset:
     return frozenset(name.lower().rstrip('.') for name in names if name)
 
 
-def ca_assets(config: Config) -> Dict[str, Any]:
+def ca_assets(config: Config) -> dict[str, Any]:
     """The CA as the iPhone and as others take it, where it is ours."""
     if not config.server.tls or not config.server.ca_file.exists():
         return {}
@@ -6688,6 +6744,7 @@ def ca_assets(config: Config) -> Dict[str, Any]:
 @functools.lru_cache(maxsize=4)  # anybody may ask for the set-up page
 def qr_code(text: str, kind: str) -> str:
     """A QR code by qrencode, SVG or ANSIUTF8; '' where it is not installed."""
+    import subprocess
     try:
         return subprocess.run(['qrencode', '-t', kind, '-m', '2', '-o', '-', text], stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL, timeout=10, check=True).stdout.decode()
@@ -6695,7 +6752,7 @@ def qr_code(text: str, kind: str) -> str:
         return ''
 
 
-def setup_facts(config: Config, port: int, secure: bool) -> Dict[str, str]:
+def setup_facts(config: Config, port: int, secure: bool) -> dict[str, str]:
     """What the set-up page is filled in with."""
     base, ours = public_base(config, port), bool(ca_assets(config))
     addresses = [f'https://{f"[{ip}]" if ":" in ip else ip}:{port}' for ip in host_addresses()
@@ -6706,7 +6763,7 @@ def setup_facts(config: Config, port: int, secure: bool) -> Dict[str, str]:
             'secure': 'yes' if secure else ''}
 
 
-def welcome(config: Config, port: int, ytdlp: Optional[str]) -> str:
+def welcome(config: Config, port: int, ytdlp: str | None) -> str:
     """One screen: where it listens, what to open on the phone."""
     base = public_base(config, port)
     rows = [f'videoserverd {VERSION} is running.', '',
@@ -6720,7 +6777,7 @@ def welcome(config: Config, port: int, ytdlp: Optional[str]) -> str:
     return '\n'.join([*rows, '', 'Ctrl-C stops it; nothing is lost.'])
 
 
-def free_output(config: Config) -> Optional[int]:
+def free_output(config: Config) -> int | None:
     """Bytes free for videos, None if the folder is not there."""
     try:
         return free_space(config.downloads.output_directory)
@@ -6728,7 +6785,7 @@ def free_output(config: Config) -> Optional[int]:
         return None
 
 
-def gauge(name: str, value: Optional[float]) -> List[Tuple[str, float]]:
+def gauge(name: str, value: float | None) -> list[tuple[str, float]]:
     """The lines of one gauge of /metrics, none if there is no value."""
     family = name.partition('{')[0]
     return [(f'# TYPE videoserverd_{family} gauge', 0.0), (f'videoserverd_{name}', value)] if value is not None else []
@@ -6744,18 +6801,18 @@ class Daemon:
         self.board = Board(int(self.started) % 10 ** 8)
         self.vendor = Vendor(config.downloader.ytdlp_directory)
         self.freshness = Freshness(self.vendor, config.downloader.auto_update)
-        self.ytdlp: Optional[Path] = None  # the folder new attempts import from
-        self.certificate: Optional[Certificate] = None
+        self.ytdlp: Path | None = None  # the folder new attempts import from
+        self.certificate: Certificate | None = None
         self.bucket = Bucket(config) if config.s3.endpoint else None
-        self.uploader: Optional[Uploader] = None
+        self.uploader: Uploader | None = None
         self.scheduler = Scheduler(config, self.store, self.board, self._new_attempt, self._preflight,
                                    self._on_outcome, self._on_hang)
         self.thumbs = config.database.path.parent / 'thumbs'
-        self.care_problems: Dict[str, str] = {}
+        self.care_problems: dict[str, str] = {}
         self.wish = ''  # 'stop' or 'restart', once somebody has asked
         self._wishes = os.pipe()  # a signal handler may write into it; an Event's lock could be held by its own thread
         self._care = threading.Event()  # something may be due now
-        self._days: Dict[str, float] = {}  # daily task → monotonic time of its last run
+        self._days: dict[str, float] = {}  # daily task → monotonic time of its last run
         self._restart_when_idle = self._tidy = False
         self._certificate_stamp = 0  # when the certificate in use was written
         self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of finished videos without a picture
@@ -6775,7 +6832,7 @@ class Daemon:
         self._announce()
         return self._stop(self._wait())
 
-    def _make_context(self) -> Optional[ssl.SSLContext]:
+    def _make_context(self) -> ssl.SSLContext | None:
         if not self.config.server.tls:
             return None
         while True:
@@ -6787,7 +6844,7 @@ class Daemon:
                 sd_notify(f'STATUS={error}\nEXTEND_TIMEOUT_USEC=30000000')
                 time.sleep(2)
 
-    def _listening(self, fd: Optional[int]) -> socket.socket:
+    def _listening(self, fd: int | None) -> socket.socket:
         """The inherited socket if it listens where it should, else a new one."""
         server = self.config.server
         if fd is not None:
@@ -6798,7 +6855,7 @@ class Daemon:
             sock.close()
         return listen(server.host, server.port)
 
-    def _start_threads(self, sock: socket.socket, context: Optional[ssl.SSLContext]) -> None:
+    def _start_threads(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
         self.ytdlp = self.vendor.current()
         if self.bucket:
             self.uploader = Uploader(self.config, self.bucket, self.config.database.path.parent / 'uploads',
@@ -6933,7 +6990,7 @@ class Daemon:
     def _new_attempt(self, job: Job, on_progress: Callable[[Progress], None]) -> Attempt:
         return Attempt(job, self.config, self.ytdlp, on_progress)
 
-    def _preflight(self) -> Optional[str]:
+    def _preflight(self) -> str | None:
         """Why nothing may start, None if it may."""
         message = usable_output(self.config)
         if message:
@@ -6974,7 +7031,7 @@ class Daemon:
         counts = self.store.counts()
         return counts['queued'] + counts['downloading']
 
-    def problems(self, paused: Optional[str]) -> List[str]:
+    def problems(self, paused: str | None) -> list[str]:
         """What is wrong, each a sentence with what mends it."""
         days = self.certificate_days()
         found = [paused, *self.care_problems.values(), self.vendor.held_back()]
@@ -6987,11 +7044,11 @@ class Daemon:
             found.append(f'Copies to the bucket fail: {self.uploader.error}')
         return [message for message in found if message]
 
-    def certificate_days(self) -> Optional[int]:
+    def certificate_days(self) -> int | None:
         """Days that the certificate still lives."""
         return int((self.certificate.not_after - time.time()) // DAY) if self.certificate else None
 
-    def health(self) -> Dict[str, Any]:
+    def health(self) -> dict[str, Any]:
         """What /api/v1/health tells; `storing`: whether links can be stored."""
         if self.store.error:
             with suppress(StoreDown):
@@ -7008,7 +7065,7 @@ class Daemon:
                 'ytdlp_version': self.vendor.version(), 'certificate_days': self.certificate_days(),
                 's3': bool(self.bucket), 'keys': bool(self.config.api_keys), 'storing': not self.store.error}
 
-    def gauges(self) -> List[Tuple[str, float]]:
+    def gauges(self) -> list[tuple[str, float]]:
         """(name, value) of every figure of /metrics; a name that begins with # is a line of its own."""
         rows = [('# TYPE videoserverd_downloads gauge', 0.0)]
         rows += [(f'videoserverd_downloads{{status="{status}"}}', n) for status, n in self.store.counts().items()]
@@ -7162,7 +7219,7 @@ def cmd_update(config: Config, options: Any) -> int:
     return 0
 
 
-def server_url(config: Config, facts: Dict[str, Any]) -> Tuple[str, int]:
+def server_url(config: Config, facts: dict[str, Any]) -> tuple[str, int]:
     """Host and port at which the running server is reached from here."""
     host = facts.get('host', config.server.host)
     return {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), facts.get('port', config.server.port)
@@ -7176,7 +7233,7 @@ def local_context(config: Config) -> ssl.SSLContext:
     return context
 
 
-def call_server(config: Config, method: str, path: str, body: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
+def call_server(config: Config, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
     """The running server's JSON answer. Raises Trouble."""
     import http.client
     lock = Lock(config.database.path)
@@ -7194,7 +7251,7 @@ def call_server(config: Config, method: str, path: str, body: Optional[Dict[str,
         connection.close()
 
 
-def add_by_hand(config: Config, lock: Lock, urls: Sequence[str]) -> List[Dict[str, Any]]:
+def add_by_hand(config: Config, lock: Lock, urls: Sequence[str]) -> list[dict[str, Any]]:
     """Write the database, as its only writer. Raises Trouble."""
     lock.take()
     store = Store(config.database.path)
@@ -7215,7 +7272,7 @@ def add_by_hand(config: Config, lock: Lock, urls: Sequence[str]) -> List[Dict[st
     return rows
 
 
-def add_by_server(config: Config, urls: Sequence[str]) -> List[Dict[str, Any]]:
+def add_by_server(config: Config, urls: Sequence[str]) -> list[dict[str, Any]]:
     """Post each; the server answers for it. Raises Trouble."""
     rows = []
     for url in urls:
@@ -7257,7 +7314,7 @@ def cmd_list(config: Config, options: Any) -> int:
 
 # -- doctor
 
-Finding = Tuple[bool, str, str]  # fine, what was seen, the command that mends it
+Finding = tuple[bool, str, str]  # fine, what was seen, the command that mends it
 
 
 def check_database(config: Config) -> Iterator[Finding]:
@@ -7342,6 +7399,7 @@ def check_port(config: Config) -> Iterator[Finding]:
 
 def check_service(config: Config) -> Iterator[Finding]:
     """The systemd service, where there is one."""
+    import subprocess
     if not which('systemctl') or not Path('/etc/systemd/system/videoserver.service').exists():
         return
     state = subprocess.run(['systemctl', 'is-active', 'videoserver'], stdout=subprocess.PIPE).stdout.decode().strip()
@@ -7471,7 +7529,7 @@ def run_compiled(config: Config) -> None:
         log.debug('running from source: %s', error)
 
 
-def act(file: Optional[Path], options: Any) -> int:
+def act(file: Path | None, options: Any) -> int:
     """Load the configuration and do what is asked; `options` None: serve, in the compiled form."""
     try:
         config = load_config(file, dict(os.environ))
@@ -7492,7 +7550,7 @@ def act(file: Optional[Path], options: Any) -> int:
         return 1
 
 
-def main(arguments: Optional[Sequence[str]] = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; trouble becomes one line and an exit code."""
     options = make_parser().parse_args(arguments)
     file = getattr(options, 'config', None)
