@@ -73,8 +73,13 @@ def command(function: Callable[[List[str]], Any]) -> Callable[[List[str]], Any]:
 
 
 def fair(seconds: float) -> float:
-    """`seconds` for a machine with nothing else to do; more in proportion for one with more to do than cores."""
-    return seconds * min(max(1.0, 1.5 * os.getloadavg()[0] / (os.cpu_count() or 1)), 5.0)
+    """`seconds` for a machine with nothing else to do; more in proportion for one with more to do than cores.
+
+    The load average takes a minute to tell; how long something had to wait for a core in the last 10 s, at once."""
+    waiting = 0.0
+    with contextlib.suppress(OSError):  # Linux only
+        waiting = float(re.search(r'some avg10=([\d.]+)', Path('/proc/pressure/cpu').read_text())[1]) / 100
+    return seconds * min(max(1.0, 1.5 * os.getloadavg()[0] / (os.cpu_count() or 1), 5 * waiting), 5.0)
 
 
 def wait_until(happens: Callable[[], Any], seconds: float = 10, what: Any = '') -> Any:
@@ -160,6 +165,16 @@ def clean_environment() -> Dict[str, str]:
     return {name: text for name, text in os.environ.items() if not name.upper().startswith(OWN_VARIABLES)}
 
 
+def files_below(folder: Path) -> Dict[Path, int]:
+    """Every file under `folder` and its size. One that goes between being listed and looked at is not there."""
+    found = {}
+    for parent, _, names in os.walk(folder):  # unlike rglob it bears folders that vanish as well
+        for path in (Path(parent, name) for name in names):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found[path] = path.stat().st_size
+    return dict(sorted(found.items()))
+
+
 class Answer(NamedTuple):
     """An answer; `json` is the parsed body, or the bytes of one that is not JSON."""
     status: int
@@ -225,7 +240,7 @@ class Client:
         """Sends `data` as it is; what comes back until the server closes or says nothing for `seconds`."""
         answer = b''
         with self.socket() as link, contextlib.suppress(OSError):
-            link.settimeout(seconds)
+            link.settimeout(fair(seconds))
             link.sendall(data)
             while True:
                 piece = link.recv(1 << 16)
@@ -303,7 +318,7 @@ class Daemon:
 
     def run(self, *words: str, seconds: float = 30, **options: Any) -> Any:
         """Runs a command (`add URL`, `doctor`…) beside it; .returncode, .stdout (both channels)."""
-        return subprocess.run(self.command_line(*words), env=self.env, encoding='utf-8', timeout=seconds, **{
+        return subprocess.run(self.command_line(*words), env=self.env, encoding='utf-8', timeout=fair(seconds), **{
             'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, **options})
 
     def start(self, seconds: float = 20) -> 'Daemon':
@@ -347,7 +362,7 @@ class Daemon:
     def wait_exit(self, seconds: float = 10) -> int:
         """Its exit code, once it has ended."""
         try:
-            self.exit_code = self.process.wait(seconds)
+            self.exit_code = self.process.wait(fair(seconds))
         except subprocess.TimeoutExpired:
             raise AssertionError(f'the daemon runs on after {seconds} s:\n{self.tail()}') from None
         return self.exit_code
@@ -463,14 +478,26 @@ class Daemon:
         """The names that are visible in its output folder."""
         return sorted(path.name for path in self.output.iterdir() if not path.name.startswith('.'))
 
-    def partials(self) -> List[Path]:
-        """The files under .incomplete."""
-        return sorted(path for path in (self.output / '.incomplete').rglob('*') if path.is_file())
+    def partials(self, id: str = '') -> Dict[Path, int]:
+        """The files under .incomplete (of one download) and their sizes."""
+        return {path: size for path, size in files_below(self.output / '.incomplete').items() if id in str(path)}
+
+    def half_way(self, post: Any, held: int = 1, seconds: float = 10) -> str:
+        """Submits a post that stops at hold_at, and waits until it stands there and a good part is on disk."""
+        id, route = self.submit(post), post.media[0]
+        route.wait_held(held)
+        some = route.hold_at // 3  # yt-dlp reads ever larger blocks: the last one is not on disk
+        wait_until(lambda: max(self.partials(id).values(), default=0) >= some, seconds,
+                   lambda: f'some of it is on disk, there is {self.partials(id)}')
+        return id
 
     def log(self) -> str:
         """All it has logged and printed."""
-        paths = self.folder / 'console.txt', self.folder / 'logs/server.log'
-        return '\n'.join(path.read_text(errors='replace') for path in paths if path.exists())
+        found = []
+        for path in (self.folder / 'console.txt', self.folder / 'logs/server.log'):
+            with contextlib.suppress(FileNotFoundError):  # not begun yet, or just being moved aside
+                found.append(path.read_text(errors='replace'))
+        return '\n'.join(found)
 
     def tail(self, lines: int = 40) -> str:
         """The last lines of its log."""
@@ -513,7 +540,7 @@ def kill_the_living() -> None:
         daemon.close()
 
 
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a run that is told to end takes its daemons along
+signal.signal(signal.SIGTERM, signal.default_int_handler)  # a run that is told to end takes its daemons along
 
 
 class DaemonTest(unittest.TestCase):
@@ -819,7 +846,7 @@ class TestMainJob(DaemonTest):
         self.assertEqual([name for name in self.daemon.files() if post.id in name], [])
         post.media[0].release()
         self.assertIn(self.daemon.wait_status(id, 'completed')['filename'], self.daemon.files())
-        wait_until(lambda: not [path for path in self.daemon.partials() if id in str(path)], 5, 'nothing is left')
+        wait_until(lambda: not self.daemon.partials(id), 5, 'nothing is left')
 
     def test_any_title_makes_a_name_of_at_most_255_bytes(self):
         titles = ['😀' * 72, 'a/b\\c:d*e?f"g<h>i|j', '..hidden', '-rf', '\u202eexe.4pm', '\u00e9' * 300]
@@ -925,7 +952,7 @@ class TestCancel(DaemonTest):
         self.assertEqual((status, row['error_message']), (200, 'Cancelled'))
         daemon.download(self.site.direct() if daemon is self.daemon else self.site.tiktok(), 5)
         self.assertEqual(daemon.status(id)['status'], 'failed')  # it does not rise from the dead
-        self.assertEqual([path for path in daemon.partials() if id in str(path)], [])
+        self.assertEqual(daemon.partials(id), {})
 
     def test_cancel_while_queued(self):
         first = self.site.direct(hold_at=1)
@@ -998,15 +1025,6 @@ class TestEndAndResume(DaemonTest):
     """Stopped, killed, stalled: what a download that did not finish goes through."""
     settings = None
 
-    def half_way(self, daemon: Daemon, post: Any, held: int = 1) -> str:
-        """Submits, and waits until the transfer is held and a good part is on disk."""
-        id = daemon.submit(post)
-        post.media[0].wait_held(held)
-        some = post.media[0].hold_at // 3  # yt-dlp reads ever larger blocks: the last one is not on disk
-        wait_until(lambda: any(path.stat().st_size >= some for path in daemon.partials() if id in str(path)), 10,
-                   'some of it is on disk')
-        return id
-
     def finish(self, daemon: Daemon, post: Any, id: str) -> Dict[str, Any]:
         """Starts the daemon again; the download ends well, without an attempt counted."""
         post.media[0].release()
@@ -1019,8 +1037,8 @@ class TestEndAndResume(DaemonTest):
     def test_sigterm_stops_in_under_5_seconds_and_the_next_start_resumes(self):
         daemon = self.new_daemon()
         post = self.site.tiktok(size=3_000_000, hold_at=2_000_000)
-        id = self.half_way(daemon, post)
-        self.assertLess(daemon.terminate(fair(10)), fair(5))
+        id = daemon.half_way(post)
+        self.assertLess(daemon.terminate(), fair(5))
         self.assertEqual((daemon.row(id)['status'], daemon.row(id)['retry_count']), ('queued', 0))
         self.assertEqual(self.finish(daemon, post, id)['retry_count'], 0)
         self.assertRegex(post.media[0].ranges_asked[-1], r'^bytes=\d{6,}-')
@@ -1028,7 +1046,7 @@ class TestEndAndResume(DaemonTest):
     def test_resumes_from_the_partial_file_after_kill_9(self):
         daemon = self.new_daemon(downloader={'proxy': ''}, security=ANYWHERE)
         post = self.site.direct(size=3_000_000, hold_at=2_000_000)
-        id = self.half_way(daemon, post, 2)
+        id = daemon.half_way(post, 2)
         daemon.kill()
         self.assertEqual(self.finish(daemon, post, id)['retry_count'], 0)
         self.assertRegex(post.page.ranges_asked[-1], r'^bytes=\d{6,}-')
@@ -1036,7 +1054,7 @@ class TestEndAndResume(DaemonTest):
     def test_starts_over_when_the_file_is_another_one(self):
         daemon = self.new_daemon(downloads={'max_concurrent': 2})
         posts = [self.site.tiktok(size=3_000_000, hold_at=2_000_000) for _ in range(2)]
-        ids = [self.half_way(daemon, post) for post in posts]
+        ids = [daemon.half_way(post) for post in posts]
         daemon.kill()
         longer = self.site.tiktok(id=posts[0].id, size=3_100_000)
         other_format = self.site.tiktok(id=posts[1].id, size=3_000_000, formats=('h264_720p',))
@@ -1047,7 +1065,7 @@ class TestEndAndResume(DaemonTest):
     def test_starts_over_where_the_server_cannot_resume(self):
         daemon = self.new_daemon()
         post = self.site.tiktok(size=3_000_000, hold_at=2_000_000, ranges=False)
-        id = self.half_way(daemon, post)
+        id = daemon.half_way(post)
         daemon.kill()
         self.finish(daemon, post, id)
 
@@ -2728,8 +2746,8 @@ class Strace:
                  paths: str = ''):
         self.file = daemon.folder / f'strace-{time.monotonic_ns()}.txt'
         words = [word for rule in inject for word in ('-e', f'inject={rule}')]
-        for path in ([paths, *map(str, Path(paths).rglob('*'))] if paths else []):
-            words += ['-P', path]
+        for path in ([Path(paths), *files_below(Path(paths))] if paths else []):
+            words += ['-P', str(path)]
         self.process = subprocess.Popen(
             ['strace', '-f', '-y', '-s', '40', '-e', f'trace={calls}', *words, '-o', str(self.file),
              '-p', str(daemon.pid)], stderr=subprocess.PIPE, encoding='utf-8')
@@ -2744,6 +2762,10 @@ class Strace:
     def __exit__(self, *exc: Any) -> None:
         self.process.terminate()
         self.process.communicate()
+
+    def met(self) -> int:
+        """How many calls have failed so far because they were told to."""
+        return self.file.read_text(errors='replace').count('(INJECTED)')
 
     def lines(self) -> List[str]:
         """What the daemon did, call by call; unfinished calls joined with their ends."""
@@ -2780,7 +2802,7 @@ class TestStoredBeforeAcknowledged(DaemonTest):
         self.assertRegex(''.join(kinds), r'^(w+sA){20}$')  # alone, each pays one sync and waits for nobody
 
     def test_requests_that_arrive_during_a_commit_share_the_next(self):
-        with Strace(self.daemon, 'fdatasync:delay_enter=300000') as trace:
+        with Strace(self.daemon, 'fdatasync:delay_enter=500000') as trace:
             threads = [threading.Thread(target=self.daemon.submit, args=(tiktok_link(1000 + number),))
                        for number in range(24)]
             for thread in threads:
@@ -2810,8 +2832,9 @@ class TestKill9(DaemonTest):
     def test_acknowledged_url_survives_kill_9(self):
         tally = KillTally(self.new_daemon(downloads={'max_concurrent': 2}), self.site)
         tally.rounds(4)
+        while len(tally.acknowledged) < 4:  # a slow machine answers few in a life
+            tally.rounds(1)
         self.assertEqual(tally.wrong(), [])
-        self.assertGreater(len(tally.acknowledged), 3)
 
     def test_a_link_that_takes_the_process_down_three_times_costs_an_attempt(self):
         daemon = self.new_daemon(downloads={'max_retries': 0})
@@ -3108,7 +3131,7 @@ class TestBadStarts(DaemonTest):
         daemon.output.write_text('a file where the folder should be')
         daemon.start()
         id = daemon.submit(self.site.tiktok())
-        self.assertIn('cannot be used', daemon.client.get('/api/v1/health').json['paused'])
+        wait_until(lambda: 'cannot be used' in (daemon.client.get('/api/v1/health').json['paused'] or ''))
         daemon.output.unlink()
         daemon.wait_status(id, 'completed')
         self.assertEqual(daemon.client.get('/api/v1/health').json['paused'], None)
@@ -3231,8 +3254,7 @@ class TestSignals(DaemonTest):
         daemon = self.new_daemon(logging={'max_size': '4k', 'backup_count': '2'})
         for _ in range(150):
             daemon.poller.get(f'/api/v1/status/{uuid.uuid4()}')
-        self.assertEqual(sorted(path.name for path in (daemon.folder / 'logs').iterdir()),
-                         ['server.log', 'server.log.1', 'server.log.2'])
+        wait_until(lambda: sorted(os.listdir(daemon.folder / 'logs')) == ['server.log', 'server.log.1', 'server.log.2'])
 
 
 
@@ -3515,7 +3537,7 @@ class DownloadTest(unittest.TestCase):
         self.addCleanup(attempt.stop, 'stopped')
 
         def wait(seconds=20):
-            run.thread.join(seconds)
+            run.thread.join(fair(seconds))
             self.assertFalse(run.thread.is_alive(), 'the attempt goes on')
             return run.outcome
         run.wait = wait
@@ -3981,14 +4003,23 @@ class TestResume(DownloadTest):
             with self.subTest(post=post):
                 config, routes = make_config(), set(post.media)
                 whole = b''.join(route.body for route in post.media)
+                last = post.media[-1].set(hold_at=len(post.media[-1].body) - 1000)  # however slow this machine is
                 for _ in range(2):
                     process = self.driver(f'attempt({str(post)!r}, {post.id!r}).run()', config)
-                    goal = sum(route.sent for route in routes) + len(whole) // 4 + random.randrange(len(whole) // 20)
-                    wait_until(lambda routes=routes, goal=goal: sum(route.sent for route in routes) > goal, 20)
+                    goal = self.on_disk(post) + len(whole) // 4 + random.randrange(len(whole) // 20)
+                    wait_until(lambda post=post, goal=goal: self.on_disk(post) > goal, 20)
                     process.kill()
                     process.wait()
+                last.release()
+                before = self.on_disk(post) - sum(route.sent for route in routes)
                 self.assert_done(self.fetch(post, post.id, [], config), whole)
-                self.assertLess(sum(route.sent for route in routes), 1.5 * len(whole))
+                again = before + sum(route.sent for route in routes) - len(whole)  # what was there and came once more
+                self.assertLess(again, len(whole) // 10)
+
+    def on_disk(self, post: Any) -> int:
+        """How much of a download is in its folder."""
+        return sum(size for path, size in files_below(self.output / '.incomplete' / post.id).items()
+                   if path.suffix not in ('.json', '.ytdl', '.new'))
 
     def test_a_kill_between_rename_and_commit_makes_no_second_set(self):
         post = self.site.instagram('video', 'video', title='Set')
@@ -4106,7 +4137,7 @@ class TestStop(DownloadTest):
         post = self.site.direct('dash')
         attempt = self.attempt(post, config=self.direct_config())
         with unittest.mock.patch.dict(os.environ, {'PATH': f'{fake.parent}:{os.environ["PATH"]}'}):
-            self.stops(attempt, lambda: (fake.parent / 'ffmpeg.args').exists())
+            self.stops(attempt, lambda: files_below(fake.parent).get(fake.parent / 'ffmpeg.args'))
         inputs = re.findall(r'(\S+ \S+) -i file:', (fake.parent / 'ffmpeg.args').read_text())
         self.assertEqual(inputs, ['-protocol_whitelist file,crypto,data'] * len(inputs))
         self.assertGreater(len(inputs), 0)
@@ -4162,7 +4193,7 @@ class TestLimits(DownloadTest):
     """An attempt that gains nothing, or finds no room, ends by itself."""
 
     def test_timeout_ends_an_attempt_that_gains_less_than_64_kb(self):
-        post = self.site.tiktok(size=3_000_000, speed=40_000)
+        post = self.site.tiktok(size=3_000_000, speed=5_000)
         attempt = self.attempt(post)
         run = self.in_background(attempt)
         post.media[0].wait_hits()
@@ -4609,10 +4640,11 @@ class TestVendor(unittest.TestCase):
         self.index.add('9999.4.4', requires='>=99')
         self.assertIsNone(self.vendor.current())
         self.assertEqual(self.vendor.last_checked(), 0)
+        began = time.time()
         self.assertEqual(self.vendor.install(), '9999.1.10')
         self.assertEqual(self.vendor.current(), self.folder / '9999.1.10')
         self.assertEqual(self.leftovers(), ['9999.1.10'])
-        self.assertLess(abs(self.vendor.last_checked() - time.time()), 5)
+        self.assertTrue(began - 1 <= self.vendor.last_checked() <= time.time() + 1)
         self.assertRegex(self.vendor.held_back(), r'yt-dlp 9999\.4\.4 needs Python >=99, and this is Python 3')
 
     def test_a_python_left_behind_is_held_back_without_any_network(self) -> None:
@@ -4632,6 +4664,11 @@ class TestVendor(unittest.TestCase):
         self.index.add('9999.1.1')
         self.assertEqual(self.vendor.install(), '9999.1.1')
         self.assertEqual(self.index.fetched('9999.1.1'), ['Python-urllib'])
+
+    def test_an_answer_that_is_an_error_is_not_left_open(self) -> None:
+        with Standin() as site, self.assertRaisesRegex(v.Trouble, '404') as caught:
+            v.fetch_url(site.http + '/nowhere')
+        self.assertTrue(caught.exception.__context__.closed)
 
     def test_a_mirror_that_only_pip_knows_is_enough(self) -> None:
         self.with_pip()
@@ -4725,7 +4762,7 @@ class TestVendor(unittest.TestCase):
     def test_two_processes_install_once(self) -> None:
         self.index.add('9999.1.1')
         children = [self.child(), self.child()]
-        self.assertEqual([child.wait(20) for child in children], [0, 0])
+        self.assertEqual([child.wait(fair(20)) for child in children], [0, 0])
         self.assertEqual(len(self.index.fetched('9999.1.1')), 1)
         self.assertEqual(self.vendor.version(), '9999.1.1')
 
@@ -5011,8 +5048,7 @@ class TestReexec(DaemonTest):
 
     def test_a_running_download_resumes_after_sighup_and_no_attempt_is_counted(self) -> None:
         daemon, post = self.new_daemon(), self.site.tiktok(size=900_000, hold_at=500_000)
-        id = daemon.submit(post)
-        post.media[0].wait_held()
+        id = daemon.half_way(post)
         daemon.signal(signal.SIGHUP)
         wait_until(lambda: starts(daemon) == 2, 20)
         post.media[0].wait_held(2)
@@ -5083,7 +5119,8 @@ class TestFreshDaemon(DaemonTest):
         self.index.add('9999.3.3', BROKEN)
         daemon = self.fresh_daemon(some_files(), downloads={'retry_delays': 1})
         wait_until(lambda: daemon.vendor.version() == '9999.2.2', 40)
-        wait_until(lambda: re.search('yt-dlp 9999.3.3 does not work here .*a_module_that_is_not_there', daemon.log()))
+        said = 'yt-dlp 9999.3.3 does not work here .*a_module_that_is_not_there'
+        wait_until(lambda: re.search(said, daemon.log()), 40)
         row = daemon.download(self.site.tiktok())
         self.assertGreaterEqual(row['retry_count'], 1)
         self.assertIn('yt-dlp 9999.2.2 crashes: rolled back to 9999.1.1', daemon.log())
@@ -5102,12 +5139,12 @@ class TestFreshDaemon(DaemonTest):
         wait_until(lambda: 'internet' not in str(daemon.health()['problems']), 10)
 
     def test_a_worker_that_hangs_beyond_cancel_is_ended_by_a_re_execution(self) -> None:
+        there = Path(tempfile.mkdtemp(dir=RUN)) / 'there'
+        hang = f"__import__('pathlib').Path({str(there)!r}).touch() or __import__('threading').Event().wait()"
         daemon = self.fresh_daemon(some_files(extractor__tiktok=(
-            "'universal data', display_id", "'universal data', __import__('threading').Event().wait()")),
-            checked=time.time())
-        post = self.site.tiktok()
-        id = daemon.submit(post)
-        post.page.wait_hits()
+            "'universal data', display_id", f"'universal data', {hang}")), checked=time.time())
+        id = daemon.submit(self.site.tiktok())
+        wait_until(there.exists, 20)
         daemon.client.post(f'/api/v1/download/{id}/cancel')
         wait_until(lambda: starts(daemon) == 2, 20)
         row = daemon.wait_status(id, 'failed')
@@ -5724,7 +5761,7 @@ class TestBucket(WithBucket):
         ended = []
         thread = threading.Thread(target=lambda: ended.append(self.refused(path, bucket=bucket)))
         thread.start()
-        self.assertTrue(relay.stalled.wait(10))
+        self.assertTrue(relay.stalled.wait(fair(10)))
         begun = time.monotonic()
         bucket.hang_up()
         thread.join(5)
@@ -5824,7 +5861,7 @@ class TestUploader(WithBucket):
         rows = Rows(a1=self.media('cat.mp4', size=30 << 20))
         uploader = self.uploader(rows)
         uploader.start()
-        self.assertTrue(self.relay.stalled.wait(10))
+        self.assertTrue(self.relay.stalled.wait(fair(10)))
         begun = time.monotonic()
         self.assertTrue(uploader.stop())
         self.assertLess(time.monotonic() - begun, fair(0.8))
@@ -5852,7 +5889,7 @@ class TestUploader(WithBucket):
         self.relay.limit, self.relay.stall = 10 << 20, True
         uploader = self.uploader(rows)
         uploader.start()
-        self.assertTrue(self.relay.stalled.wait(10))
+        self.assertTrue(self.relay.stalled.wait(fair(10)))
         self.relay.limit = None
         del rows.rows['a1']
         (self.output / 'cat.mp4').unlink()
@@ -6298,7 +6335,7 @@ class TestCopies(DaemonTest):
         self.relay.limit, self.relay.stall = 200_000, True
         self.daemon.start()
         id = self.daemon.download(self.site.tiktok(size=3_000_000))['download_id']
-        self.assertTrue(self.relay.stalled.wait(20))
+        self.assertTrue(self.relay.stalled.wait(fair(20)))
         self.daemon.kill()
         self.relay.limit = None
         self.daemon.start()
@@ -6309,8 +6346,8 @@ class TestCopies(DaemonTest):
         self.relay.limit, self.relay.stall = 200_000, True
         self.daemon.start()
         self.daemon.download(self.site.tiktok(size=3_000_000))
-        self.assertTrue(self.relay.stalled.wait(20))
-        self.assertLess(self.daemon.terminate(fair(10)), fair(4))
+        self.assertTrue(self.relay.stalled.wait(fair(20)))
+        self.assertLess(self.daemon.terminate(), fair(4))
 
 
 class TestMetrics(DaemonTest):
@@ -6890,7 +6927,7 @@ class TestKillAndFullDisk(unittest.TestCase):
     def run_maker(self, config: Any, script: str) -> str:
         """Runs MAKER and `script` in a process of its own; what it prints."""
         done = subprocess.run([sys.executable, '-c', MAKER + script, str(config.folder), str(NOW)], cwd=str(HERE),
-                              encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+                              encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=fair(60))
         self.assertEqual((done.returncode, done.stderr), (0, ''))
         return done.stdout
 
@@ -6995,7 +7032,7 @@ if not child:
         os._exit(7)
 began = time.monotonic()
 while not os.waitpid(child, os.WNOHANG)[0]:
-    assert time.monotonic() - began < 10, os.read(terminal, 999)
+    assert time.monotonic() - began < 40, os.read(terminal, 999)
     time.sleep(0.01)
 ''')
 
@@ -7445,7 +7482,7 @@ class TestBehindNginx(DaemonTest):
     def test_client_address_comes_from_a_trusted_proxy_only(self):
         health = '/videodownloader/api/v1/health'
         self.assertEqual(self.nginx.client('127.0.0.2').get(health).status, 200)
-        self.assertIn('127.0.0.2 "GET /videodownloader/api/v1/health"', self.daemon.log())
+        wait_until(lambda: '127.0.0.2 "GET /videodownloader/api/v1/health"' in self.daemon.log())
         refused = self.nginx.client('127.0.0.3')
         self.assertEqual(refused.get(health).json['code'], 'client_not_allowed')
         self.assertEqual(refused.get(health, X_Forwarded_For='127.0.0.2').status, 403)  # nginx does not pass that on
@@ -7735,12 +7772,10 @@ class TestFailingDisk(DaemonTest):
     def survives(self, calls: str, rule: str, path: str) -> None:
         """A download during which `rule` holds for files of `path` ends well once the disk does."""
         post = self.site.tiktok(size=1_500_000, hold_at=1_000_000)
-        id = self.daemon.submit(post)
-        post.media[0].wait_held()
-        wait_until(lambda: any(file.stat().st_size > 300_000 for file in self.daemon.partials() if id in str(file)), 10)
+        id = self.daemon.half_way(post)
         with Strace(self.daemon, rule, calls=calls, paths=path) as trace:
             post.media[0].release()
-            wait_until(lambda: '(INJECTED)' in trace.file.read_text(), 20, 'the fault is met')
+            wait_until(trace.met, 20, 'the fault is met')
             self.assertNotEqual(self.daemon.row(id)['status'], 'completed')
         row = self.daemon.wait_status(id, 'completed', 60)
         same_bytes(self.daemon, row, post.media[0])
@@ -7785,12 +7820,11 @@ class TestWallClock(DaemonTest):
                 post = self.site.direct(page={'fail': [503]})  # without TLS: certificates have dates, too
                 id = daemon.submit(post)
                 daemon.wait_for(id, lambda row: row['next_attempt_at'])
-                used, began = TestCrowd.cpu(daemon.pid), time.monotonic()
+                used = TestCrowd.cpu(daemon.pid)
                 control.write_text(jump)
-                daemon.wait_for(id, lambda row: not row['next_attempt_at'])
-                if jump == '-1d':
-                    self.assertGreater(time.monotonic() - began, 2)
                 daemon.wait_status(id, 'completed')
+                if jump == '-1d':
+                    self.assertGreater(post.page.requests[1].time - post.page.requests[0].time, 2)
                 self.assertLess(TestCrowd.cpu(daemon.pid) - used, 4)
 
 
@@ -8070,12 +8104,12 @@ class TestPage(DaemonTest):
             self.browser.wait(ONE_ROW, f'row.url === "{post}"')
 
     def test_cancel_try_again_delete_and_undo(self):
-        post = self.site.tiktok(title='Slow', size=3_000_000, speed=600_000)
+        post = self.site.tiktok(title='Slow', size=3_000_000, speed=600_000, hold_at=2_500_000)
         id = self.daemon.submit(str(post))
         self.row(id, 'row.progress >= 10 && row.speed')
         self.press(id, 'cancel')
         self.assertEqual(self.row(id)['error_message'], 'Cancelled')
-        post.media[0].set(speed=None)
+        post.media[0].set(speed=None).release()
         self.press(id, 'retry')
         self.row(id, 'row.files.length')
         self.press(id, 'delete')
@@ -8525,7 +8559,7 @@ class TestHTTPConformance(DaemonTest):
     def test_each_request_gets_the_answer_that_it_should(self):
         for what, line, fields, accepted in CONFORMANCE + OUR_OWN:
             with self.subTest(what), self.daemon.client.socket() as link:
-                link.settimeout(2)
+                link.settimeout(fair(5))
                 link.sendall('\r\n'.join([line, *fields, *([] if '' in fields else ['', ''])]).encode('latin-1'))
                 self.assertIn(int(link.recv(12)[9:]), accepted)
 
@@ -8672,80 +8706,159 @@ def cmd_memory(args: List[str]) -> int:
 
 # -- a disk that fails
 
-FAULT_CALLS = ('write', 'pwrite64', 'fsync', 'fdatasync', 'rename,renameat,renameat2', 'openat')
+FAULT_CALLS = ('write', 'pwrite64', 'fsync', 'fdatasync', 'rename,renameat,renameat2', 'openat', 'mkdir,mkdirat',
+               'unlink,unlinkat,rmdir')
+FAULT_PLACES = (('log', '/logs/'), ('database', '/data/'), ('partial', '/.incomplete'), ('finished', '/out/'))
 # as strace counts, in each thread; +: and all after
 FAULT_MOMENTS = (*map(str, range(1, 9)), '12', '20', '40', '1+', '2+', '3+', '5+')
+REHEARSAL_SECONDS = 12.0  # in which the thread that commits makes more than 40 calls of each kind
 
 IDLE_THREADS = 5  # main, commit, schedule, accept, care
 
 
 class FaultSweep(KillTally):
-    """Posts and downloads go on while one call of the daemon after the other fails."""
+    """Posts and downloads go on while one call of the daemon after the other fails. After each case all that was
+    acknowledged has to become a file, and every thread to live: by itself, or by a re-execution of its own."""
 
     def __init__(self, daemon: Daemon, site: Any):
         super().__init__(daemon, site)
-        self.met, self.cases, self.faults = 0, 0, []
+        self.cases, self.left_out, self.faults, self.starts = 0, 0, [], starts(daemon)
+        self.places: collections.Counter = collections.Counter()  # (call, kind of file) of each fault that was met
+        self.links = [site.direct(kind, size=size) for kind in ('mp4', 'mp4', 'hls') for size in (30_000, 300_000)
+                      for _ in range(4)]  # without TLS: OpenSSL's `write` is none to a disk
+        self.answers: collections.Counter = collections.Counter()
 
     def run(self, seconds: float) -> None:
         """The cases in an order that is the same each time, as many as fit."""
+        most = self.rehearse()
         cases = [(call, error, when) for call in FAULT_CALLS for error in ('EIO', 'ENOSPC') for when in FAULT_MOMENTS]
         self.chance.shuffle(cases)
         end = time.monotonic() + seconds
         for call, error, when in cases:
             if time.monotonic() > end or not self.daemon.running():
                 break
-            self.case(call, f'{call}:error={error}:when={when}')
+            if int(when.rstrip('+')) > most[call]:
+                self.left_out += 1
+                print(f'left out: {call} {error} {when}: no thread makes more than {most[call]} of them', flush=True)
+                continue
+            self.case(call, error, when)
 
-    def case(self, calls: str, rule: str) -> None:
-        """One fault for a second or so; afterwards a link must be taken."""
+    def rehearse(self) -> Dict[str, int]:
+        """The most calls of each kind that one thread of the daemon makes under this load: strace counts by thread,
+        and one that serves a request or a download does not live long."""
+        with Strace(self.daemon, calls=','.join(FAULT_CALLS)) as trace, self.load():
+            time.sleep(REHEARSAL_SECONDS)
+        made = collections.Counter(re.findall(r'(?m)^(\d+) +(\w+)\(', trace.file.read_text(errors='replace')))
+        self.ended('the rehearsal')
+        most = {call: max((times for (_, name), times in made.items() if name in call.split(',')), default=0)
+                for call in FAULT_CALLS}
+        print(f'one thread makes at most {most}', flush=True)
+        return most
+
+    @contextlib.contextmanager
+    def load(self) -> Any:
+        """Links are posted as long as this lasts."""
         end = threading.Event()
-        with Strace(self.daemon, rule, calls=calls) as trace:
-            poster = threading.Thread(target=self.post, args=(end,))
-            poster.start()
-            end.wait(1.0)
+        poster = threading.Thread(target=self.post, args=(end,))
+        poster.start()
+        try:
+            yield
+        finally:
             end.set()
             poster.join()
-            self.cases += 1
-            self.met += '(INJECTED)' in trace.file.read_text(errors='replace')
-        try:
-            wait_until(lambda: TestCrowd.works(self.daemon), 15)
-        except AssertionError:
-            self.faults.append(f'{rule}: no link is taken any more')
 
-    def stuck(self) -> List[str]:
-        """What has not ended well, waited for; the links of `works` lead nowhere and may fail."""
-        wait_until(lambda: self.daemon.client.get('/api/v1/health').json['queue_size'] == 0, 300, self.daemon.tail)
+    def post(self, end: threading.Event) -> None:
+        """A phone that is told 503 sends its next link all the same."""
+        client = self.daemon.new_client()
+        while not end.is_set():
+            link = self.chance.choice(self.links)
+            try:
+                status, _, body = client.post('/api/v1/download', {'url': link, 'client_id': 'k'})
+            except (OSError, http.client.HTTPException) as error:
+                status = repr(error)
+            if status == 202:
+                self.acknowledged[body['download_id']] = str(link)
+            self.answers[status] += 1
+            end.wait(0.15)
+
+    def case(self, calls: str, error: str, when: str) -> None:
+        """Waits for the fault to be met, looks on for a second, ends it, and waits until all is well."""
+        rule, began = f'{calls}:error={error}:when={when}', time.monotonic()
+        self.answers.clear()
+        with Strace(self.daemon, rule, calls=calls) as trace, self.load():
+            try:
+                wait_until(trace.met, 3 * REHEARSAL_SECONDS)
+            except AssertionError:
+                self.faults.append(f'{rule}: the fault was not met')
+            time.sleep(1.0)
+        met, answers = time.monotonic() - began, dict(self.answers)
+        if set(answers) - {202, 503}:
+            self.faults.append(f'{rule}: answers {answers}')
+        if when == '1+' and calls in ('pwrite64', 'fdatasync') and self.acknowledged:
+            self.faults.append(f'{rule}: {len(self.acknowledged)} links acknowledged that cannot have been stored')
+        self.ended(rule)
+        self.cases += 1
+        places = collections.Counter(map(self.place, filter(re.compile('INJECTED').search, trace.lines())))
+        self.places.update({(calls, place): times for place, times in places.items()})
+        print(f'{self.cases:3} {rule}: met {dict(places)} in {met:.1f} s, answers {answers}, '
+              f'well after {time.monotonic() - began - met:.1f} s', flush=True)
+
+    @staticmethod
+    def place(line: str) -> str:
+        """What kind of file a call was about (the last one it names)."""
+        path = re.findall(r'[<"](/[^>"]*)', line)[-1:] or ['']
+        return next((place for place, mark in FAULT_PLACES if mark in path[0]), 'other')
+
+    def ended(self, rule: str) -> None:
+        """A further link is taken, the queue ends, nothing is lost, no thread is dead."""
+        self.answers.clear()
+        try:
+            with self.load():
+                wait_until(lambda: self.answers[202], 15, 'a link is taken')
+            wait_until(lambda: self.daemon.client.get('/api/v1/health').json['queue_size'] == 0, 90, 'the queue ends')
+            wait_until(lambda: self.daemon.threads() <= IDLE_THREADS, 30, 'the threads of requests end')
+        except (AssertionError, OSError, http.client.HTTPException) as error:
+            self.faults.append(f'{rule}: {error!r}')
+        if self.daemon.threads() < IDLE_THREADS:
+            self.faults.append(f'{rule}: {IDLE_THREADS - self.daemon.threads()} threads are dead')
+        self.faults += [f'{rule}: {fault}' for fault in self.lost()]
+        self.acknowledged.clear()
+
+    def lost(self) -> List[str]:
+        """Acknowledged links that are not there, or not completed."""
         rows = {row['id']: row for row in self.daemon.rows()}
-        lost = [f'lost: {id}' for id in self.acknowledged if id not in rows]
-        bad = [f'{id}: {rows[id]["status"]} {rows[id]["reason"]} {rows[id]["error_message"]}'
-               for id in self.acknowledged
-               if id in rows and rows[id]['status'] != 'completed']
-        named = {name: size for row in rows.values() for name, size, _ in json.loads(row['files'] or '[]')}
+        return [f'lost: {id}' if id not in rows else f'{id}: {rows[id]["status"]} {rows[id]["error_message"]}'
+                for id in self.acknowledged if id not in rows or rows[id]['status'] != 'completed']
+
+    def misfiled(self) -> List[str]:
+        """Files that no row knows, and rows without their files."""
+        named = {name: size for row in self.daemon.rows() for name, size, _ in json.loads(row['files'] or '[]')}
         found = {name: (self.daemon.output / name).stat().st_size for name in self.daemon.files()}
-        return lost + bad + [f'file: {pair}' for pair in set(named.items()) ^ set(found.items())]
+        return [f'file: {pair}' for pair in set(named.items()) ^ set(found.items())]
 
 
 @command
 def cmd_faults(args: List[str]) -> int:
-    """`faults [--seconds 150]`: each write, sync, rename, open fails in turn under load; exit code 1 if a link is lost,
-    a thread is dead or a download ends badly."""
-    seconds = float(args[args.index('--seconds') + 1]) if '--seconds' in args else 150
+    """`faults [--seconds 3600]`: each write, sync, rename, open fails in turn under load; exit code 1 if a link is lost
+    or acknowledged in vain, a thread is dead or a download ends badly."""
+    seconds = float(args[args.index('--seconds') + 1]) if '--seconds' in args else 3600
+    began = time.monotonic()
     with Standin() as site:
-        daemon = Daemon(site=site, downloads={'max_concurrent': 2, 'max_retries': 9, 'retry_delays': '1'},
-                        **IN_THE_CLEAR)
+        daemon = Daemon(downloads={'max_concurrent': 2, 'max_retries': 99, 'retry_delays': '1'}, security=ANYWHERE,
+                        env={'PATH': path_without_ffmpeg()}, hurry={'PAUSE_SECONDS': 2}, **IN_THE_CLEAR)
         sweep = FaultSweep(daemon, site)
         try:
-            daemon.download(site.tiktok())
+            daemon.download(sweep.links[0])
             sweep.run(seconds)
-            faults = sweep.faults + sweep.stuck()
-            wait_until(lambda: daemon.threads() <= IDLE_THREADS, 30, 'the threads of requests end')
-            if daemon.threads() < IDLE_THREADS:
-                faults.append(f'{IDLE_THREADS - daemon.threads()} threads are dead')
-            print(f'{sweep.cases} cases, {sweep.met} met their fault: {len(sweep.acknowledged)} links acknowledged, '
-                  f'{len(faults)} faults; '
-                  f'{daemon.log().count("Traceback")} tracebacks in the log')
+            faults = sweep.faults + sweep.misfiled()
+            log = daemon.log()
         finally:
             daemon.close()
+    for (call, place), times in sorted(sweep.places.items()):
+        print(f'{call:28} {place:10} {times:5} times')
+    print(f'{sweep.cases} cases in {time.monotonic() - began:.0f} s, {sweep.left_out} left out, {len(faults)} faults, '
+          f'{log.count(": listening on ") - sweep.starts} re-executions, {log.count(" internal ")} attempts that ended '
+          'by a mistake of the server')
     print('\n'.join(faults[:20]))
     return 1 if faults else 0
 
@@ -9106,7 +9219,10 @@ class NoTest(NamedTuple):
 def tell_again(file: Path, tests: Dict[str, unittest.TestCase], result: unittest.TestResult) -> None:
     """Repeats to `result` what a Record has written."""
     for line in file.read_text(encoding='utf-8').splitlines():
-        method, name, *more = json.loads(line)
+        try:
+            method, name, *more = json.loads(line)
+        except ValueError:  # the child was killed while it wrote; its wait status is told as well
+            break
         if method in ('addError', 'addFailure', 'addExpectedFailure'):
             more = [(Told, Told('\n' + more[0]), None)]
         getattr(result, method)(tests.get(name) or NoTest(name), *more)
@@ -9141,10 +9257,18 @@ class Classes(unittest.TestSuite):
                     self.at_work[self.start(classes[name], RUN / f'{name}.record', result)] = name, time.monotonic()
                 self.collect(classes, result)
         finally:
-            for pid in self.at_work:  # only after Ctrl-C or SIGTERM
-                os.kill(pid, signal.SIGINT)  # unittest would take what SIGTERM raises for an error of the test
-                os.waitpid(pid, 0)
+            while self.at_work:  # only after Ctrl-C or SIGTERM
+                self.interrupt()
         return result
+
+    def interrupt(self) -> None:
+        """Tells the children to end, and not only once: an attempt at a download takes that for its own end."""
+        for pid in list(self.at_work):
+            os.kill(pid, signal.SIGINT)
+        time.sleep(0.5)
+        for pid in list(self.at_work):
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                del self.at_work[pid]
 
     def start(self, tests: Sequence[unittest.TestCase], record: Path, result: unittest.TestResult) -> int:
         """Runs tests in a child; its pid."""

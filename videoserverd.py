@@ -2724,6 +2724,7 @@ def fetch_url(url: str) -> bytes:
         with urllib.request.urlopen(url, timeout=30) as answer:
             return answer.read(DOWNLOAD_LIMIT)
     except (OSError, http.client.HTTPException, ValueError) as error:
+        getattr(error, 'close', bool)()  # an HTTPError is an open answer as well
         raise Trouble(f'no answer from {urlsplit(url).hostname} ({error})') from None
 
 
@@ -2768,12 +2769,10 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 def find_line(file: Path, pattern: str) -> str:
     """The first group of the first line in `file` that matches; '' when there is none."""
-    try:
-        with open(file, encoding='utf-8', errors='replace') as stream:
-            match = re.search(pattern, stream.read(4096), re.M | re.A)  # METADATA goes on with the whole README
-    except OSError:
-        return ''
-    return match[1] if match else ''
+    with suppress(OSError), open(file, encoding='utf-8', errors='replace') as stream:
+        match = re.search(pattern, stream.read(4096), re.M | re.A)  # METADATA goes on with the whole README
+        return match[1] if match else ''
+    return ''
 
 
 def version_in(folder: Path) -> str:
