@@ -434,7 +434,7 @@ TRANSITIONS = {  # verb of the store: (status before, status after); whatever is
     'requeue': (('downloading',), 'queued'),  # stopped, paused or crashed: no attempt counted
     'cancel': (('queued',), 'failed'),  # a running one is stopped first, then given up
     'retry': (('failed', 'queued'), 'queued'),  # of a queued one: now instead of later
-    'uploaded': (('completed',), 'completed'),  # all files of it are in the bucket
+    'uploaded': (('completed',), 'completed'),  # its files are in the bucket, or gone before they were
 }
 
 
@@ -1033,7 +1033,7 @@ ALTER TABLE downloads ADD COLUMN files TEXT;             -- JSON [[name, size, t
 ALTER TABLE downloads ADD COLUMN reason TEXT;            -- stable word of the last failure
 ALTER TABLE downloads ADD COLUMN next_attempt_at INTEGER;
 ALTER TABLE downloads ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;  -- unclean ends in a row
-ALTER TABLE downloads ADD COLUMN s3_state TEXT;          -- waiting|failing|stored, NULL: no bucket
+ALTER TABLE downloads ADD COLUMN s3_state TEXT;          -- waiting|failing|stored|gone, NULL: no bucket
 ALTER TABLE downloads ADD COLUMN s3_attempts INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE downloads ADD COLUMN s3_due INTEGER;
 ALTER TABLE downloads ADD COLUMN s3_error TEXT;
@@ -1496,9 +1496,10 @@ class Store:
         return [Record.of(row) for row in self.read(
             'SELECT * FROM downloads WHERE s3_due <= ? ORDER BY s3_due LIMIT ?', (now, limit))]
 
-    def upload_done(self, download_id: str, now: int) -> bool:
-        """All files of it are in the bucket."""
-        return self._move('uploaded', download_id, now, s3_state='stored', s3_due=None, s3_error=None)
+    def upload_done(self, download_id: str, now: int, lost: str | None = None) -> bool:
+        """All files of it are in the bucket; or never will be, for what is said in `lost`."""
+        return self._move('uploaded', download_id, now, s3_state='gone' if lost else 'stored', s3_due=None,
+                          s3_error=lost)
 
     def upload_later(self, download_id: str, due: int, error: str, now: int) -> bool:
         """The copy failed; again then."""
@@ -3108,6 +3109,7 @@ class Freshness:
 # `Uploader._changed` guards what is under way and the naps; never held across the network.
 # Called by http (links) and daemon.
 
+MARKER = '.videoserverd'  # in the output folder: an unplugged disk leaves an empty folder without it
 UPLOAD_BLOCK = 256 << 10         # bytes in memory at a time
 MULTIPART_ABOVE = 100 << 20      # where AWS advises parts
 PART_SIZE = 16 << 20             # the smallest part: what a lost connection costs at most
@@ -3117,6 +3119,7 @@ S3_SECONDS = 60.0                # without a sign of life; joining many parts ta
 LONGEST_UPLOAD_DELAY = 6 * 3600  # seconds
 UPLOAD_NAP = 60.0                # seconds between looks when nothing is due, and after a failure
 THUMBNAIL_SECONDS = 20.0         # a Pi needs two for a frame of a 4K video
+THUMBNAIL_FILTER = "crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',scale='min(120,iw)':-2"  # twice what the page shows
 THUMBNAIL_FORMATS = 'mov,matroska,flv,avi,mpegts,mp3,ogg'  # none that leads to other files, as a playlist does
 
 
@@ -3160,10 +3163,10 @@ def check_signature(secret: bytes, path: str, query: dict[str, str], now: float)
     return hmac.compare_digest(link_signature(secret, path, expires).encode(), signature.encode('utf-8', 'replace'))
 
 
-def content_disposition(name: str, inline: bool = True) -> str:
+def content_disposition(name: str) -> str:
     """The header by RFC 6266: the real name as RFC 8187 has it, and ASCII for clients of old."""
     ascii_name = re.sub(r'[^ !#-$&-\[\]-~]', '_', name)  # no quote, backslash or %: clients differ on them
-    value = f'{"inline" if inline else "attachment"}; filename="{ascii_name}"'
+    value = f'inline; filename="{ascii_name}"'
     return value if ascii_name == name else f"{value}; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
 
 
@@ -3342,12 +3345,16 @@ class Bucket:
             raise BucketError(f'{error.filename or path}: {error.strerror or error}') from None
 
     def delete(self, key: str) -> None:
-        """Remove an object and its unfinished uploads, whose parts would cost money. Raises BucketError."""
+        """Remove an object and its unfinished uploads. Raises BucketError."""
+        self.abort(key)
+        self._call('DELETE', key, fine=('NoSuchKey',))
+
+    def abort(self, key: str) -> None:
+        """Remove the unfinished uploads of an object, whose parts would cost money. Raises BucketError."""
         _, answer = self._call('GET', '', (('uploads', ''), ('prefix', key)), fine=NOT_LISTED)
         for found, upload in zip(xml_texts(answer, 'Key'), xml_texts(answer, 'UploadId')):
             if found == key:
                 self._call('DELETE', key, (('uploadId', upload),), fine=SPOILED)
-        self._call('DELETE', key, fine=('NoSuchKey',))
 
     def hang_up(self) -> None:
         """End what is under way, and all that follows until `halted` is cleared."""
@@ -3384,7 +3391,7 @@ class Bucket:
             upload = json.loads(state.read_bytes())
             if {name: upload.get(name) for name in wanted} == wanted:
                 return upload
-        self.delete(wanted['key'])
+        self.abort(wanted['key'])
         _, answer = self._call('POST', wanted['key'], (('uploads', ''),), headers)
         upload = {**wanted, 'id': ''.join(xml_texts(answer, 'UploadId')), 'etags': []}
         write_whole(state, json.dumps(upload))
@@ -3419,11 +3426,8 @@ class Bucket:
     def _exchange(self, base: str, method: str, target: str, headers: dict[str, str], body: Body) -> tuple[Any, bytes]:
         import http.client  # with the e-mail parser that it brings: 1 MB that only a bucket needs
         url = urlsplit(base)
-        connection = http.client.HTTPConnection(url.hostname, url.port, timeout=S3_CONNECT_SECONDS)
-        if url.scheme == 'https':  # SSL_CERT_FILE may name a private CA
-            connection = http.client.HTTPSConnection(url.hostname, url.port, timeout=S3_CONNECT_SECONDS,
-                                                     context=ssl.create_default_context())
-        with closing(connection):
+        kind = http.client.HTTPSConnection if url.scheme == 'https' else http.client.HTTPConnection
+        with closing(kind(url.hostname, url.port, timeout=S3_CONNECT_SECONDS)) as connection:
             connection.connect()
             self._socket = connection.sock
             connection.sock.settimeout(S3_SECONDS)
@@ -3442,23 +3446,16 @@ class Bucket:
 
 # -- the thread `upload`
 
-def upload_delay(failures: int, delays: Sequence[int]) -> int:
-    """Seconds to the next try: the scheduler's delays, then doubled each time up to six hours."""
-    doublings = min(max(0, failures - len(delays)), 20)
-    return min(LONGEST_UPLOAD_DELAY, max(1, delays[min(failures, len(delays)) - 1]) << doublings)
-
-
 class Uploader:
-    """The thread `upload`: puts finished files into the bucket till each is stored or forgotten.
+    """The thread `upload`: puts finished files into the bucket till each is stored, lost or forgotten.
 
-    `due(now)` gives the rows whose turn it is, `stored(id, now)` and `later(id, due, error, now)`
-    keep how it went. `folder` holds what is begun, and notes of what is to be deleted."""
+    `store` is asked what is due and told how it went; `folder` holds what is begun, and notes of what
+    is to be deleted."""
 
-    def __init__(self, config: Config, bucket: Bucket, folder: Path, due: Callable[[int], Sequence[Any]],
-                 stored: Callable[[str, int], Any], later: Callable[[str, int, str, int], Any]):
+    def __init__(self, config: Config, bucket: Bucket, folder: Path, store: Any):
         self.error: str | None = None  # why copies fail at present, a sentence; for health
-        self.bucket, self.folder, self.output = bucket, folder, config.downloads.output_directory
-        self.delays, self.due, self.stored, self.later = config.downloads.retry_delays, due, stored, later
+        self.bucket, self.folder, self.store = bucket, folder, store
+        self.output, self.delays = config.downloads.output_directory, config.downloads.retry_delays
         self._changed = threading.Condition()
         self._current, self._stopping, self._woken = '', False, False
         self._pause_until = 0.0
@@ -3484,10 +3481,14 @@ class Uploader:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def forget(self, download_id: str, names: Sequence[str]) -> None:
-        """Its copies are deleted too, once the bucket answers, after a restart as well. Raises OSError."""
+    def note(self, download_id: str, names: Sequence[str]) -> None:
+        """Once its row is gone, its copies are deleted as soon as the bucket answers, be it after a restart.
+        Raises OSError."""
         keys = [self.bucket.key(download_id, name) for name in names]
         write_whole(self.folder / f'{download_id}.delete', json.dumps(keys))
+
+    def forget(self, download_id: str) -> None:
+        """Its row is gone."""
         with self._changed:
             if self._current == download_id:
                 self.bucket.hang_up()
@@ -3509,15 +3510,16 @@ class Uploader:
         comes a pause, so that a server that is down is not asked once for every file."""
         if 0 < self._pause_until - now <= UPLOAD_NAP:  # more: the clock was set back
             return self._pause_until - now
-        rows, notes = self.due(int(now)), sorted(self.folder.glob('*.delete'))
-        if not rows and not notes:
+        rows = self.store.uploads_due(int(now))
+        note = None if rows else next(self._notes(), None)
+        if not rows and not note:
             return UPLOAD_NAP
         with self._changed:
-            self._current = rows[0]['id'] if rows else notes[0].stem
+            self._current = rows[0]['id'] if rows else note.stem
             if not self._stopping:
                 self.bucket.halted.clear()
         try:
-            self._upload(rows[0], int(now)) if rows else self._delete(notes[0])
+            self._upload(rows[0], int(now)) if rows else self._delete(note)
         except BucketError as error:
             if self.bucket.halted.is_set():
                 return 0
@@ -3530,19 +3532,38 @@ class Uploader:
         return 0
 
     def _upload(self, row: Any, now: int) -> None:
+        begun, lost = self.folder / f'{row["id"]}.upload', []
         for file in row['files']:
-            key = self.bucket.key(row['id'], file.name)
-            self.bucket.put(self.output / file.name, key, file.type, self.folder / f'{row["id"]}.upload')
-        self.stored(row['id'], now)
-        log.info('download %s: stored in bucket %s', row['id'], self.bucket.s3.bucket)
+            path, key = self.output / file.name, self.bucket.key(row['id'], file.name)
+            if os.path.exists(self.output / MARKER) and not os.path.exists(path):  # removed by hand
+                lost.append(file.name)
+                if begun.exists():
+                    self.bucket.abort(key)
+                    begun.unlink()
+            else:
+                self.bucket.put(path, key, file.type, begun)
+        error = f'No longer in the output folder, so not in the bucket either: {", ".join(lost)}' if lost else None
+        self.store.upload_done(row['id'], now, error)
+        log.log(logging.WARNING if lost else logging.INFO, 'download %s: %s', row['id'],
+                error or f'stored in bucket {self.bucket.s3.bucket}')
 
     def _postpone(self, row: Any, error: str, now: int) -> float:
-        """Seconds of pause; none if the download is forgotten meanwhile."""
-        delay = upload_delay(row['s3_attempts'] + 1, self.delays)
-        if not self.later(row['id'], now + delay, error, now):
+        """Seconds of pause; none if the download is forgotten meanwhile. The next try comes after the scheduler's
+        delays, then after twice as long each time, up to six hours."""
+        beyond = row['s3_attempts'] + 1 - len(self.delays)
+        delay = min(LONGEST_UPLOAD_DELAY, max(1, self.delays[min(beyond, 0) - 1]) << min(max(0, beyond), 20))
+        if not self.store.upload_later(row['id'], now + delay, error, now):
             return 0
         log.warning('download %s: not in the bucket yet, next try in %d s: %s', row['id'], delay, error)
         return min(delay, UPLOAD_NAP)
+
+    def _notes(self) -> Iterator[Path]:
+        """Of downloads that are gone; a row that is still there is about to go, or a kill came between the two."""
+        for note in sorted(self.folder.glob('*.delete')):
+            try:
+                self.store.get(note.stem)
+            except LookupError:
+                yield note
 
     def _delete(self, note: Path) -> None:
         for key in json.loads(note.read_bytes()):
@@ -3560,7 +3581,7 @@ def make_thumbnail(video: Path, picture: Path) -> bool:
     for second in ('1', '0'):  # a clip may be shorter than a second
         command = ['nice', 'ffmpeg', '-nostdin', '-v', 'quiet', '-threads', '1', '-protocol_whitelist', 'file',
                    '-format_whitelist', THUMBNAIL_FORMATS, '-ss', second, '-i', f'file:{video}', '-frames:v', '1',
-                   '-vf', "scale='min(320,iw)':-2", '-q:v', '5', '-f', 'mjpeg', '-y', f'file:{fresh}']
+                   '-vf', THUMBNAIL_FILTER, '-q:v', '5', '-f', 'mjpeg', '-y', f'file:{fresh}']
         try:
             picture.parent.mkdir(exist_ok=True)
             subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -3898,8 +3919,7 @@ distinguished_name = subject
 [subject]
 CN = %s
 [ca]
-default_ca = signing
-[signing]
+default_ca = ca
 database = index
 serial = serial
 new_certs_dir = .
@@ -3914,14 +3934,12 @@ subjectKeyIdentifier = hash
 CA_EXTENSIONS = '''basicConstraints = critical, CA:TRUE, pathlen:0
 keyUsage = critical, keyCertSign, cRLSign
 nameConstraints = critical, @listed
-[listed]
 '''
 LEAF_EXTENSIONS = '''basicConstraints = critical, CA:FALSE
 keyUsage = critical, digitalSignature
 extendedKeyUsage = serverAuth
 authorityKeyIdentifier = keyid:always
 subjectAltName = @listed
-[listed]
 '''
 
 
@@ -4015,11 +4033,6 @@ def remembered(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()
 
 
-def may_name(config: Config, word: str) -> bool:
-    """May the CA sign for this name or address?"""
-    return not outside(remembered(config)[1], [word])
-
-
 def tls_context(*pair: Path) -> ssl.SSLContext:
     """TLS 1.2 (forward secrecy and AEAD only) and 1.3 with a certificate and its key. Raises Trouble."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -4048,9 +4061,7 @@ def server_context(config: Config) -> ssl.SSLContext:
 
 def seen_by_client(context: ssl.SSLContext, trusted: Path) -> dict[str, Any]:
     """A server's certificate, as a client sees it that trusts what is in a file, at any time.
-
-    The handshake is with ourselves, in memory. Raises ssl.SSLError where the client would.
-    """
+    The handshake is with ourselves, in memory. Raises ssl.SSLError where the client would."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
@@ -4107,9 +4118,7 @@ def openssl(folder: Path, *arguments: str) -> None:
 
 def make_key(folder: Path, name: str, old: Path, fresh: bool) -> str:
     """The key to use: the old one, unless `fresh`; else a new P-256 key, `name` in `folder`.
-
-    A renewal keeps the server's key, so that only its certificate changes, which is atomic.
-    """
+    A renewal keeps the server's key, so that only its certificate changes, which is atomic."""
     if old.exists() and not fresh:
         return str(old)
     openssl(folder, 'genpkey', '-algorithm', 'EC', '-pkeyopt', 'ec_paramgen_curve:P-256',
@@ -4118,9 +4127,10 @@ def make_key(folder: Path, name: str, old: Path, fresh: bool) -> str:
 
 
 def listed(words: Iterable[str], prefix: str = '') -> str:
-    """Names, addresses and networks as lines of openssl's configuration."""
-    return '\n'.join(f'{prefix}IP.{at} = {network(word).with_netmask if "/" in word else word}' if network(word)
-                     else f'{prefix}DNS.{at} = {word}' for at, word in enumerate(words))
+    """Names, addresses and networks as the section [listed] of openssl's configuration."""
+    lines = (f'IP.{at} = {network(word).with_netmask if "/" in word else word}' if network(word)
+             else f'DNS.{at} = {word}' for at, word in enumerate(words))
+    return '\n'.join(['[listed]', *(prefix + line for line in lines)])
 
 
 def sign(folder: Path, out: str, key: str, subject: str, extensions: str, lifetime: tuple[float, float],
@@ -4150,8 +4160,7 @@ def recover(config: Config) -> None:
 
 def put_in_place(config: Config, folder: Path) -> None:
     """Moves the files of a working folder to their targets: all of them or none, whenever the
-    process is killed. Renaming the folder is the commit. Raises Trouble, OSError.
-    """
+    process is killed. Renaming the folder is the commit. Raises Trouble, OSError."""
     for name, target in targets(config).items():
         if (folder / name).exists():
             target.parent.mkdir(0o755, parents=True, exist_ok=True)
@@ -4242,9 +4251,7 @@ def make(config: Config, now: float, what: Plan, new_ca: bool, fresh: bool) -> N
 
 def due(old: Certificate, what: Plan, now: float) -> bool:
     """Is it time for a new leaf: near its end, before its start, or without a name or address?
-
-    One that went away stays until then: networks of containers come and go.
-    """
+    One that went away stays until then: networks of containers come and go."""
     left = (old.not_after - now) / DAY
     return not RENEW_DAYS <= left <= LEAF_DAYS or not {*what.words} <= {*old.names, *old.addresses}
 
@@ -4280,8 +4287,7 @@ def ensure_certificate(config: Config, now: float, names: Sequence[str] = (), ad
     """The server's certificate, made or renewed where that is due; was it changed?
 
     `names` and `addresses` are remembered for renewals. The owner's own certificate is left alone.
-    Raises ClockWrong or Trouble if there is no usable certificate, or none as it was asked for.
-    """
+    Raises ClockWrong or Trouble if there is no usable certificate, or none as it was asked for."""
     given, folder = words_of((*names, *addresses)), config.server.ca_file.parent
     try:
         if not config.server.cert_file.exists():
@@ -4296,22 +4302,15 @@ def ensure_certificate(config: Config, now: float, names: Sequence[str] = (), ad
         raise Trouble(f'the certificate cannot be made: {error.filename or "disk"}: {error.strerror}') from None
 
 
-def ca_der(config: Config) -> bytes:
-    """The CA that a phone has to trust, DER. Raises Trouble."""
-    return read_ca(config)[0]
-
-
 def ca_fingerprint(config: Config) -> str:
     """SHA-256 of the CA as phones and browsers show it: 'AB:CD:…'. Raises Trouble."""
     import hashlib
-    return hashlib.sha256(ca_der(config)).digest().hex(':').upper()
+    return hashlib.sha256(read_ca(config)[0]).digest().hex(':').upper()
 
 
 def mobileconfig(config: Config) -> bytes:
     """The CA as an iPhone's profile. Raises Trouble.
-
-    A profile of the same identifier replaces the one that is installed, so it names the machine.
-    """
+    A profile of the same identifier replaces the one that is installed, so it names the machine."""
     import plistlib
     import uuid
     der, fields = read_ca(config)
@@ -4358,6 +4357,7 @@ FILE_CSP = "default-src 'none'; media-src 'self'; img-src 'self'; style-src 'uns
 SAME_HEADERS = ('Server: videoserverd\r\nX-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY\r\n'
                 'Referrer-Policy: no-referrer')
 REASONS = {status.value: status.phrase for status in HTTPStatus}
+PACKED = re.compile('text/|application/(json|manifest)|image/svg')  # types that gzip makes smaller
 
 
 @contextmanager
@@ -4605,6 +4605,19 @@ def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> 
     return Reply(status, data, headers=(('Cache-Control', 'no-store'), *headers))
 
 
+def packed(reply: Reply, accepted: str) -> Reply:
+    """By gzip, if the client takes it and there is more than a packet to be sent."""
+    if len(reply.body) < 1400 or not PACKED.match(reply.type):
+        return reply
+    reply = reply._replace(headers=(*reply.headers, ('Vary', 'Accept-Encoding')))
+    if not re.search(r'\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))', accepted, re.I):
+        return reply
+    import zlib
+    packer = zlib.compressobj(wbits=31)
+    return reply._replace(body=packer.compress(reply.body) + packer.flush(),
+                          headers=(*reply.headers, ('Content-Encoding', 'gzip')))
+
+
 def plain_address(text: str) -> Any:
     """An address; IPv4 in IPv6's clothes (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.split('%')[0])
@@ -4641,7 +4654,7 @@ class App:
         self.hosts: frozenset = frozenset()  # names and addresses that are ours
         self.assets: dict[str, Any] = more.get('assets', {})
         self.health: Callable[[], dict[str, Any]] = more.get('health', dict)
-        self.forgotten: Callable[[Any], None] = more.get('forgotten', lambda record: None)
+        self.forget: Callable[[Record], bool] = more.get('forget', lambda record: False)
         self.bucket = more.get('bucket')
         self.link_secret: bytes = more.get('link_secret', b'')
         self.thumbs: Path | None = more.get('thumbs')
@@ -4711,7 +4724,7 @@ class App:
                 500, 'internal', 'The server made a mistake; its log tells more.'))
         log.info('%s "%s %s" %d %.1fms%s', request.client, request.head.method, request.raw_path, reply.status,
                  (time.monotonic() - started) * 1000, request.note)
-        return reply
+        return packed(reply, request.field('accept-encoding'))
 
     def _pass_gates(self, request: Request) -> Reply:
         self._check_client(request)
@@ -5091,11 +5104,11 @@ def delete_download(app: App, request: Request) -> Reply:
     if record['status'] == 'downloading':
         app.scheduler.cancel(record['id'], time.time())
         record = app.record(request)
-    if not app.store.forget(record['id']):
-        raise HTTPError(409, 'still_running', 'It cannot be stopped at the moment; try again.')
-    forget_files(app.config, record['id'], [file.name for file in record['files']])
-    app.forgotten(record)
-    app.board.post(record['id'])
+    try:
+        if not app.forget(record):
+            raise HTTPError(409, 'still_running', 'It cannot be stopped at the moment; try again.')
+    except OSError as error:
+        raise HTTPError(503, 'cannot_delete', f'It cannot be deleted: {error.strerror}.', Retry_After='30') from None
     return json_reply(200, {'status': 'deleted', 'download_id': record['id'], 'message': 'Deleted',
                             'timestamp': int(time.time())})
 
@@ -5177,7 +5190,8 @@ def get_public_url(app: App, request: Request) -> Reply:
     if app.bucket is None:
         raise HTTPError(409, 's3NotConfigured', 'No object storage is configured; set [s3] endpoint.')
     if record['s3_state'] != 'stored':
-        raise HTTPError(409, 'downloadNotReady', record['s3_error'] or 'The copy in the bucket is not finished.')
+        raise HTTPError(409, 'downloadFailed' if record['s3_state'] == 'gone' else 'downloadNotReady',
+                        record['s3_error'] or 'The copy in the bucket is not finished.')
     return json_reply(200, {'publicURL': app.bucket.presign(
         app.bucket.key(record['id'], record['filename']), record['filename'], app.config.s3.url_expiry, time.time())})
 
@@ -5799,6 +5813,7 @@ article { display: grid; grid-template-columns: 3.75rem minmax(0, 1fr) auto; gap
 .bar::-webkit-progress-value { background: var(--accent); }
 .bar::-moz-progress-bar { background: var(--accent); }
 .tools, .acts, .files li { display: flex; flex-wrap: wrap; gap: .25rem; align-items: center; }
+.files { display: grid; gap: .4rem; }
 .acts { margin-left: auto; }
 .files .name, .act span { display: none; }
 .many .files { flex: 1 0 100%; }
@@ -5845,8 +5860,8 @@ dd, #empty p { color: var(--soft); }
 .qr svg { width: 12rem; height: 12rem; padding: .5rem; border-radius: .8rem; background: #fff; stroke: none; }
 .print { display: block; margin-top: .4rem; padding: .6rem .8rem; }
 .check { max-width: 100%; height: auto; min-height: 4.5rem; border-radius: 1rem; font-weight: 600; }
-.copy { display: flex; gap: .5rem; margin: .4rem 0; }
-.copy input { flex: 1; min-width: 0; }
+.field { display: flex; gap: .5rem; margin: .4rem 0; }
+.field input { flex: 1; min-width: 0; }
 
 @media (min-width: 50rem) {
   :root { --gap: 2rem; }
@@ -5854,8 +5869,8 @@ dd, #empty p { color: var(--soft); }
   #add { grid-template-columns: 1fr auto auto; align-items: start; }
   #box { grid-column: 1; }
   #paste[hidden] + #send { grid-column: 2 / -1; }
-  #filters { position: sticky; top: 0; z-index: 2; flex-direction: row; justify-content: space-between;
-    margin: 0 -.5rem; padding: .6rem .5rem; background: var(--paper); }
+  #filters { position: sticky; top: 0; z-index: 2; flex-direction: row; align-items: center;
+    justify-content: space-between; margin: 0 -.5rem; padding: .6rem .5rem; background: var(--paper); }
   #states { margin: 0; padding: 3px; }
   #search { width: 22rem; }
   #list { border-radius: 1.1rem; background: var(--card); box-shadow: var(--shade); }
@@ -5893,7 +5908,8 @@ const TEXT = {
   downloading: 'Active', completed: 'Done', failed: 'Failed', page: 'Reading the page',
   merge: 'Joining picture and sound', file: 'Putting it in place', left: '{time} left', rate: '{size}/s',
   seconds: '{n} s', minutes: '{n} min', next: 'Next attempt {when}', tried: '{n} failed so far',
-  s3waiting: 'Copy to the bucket: waiting', s3failing: 'Copy to the bucket: {error}', play: 'Play', save: 'Save',
+  s3waiting: 'Copy to the bucket: waiting', s3failing: 'Copy to the bucket: {error}',
+  s3gone: 'Copy to the bucket: {error}', play: 'Play', save: 'Save',
   copy: 'Copy link', s3: 'Copy bucket link', retry: 'Try again', cancel: 'Cancel', delete: 'Delete', close: 'Close',
   part: '{n} of {all}', progress: 'Progress of {title}', copied: 'Link copied',
   copyByHand: 'Copy it from here: {link}', noPlay: 'This browser cannot play it. Save it instead.',
@@ -6050,12 +6066,15 @@ function refresh() {
   wake.abort();
 }
 const sight = new IntersectionObserver(entries => {
-  for (const {target, isIntersecting} of entries) isIntersecting ? near.add(target) : leave(target);
+  for (const {target, isIntersecting} of entries) {
+    if (isIntersecting) near.add(target);
+    else if (near.delete(target)) setTimeout(clear, 300, target);  // a snapshot of the page passes sooner
+  }
   if ([...near].some(chunk => !chunk.firstChild)) refresh();
 }, {rootMargin: '600px'});
 
-function leave(chunk) {
-  near.delete(chunk);
+function clear(chunk) {
+  if (near.has(chunk)) return refresh();  // it came back, and may have missed news
   if (!chunk.firstChild || chunk.contains(document.activeElement)) return;
   chunk.style.setProperty('min-height', chunk.offsetHeight + 'px');
   chunk.replaceChildren();
@@ -6147,7 +6166,11 @@ function paintRow(node, row) {
   write(part(node, 'when'), ago(time));
   part(node, 'when').title = new Date(1000 * time).toLocaleString();
   paintProgress(node, row);
-  paintPicture(part(node, 'thumb'), row.thumbnail);
+  const frame = part(node, 'thumb');
+  if (row.thumbnail && !frame.dataset.path) {
+    frame.dataset.path = row.thumbnail;
+    pictures.observe(frame);
+  }
   paintFiles(node, row);
   const can = [...ACTIONS[row.status], row.next_attempt_at && 'retry', row.s3?.state === 'stored' && 's3'];
   for (const button of part(node, 'acts').children) button.hidden = !can.includes(button.dataset.act);
@@ -6172,11 +6195,13 @@ function words(row) {
   const rate = speed && say('rate', {size: size(speed)}), left = eta && say('left', {time: duration(eta)});
   return [TEXT[row.phase], row.progress + ' %', rate, left].filter(Boolean);
 }
-// Fetched, not linked: the key travels as a header.
-async function paintPicture(frame, path) {
-  if (!path || frame.dataset.path === path) return;
-  frame.dataset.path = path;
-  const answer = await fetch(path, {headers: keyHeader()}).catch(() => null);
+// Fetched once it is in sight, and not linked: the key travels as a header.
+const pictures = new IntersectionObserver(entries => {
+  for (const {target, isIntersecting} of entries) if (isIntersecting) paintPicture(target);
+});
+async function paintPicture(frame) {
+  pictures.unobserve(frame);
+  const answer = await fetch(frame.dataset.path, {headers: keyHeader()}).catch(() => null);
   if (!answer?.ok) return;
   const picture = Object.assign(new Image(), {alt: '', src: URL.createObjectURL(await answer.blob())});
   picture.onload = () => { URL.revokeObjectURL(picture.src); frame.append(picture); };
@@ -6422,7 +6447,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
   <img class="mark" src="icon.svg" alt="" width="72" height="72">
   <h1>Save videos from your iPhone</h1>
   <p>The phone gets a <i>Save video</i> button in its share sheet that sends links to <b>{{HOST}}</b>. It takes two
-    minutes, in Safari, at home in your Wi-Fi.</p>
+    minutes, in Safari, at home in your Wi&#8209;Fi.</p>
   <!--qr_svg--><div class="desk"><p>On a computer now? Point the phone's camera at this, or type
     <b>{{SETUP_URL}}</b></p>
     <div class="qr" role="img" aria-label="QR code of this page">{{QR_SVG}}</div></div><!--/qr_svg-->
@@ -6485,12 +6510,12 @@ SETUP_HTML = r'''<!DOCTYPE html>
 <section class="step" id="send">
   <h2>Make it send</h2>
   <ol><li>Add the action <b>Get Contents of URL</b> with this address:
-      <span class="copy"><input id="one" readonly value="{{BASE_URL}}/api/v1/download" aria-label="Address">
+      <span class="field"><input id="one" readonly value="{{BASE_URL}}/api/v1/download" aria-label="Address">
         <button class="button quiet" data-copy="one" hidden>Copy</button></span></li>
     <li>Open it with <b>›</b>. <b>Method</b>: <b>POST</b>. <b>Request Body</b>: <b>JSON</b>, with two fields of the kind
       Text: <b>url</b>: <b>Shortcut Input</b>, and <b>client_id</b>: a name for this phone.</li>
     <!--has_keys--><li><b>Headers</b>: add this one. Its value is your key.
-      <span class="copy"><input id="header" readonly value="X-API-Key" aria-label="Name of the header">
+      <span class="field"><input id="header" readonly value="X-API-Key" aria-label="Name of the header">
         <button class="button quiet" data-copy="header" hidden>Copy</button></span>
       <button id="copy-key" class="button quiet" hidden>Copy the key of this browser</button></li><!--/has_keys-->
     <li>Add <b>Get Dictionary Value</b>: <b>Value</b> for <b>message</b> in <b>Contents of URL</b>.</li>
@@ -6521,7 +6546,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
     <li><b>If</b> <b>Text</b> <b>contains</b> <b>http</b>. All that follows goes inside.</li>
     <li><b>Get Contents of URL</b>: POST, JSON with the Text fields <b>text</b>: <b>Text</b>, and
       <b>client_id</b>: a name for this phone<!--has_keys-->; the header <b>X-API-Key</b> with your key<!--/has_keys-->.
-      <span class="copy"><input id="many" readonly value="{{BASE_URL}}/api/v1/downloads" aria-label="Address for many">
+      <span class="field"><input id="many" readonly value="{{BASE_URL}}/api/v1/downloads" aria-label="Address for many">
         <button class="button quiet" data-copy="many" hidden>Copy</button></span></li>
     <li><b>Get Dictionary Value</b> for <b>downloads</b>. <b>If</b> it <b>has any value</b>: <b>Get Dictionary Value</b>
       for <b>keep</b> in <b>Contents of URL</b>; <b>Text</b>: that value and an empty line; <b>Save File</b> to
@@ -6625,7 +6650,6 @@ PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.svg')  # what the `phone` comma
 # thread `care` does everything that is due hourly or daily.
 
 INSTALLED = Path('/opt/videoserver/videoserverd.py')  # where install.sh puts this file
-MARKER = '.videoserverd'  # in the output folder: an unplugged disk leaves an empty folder without it
 CARE_SECONDS = 60.0       # between looks at what is due
 DRAIN_SECONDS = 5.0       # for requests under way when the server stops
 ALONE = ('-I', '-S', '-X', 'no_debug_ranges')  # no environment, no site-packages, no columns: 4 MB less
@@ -6778,7 +6802,7 @@ def ca_assets(config: Config) -> dict[str, Any]:
     if not config.server.tls or not config.server.ca_file.exists():
         return {}
     return {'/ca.mobileconfig': ('application/x-apple-aspen-config', lambda: mobileconfig(config)),
-            '/ca.crt': ('application/x-x509-ca-cert', lambda: ca_der(config))}
+            '/ca.crt': ('application/x-x509-ca-cert', lambda: read_ca(config)[0])}
 
 
 @functools.lru_cache(maxsize=4)  # anybody may ask for the set-up page
@@ -6875,12 +6899,15 @@ class Daemon:
     def _make_context(self) -> ssl.SSLContext | None:
         if not self.config.server.tls:
             return None
+        next_word = 0.0
         while True:
             try:
                 self.certificate, _ = ensure_certificate(self.config, time.time())
                 return server_context(self.config)
             except ClockWrong as error:  # a Pi without a network at boot: the time will come
-                log.warning('%s', error)
+                if time.monotonic() >= next_word:
+                    log.warning('%s', error)
+                    next_word = time.monotonic() + 3600
                 sd_notify(f'STATUS={error}\nEXTEND_TIMEOUT_USEC=30000000')
                 time.sleep(2)
 
@@ -6899,7 +6926,7 @@ class Daemon:
         self.ytdlp = self.vendor.current()
         if self.bucket:
             self.uploader = Uploader(self.config, self.bucket, self.config.database.path.parent / 'uploads',
-                                     self.store.uploads_due, self.store.upload_done, self.store.upload_later)
+                                     self.store)
             self.uploader.start()
         self.app = self._make_app(sock.getsockname()[1])
         self.server = Server(sock, self.app, context)
@@ -6914,7 +6941,7 @@ class Daemon:
         routes = ROUTES + tuple(Route('GET', path, get_asset, 'Part of the page', 'open', kind.split(';')[0])
                                 for path, (kind, _) in assets.items())
         app = App(config, self.store, self.board, self.scheduler, assets=assets, routes=routes, health=self.health,
-                  forgotten=self._forgotten, bucket=self.bucket, thumbs=self.thumbs, gauges=self.gauges,
+                  forget=self._forget, bucket=self.bucket, thumbs=self.thumbs, gauges=self.gauges,
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
         return app
@@ -7059,10 +7086,21 @@ class Daemon:
     def _on_hang(self) -> None:
         self._ask('restart')
 
-    def _forgotten(self, record: Record) -> None:
-        (self.thumbs / f'{record["id"]}.jpg').unlink(missing_ok=True)
-        if self.uploader and record['files']:
-            self.uploader.forget(record['id'], [file.name for file in record['files']])
+    def _forget(self, record: Record) -> bool:
+        """Delete a download, its files and copies; whether that could be. The note for the bucket comes first:
+        nothing else would know of the copies once the row is gone. Raises OSError."""
+        names = [file.name for file in record['files']]
+        if self.uploader and names:
+            self.uploader.note(record['id'], names)
+        if not self.store.forget(record['id']):
+            return False
+        forget_files(self.config, record['id'], names)
+        with suppress(OSError):
+            (self.thumbs / f'{record["id"]}.jpg').unlink()
+        if self.uploader:
+            self.uploader.forget(record['id'])
+        self.board.post(record['id'])
+        return True
 
     # -- health
 
@@ -7389,7 +7427,7 @@ def check_certificate(config: Config) -> Iterator[Finding]:
     days = int((leaf.not_after - time.time()) // DAY)
     yield days > CERTIFICATE_WARNING_DAYS, f'certificate: {days} days left', f'{program(config)} cert'
     missing = sorted({*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses})
-    reachable = [name for name in missing if not leaf.own and may_name(config, name)]
+    reachable = [name for name in missing if not leaf.own and not outside(remembered(config)[1], [name])]
     yield (not reachable, f'certificate: does not name {", ".join(reachable)}' if reachable
            else 'certificate: names this machine', f'{program(config)} cert')
 
