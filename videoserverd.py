@@ -48,6 +48,7 @@ import socket
 import sqlite3
 import ssl
 import stat
+import struct
 import sys
 import threading
 import time
@@ -1741,9 +1742,8 @@ class Ending(BaseException):
     def __init__(self, reason: str, detail: str = '', **changes: Any):
         kind, tries, text = ENDINGS[reason]
         message = f'{text}: {detail}.' if detail else text if reason == 'cancelled' else f'{text}.'
-        self.outcome = Outcome(kind, reason, message, tries=tries)
-        self.outcome = self.outcome._replace(**changes)
-        super().__init__(self.outcome.message)
+        self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
+        super().__init__(message)
 
 
 # -- what went wrong
@@ -1783,14 +1783,6 @@ def system_reason(error: BaseException, output: Path) -> str | None:
     return 'output' if denied or number in OUTPUT_ERRORS or not output.is_dir() else None
 
 
-def status_ending(status: int, in_page: bool) -> Ending:
-    """What an HTTP status means. An address of media is good for an hour only: the next try asks for a new one."""
-    if in_page and status in STATUSES:
-        return Ending(STATUSES[status])
-    passing = status >= 500 or status in PASSING_STATUSES
-    return Ending('http', f'HTTP {status}', **{} if passing else {'tries': 2})
-
-
 def judge_words(links: Sequence[BaseException], text: str) -> Ending:
     """What yt-dlp says in words only."""
     if 'Requested format is not available' in text:
@@ -1820,8 +1812,11 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
     text = ' '.join(said) or str(error)
     told = re.search(r'HTTP Error (\d{3})', text)
     status = next((link.status for link in links if is_a(link, 'HTTPError')), told and int(told[1]))
-    if status:
-        return status_ending(status, in_page)
+    if in_page and status in STATUSES:
+        return Ending(STATUSES[status])
+    if status:  # an address of media is good for an hour only: the next try asks for a new one
+        passing = status >= 500 or status in PASSING_STATUSES
+        return Ending('http', f'HTTP {status}', tries=None if passing else 2)
     transport = [link for link in links if is_a(link, 'TransportError', 'ContentTooShortError', 'ConnectionError',
                                                 'timeout', 'SSLError', 'HTTPException')]
     if transport:
@@ -1833,6 +1828,10 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
 
 here = threading.local()  # .attempt: whose work this thread does; set by its worker and at each request
 PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
+LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
+LOCAL_FILES = (  # the last: demuxers by name, so that a playlist that calls itself a video is not followed
+    '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
+    'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata')
 IMPORT_LOCK = threading.Lock()
 IMPORTED: dict[str, Any] = {}  # 'Session': the class made below, once yt-dlp is imported
 
@@ -1870,12 +1869,12 @@ def die_with_us() -> Callable[[], None] | None:
 def local_only(args: Sequence[str]) -> list[str]:
     """A command line that reads nothing but files, even if a file names an address; with a URL
     in it, or of another program, it is as if the program was not installed. Raises OSError."""
-    name, allowed = os.path.basename(args[0]), ['-protocol_whitelist', 'file,crypto,data']
+    name = os.path.basename(args[0])
     if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', arg) for arg in args):
         raise FileNotFoundError(errno.ENOENT, 'not to be run', args[0])
     if name == 'ffprobe':
-        return [args[0], *allowed, *args[1:]]
-    return [word for arg in args for word in ([*allowed, arg] if name == 'ffmpeg' and arg == '-i' else [arg])]
+        return [args[0], *LOCAL_FILES, *args[1:]]
+    return [word for arg in args for word in ((*LOCAL_FILES, arg) if name == 'ffmpeg' and arg == '-i' else (arg,))]
 
 
 def guard_processes() -> None:
@@ -1900,6 +1899,16 @@ def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
             return child.communicate_or_kill(data)[0]
     return b''
+
+
+def spare() -> None:
+    """Spare time (all CAs are read once) and memory (no large blocks). A new yt-dlp without these does as well."""
+    with suppress(ImportError, AttributeError):
+        from yt_dlp.downloader.common import FileDownloader
+        from yt_dlp.networking import common
+        common.make_ssl_context = functools.lru_cache(2)(common.make_ssl_context)
+        best = FileDownloader.best_block_size
+        FileDownloader.best_block_size = staticmethod(lambda *measured: min(best(*measured), LARGEST_BLOCK))
 
 
 def guard_fragments() -> None:
@@ -1930,13 +1939,7 @@ def guard_fragments() -> None:
 def session_class(base: Any) -> Any:
     """YoutubeDL that asks its attempt before it fetches, follows or writes anything."""
     class Session(base):
-        """`sites`: extractors to know, None for all of yt-dlp's."""
-
-        def __init__(self, attempt, params, sites):
-            self.attempt = attempt
-            super().__init__(params, auto_init=sites is None)
-            for extractor in sites or ():
-                self.add_info_extractor(extractor())  # an instance, else yt-dlp looks it up among all
+        """`attempt` is set by whoever makes one."""
 
         def urlopen(self, req):
             return self.attempt.fetch(super().urlopen, req)
@@ -1985,6 +1988,7 @@ def import_ytdlp(folder: Path) -> Any:
                 guard_network()
                 guard_processes()
                 guard_fragments()
+                spare()
                 IMPORTED['Session'] = session_class(yt_dlp.YoutubeDL)
             except BaseException:
                 for name in [name for name in sys.modules if name.partition('.')[0] == 'yt_dlp']:
@@ -2057,28 +2061,30 @@ class Meter:
 
 # -- what lies in the folder of a download
 
-SAME = ('format_id', 'filesize', 'vcodec', 'width', 'height', 'tbr', 'duration', 'protocol')  # or it is another file
-NAMES_LOCK = threading.Lock()
-
-
-def boot_id() -> str:
-    """Which start of the machine this is; '' where that is not told."""
+def find_line(file: Path, pattern: str) -> str:
+    """The first group of the first line in `file` that matches; '' when there is none."""
     try:
-        return Path('/proc/sys/kernel/random/boot_id').read_text()
+        with open(file, encoding='utf-8', errors='replace') as stream:
+            match = re.search(pattern, stream.read(4096), re.M | re.A)  # METADATA goes on with the whole README
     except OSError:
         return ''
+    return match[1] if match else ''
+
+
+SAME = ('format_id', 'filesize', 'vcodec', 'width', 'height', 'tbr', 'duration', 'protocol')  # or it is another file
+NAMES_LOCK = threading.Lock()
+BOOT_ID = find_line(Path('/proc/sys/kernel/random/boot_id'), '(.+)')  # '' where a start of the machine has no name
 
 
 def end_leftovers(folder: Path) -> None:
     """Kill ffmpeg processes that an earlier life of this program left writing into `folder`."""
     import subprocess
     with suppress(OSError):
-        listed = subprocess.run(['ps', '-axww', '-o', 'pid=,args='], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        for line in listed.stdout.decode('utf-8', 'replace').splitlines():
-            pid, _, args = line.strip().partition(' ')
-            if re.match(r'\S*ffmpeg ', args) and f'{folder}/' in args:
-                with suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+        listed = subprocess.run(['ps', '-axww', '-o', 'pid=,args='], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                                encoding='utf-8', errors='replace').stdout
+        for pid in re.findall(rf'(?m)^ *(\d+) \S*ffmpeg .*{re.escape(str(folder))}/', listed):
+            with suppress(ProcessLookupError):
+                os.kill(int(pid), signal.SIGKILL)
 
 
 def free_name(output: Path, result: dict[str, Any]) -> str:
@@ -2107,6 +2113,12 @@ def sync(path: Path) -> None:
         os.close(fd)
 
 
+def write_back(path: str, start: int, size: int) -> None:
+    """Have the disk begin with these bytes of a file that is still growing: the sync at its end is long otherwise."""
+    with suppress(OSError, AttributeError), open(path, 'rb') as file:  # macOS has no such call
+        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
+
+
 class JobFolder:
     """<output>/.incomplete/<id>: partial files, and job.json that tells what they are and where results go.
 
@@ -2127,7 +2139,7 @@ class JobFolder:
         end_leftovers(self.path)
         with suppress(OSError, ValueError, TypeError, KeyError):
             note = json.loads(self.file.read_text())
-            if note['boot'] == boot_id():
+            if note['boot'] == BOOT_ID:
                 self.parts, self.results = note['parts'], note['results']
         self.clear({result['source'] for result in self.results} | {self.file.name} | {
             name + end for name in self.parts for end in ('', '.part', '.ytdl')})
@@ -2143,7 +2155,7 @@ class JobFolder:
     def save(self) -> None:
         """Write job.json, whole at any moment. Raises OSError."""
         new = self.path / 'job.json.new'
-        new.write_text(json.dumps({'boot': boot_id(), 'parts': self.parts, 'results': self.results}))
+        new.write_text(json.dumps({'boot': BOOT_ID, 'parts': self.parts, 'results': self.results}))
         os.replace(new, self.file)
 
     def begin(self, name: str, info: dict[str, Any]) -> None:
@@ -2237,9 +2249,7 @@ def forget_files(config: Config, job_id: str, files: Sequence[str]) -> None:
         remove_folder(output / '.incomplete' / job_id)
     for name in files:
         try:
-            (output / os.path.basename(name)).unlink()
-        except FileNotFoundError:
-            pass
+            (output / os.path.basename(name)).unlink(missing_ok=True)
         except OSError as error:
             log.warning('download %s: %s stays: %s', job_id, name, error)
 
@@ -2271,12 +2281,28 @@ def media_extension(path: Path) -> str | None:
     return kinds and (path.suffix[1:].lower() if path.suffix[1:].lower() in kinds else kinds[0])
 
 
+def whole_mp4(path: Path) -> bool:
+    """Do the boxes of an mp4 fill the file exactly, with a track of picture or sound? False: ffprobe has to tell."""
+    size, at, tracks = path.stat().st_size, 0, None
+    with path.open('rb') as file:
+        for _ in range(10_000):  # a file of fragments has thousands
+            file.seek(at)
+            length, kind, long = struct.unpack('>I4sQ', file.read(16).ljust(16, b'\0'))
+            if kind == b'moov':
+                tracks = re.search(rb'hdlr.{8}(?:vide|soun)', file.read(min(length, 64 << 10)), re.S)
+            at += {0: size - at, 1: long}.get(length, length)
+            if at >= size:
+                break
+    return at == size and bool(tracks)
+
+
 def plays(path: Path) -> bool:
-    """Does ffprobe find picture or sound in it? Where there is no ffprobe, the first bytes have to do."""
+    """Is there picture or sound in it, by an mp4's own account or ffprobe's? Where there is no ffprobe, the first
+    bytes have to do."""
     import subprocess
 
     from yt_dlp.utils import Popen
-    if not which('ffprobe'):
+    if not which('ffprobe') or whole_mp4(path):
         return True
     try:
         found, _, code = Popen.run(
@@ -2295,6 +2321,7 @@ BEST = {  # best that an iPhone plays, then whatever there is; by whether ffmpeg
     True: f'bv*{PLAYABLE}+ba[acodec^=?mp4a]/bv*{PLAYABLE}+ba/b{PLAYABLE}/bv*+ba/b',
     False: f'b{PLAYABLE}/b'}
 PROTOCOLS = ('http', 'https', 'm3u8', 'm3u8_native', 'http_dash_segments', 'http_dash_segments_generator', 'ism')
+WRITE_BACK = 8 << 20  # bytes that the disk begins with at a time, while more is coming
 FEWEST_BYTES = 64 << 10  # to be gained within [downloader] timeout
 DEFAULTS = {  # that the caller may change
     'retries': 3, 'fragment_retries': 3, 'socket_timeout': 20, 'noplaylist': True, 'merge_output_format': 'mp4',
@@ -2303,18 +2330,6 @@ FORCED = {
     'quiet': True, 'noprogress': True, 'color': 'never', 'progress_delta': 1, 'cachedir': False,
     'skip_unavailable_fragments': False, 'hls_prefer_native': True, 'overwrites': False, 'nopart': False,
     'outtmpl': {'default': '%(playlist_index|0)s-%(id).60B.%(ext)s'}}
-
-
-class QuietLog:
-    """yt-dlp's logger: chatter is for those who debug; errors are told once more when the attempt ends."""
-
-    def __init__(self, job_id: str):
-        self.job_id = job_id
-
-    def debug(self, message: str) -> None:
-        """Whatever yt-dlp says."""
-        log.debug('download %s: %s', self.job_id, excerpt(message, 400))
-    info = warning = error = debug
 
 
 def own_cookies(file: Path | None, url: str) -> io.StringIO | None:
@@ -2358,6 +2373,7 @@ class Attempt:
         self._sockets: dict[int, socket.socket] = {}  # by thread, a second handle on its last connection
         self._children: list[Any] = []
         self._proxies = set()  # hosts of the owner's choice
+        self._writer, self._begun = threading.Thread(), 0.0  # how much of this file the disk has begun with
         self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; then bytes, last write, steps
 
     # -- stopping
@@ -2405,24 +2421,21 @@ class Attempt:
 
     def _unless_stopped(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
         """function(…) in a thread of its own, left behind at a stop. Raises what it raises, or Ending."""
-        done: list[tuple[Any, BaseException | None]] = []
+        from concurrent.futures import Future
+        answer = Future()
 
         def work():
             try:
-                answer = function(*args, **more), None
+                answer.set_result(function(*args, **more))
             except BaseException as error:
-                answer = None, error
+                answer.set_exception(error)
             with self._changed:
-                done.append(answer)
                 self._changed.notify_all()
         threading.Thread(target=work, daemon=True).start()
         with self._changed:
-            self._changed.wait_for(lambda: done or self._reason)
+            self._changed.wait_for(lambda: answer.done() or self._reason)
         self.go_on()
-        value, error = done.pop()
-        if error:
-            raise error
-        return value
+        return answer.result()
 
     def adopt(self, child: Any) -> None:
         """A child process that is to end with a stop."""
@@ -2510,16 +2523,15 @@ class Attempt:
         formats = info.get('requested_formats') or [info]
         if info.get('is_live') or any(part.get('protocol') not in PROTOCOLS for part in formats):
             raise Ending('unsupported', 'it is live or streamed in a way that cannot be fetched')
-        sizes = [part.get('filesize') or part.get('filesize_approx') or 0 for part in formats]
-        self._check_room(sum(sizes) * (2 if len(formats) > 1 else 1) - self.folder.size()[0])
-        self.meter.plan(info, formats)
-
-    def _check_room(self, needed: float) -> None:
+        size = sum(part.get('filesize') or part.get('filesize_approx') or 0 for part in formats)
+        needed = size * (2 if len(formats) > 1 else 1) - self.folder.size()[0]
         free, least = free_space(self.folder.path), self.config.downloads.min_free_space
         if free < least:
             raise Ending('disk')
         if free - needed < least:  # the queue can go on, this one cannot
             raise Ending('disk', f'this takes {format_size(needed)}, {format_size(free)} are free', kind='retry')
+        self._begun = 0 if len(formats) == 1 else math.inf  # parts are gone after the merge: why wear out the disk
+        self.meter.plan(info, formats)
 
     def begin_file(self, name: str, info: dict[str, Any]) -> None:
         """yt-dlp is about to fetch a file."""
@@ -2531,8 +2543,16 @@ class Attempt:
         self.go_on()  # before anything that was cut off by a stop is taken for whole
         if told['status'] == 'finished':
             self.folder.finished(os.path.basename(told['filename']))
+        else:
+            self._write_back(told.get('tmpfilename', ''), told.get('downloaded_bytes') or 0)
         if self.meter.hear(told):
             self.check(time.monotonic())
+
+    def _write_back(self, file: str, size: int) -> None:
+        if size - self._begun >= WRITE_BACK and not self._writer.is_alive():  # it waits for a slow disk
+            start, self._begun = self._begun, size
+            self._writer = threading.Thread(target=write_back, args=(file, start, size - start), daemon=True)
+            self._writer.start()
 
     def _on_step(self, told: dict[str, Any]) -> None:
         self.go_on()
@@ -2593,9 +2613,12 @@ class Attempt:
             log.exception('yt-dlp in %s cannot be used', self.ytdlp)
             raise Ending('ytdlp', type(error).__name__) from None
         try:
-            session = Session(self, self._params(), self._sites())
+            session = Session(self._params(), auto_init=False)
         except (SyntaxError, ValueError) as error:  # of yt-dlp's own little languages
             raise Ending('unsupported', sentence(str(error))) from None
+        session.attempt = self
+        for site in self._sites():
+            session.add_info_extractor(site)
         code = 1
         with closing(session):
             try:
@@ -2605,29 +2628,30 @@ class Attempt:
                 log.info('download %s: yt-dlp return code %d', self.job.id, code)
         return result or {}
 
-    def _sites(self) -> Sequence[Any] | None:
-        """Only the extractors for single posts, if that is what it takes: it spares memory. Else None."""
-        if not is_under(urlsplit(self.job.url).hostname or '', SITES):
-            return None
-        from yt_dlp.extractor.instagram import InstagramIE, InstagramStoryIE
-        from yt_dlp.extractor.tiktok import TikTokIE, TikTokVMIE
-        return TikTokIE, TikTokVMIE, InstagramIE, InstagramStoryIE
+    def _sites(self) -> list[Any]:
+        """The extractors that may be asked; where those for single posts will do, only them: it spares memory."""
+        if is_under(host_of(self.job.url), SITES):
+            from yt_dlp.extractor.instagram import InstagramIE, InstagramStoryIE
+            from yt_dlp.extractor.tiktok import TikTokIE, TikTokVMIE
+            return [TikTokIE(), TikTokVMIE(), InstagramIE(), InstagramStoryIE()]  # a class is looked up among all
+        from yt_dlp.extractor import gen_extractor_classes
+        anywhere = self.config.security.allowed_domains == ('*',)
+        return [site for site in gen_extractor_classes() if site._ENABLED and (anywhere or site.IE_NAME != 'generic')]
 
     def _resolve(self, session: Any) -> str:
         """The job's URL; of a link that the extractors do not know (share/, m., no www) where it leads."""
         url = self.job.url
-        sites = self._sites()
-        if sites is None or any(site.suitable(url) for site in sites):
+        if not is_under(host_of(url), SITES) or any(site.suitable(url) for site in session._ies.values()):
             return url
         response = session.urlopen(url)
         response.close()
         parts = urlsplit(response.url)
         following = dict(parse_qsl(parts.query)).get('next', '')
-        if '/login' in parts.path and following.startswith('/'):
-            return urljoin(response.url, following)
-        if '/login' in parts.path:
+        if '/login' not in parts.path:
+            return response.url
+        if not following.startswith('/'):
             raise Ending('login')
-        return response.url
+        return urljoin(response.url, following)
 
     def _params(self) -> dict[str, Any]:
         """What YoutubeDL is told: ours over the caller's over the defaults. Always new: yt-dlp changes it."""
@@ -2637,13 +2661,14 @@ class Attempt:
         if own.user_agent_rotation:
             from yt_dlp.utils.networking import random_user_agent
             params['http_headers'] = {'User-Agent': random_user_agent(), **params.get('http_headers', {})}
-        if self.config.security.allowed_domains != ('*',):
-            params['allowed_extractors'] = ['default', '-generic']
+
+        def chat(message):  # errors are told once more when the attempt ends
+            log.debug('download %s: %s', self.job.id, excerpt(message, 400))
         pause = {kind: lambda n: min(0.5 * 2 ** n, 5) for kind in ('http', 'fragment', 'extractor')}
         return {**params, **FORCED, 'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
                 'ratelimit': min(rates) if rates else None, 'retry_sleep_functions': pause,
                 'proxy': own.proxy or None, 'cookiefile': own_cookies(own.cookies_file, self.job.url),
-                'logger': QuietLog(self.job.id), 'match_filter': self.choose,
+                'logger': SimpleNamespace(debug=chat, info=chat, warning=chat, error=chat), 'match_filter': self.choose,
                 'progress_hooks': [self._on_media], 'postprocessor_hooks': [self._on_step]}
 
     def _collect(self, result: dict[str, Any]) -> None:
@@ -2768,14 +2793,6 @@ def unpack(wheel: Path, folder: Path) -> None:
         raise BrokenRelease(f'{wheel.name} cannot be unpacked ({error})') from None
 
 
-def find_line(file: Path, pattern: str) -> str:
-    """The first group of the first line in `file` that matches; '' when there is none."""
-    with suppress(OSError), open(file, encoding='utf-8', errors='replace') as stream:
-        match = re.search(pattern, stream.read(4096), re.M | re.A)  # METADATA goes on with the whole README
-        return match[1] if match else ''
-    return ''
-
-
 def version_in(folder: Path) -> str:
     """The version of the yt-dlp in `folder`, as it writes it itself; '' when there is none."""
     return find_line(folder / 'yt_dlp/version.py', r"^__version__ = '(\d[\d.]*)'")
@@ -2784,9 +2801,6 @@ def version_in(folder: Path) -> str:
 # A release is used as the daemon uses it, without a network: it has to find the sites' extractors, take the proxy that
 # it is told (nobody listens there), and must not get around the guard that refuses private addresses.
 TRY_OUT = '''
-import pathlib, sys
-sys.path.insert(0, sys.argv[1])
-v = __import__(sys.argv[2])
 folder = pathlib.Path(sys.argv[3])
 v.import_ytdlp(folder)
 for url, proxy, reason in (('http://127.0.0.1:1/', '', 'refused_address'),
@@ -2803,8 +2817,9 @@ print(__version__)
 
 
 def apart(script: str, *words: str) -> tuple[str, ...]:
-    """The command line of `script` in a bare Python; it finds this program by its first two words."""
-    return sys.executable, '-I', '-S', '-B', '-c', script, str(PROGRAM.parent), PROGRAM.stem, *words
+    """The command line of `script` in a bare Python, which knows this program as `v`; its words begin at argv[3]."""
+    begin = 'import pathlib, sys\nsys.path.insert(0, sys.argv[1])\nv = __import__(sys.argv[2])\n'
+    return sys.executable, '-I', '-S', '-B', '-c', begin + script, str(PROGRAM.parent), PROGRAM.stem, *words
 
 
 def try_out(folder: Path, version: str) -> str:
@@ -2818,15 +2833,6 @@ def try_out(folder: Path, version: str) -> str:
     return (done.stderr.strip() or f'it says that it is {done.stdout.strip()}').splitlines()[-1]
 
 
-def read_pointer(file: Path) -> dict[str, Any]:
-    """What a pointer says: version, previous, proven, bad, checked, newest. Empty when there is none."""
-    try:
-        state = json.loads(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError):
-        return {}
-    return state if isinstance(state, dict) else {}
-
-
 class Vendor:
     """The yt-dlp beside the program."""
 
@@ -2834,9 +2840,13 @@ class Vendor:
         self.folder, self.index = folder, index
         self.pointer = folder / f'current-{PYTHON}'
 
-    def state(self) -> dict[str, Any]:
-        """What this Python's pointer says."""
-        return read_pointer(self.pointer)
+    def state(self, pointer: Path | None = None) -> dict[str, Any]:
+        """What a pointer says, this Python's unless told: version, previous, proven, bad, checked, newest."""
+        try:
+            state = json.loads((pointer or self.pointer).read_text(encoding='utf-8'))
+        except (OSError, ValueError):
+            return {}
+        return state if isinstance(state, dict) else {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -2851,13 +2861,8 @@ class Vendor:
                           'this user write there') from None
 
     def remember(self, **changes: Any) -> None:
-        """Writes the pointer with these changes; a power cut leaves the old one or the new one."""
-        fresh = self.folder / f'.{self.pointer.name}'
-        with open(fresh, 'w', encoding='utf-8') as stream:
-            json.dump({**self.state(), **changes}, stream)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(fresh, self.pointer)
+        """Writes the pointer with these changes."""
+        write_whole(self.pointer, json.dumps({**self.state(), **changes}))
 
     def broken(self, release: str) -> list[str]:
         """The releases known as broken, and now this one."""
@@ -2970,7 +2975,7 @@ class Vendor:
 
     def clean(self) -> None:
         """Removes what an interrupted installation left, and releases that are not in use and no pointer names."""
-        states = [read_pointer(file) for file in self.folder.glob('current-*')]
+        states = [self.state(file) for file in self.folder.glob('current-*')]
         named = {state.get(key) for state in states for key in ('version', 'previous')}
         for path in [self.folder / '.new', *self.unpacked()]:
             if path.name not in named and path != self.current():
@@ -3013,9 +3018,6 @@ class Vendor:
 DAY = 86400  # seconds
 RETRY_GAPS = (60, 300, 900, 3600)  # seconds after a look-up that failed: the network may be back; then hourly
 INSTALL = '''
-import pathlib, sys
-sys.path.insert(0, sys.argv[1])
-v = __import__(sys.argv[2])
 try:
     v.Vendor(pathlib.Path(sys.argv[3]), sys.argv[4]).install()
 except v.Trouble as error:
