@@ -8405,6 +8405,13 @@ class TestPage(DaemonTest):
                 self.assertEqual(json.loads(data) if path.endswith('json') else data, plain.json)
         self.assertIsNone(self.daemon.client.get('/icon.svg', Accept_Encoding='gzip').headers['Content-Encoding'])
 
+    def test_signed_links_are_not_packed_beside_the_words_of_strangers(self):
+        daemon = self.new_daemon(env={'VIDEOSERVER_API_KEYS': 'a-key-of-the-phone'})
+        for path, packed in (('/page.js', 'gzip'), ('/openapi.json', None)):
+            answer = daemon.client.get(path, Accept_Encoding='gzip', X_API_Key='a-key-of-the-phone')
+            self.assertEqual(answer.status, 200)
+            self.assertEqual((path, answer.headers['Content-Encoding']), (path, packed))
+
     def test_10000_rows_scroll_smoothly_and_health_in_words(self):
         many = self.new_daemon(start=False, downloads={'min_free_space': '900TB'})
         store = v.Store(many.database)
