@@ -4697,7 +4697,7 @@ class TestVendor(unittest.TestCase):
 
     def child(self) -> 'subprocess.Popen[bytes]':
         """Another process that installs into the same folder."""
-        return subprocess.Popen(v.apart(v.INSTALL, str(self.folder), self.index.url), stderr=subprocess.DEVNULL)
+        return subprocess.Popen(v.apart(v.INSTALL, str(self.folder), self.index.url, '600'), stderr=subprocess.DEVNULL)
 
     def leftovers(self) -> List[str]:
         return sorted(path.name for path in self.folder.iterdir()
@@ -4731,6 +4731,31 @@ class TestVendor(unittest.TestCase):
         self.index.add('9999.1.1')
         self.assertEqual(self.vendor.install(), '9999.1.1')
         self.assertEqual(self.index.fetched('9999.1.1'), ['pip'])
+
+    def test_a_pip_that_lies_where_somebody_called_us_is_not_run(self) -> None:
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        for name in ('pip', 'compileall'):
+            (folder / f'{name}.py').write_text(f'open({str(folder / "ran")!r}, "a").write({name!r})')
+        self.with_pip()
+        self.index.add('9999.1.1')
+        self.addCleanup(os.chdir, os.getcwd())
+        os.chdir(folder)
+        self.assertEqual(self.vendor.install(), '9999.1.1')
+        self.assertFalse((folder / 'ran').exists())
+
+    def test_nobody_else_can_hold_its_lock(self) -> None:
+        with self.vendor.locked():
+            self.assertEqual(stat.S_IMODE((self.folder / '.lock').stat().st_mode), 0o600)
+
+    def test_a_wheel_that_was_published_damaged_is_a_broken_release(self) -> None:
+        wheel = self.folder / 'a.whl'
+        with zipfile.ZipFile(wheel, 'w', zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr('yt_dlp/__init__.py', os.urandom(2000).hex())
+        whole = wheel.read_bytes()
+        for at in range(40, 2000, 7):
+            wheel.write_bytes(whole[:at] + b'\xff' * 9 + whole[at + 9:])
+            with self.assertRaises(v.BrokenRelease):
+                v.unpack(wheel, self.folder / 'tree')
 
     def test_without_pip_urllib_fetches(self) -> None:
         self.index.add('9999.1.1')
@@ -4794,9 +4819,10 @@ class TestVendor(unittest.TestCase):
         for version in ('9999.1.1', '9999.2.2'):
             self.index.add(version)
             self.vendor.install()
-        self.assertEqual(self.vendor.roll_back(), '9999.1.1')
+        self.assertIsNone(self.vendor.roll_back('9999.1.1'))  # `update` has replaced it while we waited for the lock
+        self.assertEqual(self.vendor.roll_back('9999.2.2'), '9999.1.1')
         self.assertEqual(self.vendor.install(), '9999.1.1')  # the broken one is remembered …
-        self.assertIsNone(self.vendor.roll_back())           # … and there is nothing further back
+        self.assertIsNone(self.vendor.roll_back('9999.1.1'))  # … and there is nothing further back
         self.index.add('9999.3.3')
         self.assertEqual(self.vendor.install(), '9999.3.3')  # … until a newer one comes
 
@@ -4883,7 +4909,8 @@ class TestVendor(unittest.TestCase):
         self.assertEqual((self.vendor.current(), self.vendor.version()), (self.folder, '9999.1.1'))
         self.index.add('9999.2.2')
         self.assertEqual(self.vendor.install(), '9999.2.2')
-        self.assertEqual((self.vendor.roll_back(), self.vendor.current()), ('9999.1.1', self.folder))
+        self.assertEqual((self.vendor.roll_back(self.vendor.state()['version']), self.vendor.current()),
+                         ('9999.1.1', self.folder))
         (self.folder / 'yt_dlp/version.py').write_text("__version__ = '2026.07.03'\n")
         self.assertEqual(self.vendor.current() is None, sys.version_info >= (3, 10))
 
@@ -5037,6 +5064,17 @@ class TestFreshness(unittest.TestCase):
         fresh.heard(v.Outcome('retry', 'internal'))
         self.assertTrue(fresh.step(time.time()))
         self.assertEqual(self.vendor.version(), '9999.2.2')
+
+    def test_an_installation_that_hangs_is_ended(self) -> None:
+        self.index.add('9999.1.1')
+        fresh = self.freshness()
+        with self.vendor.locked(), unittest.mock.patch.object(v, 'HELPER_TIMEOUT', 1):
+            thread = threading.Thread(target=fresh.step, args=(time.time(),))
+            thread.start()
+            thread.join(fair(10))
+            self.addCleanup(fresh.stop)
+            self.assertFalse(thread.is_alive())
+        self.assertEqual(fresh.trouble, 'the update of yt-dlp was stopped')
 
     def test_stop_ends_an_installation_with_all_its_processes(self) -> None:
         self.index.add('9999.1.1', {**STUB, '__init__.py': 'import time\ntime.sleep(60)\n'})

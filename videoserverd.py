@@ -2766,13 +2766,14 @@ def parse_index(body: bytes, base: str) -> list[Release]:
 
 
 def run_helper(*command: str) -> Any:
-    """Runs a process without our secrets and without yt-dlp's plugins. Raises Trouble when it hangs or is killed."""
+    """Runs a process without our secrets and without yt-dlp's plugins, in a folder that is nobody's: `python -m pip`
+    would take a pip.py that lies where somebody called us. Raises Trouble when it hangs or is killed."""
     import subprocess
     env = {name: value for name, value in os.environ.items() if name not in SECRET_NAMES}
     try:
         done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               encoding='utf-8', errors='replace', env={**env, 'YTDLP_NO_PLUGINS': '1'},
-                              timeout=HELPER_TIMEOUT)
+                              cwd='/', timeout=HELPER_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise Trouble(f'the update of yt-dlp hung for {HELPER_TIMEOUT} seconds') from None
     if done.returncode < 0:
@@ -2783,13 +2784,14 @@ def run_helper(*command: str) -> Any:
 def unpack(wheel: Path, folder: Path) -> None:
     """Unpacks yt_dlp/ and its dist-info into `folder`, nothing else (zipfile makes no links). Raises BrokenRelease."""
     import zipfile
+    import zlib
     inside = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
     try:
         with zipfile.ZipFile(wheel) as archive:
             for entry in archive.infolist():
                 if inside.fullmatch(entry.filename):
                     archive.extract(entry, folder)
-    except (zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise BrokenRelease(f'{wheel.name} cannot be unpacked ({error})') from None
 
 
@@ -2853,7 +2855,7 @@ class Vendor:
         """Waits until no other process writes here. Raises Trouble when this one cannot."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / '.lock', 'w') as lock:
+            with open(os.open(self.folder / '.lock', os.O_WRONLY | os.O_CREAT, 0o600), 'w') as lock:  # by us alone
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
         except OSError as error:
@@ -3003,13 +3005,15 @@ class Vendor:
             raise Trouble(f'{self.index} has no yt-dlp that works with Python {PYTHON}: install a newer Python')
         return version
 
-    def roll_back(self) -> str | None:
-        """Back to the last good release, for good; returns its version. None, and no change, when there is none."""
+    def roll_back(self, version: str) -> str | None:
+        """From `version` back to the last good release, for good; returns which. None, and no change, when there is
+        none, or `version` has been replaced meanwhile."""
         with self.locked():
             state = self.state()
-            if not state.get('previous') or not self.usable(self.folder / state['previous']):
+            previous = state.get('previous') if state.get('version') == version else None
+            if not previous or not self.usable(self.folder / previous):
                 return None
-            self.remember(version=state['previous'], previous=None, bad=self.broken(state['version']))
+            self.remember(version=previous, previous=None, bad=self.broken(version))
         return self.version()
 
 
@@ -3018,6 +3022,7 @@ class Vendor:
 DAY = 86400  # seconds
 RETRY_GAPS = (60, 300, 900, 3600)  # seconds after a look-up that failed: the network may be back; then hourly
 INSTALL = '''
+v.signal.alarm(int(sys.argv[5]))  # whatever it waits for, an index that drips or a lock: `care` waits for it
 try:
     v.Vendor(pathlib.Path(sys.argv[3]), sys.argv[4]).install()
 except v.Trouble as error:
@@ -3076,7 +3081,7 @@ class Freshness:
             if self.worked:
                 with self.vendor.locked():
                     self.vendor.remember(proven=state['version'])
-            elif self.crashed and self.vendor.roll_back():
+            elif self.crashed and self.vendor.roll_back(state['version']):
                 log.error('yt-dlp %s crashes: rolled back to %s', state['version'], self.vendor.version())
         self.worked = self.crashed = False
 
@@ -3084,9 +3089,9 @@ class Freshness:
         """Installs the newest release, in a process of its own: its memory comes back, and it can be stopped."""
         import subprocess
         self.failures, self.last_tried = self.failures + 1, now
-        with subprocess.Popen(apart(INSTALL, str(self.vendor.folder), self.vendor.index), stdin=subprocess.DEVNULL,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
-                              start_new_session=True) as self.child:
+        with subprocess.Popen(apart(INSTALL, str(self.vendor.folder), self.vendor.index, str(4 * HELPER_TIMEOUT)),
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+                              encoding='utf-8', errors='replace', start_new_session=True) as self.child:
             if self.stopped:
                 self.stop()
             lines = self.child.communicate()[1].strip().splitlines()
