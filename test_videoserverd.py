@@ -5905,7 +5905,7 @@ class Rows:
     def get(self, id_):
         return self.rows[id_]
 
-    def uploads_due(self, now):
+    def uploads_due(self, now, latest):
         return [row for row in self.rows.values() if row['due'] is not None and row['due'] <= now]
 
     def upload_done(self, id_, now, lost):
@@ -6030,6 +6030,53 @@ class TestUploader(WithBucket):
         self.assertEqual((uploader.error, rows.rows['a1']['due'], self.uploads()), (None, None, []))
         dog = fetch(self.bucket.presign(self.bucket.key('a1', 'dog.mp4'), 'dog.mp4', 60, time.time()))[2]
         self.assertEqual(dog, (self.output / 'dog.mp4').read_bytes())
+
+
+class TestHostileBucket(unittest.TestCase):
+    """What a server of the wrong kind says and does; no server needed."""
+
+    def setUp(self):
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.config = v.load_config(None, {
+            'VIDEOSERVER_S3_ENDPOINT': 'https://s3.example', 'VIDEOSERVER_S3_BUCKET': 'b', 'AWS_ACCESS_KEY_ID': 'a',
+            'AWS_SECRET_ACCESS_KEY': 's', 'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(folder),
+            'VIDEOSERVER_DATABASE_PATH': str(folder / 'd.db')})
+        self.bucket, self.folder = v.Bucket(self.config), folder
+
+    def test_its_words_steer_no_terminal(self):
+        said = b'<Error><Code>X\x1b[2J</Code><Message>\x1b]0;evil\x07</Message></Error>'
+        for answer in ({'return_value': (SimpleNamespace(status=500, headers={}), said)},
+                       {'side_effect': http.client.BadStatusLine('\x1b]0;evil\x07')}):
+            with unittest.mock.patch.object(self.bucket, '_exchange', **answer):
+                with self.assertRaises(v.BucketError) as caught:
+                    self.bucket.delete('k')
+            self.assertTrue(str(caught.exception).isprintable(), caught.exception)
+
+    def test_the_note_of_an_upload_goes_when_its_last_answer_was_lost(self):
+        (self.folder / 'cat.mp4').touch()
+        rows = Rows(a1=(v.MediaFile('cat.mp4', 0, 'video/mp4'),))
+        uploader = v.Uploader(self.config, self.bucket, self.folder / 'uploads', rows)
+        (uploader.folder / 'a1.upload').write_text('{}')
+        with unittest.mock.patch.object(self.bucket, 'put'):  # finds the object there, whole
+            uploader.step(time.time())
+        self.assertEqual((rows.said, list(uploader.folder.iterdir())), ([('a1', 'stored')], []))
+
+    def test_a_clock_that_was_ahead_delays_no_copy(self):
+        store = v.Store(self.config.database.path)
+        store.open()
+        self.addCleanup(store.close)
+        now, ids = int(time.time()), []
+        for number, clock in enumerate((now - 5, now + 3600, now + 300 * v.DAY)):
+            submission = v.parse_submission({'url': tiktok_link(number)}, self.config.security)
+            ids.append(store.add(submission, now)[0])
+            store.claim(ids[-1], now)
+            outcome = v.Outcome('done', title='a', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),))
+            store.finish(ids[-1], outcome, self.folder, clock, True)
+        due = [row['id'] for row in store.uploads_due(now, now + v.LONGEST_UPLOAD_DELAY)]
+        self.assertEqual(due, [ids[0], ids[2]])
+        plan = store.read('EXPLAIN QUERY PLAN SELECT * FROM downloads WHERE s3_due <= 1 OR s3_due > 2 '
+                          'ORDER BY s3_due LIMIT 10')
+        self.assertNotIn('SCAN downloads', [row['detail'] for row in plan])
 
 
 def jpeg_size(data: bytes) -> Tuple[int, int]:

@@ -1492,10 +1492,10 @@ class Store:
 
     # -- copies in the bucket
 
-    def uploads_due(self, now: int, limit: int = 10) -> list[Record]:
-        """Finished downloads whose copy is due."""
+    def uploads_due(self, now: int, latest: int, limit: int = 10) -> list[Record]:
+        """Finished downloads whose copy is due; beyond `latest` is due as well: the clock was ahead."""
         return [Record.of(row) for row in self.read(
-            'SELECT * FROM downloads WHERE s3_due <= ? ORDER BY s3_due LIMIT ?', (now, limit))]
+            'SELECT * FROM downloads WHERE s3_due <= ? OR s3_due > ? ORDER BY s3_due LIMIT ?', (now, latest, limit))]
 
     def upload_done(self, download_id: str, now: int, lost: str | None = None) -> bool:
         """All files of it are in the bucket; or never will be, for what is said in `lost`."""
@@ -3419,11 +3419,11 @@ class Bucket:
             response, answer = self._exchange(base, method, f'{path}?{canonical_query(query)}', headers, body)
         except (OSError, http.client.HTTPException) as error:
             hint = ': name its CA in SSL_CERT_FILE' if isinstance(error, ssl.SSLCertVerificationError) else ''
-            words = ' '.join(str(error).split()) or type(error).__name__
+            words = excerpt(' '.join(str(error).split()), 200) or type(error).__name__
             raise BucketError(f'The S3 server {host} cannot be reached or was lost: {words}{hint}') from None
         if response.status < 300 and b'<Error' not in answer:  # joining parts may fail after its 200
             return response.headers, answer
-        code, text = (''.join(xml_texts(answer, tag)[:1])[:200] for tag in ('Code', 'Message'))
+        code, text = (excerpt(''.join(xml_texts(answer, tag)[:1]), 200) for tag in ('Code', 'Message'))
         if code in fine:
             return {}, b''
         meaning = REFUSALS.get(code) or f'answers: {text or http.client.responses.get(response.status)}'
@@ -3517,7 +3517,7 @@ class Uploader:
         comes a pause, so that a server that is down is not asked once for every file."""
         if 0 < self._pause_until - now <= UPLOAD_NAP:  # more: the clock was set back
             return self._pause_until - now
-        rows = self.store.uploads_due(int(now))
+        rows = self.store.uploads_due(int(now), int(now) + LONGEST_UPLOAD_DELAY)
         note = None if rows else next(self._notes(), None)
         if not rows and not note:
             return UPLOAD_NAP
@@ -3549,6 +3549,7 @@ class Uploader:
                     begun.unlink()
             else:
                 self.bucket.put(path, key, file.type, begun)
+                begun.unlink(missing_ok=True)  # left when the answer to its last request was lost
         error = f'No longer in the output folder, so not in the bucket either: {", ".join(lost)}' if lost else None
         self.store.upload_done(row['id'], now, error)
         log.log(logging.WARNING if lost else logging.INFO, 'download %s: %s', row['id'],
