@@ -3315,6 +3315,20 @@ class TestAccidents(unittest.TestCase):
         self.assertTrue(self.scheduler.cancel(self.download_id, 5))
         self.assertEqual(self.store.get(self.download_id)['error_message'], 'Cancelled')
 
+    def test_a_cancel_just_after_the_attempt_ended_holds(self):
+        job = self.store.claim(self.download_id, 2)
+        cancel = self.store.cancel
+
+        def ends_first(download_id, now):
+            self.store.cancel = cancel
+            refused = cancel(download_id, now)  # it is downloading
+            self.scheduler._store_outcome(job, v.Outcome('retry', 'network', 'x'), 4)
+            return refused
+        self.store.cancel = ends_first
+        self.assertTrue(self.scheduler.cancel(self.download_id, 5))
+        self.assertEqual(self.store.get(self.download_id)['error_message'], 'Cancelled')
+        self.assertFalse(self.scheduler.cancel(self.download_id, 5))
+
     def test_a_lock_kept_for_another_database_is_not_taken_for_this_one(self):
         first = v.Lock(self.config.database.path)
         first.take()

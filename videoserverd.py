@@ -3686,16 +3686,16 @@ class Scheduler:
             return True
         with self._changed:
             run = self._running.get(download_id)
-            if run is None:
-                return False
-            run.stop_reason = run.stop_reason or 'cancelled'
-        if run.attempt:
+            if run:
+                run.stop_reason = run.stop_reason or 'cancelled'
+        if run and run.attempt:
             run.attempt.stop('cancelled')
         with self._changed:
-            gone = self._changed.wait_for(lambda: self._running.get(download_id) is not run, 5)
-        if gone and self.store.cancel(download_id, int(now)):  # its attempt had just ended, for another one to follow
+            gone = self._changed.wait_for(lambda: run is None or self._running.get(download_id) is not run, 5)
+        late = gone and self.store.cancel(download_id, int(now))  # its attempt ended just then, for another to follow
+        if late:
             self.board.post(download_id)
-        return gone
+        return gone and run is not None or late
 
     def running(self) -> int:
         """How many downloads are in workers' hands."""
