@@ -6916,6 +6916,18 @@ class TestRenewal(unittest.TestCase):
                 self.assertEqual(v.ensure_certificate(self.config, now), (self.first, False))
         self.assertEqual(self.changed(), set())
 
+    def test_nobody_else_can_hold_its_lock(self):
+        config = new_config()
+        v.ensure_certificate(config, NOW)
+        self.assertEqual(config.server.ca_file.parent.stat().st_mode & 0o066, 0)
+
+    def test_an_own_certificate_with_no_folder_for_a_ca_takes_no_lock(self):
+        own = self.config.folder / 'own'
+        self.config.server.ca_file.parent.rename(own)
+        self.config.server.cert_file, self.config.server.key_file = own / 'server.crt', own / 'server.key'
+        with unittest.mock.patch.object(v.fcntl, 'flock', side_effect=AssertionError):
+            self.assertTrue(v.ensure_certificate(self.config, NOW)[0].own)
+
     def test_under_30_days_left_gives_a_new_leaf_from_the_same_ca(self):
         later = NOW + 366 * v.DAY + 60
         made, changed = v.ensure_certificate(self.config, later)

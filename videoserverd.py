@@ -4300,8 +4300,10 @@ def ensure_certificate(config: Config, now: float, names: Sequence[str] = (), ad
     given, folder = words_of((*names, *addresses)), config.server.ca_file.parent
     try:
         if not config.server.cert_file.exists():
-            folder.mkdir(0o755, parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY) if folder.exists() else os.open(os.devnull, os.O_RDONLY)
+            folder.mkdir(0o711, parents=True, exist_ok=True)  # whoever may read a folder can lock it, for ever
+        if not folder.exists():  # the owner's certificate lies elsewhere, and none is made
+            return ensure_locked(config, now, given, force, new_ca)
+        handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             return ensure_locked(config, now, given, force, new_ca)
