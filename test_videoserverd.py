@@ -3250,6 +3250,28 @@ class TestSignals(DaemonTest):
         answers = [daemon.client.post('/api/v1/download', {'url': tiktok_link(number)}) for number in (1, 2)]
         self.assertEqual([answer.status for answer in answers], [202, 429])
 
+    def test_a_refused_restart_leaves_nothing_in_the_way_of_the_next_one(self):
+        daemon = self.new_daemon()
+        fine, text = (daemon.folder / 'certs/server.crt').read_bytes(), daemon.program.read_text(encoding='utf-8')
+        port = free_port()
+        daemon.configure(server={'port': str(port)})
+        (daemon.folder / 'certs/server.crt').write_text('rubbish')
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: 'restart refused' in daemon.log(), 10)
+        (daemon.folder / 'certs/server.crt').write_bytes(fine)
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: f'listening on 127.0.0.1 port {port}' in daemon.log(), 10)
+        self.assertNotIn('Traceback', text and daemon.log())
+
+    def test_a_program_with_holes_is_not_taken_up(self):
+        daemon = self.new_daemon(hurry={'VERSION': '1.0.0'})  # a copy of its own
+        text = daemon.program.read_bytes()
+        self.addCleanup(daemon.program.write_bytes, text)
+        daemon.program.write_bytes(text[:5000] + bytes(4096) + text[9096:])  # as a power cut leaves it
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: 'restart refused' in daemon.log(), 10)
+        self.assertEqual(daemon.client.get('/api/v1/health').status, 200)
+
     def test_log_rotates_by_size(self):
         daemon = self.new_daemon(logging={'max_size': '4k', 'backup_count': '2'})
         for _ in range(150):
@@ -3339,9 +3361,70 @@ class TestAccidents(unittest.TestCase):
         self.assertFalse(v.Lock(self.config.database.path).running())
 
 
+class TestLeftovers(unittest.TestCase):
+    """What nobody waits for any more goes; nothing else does."""
+
+    def setUp(self):
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.output = folder / 'Müller'
+        self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(self.output),
+                                           'VIDEOSERVER_DATABASE_PATH': str(folder / 'data/d.db'),
+                                           'VIDEOSERVER_DATABASE_BACKUPS': '2'})
+        self.daemon = v.Daemon(self.config)
+        self.daemon.store.open()
+        self.addCleanup(self.daemon.store.close)
+        self.daemon.scheduler.ready = True
+
+    def test_only_folders_of_downloads_are_removed(self):
+        elsewhere = self.output.parent / 'elsewhere'
+        (elsewhere / 'certs').mkdir(parents=True)
+        (elsewhere / v.new_id()).mkdir()
+        self.assertIsNone(v.usable_output(self.config))
+        (self.output / '.incomplete').rmdir()
+        (self.output / '.incomplete').symlink_to(elsewhere)
+        self.daemon._care_leftovers(time.time())
+        self.assertEqual(os.listdir(elsewhere), ['certs'])
+
+    def test_a_disk_that_is_not_there_is_one_problem_in_words(self):
+        self.assertIsNone(v.usable_output(self.config))
+        shutil.rmtree(self.output)
+        self.daemon._care_leftovers(time.time())
+        self.assertFalse(self.daemon._tidy)
+
+    def test_an_unplugged_disk_is_known_in_any_locale(self):
+        self.assertIsNone(v.usable_output(self.config))
+        shutil.rmtree(self.output)
+        read = Path.read_text
+
+        def latin(file, encoding='latin-1'):  # as Python reads where the locale is de_DE.ISO-8859-1
+            return read(file, encoding)
+        with unittest.mock.patch.object(v.Path, 'read_text', latin):
+            self.assertRegex(v.usable_output(self.config), 'is its disk plugged in')
+
+    def test_copies_of_a_clock_that_was_ahead_do_not_push_out_todays(self):
+        now = time.time()
+        for moment in (now + 400 * v.DAY, now + 401 * v.DAY, now):
+            self.daemon._care_backup(moment)
+        names = sorted(os.listdir(self.config.database.path.parent / 'backups'))
+        self.assertEqual(names, [f'd-{time.strftime("%Y-%m-%d", time.localtime(moment))}.db'
+                                 for moment in (now, now + 401 * v.DAY)])
+
+
 class TestSignalsBetweenTwoLives(DaemonTest):
     """A second SIGHUP while the first is being answered."""
     settings = None
+
+    def test_a_sigterm_just_before_the_next_life_stops_that(self):
+        daemon = self.new_daemon(hurry={'DRAIN_SECONDS': 5.0})
+        text = daemon.program.read_text(encoding='utf-8')
+        begin = '        arguments = [\'--config\', str(self.config.file)] if self.config.file else []\n'
+        self.assertEqual(text.count(begin), 1)
+        daemon.program.write_text(text.replace(begin, begin + (
+            "        os.kill(os.getpid(), signal.SIGTERM)\n")), encoding='utf-8')
+        daemon.signal(signal.SIGHUP)  # takes up that program
+        wait_until(lambda: daemon.log().count('listening on') == 2, 20)
+        daemon.signal(signal.SIGHUP)
+        self.assertEqual(daemon.process.wait(fair(15)), 0)
 
     def test_sighups_one_after_the_other_never_end_it(self):
         daemon = self.new_daemon()
@@ -7121,6 +7204,44 @@ class TestClock(unittest.TestCase):
             with self.assertLogs(v.log, 'WARNING') as logs:
                 self.assertEqual(v.Daemon(new_config())._make_context(), 'it')
         self.assertEqual((len(naps), len(logs.output)), (2000, 2))
+
+
+class TestDailyCare(unittest.TestCase):
+    """What is wrong with the certificate stays in health until it is mended."""
+
+    def test_a_certificate_that_cannot_be_used_is_told_each_time(self):
+        config = new_config()
+        v.ensure_certificate(config, time.time())
+        daemon = v.Daemon(config)
+        daemon.server, daemon.app = SimpleNamespace(), SimpleNamespace()
+        daemon._care_certificate(time.time())
+        key = config.server.key_file.read_bytes()
+        config.server.key_file.unlink()
+        daemon._care_certificate(time.time())  # not looked at before the next day
+        clock = SimpleNamespace(**{**vars(time), 'monotonic': lambda: time.monotonic() + v.DAY})
+        with unittest.mock.patch.object(v, 'time', clock):
+            for _ in range(2):
+                with self.assertRaises(v.Trouble):
+                    daemon._care_certificate(time.time())
+            config.server.key_file.write_bytes(key)
+            daemon._care_certificate(time.time())
+
+
+class TestStopAtTheStart(DaemonTest):
+    """It can be stopped while it waits for the clock."""
+    settings = None
+
+    def test_sigterm_while_waiting_for_the_clock(self):
+        daemon = self.new_daemon(start=False, hurry={'BUILT': 1 << 40})
+        shutil.rmtree(daemon.folder / 'certs')
+        process = subprocess.Popen([sys.executable, str(daemon.program), '--config', str(daemon.file)], env=daemon.env,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        wait_until(lambda: 'the clock shows' in daemon.log(), 20)
+        process.terminate()
+        self.assertEqual(process.wait(fair(5)), 0)
+        self.assertIn('stopped', daemon.log())
 
 
 MAKER = '''

@@ -6772,7 +6772,7 @@ def usable_output(config: Config, make: bool = True) -> str | None:
     database is made and marked (unless not `make`); one that has lost its mark is a disk that is not there."""
     folder, known = config.downloads.output_directory, Path(f'{config.database.path}.output')
     try:
-        expected = known.read_text() == str(folder) if known.exists() else False
+        expected = known.read_text(encoding='utf-8') == str(folder) if known.exists() else False
         if expected and not (folder / MARKER).exists():
             return (f'The output folder {folder} is not what it was: is its disk plugged in? '
                     f'Mend: mount it, or, to begin anew: `mkdir -p {folder} && touch {folder / MARKER}`')
@@ -6876,15 +6876,14 @@ class Daemon:
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.uploader: Uploader | None = None
         self.scheduler = Scheduler(config, self.store, self.board, self._new_attempt, self._preflight,
-                                   self._on_outcome, self._on_hang)
+                                   self._on_outcome, lambda: self._ask('restart'))
         self.thumbs = config.database.path.parent / 'thumbs'
         self.care_problems: dict[str, str] = {}
         self.wish = ''  # 'stop' or 'restart', once somebody has asked
         self._wishes = os.pipe()  # a signal handler may write into it; an Event's lock could be held by its own thread
         self._care = threading.Event()  # something may be due now
-        self._days: dict[str, float] = {}  # daily task → monotonic time of its last run
         self._restart_when_idle = self._tidy = False
-        self._certificate_stamp = 0  # when the certificate in use was written
+        self._certificate_seen = (0, 0)  # when the one in use was written, and the day it was looked at
         self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of finished videos without a picture
 
     # -- start
@@ -6897,6 +6896,8 @@ class Daemon:
         self.store.open()
         self._handle_signals()
         context = self._make_context()
+        if self.wish == 'stop':
+            return self._end()
         sock = self._listening(inherited[0] if inherited else None)
         self._start_threads(sock, context)
         self._announce()
@@ -6906,7 +6907,7 @@ class Daemon:
         if not self.config.server.tls:
             return None
         next_word = 0.0
-        while True:
+        while self.wish != 'stop':
             try:
                 self.certificate, _ = ensure_certificate(self.config, time.time())
                 return server_context(self.config)
@@ -6929,6 +6930,7 @@ class Daemon:
         return listen(server.host, server.port)
 
     def _start_threads(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
+        signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)  # for them and their children: signals are for main alone
         self.ytdlp = self.vendor.current()
         if self.bucket:
             self.uploader = Uploader(self.config, self.bucket, self.config.database.path.parent / 'uploads',
@@ -6939,6 +6941,7 @@ class Daemon:
         self.scheduler.start()
         for name, target in (('accept', lambda: self.server.serve_forever(0.5)), ('care', self._care_loop)):
             threading.Thread(target=target, name=name, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
     def _make_app(self, port: int) -> App:
         config = self.config
@@ -6954,12 +6957,12 @@ class Daemon:
 
     def _care_leftovers(self, now: float) -> None:
         """Once: remove half downloads that nobody waits for any more. Listed first, asked then."""
-        if self._tidy or not self.scheduler.ready:
+        if self._tidy or not self.scheduler.ready or usable_output(self.config):
             return
         folders = list((self.config.downloads.output_directory / '.incomplete').iterdir())
         wanted = self.store.unfinished()
         for folder in folders:
-            if folder.name not in wanted:
+            if folder.name not in wanted and re.fullmatch('[0-9a-f-]{36}', folder.name):  # a link may lead us astray
                 remove_folder(folder)
         self._tidy = True
 
@@ -7012,15 +7015,15 @@ class Daemon:
         try:
             config = load_config(self.config.file, dict(os.environ))
             compile(PROGRAM.read_bytes(), str(PROGRAM), 'exec')
-            place = (config.server.host, config.server.port)
-            if place != (self.config.server.host, self.config.server.port) and config.server.port:
-                self.next_socket = listen(*place)
             if config.server.tls and config.server.cert_file.exists():
                 server_context(config)
             if config.database.path != self.config.database.path and Lock(config.database.path).running():
                 raise Trouble(f'{config.database.path}: another server uses this database')
+            place = (config.server.host, config.server.port)
+            if place != (self.config.server.host, self.config.server.port) and config.server.port:
+                self.next_socket = listen(*place)  # last: after a refusal it would be in the way of the next try
             return True
-        except (Trouble, OSError, SyntaxError) as error:
+        except (Trouble, OSError, SyntaxError, ValueError) as error:
             log.error('restart refused, going on as before: %s', error)
             self.care_problems['restart'] = f'A restart was refused: {error}. Mend that, then restart by hand.'
             return False
@@ -7044,6 +7047,10 @@ class Daemon:
             signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
         if restart and self.wish != 'stop':
             self._re_execute()
+        return self._end()
+
+    def _end(self) -> int:
+        self.store.close()
         self.lock.release()
         log.info('stopped')
         return 0
@@ -7088,9 +7095,6 @@ class Daemon:
                 self.uploader.wake()
         self.freshness.heard(outcome)
         self._care.set()
-
-    def _on_hang(self) -> None:
-        self._ask('restart')
 
     def _forget(self, record: Record) -> bool:
         """Delete a download, its files and copies; whether that could be. The note for the bucket comes first:
@@ -7189,20 +7193,12 @@ class Daemon:
         connections get the new one."""
         if not self.config.server.tls:
             return
-        stamp = self.config.server.cert_file.stat().st_mtime_ns
-        if self._is_daily('certificate', now) or stamp != self._certificate_stamp:
+        file, day = self.config.server.cert_file, int(time.monotonic() // DAY)  # by the clock that never jumps
+        if (file.stat().st_mtime_ns, day) != self._certificate_seen:
             self.certificate, _ = ensure_certificate(self.config, now)
             self.server.context = server_context(self.config)
             self.app.hosts = known_hosts(self.config)
-            self._certificate_stamp = self.config.server.cert_file.stat().st_mtime_ns
-
-    def _is_daily(self, name: str, now: float) -> bool:
-        """Whether a day has passed since this was last true, by the clock that never jumps."""
-        last = self._days.get(name)
-        if last is not None and time.monotonic() - last < DAY:
-            return False
-        self._days[name] = time.monotonic()
-        return True
+            self._certificate_seen = file.stat().st_mtime_ns, day
 
     def _care_backup(self, now: float) -> None:
         """A copy a day, the newest `backups` of them kept. Never replaces a good copy by a bad one."""
@@ -7212,7 +7208,8 @@ class Daemon:
             return
         folder.mkdir(parents=True, exist_ok=True)
         self.store.backup(target)
-        for old in sorted(folder.glob(f'{self.config.database.path.stem}-????-??-??.db'))[:-keep]:
+        found = folder.glob(f'{self.config.database.path.stem}-????-??-??.db')
+        for old in sorted(found, key=lambda copy: (copy <= target, copy))[:-keep]:  # first those of a clock ahead
             old.unlink()
 
     def _care_pictures(self, now: float) -> None:
