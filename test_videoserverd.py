@@ -3220,6 +3220,43 @@ class TestCommands(DaemonTest):
             self.assertIn(words, done.stdout)
         self.assertEqual(stat.S_IMODE((daemon.folder / 'certs/server.key').stat().st_mode), 0o600)
 
+    def test_doctor_goes_on_where_the_certificate_cannot_be_read(self):
+        daemon = self.new_daemon()
+        (daemon.folder / 'certs/server.crt').write_text('rubbish')
+        done = daemon.run('doctor')
+        self.assertRegex(done.stdout, r'BAD +health: .*\n +mend: [^\0]*\d+ to mend\.')
+
+    def test_phone_has_nothing_to_hand_out_behind_a_proxy(self):
+        daemon = self.new_daemon(start=False, **IN_THE_CLEAR)
+        done = daemon.run('phone', '--port', '0', seconds=10)
+        self.assertEqual(done.returncode, 1)
+        self.assertRegex(done.stdout, 'tls is off: .* proxy in front')
+
+    def test_the_server_is_reached_though_its_certificate_is_out_of_date_or_of_old_make(self):
+        for days in (-1, 9):
+            daemon = self.new_daemon(start=False)
+            certs = daemon.folder / 'certs'
+            shutil.rmtree(certs)
+            certs.mkdir()
+            v.make_key(certs, 'server.key', Path(), fresh=True)
+            v.sign(certs, 'server.crt', 'server.key', 'pi', 'basicConstraints = CA:FALSE\n',
+                   (time.time() - 9 * v.DAY, time.time() + days * v.DAY), '-selfsign', '-keyfile', 'server.key')
+            daemon.launch()
+            wait_until(daemon.listens, 20)
+            done = daemon.run('add', tiktok_link(1))
+            self.assertEqual(done.returncode, 0, done.stdout)
+
+    def test_a_compiled_form_of_another_python_is_made_anew(self):
+        program = Path(tempfile.mkdtemp(dir=RUN)) / 'program.py'
+        program.write_text('')
+        with unittest.mock.patch.object(v, 'PROGRAM', program):
+            compiled = Path(v.compiled_form())
+            fine = compiled.read_bytes()
+            compiled.write_bytes(b'\0\0\r\n' + fine[4:])  # a Python 3.14 of before its release
+            self.assertEqual(Path(v.compiled_form()).read_bytes(), fine)
+            before = compiled.stat().st_mtime_ns
+            self.assertEqual((v.compiled_form(), compiled.stat().st_mtime_ns), (str(compiled), before))
+
     def test_a_config_before_or_after_the_command(self):
         daemon = self.new_daemon(start=False)
         for words in (['--config', str(daemon.file), 'setup'], ['setup', '--config', str(daemon.file)]):

@@ -7307,9 +7307,10 @@ def server_url(config: Config, facts: dict[str, Any]) -> tuple[str, int]:
 
 def local_context(config: Config) -> ssl.SSLContext:
     """TLS to our own server: its very certificate is trusted, whoever has signed it."""
-    context = ssl.create_default_context(cafile=str(config.server.cert_file))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(config.server.cert_file)
     context.check_hostname = False
-    context.verify_flags |= 0x80000  # X509_V_FLAG_PARTIAL_CHAIN: a leaf may be the anchor
+    context.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME  # a leaf may be the anchor, were it out of date
     return context
 
 
@@ -7319,16 +7320,14 @@ def call_server(config: Config, method: str, path: str, body: dict[str, Any] | N
     lock = Lock(config.database.path)
     host, port = server_url(config, lock.running())
     kind = http.client.HTTPSConnection if config.server.tls else http.client.HTTPConnection
-    more = {'context': local_context(config)} if config.server.tls else {}
-    connection = kind(host, port, timeout=30, **more)
     headers = {'Content-Type': 'application/json', **({'X-API-Key': config.api_keys[0]} if config.api_keys else {})}
     try:
-        connection.request(method, path, json.dumps(body) if body is not None else None, headers)
-        return json.loads(connection.getresponse().read())
+        more = {'context': local_context(config)} if config.server.tls else {}
+        with closing(kind(host, port, timeout=30, **more)) as connection:
+            connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+            return json.loads(connection.getresponse().read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Trouble(f'The server on port {port} does not answer ({error}).') from None
-    finally:
-        connection.close()
 
 
 def add_by_hand(config: Config, lock: Lock, urls: Sequence[str]) -> list[dict[str, Any]]:
@@ -7508,6 +7507,8 @@ def first_address(port: int) -> str:
 
 def cmd_phone(config: Config, options: Any) -> int:
     """for a new iPhone: the CA and the steps over plain HTTP, for some minutes"""
+    if not config.server.tls:
+        raise Trouble('[server] tls is off: the phone has to trust the certificate of the proxy in front, not ours')
     if not ca_assets(config):
         ensure_certificate(config, time.time())
     running = Lock(config.database.path).running()
@@ -7519,7 +7520,6 @@ def cmd_phone(config: Config, options: Any) -> int:
     app = App(config, assets=assets, routes=routes, image_origin=f' {public_base(config, port)}')
     app.hosts = known_hosts(config)
     sock = listen('0.0.0.0', options.port)
-    config.server.tls = True
     server = Server(sock, app, None)
     url = first_address(sock.getsockname()[1])
     print('\n'.join([qr_code(url, 'ANSIUTF8'), f'Open this on the iPhone (in Safari, on the same Wi-Fi):  {url}', '',
@@ -7590,9 +7590,9 @@ def compiled_form() -> str:
     import importlib.util
     import py_compile
     compiled, source = Path(importlib.util.cache_from_source(str(PROGRAM))), PROGRAM.stat()
-    stamp = b''.join(number.to_bytes(8, 'little')[:4] for number in (int(source.st_mtime), source.st_size))
+    stamp = b''.join(number.to_bytes(8, 'little')[:4] for number in (0, int(source.st_mtime), source.st_size))
     with suppress(FileNotFoundError):
-        if compiled.read_bytes()[8:16] == stamp:
+        if compiled.read_bytes()[:16] == importlib.util.MAGIC_NUMBER + stamp:
             return str(compiled)
     return py_compile.compile(str(PROGRAM), doraise=True)
 
