@@ -23,8 +23,8 @@ The map. One law: a name is used only below the line that defines it; calls poin
 
 Threads: main waits for signals; `accept` takes connections; `request` threads (at most 128) do
 their own TLS handshake under a deadline and never wait for yt-dlp; `commit` alone writes the
-database; `schedule` alone pops the heap; `worker-N` download; `upload` (with [s3] only) feeds the
-bucket; `care` does what is due daily (certificate, copies of the database, yt-dlp).
+database; `schedule` alone pops the heap; each download has a `worker-…`; `upload` (with [s3] only)
+feeds the bucket; `care` does what is due daily (certificate, copies of the database, yt-dlp).
 """
 from __future__ import annotations
 
@@ -413,7 +413,6 @@ def load_config(file: Path | None, env: dict[str, str]) -> Config:
     config.aws_secret_access_key = env.get('AWS_SECRET_ACCESS_KEY', '')
     check_together(config, str(file or 'environment'))
     return config
-
 
 
 # ---------- jobs --------------------------------------------------------------------------
