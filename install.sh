@@ -395,10 +395,11 @@ User=$user
 ExecStart=
 ExecStart=$python -I $program --config $config
 END
+    quoted=$(say "$output" | sed 's/[\\"]/\\&/g; s/%/%%/g')  # as systemd.syntax(7) wants; config.ini may name any path
     case $output in
         "$state"/*) ;;
-        /home/* | /root/*) say "BindPaths=\"-$output\"" ;;  # the rest of the home folders stays hidden
-        *) say "ReadWritePaths=\"-$output\"" ;;
+        /home/* | /root/*) say "BindPaths=\"-$quoted\"" ;;  # the rest of the home folders stays hidden
+        *) say "ReadWritePaths=\"-$quoted\"" ;;
     esac
     [ "$dry" ] || ask_config 'sys.exit(0 < config.server.port < 1024)' || cat <<END
 # A port below 1024 takes a capability of this machine.

@@ -7622,6 +7622,12 @@ class TestInstallScript(unittest.TestCase):
                 self.assertEqual((done.returncode, done.stdout.count('\n')), (1, 1), done.stdout)
                 self.assertIn(said, done.stdout)
 
+    def test_any_output_folder_of_config_ini_is_what_systemd_reads(self):
+        text = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
+        done = subprocess.run(['sh', '-c', text + 'output=$1 python=/p user=u dry=yes; drop_in', 'sh', '/m/5%b "\\o'],
+                              stdout=subprocess.PIPE, encoding='utf-8', check=True)
+        self.assertIn('\nReadWritePaths="-/m/5%%b \\"\\\\o"\n', done.stdout)
+
     def test_other_systems_are_told_to_run_the_file(self):
         done = self.install('--dry-run', system='FreeBSD')
         self.assertEqual(done.returncode, 1)
