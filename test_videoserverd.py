@@ -3180,6 +3180,12 @@ class TestCommands(DaemonTest):
         done = daemon.run('doctor')
         self.assertIn('health: ', done.stdout)
         self.assertNotIn('Traceback', done.stdout)
+        self.assertNotIn('permissions', done.stdout)
+        open_to_all = [daemon.database, daemon.folder / 'certs/ca.key']
+        for file in open_to_all:
+            file.chmod(0o644)
+        self.assertEqual(re.findall(r'BAD +permissions: .*\n +mend: sudo chmod o= (.*)', daemon.run('doctor').stdout),
+                         [str(file) for file in open_to_all])
         daemon.terminate()
         daemon.output.rename(daemon.output.with_name('elsewhere'))
         done = daemon.run('doctor')

@@ -7396,7 +7396,7 @@ Finding = tuple[bool, str, str]  # fine, what was seen, the command that mends i
 
 
 def check_database(config: Config) -> Iterator[Finding]:
-    """The database, its lock, its copies."""
+    """The database, its lock, its copies; who may read it and the keys."""
     path, running = config.database.path, Lock(config.database.path).running()
     yield (bool(running), f'server: process {running.get("pid")} on port {running.get("port")}' if running
            else 'server: not running on this database', f'{program(config)}, or: sudo systemctl start videoserver')
@@ -7411,6 +7411,10 @@ def check_database(config: Config) -> Iterator[Finding]:
     yield (not found, f'database: {path}' + (f': {found}' if found else ' is whole'),
            f'stop the server, then copy the newest whole file of {path.parent / "backups"} to {path}')
     yield os.access(path, os.W_OK), 'database: writable by this user', f'sudo chown {user_name()} {path}'
+    secrets = (path, *(file for name, file in targets(config).items() if name.endswith('.key')))
+    for file in secrets:  # a group may be let in on purpose, as Debian's ssl-cert is
+        if file.exists() and file.stat().st_mode & 0o007:
+            yield False, f'permissions: everybody on this machine may use {file}', f'sudo chmod o= {file}'
 
 
 def check_certificate(config: Config) -> Iterator[Finding]:
