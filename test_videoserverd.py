@@ -7892,6 +7892,53 @@ class TestCrowd(DaemonTest):
             return False
 
 
+class TestConnections(unittest.TestCase):
+    """The server alone, in this process: what only shows with a hand on both ends of a connection."""
+
+    def setUp(self):
+        for name in ('HEAD_SECONDS', 'IDLE_SECONDS'):
+            patch = unittest.mock.patch.object(v, name, 1.0)
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.server = v.Server(v.listen('127.0.0.1', 0), v.App(new_config(), routes=v.ROUTES), None)
+        self.server.app.hosts = frozenset(['localhost'])
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        self.peers = self.server._peers
+
+    def connect(self) -> socket.socket:
+        """A client of it."""
+        link = socket.create_connection(self.server.server_address[:2], fair(10))
+        self.addCleanup(link.close)
+        return link
+
+    def test_a_client_for_whom_reading_would_have_to_write_does_not_hold_its_thread(self):
+        """OpenSSL answers a broken record with an alert, which blocks where the client reads nothing."""
+        self.server.context = v.tls_context(certificates() / 'server.crt', certificates() / 'server.key')
+        client = ssl.create_default_context(cafile=str(certificates() / 'ca.crt'))
+        client.check_hostname = False
+        link = client.wrap_socket(self.connect())
+        self.addCleanup(link.close)
+        peer = wait_until(lambda: next(iter(self.peers.values())), 5)
+        with socket.socket(fileno=os.dup(peer.sock.fileno())) as same:
+            for _ in range(5):  # its buffer is full for good once the client's has taken what it takes
+                time.sleep(0.05)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        same.send(bytes(1 << 16), socket.MSG_DONTWAIT)
+        socket.socket.send(link, b'\x17\x03\x03\x00\x20' + bytes(32))
+        wait_until(lambda: not self.peers, 10)
+
+    def test_who_is_still_sending_after_a_refusal_counts_until_it_is_gone(self):
+        links = [self.connect() for _ in range(20)]
+        for link in links:
+            link.sendall(b'BAD\r\n\r\nx')
+            self.assertIn(b' 400 ', link.recv(4096))
+        self.assertEqual(len(self.peers), 20)
+        wait_until(lambda: not self.peers, 10)
+
+
 # ---------- disk, clock, memory -----------------------------------------------------------
 # Full and failing disks at every step of a download, clocks that jump, little of everything.
 
