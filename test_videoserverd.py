@@ -8340,6 +8340,22 @@ class TestPage(DaemonTest):
         self.row(self.daemon.download(str(self.site.tiktok(title=title)))['download_id'])
         self.assertEqual(self.browser.get('article .title'), title)
 
+    def test_a_page_that_is_left_open_gathers_no_listeners(self):
+        self.browser.run("""
+            const add = EventTarget.prototype.addEventListener, marks = new WeakMap();
+            window.most = window.rounds = 0;
+            EventTarget.prototype.addEventListener = function(name, ...rest) {
+              if (name === 'abort' && ++window.rounds) {
+                marks.set(this, (marks.get(this) ?? 0) + 1);
+                window.most = Math.max(window.most, marks.get(this));
+              }
+              return add.call(this, name, ...rest);
+            }""")
+        for number in range(4):  # news, so that the page looks again
+            self.daemon.submit(str(self.site.tiktok()))
+            self.browser.wait('return window.rounds > arguments[0]', number)
+        self.assertEqual(self.browser.run('return window.most'), 1)
+
     def test_search_and_filter_by_state(self):
         self.daemon.download(str(self.site.tiktok(title='Needle in the hay')))
         self.daemon.fails(str(self.site.tiktok(state='private')))

@@ -6106,7 +6106,7 @@ async function look() {
 // Looks for ever; refresh() makes it look at once.
 async function watch() {
   for (let gap = FRAME, pause; ; await sleep(1000 * pause, wake.signal)) {
-    if (wake.signal.aborted) wake = new AbortController();
+    wake = new AbortController();  // a new one each time: sleep() leaves its listener on it
     try {
       pause = locked || document.hidden ? 3600 : await look();
       gap = FRAME;
