@@ -8411,6 +8411,16 @@ class TestPage(DaemonTest):
         self.browser.click('#forget')
         self.browser.until('#door', 'open')
 
+    def test_a_page_opened_while_links_cannot_be_stored_says_so_and_asks_for_no_key(self):
+        self.expected = '503'
+        daemon = self.new_daemon()
+        with contextlib.closing(sqlite3.connect(str(daemon.database), isolation_level=None)) as db:
+            db.execute('BEGIN EXCLUSIVE')
+            self.assertEqual(daemon.client.post('/api/v1/download', {'url': tiktok_link(1)}).status, 503)
+            self.visit(daemon=daemon)
+            self.browser.until('#health', 'innerText.includes("Links cannot be stored: database is locked")')
+            self.assertFalse(self.browser.get('#door', 'open'))
+
     def full_daemon(self) -> Daemon:
         """A daemon with 40 finished videos of long titles, each with a picture of a restless video."""
         full = self.new_daemon(start=False)

@@ -5315,7 +5315,7 @@ class Peer:
         raise ConnectionError('the client left in the middle of its request')
 
     def send(self, data: Any) -> None:
-        """All of `data`; OSError when nothing moves for STALL_SECONDS."""
+        """All of `data`, a BLOCK at most; OSError when the client does not take it within STALL_SECONDS."""
         view = memoryview(data)
         while view:
             self.allow(STALL_SECONDS)
@@ -5970,7 +5970,7 @@ async function api(method, path, body, signal) {
   }
   connected(true);
   if (response.status === 401) askForKey();
-  if (!response.ok) throw Object.assign(Error(answer.message), {status: response.status});
+  if (!response.ok) throw Object.assign(Error(answer.message), {status: response.status, answer});
   return answer;
 }
 function connected(now) {
@@ -5998,8 +5998,9 @@ function useKey(key) {
 let health = {};
 async function makeRound() {
   if (locked || document.hidden) return;
-  health = await api('GET', 'api/v1/health').catch(() => health);
-  if (online && !('problems' in health)) askForKey();  // the short form is for those without a key
+  const answer = await api('GET', 'api/v1/health').catch(error => error.answer ?? {});  // of a failing disk: a 503
+  if ('problems' in answer) health = answer;
+  else if ('uptime' in answer) askForKey();  // the short form is for those without a key
   paintHealth();
   if (online) flush();
 }
