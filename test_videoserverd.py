@@ -7757,6 +7757,9 @@ class TestRequests(DaemonTest):
         data = self.get('POST /api/v1/download HTTP/1.1', 'Content-Type: application/json', close,
                         'Expect: 100-continue', 'Content-Length: 2', body='{}')
         self.assertTrue(data.startswith(b'HTTP/1.1 100 Continue\r\n'))
+        data = self.get('POST /api/v1/download HTTP/1.0', 'Content-Type: application/json',  # it knows no 100
+                        'Expect: 100-continue', 'Content-Length: 2', body='{}')
+        self.assertEqual(http_answers(data), [400])
 
     def test_json_that_is_none_is_refused(self):
         for body in ('', '[]', '"x"', '{"url": NaN}', '{"url": "\\ud800"}', '[' * 8000,
@@ -8410,6 +8413,13 @@ class TestPage(DaemonTest):
         self.assertFalse([request['url'] for request in self.browser.requests() if 'sesame' in request['url']])
         self.browser.click('#forget')
         self.browser.until('#door', 'open')
+
+    def test_a_key_with_letters_that_no_header_has(self):
+        self.visit(daemon=self.new_daemon(env={'VIDEOSERVER_API_KEYS': 'sésame'}))
+        self.browser.type('#key', 'sésame\u200b' + ENTER)
+        self.browser.until('[open] #key-text', 'textContent.includes("does not know")')
+        self.browser.type('#key', 'sésame' + ENTER)
+        self.browser.wait('return !document.querySelector("#door").open && list.ariaBusy === "false"')
 
     def test_a_page_opened_while_links_cannot_be_stored_says_so_and_asks_for_no_key(self):
         self.expected = '503'

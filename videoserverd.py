@@ -4500,7 +4500,7 @@ class Request:
 
     def body(self) -> bytes:
         """The whole body. Raises HTTPError, OSError."""
-        if 'expect' in self.head.fields and self.unread:
+        if 'expect' in self.head.fields and self.unread and self.head.version == 'HTTP/1.1':
             self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
         size, self.unread = self.unread or 0, None
         self.peer.allow(BODY_SECONDS)
@@ -5951,7 +5951,9 @@ const clientId = () =>
 // ---- talking to the server ----
 let online = null, locked = false;  // locked: a key is wanted and not known
 
-const keyHeader = () => recall('key') ? {'X-API-Key': recall('key')} : {};
+// As UTF-8 in bytes: fetch() refuses other letters, and a key may have been copied with an invisible one.
+const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
+const keyHeader = () => recall('key') ? {'X-API-Key': octets(recall('key'))} : {};
 
 async function api(method, path, body, signal) {
   const patience = AbortSignal.timeout(PATIENCE);
