@@ -8038,6 +8038,9 @@ class TestRequests(DaemonTest):
         data = self.get('POST /api/v1/download HTTP/1.1', 'Content-Type: application/json', close,
                         'Expect: 100-continue', 'Content-Length: 2', body='{}')
         self.assertTrue(data.startswith(b'HTTP/1.1 100 Continue\r\n'))
+        data = self.get('POST /api/v1/download HTTP/1.0', 'Content-Type: application/json',  # it knows no 100
+                        'Expect: 100-continue', 'Content-Length: 2', body='{}')
+        self.assertEqual(http_answers(data), [400])
 
     def test_json_that_is_none_is_refused(self):
         for body in ('', '[]', '"x"', '{"url": NaN}', '{"url": "\\ud800"}', '[' * 8000,
@@ -8171,6 +8174,53 @@ class TestCrowd(DaemonTest):
             return daemon.client.post('/api/v1/download', {'url': tiktok_link(1)}).status == 202
         except OSError:
             return False
+
+
+class TestConnections(unittest.TestCase):
+    """The server alone, in this process: what only shows with a hand on both ends of a connection."""
+
+    def setUp(self):
+        for name in ('HEAD_SECONDS', 'IDLE_SECONDS'):
+            patch = unittest.mock.patch.object(v, name, 1.0)
+            patch.start()
+            self.addCleanup(patch.stop)
+        self.server = v.Server(v.listen('127.0.0.1', 0), v.App(new_config(), routes=v.ROUTES), None)
+        self.server.app.hosts = frozenset(['localhost'])
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        self.peers = self.server._peers
+
+    def connect(self) -> socket.socket:
+        """A client of it."""
+        link = socket.create_connection(self.server.server_address[:2], fair(10))
+        self.addCleanup(link.close)
+        return link
+
+    def test_a_client_for_whom_reading_would_have_to_write_does_not_hold_its_thread(self):
+        """OpenSSL answers a broken record with an alert, which blocks where the client reads nothing."""
+        self.server.context = v.tls_context(certificates() / 'server.crt', certificates() / 'server.key')
+        client = ssl.create_default_context(cafile=str(certificates() / 'ca.crt'))
+        client.check_hostname = False
+        link = client.wrap_socket(self.connect())
+        self.addCleanup(link.close)
+        peer = wait_until(lambda: next(iter(self.peers.values())), 5)
+        with socket.socket(fileno=os.dup(peer.sock.fileno())) as same:
+            for _ in range(5):  # its buffer is full for good once the client's has taken what it takes
+                time.sleep(0.05)
+                with contextlib.suppress(BlockingIOError):
+                    while True:
+                        same.send(bytes(1 << 16), socket.MSG_DONTWAIT)
+        socket.socket.send(link, b'\x17\x03\x03\x00\x20' + bytes(32))
+        wait_until(lambda: not self.peers, 10)
+
+    def test_who_is_still_sending_after_a_refusal_counts_until_it_is_gone(self):
+        links = [self.connect() for _ in range(20)]
+        for link in links:
+            link.sendall(b'BAD\r\n\r\nx')
+            self.assertIn(b' 400 ', link.recv(4096))
+        self.assertEqual(len(self.peers), 20)
+        wait_until(lambda: not self.peers, 10)
 
 
 # ---------- disk, clock, memory -----------------------------------------------------------
@@ -8574,6 +8624,22 @@ class TestPage(DaemonTest):
         self.row(self.daemon.download(str(self.site.tiktok(title=title)))['download_id'])
         self.assertEqual(self.browser.get('article .title'), title)
 
+    def test_a_page_that_is_left_open_gathers_no_listeners(self):
+        self.browser.run("""
+            const add = EventTarget.prototype.addEventListener, marks = new WeakMap();
+            window.most = window.rounds = 0;
+            EventTarget.prototype.addEventListener = function(name, ...rest) {
+              if (name === 'abort' && ++window.rounds) {
+                marks.set(this, (marks.get(this) ?? 0) + 1);
+                window.most = Math.max(window.most, marks.get(this));
+              }
+              return add.call(this, name, ...rest);
+            }""")
+        for number in range(4):  # news, so that the page looks again
+            self.daemon.submit(str(self.site.tiktok()))
+            self.browser.wait('return window.rounds > arguments[0]', number)
+        self.assertEqual(self.browser.run('return window.most'), 1)
+
     def test_search_and_filter_by_state(self):
         self.daemon.download(str(self.site.tiktok(title='Needle in the hay')))
         self.daemon.fails(str(self.site.tiktok(state='private')))
@@ -8628,6 +8694,23 @@ class TestPage(DaemonTest):
         self.assertFalse([request['url'] for request in self.browser.requests() if 'sesame' in request['url']])
         self.browser.click('#forget')
         self.browser.until('#door', 'open')
+
+    def test_a_key_with_letters_that_no_header_has(self):
+        self.visit(daemon=self.new_daemon(env={'VIDEOSERVER_API_KEYS': 'sésame'}))
+        self.browser.type('#key', 'sésame\u200b' + ENTER)
+        self.browser.until('[open] #key-text', 'textContent.includes("does not know")')
+        self.browser.type('#key', 'sésame' + ENTER)
+        self.browser.wait('return !document.querySelector("#door").open && list.ariaBusy === "false"')
+
+    def test_a_page_opened_while_links_cannot_be_stored_says_so_and_asks_for_no_key(self):
+        self.expected = '503'
+        daemon = self.new_daemon()
+        with contextlib.closing(sqlite3.connect(str(daemon.database), isolation_level=None)) as db:
+            db.execute('BEGIN EXCLUSIVE')
+            self.assertEqual(daemon.client.post('/api/v1/download', {'url': tiktok_link(1)}).status, 503)
+            self.visit(daemon=daemon)
+            self.browser.until('#health', 'innerText.includes("Links cannot be stored: database is locked")')
+            self.assertFalse(self.browser.get('#door', 'open'))
 
     def full_daemon(self) -> Daemon:
         """A daemon with 40 finished videos of long titles, each with a picture of a restless video."""

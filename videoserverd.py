@@ -4507,7 +4507,7 @@ class Request:
 
     def body(self) -> bytes:
         """The whole body. Raises HTTPError, OSError."""
-        if 'expect' in self.head.fields and self.unread:
+        if 'expect' in self.head.fields and self.unread and self.head.version == 'HTTP/1.1':
             self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
         size, self.unread = self.unread or 0, None
         self.peer.allow(BODY_SECONDS)
@@ -5322,11 +5322,11 @@ class Peer:
         raise ConnectionError('the client left in the middle of its request')
 
     def send(self, data: Any) -> None:
-        """All of `data`; OSError when nothing moves for STALL_SECONDS."""
+        """All of `data`, a BLOCK at most; OSError when the client does not take it within STALL_SECONDS."""
         view = memoryview(data)
-        self.sending = True
         while view:
             self.allow(STALL_SECONDS)
+            self.sending = True
             view = view[self.sock.send(view):]
         self.allow(math.inf)
         self.sending = False
@@ -5338,8 +5338,8 @@ class Peer:
         except OSError:
             pass  # it is closed already
 
-    def close(self) -> None:
-        """With close_notify, for clients that count on it, but never waiting for theirs."""
+    def part(self) -> None:
+        """End it with close_notify, for clients that count on it, but never waiting for theirs."""
         try:
             self.sock.settimeout(0)
             if isinstance(self.sock, ssl.SSLSocket):
@@ -5349,7 +5349,6 @@ class Peer:
         self.break_off(socket.SHUT_WR)
         if self.unread:
             self._linger()
-        self.sock.close()
 
     def _linger(self) -> None:
         """Unread bytes would make the kernel reset the connection before the client has our answer."""
@@ -5513,20 +5512,22 @@ class Server(ThreadingHTTPServer):
         self.server_address = sock.getsockname()
         self.draining = False
         self.beat = time.monotonic()  # when accepting last came round: for the watchdog
-        self._guard = threading.Lock()  # guards _peers
+        self._guard = threading.Lock()  # guards _peers, and that the descriptors of those in it are not closed
         self._peers: dict[int, Peer] = {}
 
     def service_actions(self) -> None:
-        """Comes round twice a second and after each accepted connection: break off what takes too long."""
+        """Comes round twice a second and after each accepted connection: break off what takes too long.
+
+        Who is slow in asking can still be told so, except where reading itself wants to write, as TLS does."""
         now = time.monotonic()
         if now - self.beat < 0.25:
             return
         self.beat = now
         with self._guard:
-            late = [peer for peer in self._peers.values() if peer.deadline < now]
-        for peer in late:
-            peer.late = True  # who is slow in asking is told so
-            peer.break_off(socket.SHUT_RDWR if peer.sending else socket.SHUT_RD)
+            for peer in self._peers.values():
+                if peer.deadline < now:
+                    peer.late = True
+                    peer.break_off(socket.SHUT_RDWR if peer.sending or peer.deadline < now - 1 else socket.SHUT_RD)
 
     def get_request(self) -> tuple[Peer, str]:
         """Accept. Out of descriptors: make room and wait a moment instead of spinning."""
@@ -5566,10 +5567,9 @@ class Server(ThreadingHTTPServer):
         with self._guard:
             idle = [(peer.moved, key) for key, peer in self._peers.items()
                     if of(peer) and (not peer.busy or peer.moved < now - (0.1 if peer.sending else 1.0))]
-            peer = self._peers.pop(min(idle)[1]) if idle else None
-        if peer:
-            peer.break_off()
-        return peer is not None
+            if idle:
+                self._peers.pop(min(idle)[1]).break_off()
+        return bool(idle)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._guard:
@@ -5577,9 +5577,10 @@ class Server(ThreadingHTTPServer):
         super().process_request(request, client_address)
 
     def shutdown_request(self, request: Any) -> None:
+        request.part()
         with self._guard:
             self._peers.pop(id(request), None)
-        request.close()
+            request.sock.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """No room for a thread, most likely."""
@@ -5592,12 +5593,11 @@ class Server(ThreadingHTTPServer):
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with self._guard:
-                peers = list(self._peers.values())
-            for peer in peers:
-                if not peer.busy and not peer.fresh:
-                    peer.break_off(socket.SHUT_RD)
-            if not peers:
-                return
+                for peer in self._peers.values():
+                    if not peer.busy and not peer.fresh:
+                        peer.break_off(socket.SHUT_RD)
+                if not self._peers:
+                    return
             time.sleep(0.02)
 
 
@@ -5958,7 +5958,9 @@ const clientId = () =>
 // ---- talking to the server ----
 let online = null, locked = false;  // locked: a key is wanted and not known
 
-const keyHeader = () => recall('key') ? {'X-API-Key': recall('key')} : {};
+// As UTF-8 in bytes: fetch() refuses other letters, and a key may have been copied with an invisible one.
+const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
+const keyHeader = () => recall('key') ? {'X-API-Key': octets(recall('key'))} : {};
 
 async function api(method, path, body, signal) {
   const patience = AbortSignal.timeout(PATIENCE);
@@ -5977,7 +5979,7 @@ async function api(method, path, body, signal) {
   }
   connected(true);
   if (response.status === 401) askForKey();
-  if (!response.ok) throw Object.assign(Error(answer.message), {status: response.status});
+  if (!response.ok) throw Object.assign(Error(answer.message), {status: response.status, answer});
   return answer;
 }
 function connected(now) {
@@ -6005,8 +6007,9 @@ function useKey(key) {
 let health = {};
 async function makeRound() {
   if (locked || document.hidden) return;
-  health = await api('GET', 'api/v1/health').catch(() => health);
-  if (online && !('problems' in health)) askForKey();  // the short form is for those without a key
+  const answer = await api('GET', 'api/v1/health').catch(error => error.answer ?? {});  // of a failing disk: a 503
+  if ('problems' in answer) health = answer;
+  else if ('uptime' in answer) askForKey();  // the short form is for those without a key
   paintHealth();
   if (online) flush();
 }
@@ -6113,7 +6116,7 @@ async function look() {
 // Looks for ever; refresh() makes it look at once.
 async function watch() {
   for (let gap = FRAME, pause; ; await sleep(1000 * pause, wake.signal)) {
-    if (wake.signal.aborted) wake = new AbortController();
+    wake = new AbortController();  // a new one each time: sleep() leaves its listener on it
     try {
       pause = locked || document.hidden ? 3600 : await look();
       gap = FRAME;
