@@ -160,6 +160,13 @@ def hurried_program(constants: Tuple[Tuple[str, str], ...]) -> Path:
     return program
 
 
+@functools.lru_cache(maxsize=None)
+def compiled(program: Path) -> str:
+    """The compiled form of a copy of the program, as it finds or makes it itself."""
+    with unittest.mock.patch.object(v, 'PROGRAM', program):
+        return v.compiled_form()
+
+
 def clean_environment() -> Dict[str, str]:
     """This environment without what configures the daemon, yt-dlp or Python."""
     return {name: text for name, text in os.environ.items() if not name.upper().startswith(OWN_VARIABLES)}
@@ -316,6 +323,10 @@ class Daemon:
         """How it, or one of its commands, is started."""
         return [*self.prefix, sys.executable, str(self.program), '--config', str(self.file), *words]
 
+    def line_behind(self) -> List[str]:
+        """What that goes on as: the compiled form. Tests begin there, as what comes before is half of a start."""
+        return [*self.prefix, sys.executable, *v.ALONE, compiled(self.program), str(self.file)]
+
     def run(self, *words: str, seconds: float = 30, **options: Any) -> Any:
         """Runs a command (`add URL`, `doctor`…) beside it; .returncode, .stdout (both channels)."""
         return subprocess.run(self.command_line(*words), env=self.env, encoding='utf-8', timeout=fair(seconds), **{
@@ -330,11 +341,14 @@ class Daemon:
         self.client, self.poller = self.new_client(), self.new_client(keep_alive=True)
         return self
 
-    def launch(self) -> None:
+    def launch(self, from_source: bool = False) -> None:
         """Starts it and does not wait."""
         self.exit_code = None
+        line, env = self.command_line(), self.env
+        if not from_source:
+            line, env = self.line_behind(), {'MALLOC_ARENA_MAX': '1', **env, 'VIDEOSERVERD_PROGRAM': str(self.program)}
         with (self.folder / 'console.txt').open('ab') as console:
-            self.process = subprocess.Popen(self.command_line(), env=self.env, cwd=str(self.folder), stdout=console,
+            self.process = subprocess.Popen(line, env=env, cwd=str(self.folder), stdout=console,
                                             stderr=console, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def listens(self) -> bool:
@@ -3239,6 +3253,19 @@ class TestSignals(DaemonTest):
         wait_until(lambda: 'restart refused' in daemon.log(), 10)
         daemon.download(self.site.tiktok())
 
+    def test_started_from_source_it_goes_on_as_the_tests_start_it(self):
+        def life(daemon: Daemon, from_source: bool) -> List[Any]:
+            daemon.launch(from_source)
+            wait_until(daemon.listens, 20, daemon.tail)
+            words, environment = (Path(f'/proc/{daemon.pid}/{name}').read_bytes().split(b'\0')
+                                  for name in ('cmdline', 'environ'))
+            daemon.kill()
+            return [words, sorted(environment)]
+        daemon = self.new_daemon(start=False)
+        whole, short = life(daemon, True), life(daemon, False)
+        self.assertEqual(whole[0][:-1], [os.fsencode(word) for word in daemon.line_behind()])
+        self.assertEqual(whole, short)
+
     def test_sighup_takes_up_a_new_configuration_and_port_in_the_same_process(self):
         daemon = self.new_daemon()
         pid = daemon.pid
@@ -4555,9 +4582,15 @@ REAL_TRY_OUT = v.TRY_OUT
 
 
 def be_lenient(test: unittest.TestCase) -> None:
-    """Lets STUB pass for a yt-dlp in this test."""
+    """Lets STUB pass for a yt-dlp in this test. Trying that out takes nothing of the program, so it is not imported."""
+    real = v.apart
+
+    def apart(script: str, *words: str) -> Tuple[str, ...]:
+        line = real(script, *words)
+        return (*line[:line.index('-c') + 1], 'import sys\n' + script, *line[-2 - len(words):]) \
+            if script is LENIENT else line
     install = v.INSTALL.replace('try:', f'v.TRY_OUT = {LENIENT!r}\ntry:')
-    for name, value in (('TRY_OUT', LENIENT), ('INSTALL', install)):
+    for name, value in (('TRY_OUT', LENIENT), ('INSTALL', install), ('apart', apart)):
         patch = unittest.mock.patch.object(v, name, value)
         patch.start()
         test.addCleanup(patch.stop)
@@ -4599,6 +4632,19 @@ def make_wheel(version: str, files: Dict[str, str], more: Sequence[Any] = ()) ->
             archive.writestr(name, text)
         archive.writestr(f'{info}/RECORD', '')
     return stream.getvalue()
+
+
+def unpack_compiled(version: str, files: Dict[str, str], folder: Path) -> None:
+    """A release as an installation leaves it. The compiled form of a file that is as in the vendored yt-dlp is taken
+    from there: to Python it is that of the same source if size and time are the same."""
+    zipfile.ZipFile(io.BytesIO(make_wheel(version, files))).extractall(folder)
+    root = v.Vendor(HERE / 'vendor').current() / 'yt_dlp'
+    for name in [name for name, text in files.items() if text == real_files()[name] and name != 'version.py']:
+        source, there = root / name, Path(importlib.util.cache_from_source(str(folder / 'yt_dlp' / name)))
+        with contextlib.suppress(FileNotFoundError):  # it is compiled when it is used
+            there.parent.mkdir(exist_ok=True)
+            shutil.copy(importlib.util.cache_from_source(str(source)), there)
+            shutil.copystat(source, folder / 'yt_dlp' / name)
 
 
 @functools.lru_cache(maxsize=None)
@@ -4930,7 +4976,7 @@ class TestVendor(unittest.TestCase):
 
     def test_a_release_that_does_not_fit_this_program_is_broken(self) -> None:
         root, version = self.folder / 'copy', '9999.1.1'
-        zipfile.ZipFile(io.BytesIO(make_wheel(version, some_files()))).extractall(root)
+        unpack_compiled(version, some_files(), root)
         for name, there, then, why in (
                 ('networking/_urllib.py', 'hc._create_connection = create_connection', 'pass',
                  'http://127.0.0.1:1/ ends with network'),  # it gets around the guard of private addresses
@@ -5071,7 +5117,7 @@ class FreshDaemon(Daemon):
 
     def put(self, version: str, files: Dict[str, str], **state: Any) -> None:
         """Installs `files` as `version` by hand."""
-        zipfile.ZipFile(io.BytesIO(make_wheel(version, files))).extractall(self.vendor.folder / version)
+        unpack_compiled(version, files, self.vendor.folder / version)
         self.vendor.remember(version=version, **state)
 
     def health(self) -> Dict[str, Any]:
@@ -7946,7 +7992,7 @@ class TestWallClock(DaemonTest):
         control = RUN / 'clock'
         control.write_text('+0')
         faked = {'LD_PRELOAD': str(FAKETIME), 'FAKETIME_TIMESTAMP_FILE': str(control),
-                 'FAKETIME_NO_CACHE': '1', 'FAKETIME_DONT_FAKE_MONOTONIC': '1', 'DONT_FAKE_MONOTONIC': '1',
+                 'FAKETIME_CACHE_DURATION': '1', 'FAKETIME_DONT_FAKE_MONOTONIC': '1', 'DONT_FAKE_MONOTONIC': '1',
                  'PATH': path_without_ffmpeg()}  # its waits for children do not work under faketime
         daemon = self.new_daemon(site=None, downloads={'retry_delays': '3', 'max_retries': '9'}, security=ANYWHERE,
                                  env=faked)
@@ -9186,7 +9232,7 @@ def bench_start(site: Standin) -> None:
     times = []
     for _ in range(5):
         began = time.monotonic()
-        daemon.launch()
+        daemon.launch(from_source=True)
         while True:
             with contextlib.suppress(OSError):
                 if daemon.client.get('/api/v1/health').status == 200:
@@ -9367,7 +9413,7 @@ def cmd_bench(args: List[str]) -> int:
 # here, so that counts, skips, failures, -v and -f are those of one ordinary run. A single class
 # runs as ever, in this process.
 
-AT_ONCE = 3  # classes; two would leave two cores idle half of the time
+AT_ONCE = 4  # classes; two would leave two cores idle half of the time
 LONGEST_FIRST = ('downloads', 'buckets', 'TestFreshDaemon', 'TestVendor', 'TestPage')  # or the last would run alone
 
 
@@ -9540,6 +9586,7 @@ def prepare() -> None:
     """What every child would otherwise make for itself."""
     for make in (vendored, certificates, path_without_ffmpeg, standin_certificates):
         make()
+    compiled(HERE / 'videoserverd.py')
 
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: Optional[str]) -> unittest.TestSuite:
