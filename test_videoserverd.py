@@ -1105,18 +1105,19 @@ class TestEndAndResume(DaemonTest):
 #     site.tiktok(page={'fail': [503, 503]}); site.tiktok(state='private'); site.short(post, 'vm')
 #     site.instagram('video', 'photo', 'video', title='…'); site.direct('hls'); site.close()
 
-# One second of H.264 and AAC as mp4 and as MPEG-TS, made once by ffmpeg: no test needs one for its media.
+# A second of H.264 and AAC as MPEG-TS and, with a frame after it as most have, as mp4; made once by ffmpeg: no
+# test needs one for its media.
 TINY_MP4 = zlib.decompress(base64.b85decode(
-    'c-oazZ%9*76u<Ay=}@Z~v*sGPXo?X*np&pWnw2Zk1XBVd+jgJsvG=z5-rKU!SQ0S<KUoBpkU<*sM>PCU2pJSAVf3Xzev1++2to*|FYDa*wtUVhb$'
-    'P#c?>*<-bIv{I_Z~vX(k5L9u%e$wh(=@vlsH4~Vm?q>jF9#`@ArogLL49RV6<##KFgpGd6ovX+$wo*Lu(EV<k2AsPA{y_NM1RnW~Db0d+j(W<2nF'
-    'gd23~`B*JWFI8j<U5%(*frM~c(b;82J<K(;BWHh~$H@iHT6B3#biy5_LGwl5irw?-sv7xT>tgj6gh7d11Ri|miiq4D$rcHH??4ZC|lr?oqlw2IFC'
-    'q+rbDw~I-X{(fiTs$ma-jT4#J^}U?j&*gGl$WMzgfSL_H=#leWuMB5eL#8bFc0S#YHv;*CQV5rFH2R!{i760_srNS>o}ay2b^Lco&$lwB?<8YXLu'
-    'AKqbSM6Pvi=o^hlA52{|3tk>;C0?pE2WVFleqRo>tWwE{K(SimOIKv8o0m-N~P2&J0<6#&SYZd!wIbPB>z)c+HG4Z@`*2sgJn;i`eQ_HZh~iT<EZ'
-    'ZP^HWtRh@zoN#)PU*_~*$W|36+odG3`QY#1Tybq$>0-6=g_ScRmYb;whr<P+OoMr|Emv0NLv^T_79?7Ou6Y5a!-}Gp(?zjS+9#=Lp;x+0BGV*Rk%'
-    '}I45<TcRC1fh9s6u2p3Vr@kLkrIcP$Cns18^5G19Fqt9>Bzb;ODqR4Egggi>`J;_JoFtdnNOMAeKmt%6LXf)M}f$anNkR83=Id=IL049lADwf!_#'
-    'K!DFXH87&zgYhfZi`H@$M9=nriL^Rd=x+^w1&~9pYQCC?X6@q2^-VXH)Je_^l?=5xr4PEne_j|qNAMIB&y?B0pZhK$Rx#2+~+G#TEZfq%xMm=@Y)'
-    'BL)LiHRu^LJbI)b!fnRP#2s$dG?AWg_>a^m+7C8(+%z;*+}DvjeP6+{_IBHmX3Sb1|f*&-#o9gj}6sm&4b5l_y3Nvx7iwP$<~>L!r5E7eVN9hPhS'
-    'hV@%udvl3&H%@yfyiUQWy~JJDMheNz9!>#2M6I7Q%%Brogw*4c%{*yyo^#b4dFWUD{!4IRk'))
+    'c-oazZ%7ki7=Q2Pbg0#oS!$yeO%WnUQ_C#VS-FClAW2|k=iZweyK~pwZBS@UiO|4L5`iTo^zTC@D*I3f86+xE^rb<5iyA}_gb-w3*7M%o*f}?|mwWD'
+    'gpFi*O_jiX7vU%hyf=>$Y2+@e_Kvhi0UC9g8l?WNH^MODJA;j?^FGg#Y;TuBPQA8o~Bp0>TDwS_U8!iLnF(8YKAI=wKzY^21-W$Y48^=i-*9jC>SUZ'
+    'bl33e;XNpkXr=2y8(t@7B%z`@4j)Y^$R0iAoJF#Elj6BC+{53_p94&Vb$rWbQ8v7sLDzFrR;EFoTTs!!97Rh<=!tVdTyeo*9W>Y2il+|9vxR+1&Gvw'
+    '2E}mZ24-@UT+6GowZ7DvrnDO`y<BIp*@>pHWE<?2ig8EqCTlkfCIem+ffVlT#GR_AWXo`!w7z3ydUa5eQkjWl?Kzju)Y<deTryR+>*1tq$0xWo1@kL'
+    'v4CJrGcOV<n9zXrPC*5cCfpus|7MeT|nD_d_dbtk0se1NP^Bd1H-QZf`QYn4FE_d!JmX0_5Z-n06^k5D*?dy%m8cv7(2r004N25y?V=b;IR&Xf(Agd'
+    '#IJF>8SqtW;JcOrzFzoSFzd>u)oC`UUtBFKVP&X>a5!8B$}HG-G#06s;)IMKF<ML=F_aA_ie3vJ)g}#m%<6<mWIFs0m=NBSfTj*6#6dwCSWE&W3W1t'
+    '{FO_-(OfHH6j!XDfJ`=0d-9td1&`_E;vL6d#ne?WHXXQkX_UH!&Llzl9;PgW?`BYSxJR%Ff6RM8Kj7$~VazNI}4h`-enn(21{oG<iQ^Rlj;*(=NrER'
+    'ZW^{r7cSabNp#NgPArH`ZjYWK**EpPv*-(UO1aWmJCmzUq|9jUnVXq<@lm0Aw8ca}$^Uf03`za<ih%#jcq5rofc8nYfZ1!vD*ykXmfIm-?W(7%Vyx4'
+    'BQ|BZD*k_($K*m$yrHUVfNw5rcU7{VSJaYNFX_9Y51@<WJOh&)00M+O-%fU%Fc~l3QHy^?O-A{&dhu@~=BIU0+_tD~Vf{BE#j;nbu!^uj|=!2vkV&v'
+    'TyBLimk*aPsdhP`y2lPu3{N{'))
 TINY_TS = zlib.decompress(base64.b85decode(
     'c-nJ!5Hw(HU~u}N%D{M#f#E;ne+I@s4I&;wjBIXhxdo}|oWZF@WtqvT28QJ|&ZqtlCgASC0CGFS241k+85ln>Xl-QK^nWM-_W-clnKsCR-Tsi_1A'
     '{b(;D5;YfsKo$G%tmLqxMDl;B>nqgMr)y28K4DItCm{fRXWlfuW&+Rgr;{H4zjyoF71By3+yfWr8B^(+{{XFfcQ)fCvSffE8{a$&3?Dj4GRejMR='
@@ -9413,8 +9414,9 @@ def cmd_bench(args: List[str]) -> int:
 # here, so that counts, skips, failures, -v and -f are those of one ordinary run. A single class
 # runs as ever, in this process.
 
-AT_ONCE = 4  # classes; two would leave two cores idle half of the time
-LONGEST_FIRST = ('downloads', 'buckets', 'TestFreshDaemon', 'TestVendor', 'TestPage')  # or the last would run alone
+AT_ONCE = 2 * (os.cpu_count() or 1)  # classes: with fewer a core is often idle, as they wait for one thing or another
+LONGEST_FIRST = ('downloads', 'TestPage', 'buckets', 'TestFreshDaemon', 'TestVendor', 'TestBadStarts',
+                 'TestKillAndFullDisk', 'TestEndAndResume', 'TestCrowd', 'TestMainJob')  # or the last would run alone
 
 
 class Record(unittest.TestResult):
