@@ -3254,6 +3254,7 @@ class TestSignals(DaemonTest):
         wait_until(lambda: 'restart refused' in daemon.log(), 10)
         daemon.download(self.site.tiktok())
 
+    @unittest.skipUnless(Path('/proc/self/environ').exists(), 'only Linux tells')
     def test_started_from_source_it_goes_on_as_the_tests_start_it(self):
         def life(daemon: Daemon, from_source: bool) -> List[Any]:
             daemon.launch(from_source)
