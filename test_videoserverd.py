@@ -160,6 +160,13 @@ def hurried_program(constants: Tuple[Tuple[str, str], ...]) -> Path:
     return program
 
 
+@functools.lru_cache(maxsize=None)
+def compiled(program: Path) -> str:
+    """The compiled form of a copy of the program, as it finds or makes it itself."""
+    with unittest.mock.patch.object(v, 'PROGRAM', program):
+        return v.compiled_form()
+
+
 def clean_environment() -> Dict[str, str]:
     """This environment without what configures the daemon, yt-dlp or Python."""
     return {name: text for name, text in os.environ.items() if not name.upper().startswith(OWN_VARIABLES)}
@@ -316,6 +323,10 @@ class Daemon:
         """How it, or one of its commands, is started."""
         return [*self.prefix, sys.executable, str(self.program), '--config', str(self.file), *words]
 
+    def line_behind(self) -> List[str]:
+        """What that goes on as: the compiled form. Tests begin there, as what comes before is half of a start."""
+        return [*self.prefix, sys.executable, *v.ALONE, compiled(self.program), str(self.file)]
+
     def run(self, *words: str, seconds: float = 30, **options: Any) -> Any:
         """Runs a command (`add URL`, `doctor`…) beside it; .returncode, .stdout (both channels)."""
         return subprocess.run(self.command_line(*words), env=self.env, encoding='utf-8', timeout=fair(seconds), **{
@@ -330,11 +341,14 @@ class Daemon:
         self.client, self.poller = self.new_client(), self.new_client(keep_alive=True)
         return self
 
-    def launch(self) -> None:
+    def launch(self, from_source: bool = False) -> None:
         """Starts it and does not wait."""
         self.exit_code = None
+        line, env = self.command_line(), self.env
+        if not from_source:
+            line, env = self.line_behind(), {'MALLOC_ARENA_MAX': '1', **env, 'VIDEOSERVERD_PROGRAM': str(self.program)}
         with (self.folder / 'console.txt').open('ab') as console:
-            self.process = subprocess.Popen(self.command_line(), env=self.env, cwd=str(self.folder), stdout=console,
+            self.process = subprocess.Popen(line, env=env, cwd=str(self.folder), stdout=console,
                                             stderr=console, stdin=subprocess.DEVNULL, start_new_session=True)
 
     def listens(self) -> bool:
@@ -1091,18 +1105,19 @@ class TestEndAndResume(DaemonTest):
 #     site.tiktok(page={'fail': [503, 503]}); site.tiktok(state='private'); site.short(post, 'vm')
 #     site.instagram('video', 'photo', 'video', title='…'); site.direct('hls'); site.close()
 
-# One second of H.264 and AAC as mp4 and as MPEG-TS, made once by ffmpeg: no test needs one for its media.
+# A second of H.264 and AAC as MPEG-TS and, with a frame after it as most have, as mp4; made once by ffmpeg: no
+# test needs one for its media.
 TINY_MP4 = zlib.decompress(base64.b85decode(
-    'c-oazZ%9*76u<Ay=}@Z~v*sGPXo?X*np&pWnw2Zk1XBVd+jgJsvG=z5-rKU!SQ0S<KUoBpkU<*sM>PCU2pJSAVf3Xzev1++2to*|FYDa*wtUVhb$'
-    'P#c?>*<-bIv{I_Z~vX(k5L9u%e$wh(=@vlsH4~Vm?q>jF9#`@ArogLL49RV6<##KFgpGd6ovX+$wo*Lu(EV<k2AsPA{y_NM1RnW~Db0d+j(W<2nF'
-    'gd23~`B*JWFI8j<U5%(*frM~c(b;82J<K(;BWHh~$H@iHT6B3#biy5_LGwl5irw?-sv7xT>tgj6gh7d11Ri|miiq4D$rcHH??4ZC|lr?oqlw2IFC'
-    'q+rbDw~I-X{(fiTs$ma-jT4#J^}U?j&*gGl$WMzgfSL_H=#leWuMB5eL#8bFc0S#YHv;*CQV5rFH2R!{i760_srNS>o}ay2b^Lco&$lwB?<8YXLu'
-    'AKqbSM6Pvi=o^hlA52{|3tk>;C0?pE2WVFleqRo>tWwE{K(SimOIKv8o0m-N~P2&J0<6#&SYZd!wIbPB>z)c+HG4Z@`*2sgJn;i`eQ_HZh~iT<EZ'
-    'ZP^HWtRh@zoN#)PU*_~*$W|36+odG3`QY#1Tybq$>0-6=g_ScRmYb;whr<P+OoMr|Emv0NLv^T_79?7Ou6Y5a!-}Gp(?zjS+9#=Lp;x+0BGV*Rk%'
-    '}I45<TcRC1fh9s6u2p3Vr@kLkrIcP$Cns18^5G19Fqt9>Bzb;ODqR4Egggi>`J;_JoFtdnNOMAeKmt%6LXf)M}f$anNkR83=Id=IL049lADwf!_#'
-    'K!DFXH87&zgYhfZi`H@$M9=nriL^Rd=x+^w1&~9pYQCC?X6@q2^-VXH)Je_^l?=5xr4PEne_j|qNAMIB&y?B0pZhK$Rx#2+~+G#TEZfq%xMm=@Y)'
-    'BL)LiHRu^LJbI)b!fnRP#2s$dG?AWg_>a^m+7C8(+%z;*+}DvjeP6+{_IBHmX3Sb1|f*&-#o9gj}6sm&4b5l_y3Nvx7iwP$<~>L!r5E7eVN9hPhS'
-    'hV@%udvl3&H%@yfyiUQWy~JJDMheNz9!>#2M6I7Q%%Brogw*4c%{*yyo^#b4dFWUD{!4IRk'))
+    'c-oazZ%7ki7=Q2Pbg0#oS!$yeO%WnUQ_C#VS-FClAW2|k=iZweyK~pwZBS@UiO|4L5`iTo^zTC@D*I3f86+xE^rb<5iyA}_gb-w3*7M%o*f}?|mwWD'
+    'gpFi*O_jiX7vU%hyf=>$Y2+@e_Kvhi0UC9g8l?WNH^MODJA;j?^FGg#Y;TuBPQA8o~Bp0>TDwS_U8!iLnF(8YKAI=wKzY^21-W$Y48^=i-*9jC>SUZ'
+    'bl33e;XNpkXr=2y8(t@7B%z`@4j)Y^$R0iAoJF#Elj6BC+{53_p94&Vb$rWbQ8v7sLDzFrR;EFoTTs!!97Rh<=!tVdTyeo*9W>Y2il+|9vxR+1&Gvw'
+    '2E}mZ24-@UT+6GowZ7DvrnDO`y<BIp*@>pHWE<?2ig8EqCTlkfCIem+ffVlT#GR_AWXo`!w7z3ydUa5eQkjWl?Kzju)Y<deTryR+>*1tq$0xWo1@kL'
+    'v4CJrGcOV<n9zXrPC*5cCfpus|7MeT|nD_d_dbtk0se1NP^Bd1H-QZf`QYn4FE_d!JmX0_5Z-n06^k5D*?dy%m8cv7(2r004N25y?V=b;IR&Xf(Agd'
+    '#IJF>8SqtW;JcOrzFzoSFzd>u)oC`UUtBFKVP&X>a5!8B$}HG-G#06s;)IMKF<ML=F_aA_ie3vJ)g}#m%<6<mWIFs0m=NBSfTj*6#6dwCSWE&W3W1t'
+    '{FO_-(OfHH6j!XDfJ`=0d-9td1&`_E;vL6d#ne?WHXXQkX_UH!&Llzl9;PgW?`BYSxJR%Ff6RM8Kj7$~VazNI}4h`-enn(21{oG<iQ^Rlj;*(=NrER'
+    'ZW^{r7cSabNp#NgPArH`ZjYWK**EpPv*-(UO1aWmJCmzUq|9jUnVXq<@lm0Aw8ca}$^Uf03`za<ih%#jcq5rofc8nYfZ1!vD*ykXmfIm-?W(7%Vyx4'
+    'BQ|BZD*k_($K*m$yrHUVfNw5rcU7{VSJaYNFX_9Y51@<WJOh&)00M+O-%fU%Fc~l3QHy^?O-A{&dhu@~=BIU0+_tD~Vf{BE#j;nbu!^uj|=!2vkV&v'
+    'TyBLimk*aPsdhP`y2lPu3{N{'))
 TINY_TS = zlib.decompress(base64.b85decode(
     'c-nJ!5Hw(HU~u}N%D{M#f#E;ne+I@s4I&;wjBIXhxdo}|oWZF@WtqvT28QJ|&ZqtlCgASC0CGFS241k+85ln>Xl-QK^nWM-_W-clnKsCR-Tsi_1A'
     '{b(;D5;YfsKo$G%tmLqxMDl;B>nqgMr)y28K4DItCm{fRXWlfuW&+Rgr;{H4zjyoF71By3+yfWr8B^(+{{XFfcQ)fCvSffE8{a$&3?Dj4GRejMR='
@@ -3282,6 +3297,20 @@ class TestSignals(DaemonTest):
         wait_until(lambda: 'restart refused' in daemon.log(), 10)
         daemon.download(self.site.tiktok())
 
+    @unittest.skipUnless(Path('/proc/self/environ').exists(), 'only Linux tells')
+    def test_started_from_source_it_goes_on_as_the_tests_start_it(self):
+        def life(daemon: Daemon, from_source: bool) -> List[Any]:
+            daemon.launch(from_source)
+            wait_until(daemon.listens, 20, daemon.tail)
+            words, environment = (Path(f'/proc/{daemon.pid}/{name}').read_bytes().split(b'\0')
+                                  for name in ('cmdline', 'environ'))
+            daemon.kill()
+            return [words, sorted(environment)]
+        daemon = self.new_daemon(start=False)
+        whole, short = life(daemon, True), life(daemon, False)
+        self.assertEqual(whole[0][:-1], [os.fsencode(word) for word in daemon.line_behind()])
+        self.assertEqual(whole, short)
+
     def test_sighup_takes_up_a_new_configuration_and_port_in_the_same_process(self):
         daemon = self.new_daemon()
         pid = daemon.pid
@@ -4695,9 +4724,15 @@ REAL_TRY_OUT = v.TRY_OUT
 
 
 def be_lenient(test: unittest.TestCase) -> None:
-    """Lets STUB pass for a yt-dlp in this test."""
+    """Lets STUB pass for a yt-dlp in this test. Trying that out takes nothing of the program, so it is not imported."""
+    real = v.apart
+
+    def apart(script: str, *words: str) -> Tuple[str, ...]:
+        line = real(script, *words)
+        return (*line[:line.index('-c') + 1], 'import sys\n' + script, *line[-2 - len(words):]) \
+            if script is LENIENT else line
     install = v.INSTALL.replace('try:', f'v.TRY_OUT = {LENIENT!r}\ntry:')
-    for name, value in (('TRY_OUT', LENIENT), ('INSTALL', install)):
+    for name, value in (('TRY_OUT', LENIENT), ('INSTALL', install), ('apart', apart)):
         patch = unittest.mock.patch.object(v, name, value)
         patch.start()
         test.addCleanup(patch.stop)
@@ -4739,6 +4774,19 @@ def make_wheel(version: str, files: Dict[str, str], more: Sequence[Any] = ()) ->
             archive.writestr(name, text)
         archive.writestr(f'{info}/RECORD', '')
     return stream.getvalue()
+
+
+def unpack_compiled(version: str, files: Dict[str, str], folder: Path) -> None:
+    """A release as an installation leaves it. The compiled form of a file that is as in the vendored yt-dlp is taken
+    from there: to Python it is that of the same source if size and time are the same."""
+    zipfile.ZipFile(io.BytesIO(make_wheel(version, files))).extractall(folder)
+    root = v.Vendor(HERE / 'vendor').current() / 'yt_dlp'
+    for name in [name for name, text in files.items() if text == real_files()[name] and name != 'version.py']:
+        source, there = root / name, Path(importlib.util.cache_from_source(str(folder / 'yt_dlp' / name)))
+        with contextlib.suppress(FileNotFoundError):  # it is compiled when it is used
+            there.parent.mkdir(exist_ok=True)
+            shutil.copy(importlib.util.cache_from_source(str(source)), there)
+            shutil.copystat(source, folder / 'yt_dlp' / name)
 
 
 @functools.lru_cache(maxsize=None)
@@ -5097,7 +5145,7 @@ class TestVendor(unittest.TestCase):
 
     def test_a_release_that_does_not_fit_this_program_is_broken(self) -> None:
         root, version = self.folder / 'copy', '9999.1.1'
-        zipfile.ZipFile(io.BytesIO(make_wheel(version, some_files()))).extractall(root)
+        unpack_compiled(version, some_files(), root)
         for name, there, then, why in (
                 ('networking/_urllib.py', 'hc._create_connection = create_connection', 'pass',
                  'http://127.0.0.1:1/ ends with network'),  # it gets around the guard of private addresses
@@ -5249,7 +5297,7 @@ class FreshDaemon(Daemon):
 
     def put(self, version: str, files: Dict[str, str], **state: Any) -> None:
         """Installs `files` as `version` by hand."""
-        zipfile.ZipFile(io.BytesIO(make_wheel(version, files))).extractall(self.vendor.folder / version)
+        unpack_compiled(version, files, self.vendor.folder / version)
         self.vendor.remember(version=version, **state)
 
     def health(self) -> Dict[str, Any]:
@@ -8277,7 +8325,7 @@ class TestWallClock(DaemonTest):
         control = RUN / 'clock'
         control.write_text('+0')
         faked = {'LD_PRELOAD': str(FAKETIME), 'FAKETIME_TIMESTAMP_FILE': str(control),
-                 'FAKETIME_NO_CACHE': '1', 'FAKETIME_DONT_FAKE_MONOTONIC': '1', 'DONT_FAKE_MONOTONIC': '1',
+                 'FAKETIME_CACHE_DURATION': '1', 'FAKETIME_DONT_FAKE_MONOTONIC': '1', 'DONT_FAKE_MONOTONIC': '1',
                  'PATH': path_without_ffmpeg()}  # its waits for children do not work under faketime
         daemon = self.new_daemon(site=None, downloads={'retry_delays': '3', 'max_retries': '9'}, security=ANYWHERE,
                                  env=faked)
@@ -9550,7 +9598,7 @@ def bench_start(site: Standin) -> None:
     times = []
     for _ in range(5):
         began = time.monotonic()
-        daemon.launch()
+        daemon.launch(from_source=True)
         while True:
             with contextlib.suppress(OSError):
                 if daemon.client.get('/api/v1/health').status == 200:
@@ -9731,8 +9779,9 @@ def cmd_bench(args: List[str]) -> int:
 # here, so that counts, skips, failures, -v and -f are those of one ordinary run. A single class
 # runs as ever, in this process.
 
-AT_ONCE = 3  # classes; two would leave two cores idle half of the time
-LONGEST_FIRST = ('downloads', 'buckets', 'TestFreshDaemon', 'TestVendor', 'TestPage')  # or the last would run alone
+AT_ONCE = 2 * (os.cpu_count() or 1)  # classes: with fewer a core is often idle, as they wait for one thing or another
+LONGEST_FIRST = ('downloads', 'TestPage', 'buckets', 'TestFreshDaemon', 'TestVendor', 'TestBadStarts',
+                 'TestKillAndFullDisk', 'TestEndAndResume', 'TestCrowd', 'TestMainJob')  # or the last would run alone
 
 
 class Record(unittest.TestResult):
@@ -9904,6 +9953,7 @@ def prepare() -> None:
     """What every child would otherwise make for itself."""
     for make in (vendored, certificates, path_without_ffmpeg, standin_certificates):
         make()
+    compiled(HERE / 'videoserverd.py')
 
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: Optional[str]) -> unittest.TestSuite:
