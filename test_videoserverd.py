@@ -8143,6 +8143,12 @@ class TestForeignPages(DaemonTest):
             self.assertIsNone(headers['Set-Cookie'])
         self.assertEqual(self.daemon.client.request('OPTIONS', '/api/v1/download').status, 405)
 
+    def test_a_method_that_is_unknown_ends_the_connection(self):
+        for method, path, status, ends in (('GET', '/nowhere', 404, 'keep-alive'), ('BREW', '/nowhere', 404, 'close'),
+                                           ('BREW', '/initiateDownload', 418, 'close')):
+            answer = self.daemon.client.request(method, path)
+            self.assertEqual((answer.status, answer.headers['Connection']), (status, ends), (method, path))
+
 
 class TestCrowd(DaemonTest):
     """A stalled, hostile or noisy client never holds up another."""

@@ -5467,7 +5467,8 @@ class Handler(BaseHTTPRequestHandler):
         """Whether the connection is kept: only after a request that was read to its end."""
         return (request is not None and request.unread == 0 and request.head.version == 'HTTP/1.1'
                 and 'close' not in request.field('connection').lower() and not self.server.draining
-                and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429)))
+                and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429))
+                and request.head.method in ('GET', 'HEAD', 'POST', 'DELETE'))
 
     def _send(self, request: Request | None, reply: Reply, keep: bool) -> None:
         """Head and small body in one piece: one TLS record, one packet."""
