@@ -1779,10 +1779,11 @@ def judge_words(links: Sequence[BaseException], text: str) -> Ending:
     if 'Requested format is not available' in text:
         return Ending('unsupported', 'not in the format asked for') if which('ffmpeg') else Ending('ffmpeg')
     reasons = [reason for link in links for name, reason in CLASSES.items() if is_a(link, name)]
-    reasons += [reason for reason, pattern in PATTERNS if pattern.search(text)]
+    extraction = [link for link in links if hasattr(link, 'orig_msg')]
+    told = PATTERNS[1:] if extraction else PATTERNS  # a site's own words about a disk are not about ours
+    reasons += [reason for reason, pattern in told if pattern.search(text)]
     if reasons:
         return Ending(reasons[0])
-    extraction = [link for link in links if hasattr(link, 'orig_msg')]
     if extraction and extraction[0].expected:
         return Ending('unsupported', sentence(extraction[0].orig_msg))
     if extraction:
@@ -2136,7 +2137,7 @@ def write_back(path: str, start: int, size: int) -> None:
 class JobFolder:
     """<output>/.incomplete/<id>: partial files, and job.json that tells what they are and where results go.
 
-    job.json is written without a sync: after another boot nothing here is believed."""
+    job.json is written without a sync: after another boot (known on Linux only) nothing here is believed."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, path / 'job.json'
