@@ -17,6 +17,7 @@ import contextlib
 import dis
 import errno
 import functools
+import gzip
 import hashlib
 import http.client
 import importlib.util
@@ -2011,6 +2012,13 @@ TRAPS = [
 class TestOneUrl(unittest.TestCase):
     """The URL that is judged is the URL that is stored and fetched, and no browser reads it otherwise."""
 
+    def test_a_label_of_thousands_of_characters_is_refused_at_once(self):
+        label = ''.join(map(chr, range(0x4e00, 0x4e00 + 2030)))
+        began = time.thread_time()
+        with self.assertRaises(v.Refused):
+            v.check_url(f'https://{label}.com/', security('*'))
+        self.assertLess(time.thread_time() - began, 0.2)  # its punycode takes more than a second
+
     def test_never_accepts_what_a_browser_would_send_elsewhere(self):
         for text in TRAPS:
             for settings in (LISTED, ANY_SITE, ANY_PLACE):
@@ -2428,6 +2436,15 @@ class TestFileNames(unittest.TestCase):
               'a' * 226 + '😀', 'CON', '\ufeffx', '\U000e0041x', '~' * 300, 'مرحبا\u200cبالعالم']
     ids = ['7123456789012345678', 'C1_-x', '-abc', '_abc', '.abc', 'a/b', 'a.b', 'é', 'e\u0301', 'x' * 99, 'x' * 100,
            'x' * 101, 'x' * 300, 'x' * 299 + 'y', '😀' * 80, '', '..', '\ud800', '\ud801', ' a', 'a ']
+
+    def test_a_title_of_endless_marks_takes_no_time(self):
+        title = 'a' + '\u0301\u0323' * 30_000
+        began = time.thread_time()
+        names = {v.file_name(title, 'id', 'mp4'), v.file_name(title, title, 'mp4'),
+                 v.file_name(title, title + 'x', 'mp4')}
+        self.assertLess(time.thread_time() - began, 0.5)  # all of them put in order: six seconds, for all threads
+        self.assertEqual(len(names), 3)
+        self.assertLessEqual(max(len(name.encode()) for name in names), 255)
 
     def test_never_over_255_bytes_and_never_without_id_or_extension(self):
         for title in self.titles:
@@ -3937,7 +3954,8 @@ class TestFormats(DownloadTest):
         key, iv, text = os.urandom(16), os.urandom(16), os.urandom(4096)
         data = run_openssl('enc', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex(), data=text)
         self.assertEqual(v.openssl_decrypt(data, key, iv), text)
-        self.assertEqual(v.openssl_decrypt(data, b'no key', iv), b'')  # then yt-dlp's own has a try
+        with self.assertRaises(v.Ending):  # yt-dlp's own would take half a minute to find out
+            v.openssl_decrypt(data, b'no key', iv)
 
     def test_an_estimate_that_grows_does_not_make_progress_fall(self):
         meter = v.Meter(self.told.append)
@@ -3966,6 +3984,10 @@ class TestFormats(DownloadTest):
 
 class TestFailures(DownloadTest):
     """What goes wrong is told in words, and tried again only where that can help."""
+
+    def test_words_of_a_site_do_not_pause_the_queue(self):
+        error = type('YoutubeDLError', (Exception,), {'orig_msg': 'No space left on device', 'expected': True})()
+        self.assert_ends(v.judge(error, self.output, True).outcome, 'give_up', 'unsupported')
 
     def test_each_kind_of_failure_ends_as_it_should(self):
         tiktok = {'private': ('give_up', 'private'), 'private_post': ('give_up', 'private'),
@@ -4496,6 +4518,54 @@ class TestLimits(DownloadTest):
         began = time.monotonic()
         self.assert_done(self.fetch(post, options=['-r', '100M'], config=config), post.media[0])
         self.assertGreater(time.monotonic() - began, 1.2)
+
+
+class TestHostileSites(DownloadTest):
+    """What a site sends to use up memory or time ends this one download."""
+
+    def direct(self, path: str, body: bytes, type: str = 'text/html', **more: Any) -> Any:
+        """The outcome of a direct link to these bytes."""
+        self.site.add('127.0.0.1', path, body, type, **more)
+        return self.fetch(self.site.http + path, config=self.direct_config())
+
+    def test_a_page_without_end_is_not_read_into_memory(self):
+        page = b'<html><title>x</title>' + b'x' * (v.LARGEST_PAGE + 1000)
+        bare = zlib.compressobj(wbits=-15)
+        packings = {'identity': page, 'gzip': gzip.compress(page), 'deflate': zlib.compress(page),
+                    'gzip, gzip': gzip.compress(gzip.compress(page)), 'raw': bare.compress(page) + bare.flush()}
+        for packing, body in packings.items():
+            with self.subTest(packing=packing):
+                outcome = self.direct('/endless', body, headers={'Content-Encoding': packing.replace('raw', 'deflate')})
+                self.assert_ends(outcome, 'give_up', 'unsupported')
+                self.assertIn('8.0 MB', outcome.message)
+        playlist = b'#EXTM3U\n' + (b'a' * 999 + b'\n') * (v.LARGEST_PAGE // 1000 + 2)
+        self.assert_ends(self.direct('/endless.m3u8', playlist, 'application/vnd.apple.mpegurl'),
+                         'give_up', 'unsupported')
+
+    def test_a_page_up_to_there_is_read_packed_or_not(self):
+        self.site.add('127.0.0.1', '/d/large.mp4', movie(), 'video/mp4')
+        page = b'<html><title>x</title><video src="/d/large.mp4"></video>' + b' ' * 3_000_000
+        for packing, body in (('identity', page), ('gzip', gzip.compress(page)), ('deflate', zlib.compress(page))):
+            self.assertEqual(self.direct('/large', body, headers={'Content-Encoding': packing}).kind, 'done', packing)
+
+    def test_a_key_that_is_none_ends_it_at_once(self):
+        for key in (b'', b'x' * 15, b'x' * 17, b'x' * 100_000):
+            post = self.site.direct('hls_aes', size=4_000_000)
+            self.site.add('127.0.0.1', urlsplit(post).path[:-5] + '.key', key, 'application/octet-stream')
+            began = time.thread_time()
+            self.assert_ends(self.fetch(post, config=self.direct_config()), 'retry', 'bad_media')
+            self.assertLess(time.thread_time() - began, 5)  # in Python: half a minute, and deaf to a stop
+
+    def test_a_title_of_endless_marks_delays_nothing(self):
+        info = {'title': 'a' + '\u0301\u0323' * 30_000, 'id': 'x'}
+        file = self.folder / 'x.mp4'
+        file.write_bytes(movie())
+        v.import_ytdlp(ytdlp_folder())
+        for options in ([], ['--restrict-filenames']):
+            v.here.attempt = attempt = self.attempt('https://www.tiktok.com/@a/video/1', options=options)
+            began = time.thread_time()
+            self.assertLessEqual(len(attempt._result(info, file, '')['title']), v.LONGEST_TITLE)
+            self.assertLess(time.thread_time() - began, 0.5, options)
 
 
 class TestGuard(DownloadTest):

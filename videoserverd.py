@@ -70,8 +70,6 @@ VERSION = '1.0.0'
 BUILT = 1795219200  # 2026-11-21, epoch seconds: a clock that shows less is wrong
 PROGRAM = Path(os.environ.get('VIDEOSERVERD_PROGRAM', __file__)).absolute()  # also when its compiled form runs
 log = logging.getLogger('videoserverd')
-
-
 Any = object  # in annotations only; the module typing takes 0.4 MB
 
 
@@ -175,11 +173,6 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 def words(text: str) -> tuple[str, ...]:
     """The comma-separated words of `text`."""
     return tuple(word.strip() for word in text.split(',') if word.strip())
-
-
-def plain(text: str) -> str:
-    """The text itself."""
-    return text
 
 
 def needed(text: str) -> str:
@@ -292,7 +285,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     'downloader': {
         'ytdlp_directory': Setting('vendor', Path, 'where the vendored yt-dlp lives'),
         'auto_update': Setting('on', on_off, 'fetch a newer yt-dlp weekly and when a site has changed'),
-        'format': Setting('', plain, 'yt-dlp format; empty: the best that an iPhone plays, as mp4'),
+        'format': Setting('', str, 'yt-dlp format; empty: the best that an iPhone plays, as mp4'),
         'rate_limit': Setting('', optional(parse_size), 'bytes per second, such as 1M; empty: none'),
         'user_agent_rotation': Setting('on', on_off, 'another browser name for each download'),
         'timeout': Setting('300', whole(5, 86400), 'seconds in which an attempt must gain at least 64 KB'),
@@ -310,9 +303,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     's3': {
         'endpoint': Setting('', optional(http_url), 'object storage that gets a copy of each file; empty: none'),
         'public_endpoint': Setting('', optional(http_url), 'the address of it that a phone reaches'),
-        'bucket': Setting('', plain, 'bucket; {bucket} in the endpoint: virtual-host addresses'),
+        'bucket': Setting('', str, 'bucket; {bucket} in the endpoint: virtual-host addresses'),
         'region': Setting('us-east-1', needed, 'region to sign for'),
-        'prefix': Setting('', plain, 'put before each object name'),
+        'prefix': Setting('', str, 'put before each object name'),
         'url_expiry': Setting('86400', whole(60, 604800), 'seconds that a signed link lives'),
     },
     'logging': {
@@ -615,13 +608,15 @@ def ascii_label(label: str) -> str:
     Only what all of IDNA 2003, IDNA 2008 and UTS 46 read alike: letters, marks and digits that
     no mapping but lower case changes. So no program can take the label for another one."""
     lower = label.lower()
+    if len(lower) > 63:
+        raise ValueError('too long')  # before the work: encoding thousands of characters takes seconds
     if not lower.isascii():
         import unicodedata  # 0.1 MB that plain links can do without
         mapped = unicodedata.normalize('NFKC', label.casefold()) != lower or IGNORED.search(lower)
         if mapped or any(unicodedata.category(character)[0] not in 'LMN' for character in lower if character != '-'):
             raise ValueError('ambiguous')
         lower = 'xn--' + lower.encode('punycode').decode('ascii')
-    elif lower.startswith('xn--') and (len(lower) > 63 or ascii_label(lower[4:].encode().decode('punycode')) != lower):
+    elif lower.startswith('xn--') and ascii_label(lower[4:].encode().decode('punycode')) != lower:
         raise ValueError('not canonical')
     if not LABEL.fullmatch(lower):
         raise ValueError('not a label')
@@ -964,14 +959,15 @@ def media_type(name: str) -> str:
 
 HOSTILE = re.compile(r'[\\/:*?"<>|]+')  # to Windows and SMB shares; slash and colon to all
 NAME_BYTES = 255  # of UTF-8: the limit of ext4, APFS and others
+LONGEST_TITLE = 1000  # characters looked at: putting 100,000 marks in order stops all threads for a minute
 SUFFIX_BYTES = 28  # kept for '.part.ext', so that a subtitle's name begins like its video's
 
 
 def readable(text: str) -> str:
-    """`text` for a file name: composed, one line, without invisible marks or hostile characters."""
+    """The start of `text` for a file name: composed, one line, without invisible marks or hostile characters."""
     import unicodedata
     shown = (character if character in '\u200c\u200d' else ' ' if character.isspace() else
-             '' if unicodedata.category(character)[0] == 'C' else character for character in text)
+             '' if unicodedata.category(character)[0] == 'C' else character for character in text[:LONGEST_TITLE])
     return ' '.join(HOSTILE.sub('_', unicodedata.normalize('NFC', ''.join(shown))).split())
 
 
@@ -1060,7 +1056,6 @@ END;
 MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA)  # user_version counts the ones that have run
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
 CHECK_SECONDS = 0.25  # of quick_check at the start; a large database is checked in full with each daily copy
-
 
 # The link whose hour has to pass before the client may send another; a future row (clock set back) does not count.
 HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? AND created_at <= ? '
@@ -1258,10 +1253,8 @@ class Store:
         writer, self._writer = self._writer, None
         if writer is None:
             return
-        try:
+        with suppress(sqlite3.Error):  # a rollback may have happened by itself; the next start makes a checkpoint
             writer.execute(last_words).fetchall()
-        except sqlite3.Error:
-            pass  # a rollback may have happened by itself; a checkpoint is made by the next start
         try:
             writer.close()
         except sqlite3.Error as error:
@@ -1689,7 +1682,6 @@ class Board:
             self._changed.notify_all()
 
 
-
 # ---------- download ----------------------------------------------------------------------
 # Owns the vendored yt-dlp (its only importer), what it may connect to and run, and the folder
 # <output>/.incomplete/<id>, in which one Attempt at a time downloads. Locks: Attempt._changed
@@ -1787,10 +1779,11 @@ def judge_words(links: Sequence[BaseException], text: str) -> Ending:
     if 'Requested format is not available' in text:
         return Ending('unsupported', 'not in the format asked for') if which('ffmpeg') else Ending('ffmpeg')
     reasons = [reason for link in links for name, reason in CLASSES.items() if is_a(link, name)]
-    reasons += [reason for reason, pattern in PATTERNS if pattern.search(text)]
+    extraction = [link for link in links if hasattr(link, 'orig_msg')]
+    told = PATTERNS[1:] if extraction else PATTERNS  # a site's own words about a disk are not about ours
+    reasons += [reason for reason, pattern in told if pattern.search(text)]
     if reasons:
         return Ending(reasons[0])
-    extraction = [link for link in links if hasattr(link, 'orig_msg')]
     if extraction and extraction[0].expected:
         return Ending('unsupported', sentence(extraction[0].orig_msg))
     if extraction:
@@ -1828,6 +1821,7 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
 here = threading.local()  # .attempt: whose work this thread does; set by its worker and at each request
 PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
 LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
+LARGEST_PAGE = 8 << 20  # bytes, unpacked; pages, manifests and keys are held in memory
 LOCAL_FILES = (  # the last: demuxers by name, so that a playlist that calls itself a video is not followed
     '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
     'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata')
@@ -1847,6 +1841,28 @@ def guard_network() -> None:
     _urllib.FTPHandler = _urllib.UnknownHandler  # ftplib would connect by itself
     clock = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: here.attempt.nap(seconds)})
     common.time = extractor.time = _utils.time = clock
+
+
+def guard_memory() -> None:
+    """No page, packed or not, is read beyond LARGEST_PAGE bytes."""
+    import zlib
+
+    from yt_dlp.networking import _urllib
+    handler = _urllib.HTTPHandler
+    decode = handler.http_response
+
+    def small(page):
+        if len(page) > LARGEST_PAGE:
+            raise Ending('unsupported', f'a page has more than {format_size(LARGEST_PAGE)}')
+        return page
+
+    def http_response(self, req, answer):
+        read, unsure = answer.read, answer.length is None or answer.length > LARGEST_PAGE
+        answer.read = lambda size=None: small(read(LARGEST_PAGE + 1)) if size is None and unsure else read(size)
+        return decode(self, req, answer)
+    handler.http_response = handler.https_response = http_response
+    _urllib.zlib = SimpleNamespace(**{**vars(zlib), 'decompress': lambda data, wbits=15: small(
+        zlib.decompressobj(wbits).decompress(data, LARGEST_PAGE + 1))})
 
 
 def die_with_us() -> Callable[[], None] | None:
@@ -1889,12 +1905,14 @@ def guard_processes() -> None:
 
 
 def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
-    """AES-CBC by the openssl command, empty if that cannot; yt-dlp's own takes ten seconds per MB."""
+    """AES-128 by the openssl command, empty if that cannot; yt-dlp's own takes ten seconds per MB, deaf to a stop."""
+    if len(key) != 16 or len(iv) != 16:  # which openssl would refuse
+        raise Ending('bad_media')
     import subprocess
 
     from yt_dlp.utils import Popen
     with suppress(OSError):
-        with Popen(['openssl', 'enc', '-d', f'-aes-{len(key) * 8}-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()],
+        with Popen(['openssl', 'enc', '-d', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()],
                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
             return child.communicate_or_kill(data)[0]
     return b''
@@ -1984,10 +2002,8 @@ def import_ytdlp(folder: Path) -> Any:
             sys.path.insert(0, str(folder))
             try:
                 import yt_dlp
-                guard_network()
-                guard_processes()
-                guard_fragments()
-                spare()
+                for guard in (guard_network, guard_memory, guard_processes, guard_fragments, spare):
+                    guard()
                 IMPORTED['Session'] = session_class(yt_dlp.YoutubeDL)
             except BaseException:
                 for name in [name for name in sys.modules if name.partition('.')[0] == 'yt_dlp']:
@@ -2121,7 +2137,7 @@ def write_back(path: str, start: int, size: int) -> None:
 class JobFolder:
     """<output>/.incomplete/<id>: partial files, and job.json that tells what they are and where results go.
 
-    job.json is written without a sync: after another boot nothing here is believed."""
+    job.json is written without a sync: after another boot (known on Linux only) nothing here is believed."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, path / 'job.json'
@@ -2392,11 +2408,9 @@ class Attempt:
 
     def check(self, now: float) -> None:
         """Stop it if the disk gets full or nothing is gained for too long. `now`: time.monotonic()."""
-        try:
+        with suppress(OSError):  # the folder is gone: the next write says so
             if free_space(self.output) < self.config.downloads.min_free_space:
                 self.stop('disk')
-        except OSError:
-            pass  # the folder is gone: the next write says so
         since, size, changed, steps = self._mark
         new_size, new_changed = self.folder.size()
         alive = self.meter.phase == 'file' or self.meter.phase == 'merge' and new_changed != changed
@@ -2694,7 +2708,7 @@ class Attempt:
             self.go_on()
             self.folder.clear()
             raise Ending('bad_media')
-        title = str(info.get('title') or '')
+        title = str(info.get('title') or '')[:LONGEST_TITLE]
         if dict(self.job.options).get('restrictfilenames'):
             title = sanitize_filename(title, restricted=True)
         return {'source': path.name, 'title': title, 'id': str(info.get('id') or self.job.id), 'part': language,
