@@ -1558,9 +1558,13 @@ class Lock:
         else:  # what was kept across a re-execution may lock the database of before
             self.release()
             self.fd = fresh
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        for _ in range(10):
+            try:
+                fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                time.sleep(0.02)  # running() of another process has it for a moment
+        else:
             holder = self.holder()
             os.close(self.fd)
             self.fd = None
@@ -1822,6 +1826,7 @@ here = threading.local()  # .attempt: whose work this thread does; set by its wo
 PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
 LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
 LARGEST_PAGE = 8 << 20  # bytes, unpacked; pages, manifests and keys are held in memory
+LARGEST_FRAGMENT = 128 << 20  # bytes; those of HLS and DASH, too
 LOCAL_FILES = (  # the last: demuxers by name, so that a playlist that calls itself a video is not followed
     '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
     'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata')
@@ -1951,6 +1956,14 @@ def guard_fragments() -> None:
     if fragment.FragmentFD._write_ytdl_file is not write_index:  # AttributeError where a new yt-dlp has renamed it
         fragment.FragmentFD._write_ytdl_file = write_index
     fragment.aes_cbc_decrypt_bytes = lambda *args: openssl_decrypt(*args) or decrypt(*args)
+    read = fragment.FragmentFD._read_fragment
+
+    def read_fragment(self, ctx):
+        with suppress(TypeError, OSError):  # there is none: as yt-dlp has it
+            if os.path.getsize(ctx['fragment_filename_sanitized']) > LARGEST_FRAGMENT:
+                raise Ending('unsupported', f'a fragment has more than {format_size(LARGEST_FRAGMENT)}')
+        return read(self, ctx)
+    fragment.FragmentFD._read_fragment = read_fragment
 
 
 def session_class(base: Any) -> Any:
