@@ -2807,7 +2807,7 @@ class Strace:
             thread, _, call = line.partition(' ')
             call = call.strip()
             if call.endswith('<unfinished ...>'):
-                begun[thread] = call[:-len('<unfinished ...>')]
+                begun[thread] = call[:-len('<unfinished ...>')].rstrip()
                 continue
             resumed = re.match(r'<\.\.\. \w+ resumed>(.*)', call)
             whole.append(begun.pop(thread, '') + resumed[1] if resumed else call)
