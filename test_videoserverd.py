@@ -3207,6 +3207,12 @@ class TestCommands(DaemonTest):
         daemon.terminate()
         self.assertIn(tiktok_link(2), daemon.run('list').stdout)
 
+    def test_a_terminal_that_lacks_letters_shows_the_list_all_the_same(self):
+        daemon = self.new_daemon(start=False)
+        daemon.run('add', *map(tiktok_link, range(21)))
+        daemon.change_env({'PYTHONIOENCODING': 'latin-1'})
+        self.assertIn('\\u2026 and 1 older ones', daemon.run('list').stdout)
+
     def test_doctor_names_each_fault_and_what_mends_it(self):
         daemon = self.new_daemon()
         done = daemon.run('doctor')
@@ -8804,7 +8810,8 @@ class TestPage(DaemonTest):
     def test_a_deep_link_and_the_share_target_only_fill_the_box(self):
         before, link = self.newest(), 'https://vm.tiktok.com/ZM1/'
         for query, text in (('url=https%3A%2F%2Fvm.tiktok.com%2FZM1%2F', link),
-                            ('title=A+cat&text=Look%21+https%3A%2F%2Fvm.tiktok.com%2FZM1%2F', f'Look! {link}')):
+                            ('url=https%3A%2F%2Fvm.tiktok.com%2FZM1%2F', link),  # again: what waits there stays, once
+                            ('title=A+cat&text=Look%21+https%3A%2F%2Fvm.tiktok.com%2FZM1%2F', f'{link}\nLook! {link}')):
             self.visit('/?' + query)
             self.assertEqual(self.browser.get('#box', 'value'), text)
             self.assertEqual(self.browser.run('return [document.activeElement.id, location.search]'), ['send', ''])

@@ -6397,7 +6397,7 @@ function speak() {
 function prefill() {
   const shared = new URLSearchParams(location.search);
   const text = [shared.get('url'), shared.get('text')].filter(Boolean).join('\n') || shared.get('title');
-  fill(text || recall('draft', ''));
+  fill([...new Set([recall('draft', ''), text])].filter(Boolean).join('\n'));  // what waits there is not lost
   if (!text) return;
   history.replaceState(null, '', location.pathname);
   $('send').focus();
@@ -7645,6 +7645,8 @@ def run_compiled(config: Config) -> None:
 
 def act(file: Path | None, options: Any) -> int:
     """Load the configuration and do what is asked; `options` None: serve, in the compiled form."""
+    with suppress(AttributeError):  # None where it is closed
+        sys.stdout.reconfigure(errors='backslashreplace')  # titles have letters that a terminal of Latin-1 has not
     try:
         config = load_config(file, dict(os.environ))
         if options is None:
