@@ -21,10 +21,10 @@ The map. One law: a name is used only below the line that defines it; calls poin
     daemon       wiring, order of start and stop, signals, re-execution
     commands     what the command line offers
 
-Threads: main waits for signals; `accept` takes connections; `request` threads (at most 128) do
-their own TLS handshake under a deadline and never wait for yt-dlp; `commit` alone writes the
-database; `schedule` alone pops the heap; each download has a `worker-…`; `upload` (with [s3] only)
-feeds the bucket; `care` does what is due daily (certificate, copies of the database, yt-dlp).
+Threads: main waits for signals; `accept` takes connections, and breaks off those that are late;
+`request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp; `commit`
+alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`; `upload`
+(with [s3] only) feeds the bucket; `care` does what is due daily (certificate, copies, yt-dlp).
 """
 from __future__ import annotations
 
