@@ -5400,7 +5400,8 @@ class FreshDaemon(Daemon):
     def put(self, version: str, files: Dict[str, str], **state: Any) -> None:
         """Installs `files` as `version` by hand."""
         unpack_compiled(version, files, self.vendor.folder / version)
-        self.vendor.remember(version=version, **state)
+        with self.vendor.locked():  # the server may be writing the note about what it uses
+            self.vendor.remember(version=version, **state)
 
     def health(self) -> Dict[str, Any]:
         """What health says."""
