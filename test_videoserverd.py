@@ -2755,7 +2755,7 @@ def cmd_fuzz(args: List[str]) -> int:
     inputs, names, failed = fuzz_inputs(make), [name for name in args if name in FUZZ] or list(FUZZ), 0
     for name in names:
         started = time.monotonic()
-        count, trouble = fuzz_one(name, make.tuples(*inputs[name]), cases // len(names))
+        count, trouble = fuzz_one(name, make.tuples(*inputs[name]), -(-cases // len(names)))
         print(f'{name:12} {count:9,} cases {time.monotonic() - started:7.0f} s   {trouble or "ok"}', flush=True)
         failed += bool(trouble)
     return 1 if failed else 0
