@@ -1,6 +1,6 @@
 """The tests of videoserverd: the real daemon over real TLS, real yt-dlp, a stand-in for the sites.
 
-    python3 -m unittest                       all of them, in under two minutes
+    python3 -m unittest                       all of them, in two to three minutes
     python3 test_videoserverd.py bench        speed and memory, as a table
     python3 test_videoserverd.py -v TestX     what unittest takes
 
