@@ -3270,6 +3270,10 @@ class TestCommands(DaemonTest):
         done = daemon.run('doctor')
         self.assertRegex(done.stdout, r'BAD +health: .*\n +mend: [^\0]*\d+ to mend\.')
 
+    def test_doctor_goes_on_where_a_key_cannot_be_looked_at(self):
+        daemon = self.new_daemon(start=False, server={'key_file': 'k' * 300})
+        self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: [^\0]*\d+ to mend\.')
+
     def test_phone_has_nothing_to_hand_out_behind_a_proxy(self):
         daemon = self.new_daemon(start=False, **IN_THE_CLEAR)
         done = daemon.run('phone', '--port', '0', seconds=10)

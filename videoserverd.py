@@ -1784,8 +1784,8 @@ def judge_words(links: Sequence[BaseException], text: str) -> Ending:
         return Ending('unsupported', 'not in the format asked for') if which('ffmpeg') else Ending('ffmpeg')
     reasons = [reason for link in links for name, reason in CLASSES.items() if is_a(link, name)]
     extraction = [link for link in links if hasattr(link, 'orig_msg')]
-    told = PATTERNS[1:] if extraction else PATTERNS  # a site's own words about a disk are not about ours
-    reasons += [reason for reason, pattern in told if pattern.search(text)]
+    reasons += [reason for reason, pattern in PATTERNS if pattern.search(text)
+                and not (extraction and reason == 'disk')]  # a site's own words about a disk are not about ours
     if reasons:
         return Ending(reasons[0])
     if extraction and extraction[0].expected:
@@ -1849,12 +1849,13 @@ def guard_network() -> None:
 
 
 def guard_memory() -> None:
-    """No page, packed or not, is read beyond LARGEST_PAGE bytes."""
+    """No page, packed or not, is read beyond LARGEST_PAGE bytes, and no fragment of more than LARGEST_FRAGMENT."""
     import zlib
 
+    from yt_dlp.downloader.fragment import FragmentFD
     from yt_dlp.networking import _urllib
     handler = _urllib.HTTPHandler
-    decode = handler.http_response
+    decode, read_whole = handler.http_response, FragmentFD._read_fragment
 
     def small(page):
         if len(page) > LARGEST_PAGE:
@@ -1868,6 +1869,13 @@ def guard_memory() -> None:
     handler.http_response = handler.https_response = http_response
     _urllib.zlib = SimpleNamespace(**{**vars(zlib), 'decompress': lambda data, wbits=15: small(
         zlib.decompressobj(wbits).decompress(data, LARGEST_PAGE + 1))})
+
+    def read_fragment(self, ctx):
+        with suppress(TypeError, OSError):  # there is none: as yt-dlp has it
+            if os.path.getsize(ctx['fragment_filename_sanitized']) > LARGEST_FRAGMENT:
+                raise Ending('unsupported', f'a fragment has more than {format_size(LARGEST_FRAGMENT)}')
+        return read_whole(self, ctx)
+    FragmentFD._read_fragment = read_fragment
 
 
 def die_with_us() -> Callable[[], None] | None:
@@ -1956,14 +1964,6 @@ def guard_fragments() -> None:
     if fragment.FragmentFD._write_ytdl_file is not write_index:  # AttributeError where a new yt-dlp has renamed it
         fragment.FragmentFD._write_ytdl_file = write_index
     fragment.aes_cbc_decrypt_bytes = lambda *args: openssl_decrypt(*args) or decrypt(*args)
-    read = fragment.FragmentFD._read_fragment
-
-    def read_fragment(self, ctx):
-        with suppress(TypeError, OSError):  # there is none: as yt-dlp has it
-            if os.path.getsize(ctx['fragment_filename_sanitized']) > LARGEST_FRAGMENT:
-                raise Ending('unsupported', f'a fragment has more than {format_size(LARGEST_FRAGMENT)}')
-        return read(self, ctx)
-    fragment.FragmentFD._read_fragment = read_fragment
 
 
 def session_class(base: Any) -> Any:
@@ -6992,7 +6992,7 @@ class Daemon:
         folders = list((self.config.downloads.output_directory / '.incomplete').iterdir())
         wanted = self.store.unfinished()
         for folder in folders:
-            if folder.name not in wanted and re.fullmatch('[0-9a-f-]{36}', folder.name):  # a link may lead us astray
+            if folder.name not in wanted and UUID_PATTERN.fullmatch(folder.name):  # a link may lead us astray
                 remove_folder(folder)
         self._tidy = True
 
@@ -7444,8 +7444,9 @@ def check_database(config: Config) -> Iterator[Finding]:
     yield os.access(path, os.W_OK), 'database: writable by this user', f'sudo chown {user_name()} {path}'
     secrets = (path, *(file for name, file in targets(config).items() if name.endswith('.key')))
     for file in secrets:  # a group may be let in on purpose, as Debian's ssl-cert is
-        if file.exists() and file.stat().st_mode & 0o007:
-            yield False, f'permissions: everybody on this machine may use {file}', f'sudo chmod o= {file}'
+        with suppress(OSError):  # it is not there, or where this user may not look
+            if file.stat().st_mode & 0o007:
+                yield False, f'permissions: everybody on this machine may use {file}', f'sudo chmod o= {file}'
 
 
 def check_certificate(config: Config) -> Iterator[Finding]:
