@@ -1692,11 +1692,12 @@ class Board:
 # guards what stop() has to end, Meter._lock the figures, NAMES_LOCK a free name until its file
 # is there. Called by scheduler (Attempt), daemon and http (forget_files).
 
-ENDINGS: dict[str, tuple[str, int | None, str]] = {  # kind, tries if fewer than configured, what a person reads
+# reason: the outcome's kind, tries if fewer than configured, and what a person reads
+ENDINGS: dict[str, tuple[str, int | None, str]] = {
     'cancelled': ('cancelled', None, 'Cancelled'),
     'stopped': ('stopped', None, 'The server was stopped'),
     'disk': ('pause', None, 'The disk is nearly full: delete videos, and the downloads go on'),
-    'output': ('pause', None, 'The output folder is missing or cannot be written: mount or mend it'),
+    'output': ('pause', None, 'The output folder is missing or read-only: mount or fix it'),
     'ytdlp': ('pause', None, 'yt-dlp is missing or damaged: the command "update" fetches it'),
     'timeout': ('retry', None, 'Nothing more came from the site'),
     'network': ('retry', None, 'The connection to the site failed'),
@@ -1705,27 +1706,37 @@ ENDINGS: dict[str, tuple[str, int | None, str]] = {  # kind, tries if fewer than
     'bad_media': ('retry', None, 'The site sent something that is no video'),
     'crash': ('retry', None, 'A program that helps with the video failed'),
     'internal': ('retry', None, 'The server made a mistake; its log tells more'),
-    'login': ('retry', 2, 'The site asks for a login: put cookies of an account into cookies_file, or try again later'),
-    'blocked': ('retry', 2, "The site blocks this server's address for now: wait some hours, or set a proxy"),
+    'login': ('retry', 2, 'The site asks for a login: put cookies of an account into '
+                          'cookies_file, or try again later'),
+    'blocked': ('retry', 2, "The site blocks this server's address for now: "
+                            'wait some hours, or set a proxy'),
     'gone': ('give_up', None, 'This post is not there (any more)'),
-    'private': ('give_up', None, 'This post is private: it takes cookies of an account that may see it (cookies_file)'),
-    'geo': ('give_up', None, 'This post is not shown in the country of this server: only a proxy elsewhere helps'),
+    'private': ('give_up', None, 'This post is private: it takes cookies of an account '
+                                 'that may see it (cookies_file)'),
+    'geo': ('give_up', None, 'This post is not shown in the country of this server: '
+                             'only a proxy elsewhere helps'),
     'unsupported': ('give_up', None, 'There is no video behind this link that can be downloaded'),
     'refused_address': ('give_up', None, 'The link leads to an address that is not on the Internet'),
-    'ffmpeg': ('give_up', None, 'Picture and sound come apart and need ffmpeg: install it, then retry'),
+    'ffmpeg': ('give_up', None, 'Picture and sound come apart and need ffmpeg: '
+                                'install it, then retry'),
 }
-PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (  # yt-dlp's words; the first that fits
+# What yt-dlp says; the first pattern that fits decides.
+PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
     ('disk', 'No space left on device|Disk quota exceeded'),
     ('ffmpeg', 'ffmpeg (?:is )?not (?:installed|found)'),
-    ('unsupported', r'No suitable extractor|no video in this|No video formats|\bDRM\b|live event|not currently live'),
+    ('unsupported', r'No suitable extractor|no video in this|No video formats|\bDRM\b|live event'
+                    r'|not currently live'),
     ('geo', r'not available (?:in|from) your (?:country|region|location)|geo.?restrict'),
     ('private', r'\bprivate\b|permission to view|who follow this account'),
-    ('login', r'\blog(?:ged)?.?in|\bsign in|cookies|not be comfortable|only available for registered'),
+    ('login', r'\blog(?:ged)?.?in|\bsign in|cookies|not be comfortable'
+              r'|only available for registered'),
     ('blocked', r'IP address is blocked|rate.?limit|too many requests|captcha'),
     ('http', 'status code 1000'),  # TikTok: its own server failed
-    ('gone', r'not available|unavailable|no longer|not exist|removed|deleted|terminated|(?:page|post|video) not found'),
+    ('gone', r'not available|unavailable|no longer|not exist|removed|deleted|terminated'
+             r'|(?:page|post|video) not found'),
 ))
-CLASSES = {'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported', 'FileNotFoundError': 'crash'}
+CLASSES = {'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported',
+           'FileNotFoundError': 'crash'}
 STATUSES = {401: 'login', 403: 'blocked', 404: 'gone', 410: 'gone', 451: 'geo'}  # of a page
 PASSING_STATUSES = (408, 425, 429)  # and 5xx
 OUTPUT_ERRORS = (errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
@@ -1736,7 +1747,9 @@ class Ending(BaseException):
 
     def __init__(self, reason: str, detail: str = '', **changes: Any):
         kind, tries, text = ENDINGS[reason]
-        message = f'{text}: {detail}.' if detail else text if reason == 'cancelled' else f'{text}.'
+        message = f'{text}: {detail}.' if detail else f'{text}.'
+        if reason == 'cancelled':
+            message = text  # a word of document A's
         self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
         super().__init__(message)
 
@@ -1744,7 +1757,7 @@ class Ending(BaseException):
 # -- what went wrong
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and what lies behind it; what an ExtractorError followed is another story."""
+    """The error and its causes; the context of an ExtractorError is an earlier, other error."""
     found: list[BaseException] = []
     waiting: list[Any] = [error]
     while waiting:
@@ -1763,7 +1776,8 @@ def is_a(error: BaseException, *names: str) -> bool:
 
 def sentence(text: str) -> str:
     """yt-dlp's words as a person wants them: no prefix, no hint for its command line."""
-    text = re.sub(r'^ERROR: |^\s*\[[\w:.+-]+\] (?:[\w-]+: )?|^<urlopen error |\[Errno -?\d+\] |>$', '', text.strip())
+    text = re.sub(r'^ERROR: |^\s*\[[\w:.+-]+\] (?:[\w-]+: )?|^<urlopen error |\[Errno -?\d+\] |>$',
+                  '', text.strip())
     parts = re.split(r'(?<=[.;])\s+', text)
     kept = [part for part in parts if not re.search(r'--\w|https?://|yt-dlp|report', part)]
     return excerpt(' '.join(kept), 160).rstrip('.; ')
@@ -1774,18 +1788,21 @@ def system_reason(error: BaseException, output: Path) -> str | None:
     number = getattr(error, 'errno', None)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return 'disk'
-    denied = number in (errno.EACCES, errno.EPERM) and str(getattr(error, 'filename', '')).startswith(str(output))
+    file = str(getattr(error, 'filename', ''))
+    denied = number in (errno.EACCES, errno.EPERM) and file.startswith(str(output))
     return 'output' if denied or number in OUTPUT_ERRORS or not output.is_dir() else None
 
 
 def judge_words(links: Sequence[BaseException], text: str) -> Ending:
     """What yt-dlp says in words only."""
     if 'Requested format is not available' in text:
-        return Ending('unsupported', 'not in the format asked for') if which('ffmpeg') else Ending('ffmpeg')
+        if which('ffmpeg'):
+            return Ending('unsupported', 'not in the format asked for')
+        return Ending('ffmpeg')
     reasons = [reason for link in links for name, reason in CLASSES.items() if is_a(link, name)]
     extraction = [link for link in links if hasattr(link, 'orig_msg')]
     reasons += [reason for reason, pattern in PATTERNS if pattern.search(text)
-                and not (extraction and reason == 'disk')]  # a site's own words about a disk are not about ours
+                and not (extraction and reason == 'disk')]  # a site's disk is not ours
     if reasons:
         return Ending(reasons[0])
     if extraction and extraction[0].expected:
@@ -1794,7 +1811,9 @@ def judge_words(links: Sequence[BaseException], text: str) -> Ending:
         return Ending('site_changed')
     if any(is_a(link, 'PostProcessingError') for link in links):
         return Ending('crash', sentence(text))
-    return Ending('network', sentence(text)) if is_a(links[0], 'DownloadError') else Ending('internal')
+    if is_a(links[0], 'DownloadError'):
+        return Ending('network', sentence(text))
+    return Ending('internal')
 
 
 def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
@@ -1810,11 +1829,12 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
     status = next((link.status for link in links if is_a(link, 'HTTPError')), told and int(told[1]))
     if in_page and status in STATUSES:
         return Ending(STATUSES[status])
-    if status:  # an address of media is good for an hour only: the next try asks for a new one
+    if status:  # the address of a medium expires: the next try asks for a new one
         passing = status >= 500 or status in PASSING_STATUSES
         return Ending('http', f'HTTP {status}', tries=None if passing else 2)
-    transport = [link for link in links if is_a(link, 'TransportError', 'ContentTooShortError', 'ConnectionError',
-                                                'timeout', 'SSLError', 'HTTPException')]
+    transport = [link for link in links if is_a(
+        link, 'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeout', 'SSLError',
+        'HTTPException')]
     if transport:
         return Ending('network', sentence(str(transport[-1])))
     return judge_words(links, text)
@@ -2041,7 +2061,7 @@ class Meter:
         self._progress, self._told, self._title = Progress(0.0), 0.0, ''
         self._videos, self._video = 1, 0
         self._sizes: dict[str, float] = {}  # of the parts that are to come
-        self._whole, self._before, self._part = 1.0, 0.0, 0.0  # of this video: all, parts before, this part
+        self._whole, self._before, self._part = 1.0, 0.0, 0.0  # weights: video, parts done, part
         self._bytes_before, self._bytes = 0, 0
 
     def enter(self, phase: str) -> None:
@@ -2056,7 +2076,8 @@ class Meter:
         self._videos = max(int(info.get('n_entries') or 1), 1)
         self._video = min(int(info.get('playlist_autonumber') or 1), self._videos) - 1
         self._sizes = {str(part.get('format_id')): float(
-            part.get('filesize') or part.get('filesize_approx') or part.get('tbr') or 1) for part in formats}
+            part.get('filesize') or part.get('filesize_approx') or part.get('tbr') or 1)
+            for part in formats}
         self._whole, self._before, self._part = sum(self._sizes.values()), 0.0, 0.0
 
     def begin(self, format_id: str) -> None:
@@ -2070,16 +2091,21 @@ class Meter:
         """yt-dlp's progress hook; whether this was told on."""
         self._bytes = told.get('downloaded_bytes') or told.get('total_bytes') or 0
         total = told.get('total_bytes') or told.get('total_bytes_estimate')
-        share = self._bytes / total if total else (told.get('fragment_index') or 0) / (told.get('fragment_count') or 1)
-        share = 1.0 if told['status'] == 'finished' else min(share, 1.0)
-        percent = self.MEDIA * (self._video + (self._before + self._part * share) / self._whole) / self._videos
+        if told['status'] == 'finished':
+            share = 1.0
+        elif total:
+            share = min(self._bytes / total, 1.0)
+        else:
+            share = min((told.get('fragment_index') or 0) / (told.get('fragment_count') or 1), 1.0)
+        done = self._video + (self._before + self._part * share) / self._whole
         return self._report(Progress(
-            percent, self.phase, self._bytes_before + self._bytes, int(self._bytes_before + total) if total else None,
-            told.get('speed'), told.get('eta')), False)
+            self.MEDIA * done / self._videos, self.phase, self._bytes_before + self._bytes,
+            total and int(self._bytes_before + total), told.get('speed'), told.get('eta')), False)
 
     def _report(self, progress: Progress, now: bool) -> bool:
         with self._lock:
-            progress = progress._replace(percent=max(progress.percent, self._progress.percent), title=self._title)
+            percent = max(progress.percent, self._progress.percent)
+            progress = progress._replace(percent=percent, title=self._title)
             self._progress, due = progress, now or time.monotonic() - self._told >= self.PAUSE
             if due:
                 self._told = time.monotonic()
@@ -2093,23 +2119,25 @@ def find_line(file: Path, pattern: str) -> str:
     """The first group of the first line in `file` that matches; '' when there is none."""
     try:
         with open(file, encoding='utf-8', errors='replace') as stream:
-            match = re.search(pattern, stream.read(4096), re.M | re.A)  # METADATA goes on with the whole README
+            match = re.search(pattern, stream.read(4096), re.M | re.A)  # METADATA ends in a README
     except OSError:
         return ''
     return match[1] if match else ''
 
 
-SAME = ('format_id', 'filesize', 'vcodec', 'width', 'height', 'tbr', 'duration', 'protocol')  # or it is another file
+# What has to be equal for a partial file to be continued.
+SAME = ('format_id', 'filesize', 'vcodec', 'width', 'height', 'tbr', 'duration', 'protocol')
 NAMES_LOCK = threading.Lock()
-BOOT_ID = find_line(Path('/proc/sys/kernel/random/boot_id'), '(.+)')  # '' where a start of the machine has no name
+BOOT_ID = find_line(Path('/proc/sys/kernel/random/boot_id'), '(.+)')  # '' where there is none
 
 
 def end_leftovers(folder: Path) -> None:
     """Kill ffmpeg processes that an earlier life of this program left writing into `folder`."""
     import subprocess
     with suppress(OSError):
-        listed = subprocess.run(['ps', '-axww', '-o', 'pid=,args='], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                                encoding='utf-8', errors='replace').stdout
+        listed = subprocess.run(
+            ['ps', '-axww', '-o', 'pid=,args='], stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL, encoding='utf-8', errors='replace').stdout
         for pid in re.findall(rf'(?m)^ *(\d+) \S*ffmpeg .*{re.escape(str(folder))}/', listed):
             with suppress(ProcessLookupError):
                 os.kill(int(pid), signal.SIGKILL)
@@ -2142,24 +2170,25 @@ def sync(path: Path) -> None:
 
 
 def write_back(path: str, start: int, size: int) -> None:
-    """Have the disk begin with these bytes of a file that is still growing: the sync at its end is long otherwise."""
+    """Start writing these bytes of a growing file to disk: else the sync at its end is long."""
     with suppress(OSError, AttributeError), open(path, 'rb') as file:  # macOS has no such call
         os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
 
 
 class JobFolder:
-    """<output>/.incomplete/<id>: partial files, and job.json that tells what they are and where results go.
+    """<output>/.incomplete/<id>: partial files; job.json says what they are and where results go.
 
-    job.json is written without a sync: after another boot (known on Linux only) nothing here is believed."""
+    job.json is written without a sync: after a reboot (seen on Linux only) nothing is believed."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, path / 'job.json'
-        self.parts: dict[str, dict[str, Any]] = {}  # file name: format, total and size, as far as known
-        self.results: list[dict[str, Any]] = []     # finished files: source, title, id, part, ext, name, size
+        self.parts: dict[str, dict[str, Any]] = {}  # by file name: format, total and size if known
+        # finished files: source, title, id, part, ext, name, size
+        self.results: list[dict[str, Any]] = []
         self.current = ''  # the part whose bytes a request brings, '' for others
 
     def open(self) -> None:
-        """Make it, or keep what can be continued. Raises OSError; the output folder itself is never made."""
+        """Make it, or keep what can be continued. Never makes the output folder. Raises OSError."""
         self.path.parent.mkdir(exist_ok=True)
         if not self.path.is_dir():
             self.path.mkdir()
@@ -2187,7 +2216,7 @@ class JobFolder:
         os.replace(new, self.file)
 
     def begin(self, name: str, info: dict[str, Any]) -> None:
-        """yt-dlp is about to fetch file `name`: keep what is there only if it is a sound part of the same."""
+        """yt-dlp is about to fetch file `name`: keep what is there only if it can be continued."""
         same = json.dumps([info.get(field) for field in SAME], default=str)
         plain_file = info.get('protocol') in ('http', 'https')
         if self.parts.get(name, {}).get('same') != same or not self._sound(name, plain_file):
@@ -2205,7 +2234,7 @@ class JobFolder:
         return partial.stat().st_size < (self.parts[name].get('total') or 0)
 
     def _cut_to_index(self, name: str) -> bool:
-        """Cut a part made of fragments to the size its index knows; else a fragment could come twice."""
+        """Cut a part made of fragments to the size in its index: no fragment may come twice."""
         partial = self.path / (name + '.part')
         try:
             index = json.loads((self.path / (name + '.ytdl')).read_text())
@@ -2219,12 +2248,14 @@ class JobFolder:
         return True
 
     def continues(self, response: Any) -> bool:
-        """Is this answer the file that is being fetched? Notes its size; False: a part of another file, or none."""
+        """Is this answer of the file that is being fetched? Notes its size."""
         part = self.parts.get(self.current)
         if part is None:
             return True
         told = re.fullmatch(r'bytes \d+-\d+/(\d+)', response.headers.get('Content-Range') or '')
-        length = told[1] if response.status == 206 and told else response.headers.get('Content-Length')
+        length = response.headers.get('Content-Length')
+        if response.status == 206 and told:
+            length = told[1]
         total = int(length) if length and length.isdigit() else None
         if response.status == 416 or response.status == 206 and total != part.get('total', total):
             return False
@@ -2253,12 +2284,14 @@ class JobFolder:
         """Are there results, each here or already in its final place?"""
         def there(result):
             final = output / result.get('name', '.')
-            return (self.path / result['source']).exists() or final.is_file() and final.stat().st_size == result['size']
+            moved = final.is_file() and final.stat().st_size == result['size']
+            return moved or (self.path / result['source']).exists()
         return bool(self.results) and all(map(there, self.results))
 
     def move(self, output: Path) -> tuple[MediaFile, ...]:
-        """Rename the results to free names in `output`; the name is noted before, so that after a kill
-        the same file is found again and not made twice. Raises OSError."""
+        """Rename the results to free names in `output`. Raises OSError.
+
+        A name is noted before, so that after a kill the same file is found and not made twice."""
         for result in self.results:
             source = self.path / result['source']
             with NAMES_LOCK:
@@ -2267,7 +2300,8 @@ class JobFolder:
                     self.save()
                     os.rename(source, output / result['name'])
         sync(output)
-        return tuple(MediaFile(result['name'], result['size'], media_type(result['name'])) for result in self.results)
+        return tuple(MediaFile(result['name'], result['size'], media_type(result['name']))
+                     for result in self.results)
 
 
 def forget_files(config: Config, job_id: str, files: Sequence[str]) -> None:
@@ -2284,7 +2318,8 @@ def forget_files(config: Config, job_id: str, files: Sequence[str]) -> None:
 
 # -- is it media?
 
-MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (  # first bytes, their extensions
+# First bytes of a file, and the extensions that fit them.
+MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (
     (rb'.{4}ftyp(?!avi[fs]|hei[cfx]|mif1)', 'mp4 m4a m4v mov 3gp'),
     (rb'.{4}(?:moov|mdat|wide|free|skip)', 'mov mp4'),
     (rb'\x1a\x45\xdf\xa3', 'mkv webm mka weba'),
@@ -2302,15 +2337,16 @@ MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (
 
 
 def media_extension(path: Path) -> str | None:
-    """The file's extension, mended if its first bytes tell another kind; None if they are no media."""
+    """The extension that fits the file's first bytes; None if they are of no medium."""
     with path.open('rb') as file:
         start = file.read(256)
-    kinds = next((kinds for pattern, kinds in MAGIC if pattern.match(start)), None)
-    return kinds and (path.suffix[1:].lower() if path.suffix[1:].lower() in kinds else kinds[0])
+    own = path.suffix[1:].lower()
+    kinds = next((kinds for pattern, kinds in MAGIC if pattern.match(start)), [None])
+    return own if own in kinds else kinds[0]
 
 
 def whole_mp4(path: Path) -> bool:
-    """Do the boxes of an mp4 fill the file exactly, with a track of picture or sound? False: ffprobe has to tell."""
+    """Do the boxes of an mp4 fill the file exactly, with a track of picture or sound?"""
     size, at, tracks = path.stat().st_size, 0, None
     with path.open('rb') as file:
         for _ in range(10_000):  # a file of fragments has thousands
@@ -2325,8 +2361,9 @@ def whole_mp4(path: Path) -> bool:
 
 
 def plays(path: Path) -> bool:
-    """Is there picture or sound in it, by an mp4's own account or ffprobe's? Where there is no ffprobe, the first
-    bytes have to do."""
+    """Is there picture or sound in it, by an mp4's own boxes or by ffprobe?
+
+    Where there is no ffprobe, the first bytes have to do."""
     import subprocess
 
     from yt_dlp.utils import Popen
@@ -2334,8 +2371,9 @@ def plays(path: Path) -> bool:
         return True
     try:
         found, _, code = Popen.run(
-            ['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_type', '-of', 'csv=p=0', f'file:{path}'],
-            text=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=60)
+            ['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_type', '-of', 'csv=p=0',
+             f'file:{path}'], text=True, timeout=60,
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return False
     return code == 0 and bool({'video', 'audio'} & set(found.split()))
@@ -2348,15 +2386,18 @@ PLAYABLE = '[vcodec!^=?vp][vcodec!^=?av0][vcodec!^=?av1]'
 BEST = {  # best that an iPhone plays, then whatever there is; by whether ffmpeg can merge
     True: f'bv*{PLAYABLE}+ba[acodec^=?mp4a]/bv*{PLAYABLE}+ba/b{PLAYABLE}/bv*+ba/b',
     False: f'b{PLAYABLE}/b'}
-PROTOCOLS = ('http', 'https', 'm3u8', 'm3u8_native', 'http_dash_segments', 'http_dash_segments_generator', 'ism')
+PROTOCOLS = ('http', 'https', 'm3u8', 'm3u8_native', 'http_dash_segments',
+             'http_dash_segments_generator', 'ism')
 WRITE_BACK = 8 << 20  # bytes that the disk begins with at a time, while more is coming
 FEWEST_BYTES = 64 << 10  # to be gained within [downloader] timeout
 DEFAULTS = {  # that the caller may change
-    'retries': 3, 'fragment_retries': 3, 'socket_timeout': 20, 'noplaylist': True, 'merge_output_format': 'mp4',
+    'retries': 3, 'fragment_retries': 3, 'socket_timeout': 20, 'noplaylist': True,
+    'merge_output_format': 'mp4',
     'playlistend': 100}  # a carousel has 20 at most; nobody wants a whole channel by accident
 FORCED = {
     'quiet': True, 'noprogress': True, 'color': 'never', 'progress_delta': 1, 'cachedir': False,
-    'skip_unavailable_fragments': False, 'hls_prefer_native': True, 'overwrites': False, 'nopart': False,
+    'skip_unavailable_fragments': False, 'hls_prefer_native': True, 'overwrites': False,
+    'nopart': False,
     'outtmpl': {'default': '%(playlist_index|0)s-%(id).60B.%(ext)s'}}
 
 
@@ -2376,7 +2417,7 @@ def own_cookies(file: Path | None, url: str) -> io.StringIO | None:
 
 
 def host_of(url: str) -> str:
-    """The canonical host of `url`; 'localhost' of one that programs might read in different ways."""
+    """The canonical host of `url`; 'localhost' if programs might read it in different ways."""
     try:
         return split_url(url)[1]
     except ValueError:
@@ -2555,8 +2596,11 @@ class Attempt:
         if free < least:
             raise Ending('disk')
         if free - needed < least:  # the queue can go on, this one cannot
-            raise Ending('disk', f'this takes {format_size(needed)}, {format_size(free)} are free', kind='retry')
-        self._begun = 0 if len(formats) == 1 else math.inf  # parts are gone after the merge: why wear out the disk
+            raise Ending('disk', f'this takes {format_size(needed)}, {format_size(free)} are free',
+                         kind='retry')
+        self._begun = 0.0
+        if len(formats) > 1:
+            self._begun = math.inf  # parts are deleted after the merge: spare the disk
         self.meter.plan(info, formats)
 
     def begin_file(self, name: str, info: dict[str, Any]) -> None:
@@ -2575,9 +2619,10 @@ class Attempt:
             self.check(time.monotonic())
 
     def _write_back(self, file: str, size: int) -> None:
-        if size - self._begun >= WRITE_BACK and not self._writer.is_alive():  # it waits for a slow disk
+        if size - self._begun >= WRITE_BACK and not self._writer.is_alive():
             start, self._begun = self._begun, size
-            self._writer = threading.Thread(target=write_back, args=(file, start, size - start), daemon=True)
+            self._writer = threading.Thread(
+                target=write_back, args=(file, start, size - start), daemon=True)
             self._writer.start()
 
     def _on_step(self, told: dict[str, Any]) -> None:
@@ -2610,8 +2655,10 @@ class Attempt:
             return Ending(self._reason).outcome
         outcome = judge(error, self.output, self.meter.phase == 'page').outcome
         error.__suppress_context__ = True  # yt-dlp's last words are enough in the log
-        log.log(logging.ERROR if outcome.reason == 'internal' else logging.WARNING, 'download %s: %s', self.job.id,
-                outcome.message, exc_info=error)
+        level = logging.WARNING
+        if outcome.reason == 'internal':
+            level = logging.ERROR
+        log.log(level, 'download %s: %s', self.job.id, outcome.message, exc_info=error)
         return outcome
 
     def _run(self) -> Outcome:
@@ -2655,19 +2702,22 @@ class Attempt:
         return result or {}
 
     def _sites(self) -> list[Any]:
-        """The extractors that may be asked; where those for single posts will do, only them: it spares memory."""
+        """The extractors that may be asked; for the sites only those of posts: it spares memory."""
         if is_under(host_of(self.job.url), SITES):
             from yt_dlp.extractor.instagram import InstagramIE, InstagramStoryIE
             from yt_dlp.extractor.tiktok import TikTokIE, TikTokVMIE
-            return [TikTokIE(), TikTokVMIE(), InstagramIE(), InstagramStoryIE()]  # a class is looked up among all
+            # instances: yt-dlp looks up a class among all extractors
+            return [TikTokIE(), TikTokVMIE(), InstagramIE(), InstagramStoryIE()]
         from yt_dlp.extractor import gen_extractor_classes
         anywhere = self.config.security.allowed_domains == ('*',)
-        return [site for site in gen_extractor_classes() if site._ENABLED and (anywhere or site.IE_NAME != 'generic')]
+        return [site for site in gen_extractor_classes()
+                if site._ENABLED and (anywhere or site.IE_NAME != 'generic')]
 
     def _resolve(self, session: Any) -> str:
-        """The job's URL; of a link that the extractors do not know (share/, m., no www) where it leads."""
+        """The job's URL; where it leads if no extractor knows its form (share/, m., no www)."""
         url = self.job.url
-        if not is_under(host_of(url), SITES) or any(site.suitable(url) for site in session._ies.values()):
+        known = any(site.suitable(url) for site in session._ies.values())
+        if known or not is_under(host_of(url), SITES):
             return url
         response = session.urlopen(url)
         response.close()
@@ -2680,22 +2730,27 @@ class Attempt:
         return urljoin(response.url, following)
 
     def _params(self) -> dict[str, Any]:
-        """What YoutubeDL is told: ours over the caller's over the defaults. Always new: yt-dlp changes it."""
+        """YoutubeDL's params: ours over the caller's over the defaults; yt-dlp changes the dict."""
         own, ffmpeg = self.config.downloader, which('ffmpeg')
-        params = {**DEFAULTS, 'format': own.format or BEST[bool(ffmpeg)], **ytdlp_params(self.job.options)}
+        params = {**DEFAULTS, 'format': own.format or BEST[bool(ffmpeg)],
+                  **ytdlp_params(self.job.options)}
         rates = [rate for rate in (params.get('ratelimit'), own.rate_limit) if rate]
         if own.user_agent_rotation:
             from yt_dlp.utils.networking import random_user_agent
-            params['http_headers'] = {'User-Agent': random_user_agent(), **params.get('http_headers', {})}
+            params['http_headers'] = {
+                'User-Agent': random_user_agent(), **params.get('http_headers', {})}
 
         def chat(message):  # errors are told once more when the attempt ends
             log.debug('download %s: %s', self.job.id, excerpt(message, 400))
         pause = {kind: lambda n: min(0.5 * 2 ** n, 5) for kind in ('http', 'fragment', 'extractor')}
-        return {**params, **FORCED, 'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
-                'ratelimit': min(rates) if rates else None, 'retry_sleep_functions': pause,
-                'proxy': own.proxy or None, 'cookiefile': own_cookies(own.cookies_file, self.job.url),
-                'logger': SimpleNamespace(debug=chat, info=chat, warning=chat, error=chat), 'match_filter': self.choose,
-                'progress_hooks': [self._on_media], 'postprocessor_hooks': [self._on_step]}
+        return {**params, **FORCED,
+                'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
+                'ratelimit': min(rates, default=None), 'retry_sleep_functions': pause,
+                'proxy': own.proxy or None,
+                'cookiefile': own_cookies(own.cookies_file, self.job.url),
+                'logger': SimpleNamespace(debug=chat, info=chat, warning=chat, error=chat),
+                'match_filter': self.choose, 'progress_hooks': [self._on_media],
+                'postprocessor_hooks': [self._on_step]}
 
     def _collect(self, result: dict[str, Any]) -> None:
         """Check what came and note it as results: videos in their order, then subtitles. Raises Ending."""
