@@ -7,6 +7,7 @@ library and a vendored yt-dlp.
 
 The map. One law: a name is used only below the line that defines it; calls point up the file.
 
+    tools        what every section uses: sizes, small files, stable storage
     settings     one row per key; feeds config.ini, environment, --help, error texts
     jobs         what a download is: states, submissions, options, outcomes. Pure
     store        the only user of SQLite; the group commit
@@ -61,43 +62,31 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
-# ---------- settings ----------------------------------------------------------------------
-# Owns every key of config.ini: default, parser and help in one row, written once. From these
-# rows come config.ini's checks, the environment's names, --help and the README's table.
-# No lock: a Config is built once and never changed. Called by commands and tests.
+# ---------- tools -------------------------------------------------------------------------
+# Owns what every section uses: the log, the kinds of trouble, sizes, small files that are
+# whole or not there, stable storage. No lock. Called by all.
 
 VERSION = '1.0.0'
 BUILT = 1795219200  # 2026-11-21, epoch seconds: a clock that shows less is wrong
-PROGRAM = Path(os.environ.get('VIDEOSERVERD_PROGRAM', __file__)).absolute()  # also when its compiled form runs
+PROGRAM = Path(os.environ.get('VIDEOSERVERD_PROGRAM', __file__)).absolute()  # also as .pyc
 log = logging.getLogger('videoserverd')
 Any = object  # in annotations only; the module typing takes 0.4 MB
 
 
 def named_tuple(cls: type) -> Any:
-    """A decorator: the annotated fields of the class, with their defaults, become those of a named tuple."""
+    """A decorator: the annotated fields of the class, with their defaults, become those of a
+    named tuple."""
     members = dict(vars(cls))
     fields = list(cls.__annotations__)
-    base = namedtuple(cls.__name__, fields, defaults=[members.pop(field) for field in fields if field in members])
+    defaults = [members.pop(field) for field in fields if field in members]
+    base = namedtuple(cls.__name__, fields, defaults=defaults)
     del members['__dict__'], members['__weakref__']
     return type(cls.__name__, (base,), {**members, '__slots__': ()})
 
 
 class Trouble(Exception):
-    """A fault its reader can mend; str() is one line that says what to do."""
+    """A fault that the reader can fix; str() is one line that says how."""
     exit_code = 1
-
-
-class ConfigError(Trouble):
-    """A configuration that cannot be used: names file, section, key and what is accepted."""
-    exit_code = 2
-
-
-@named_tuple
-class Setting:
-    """A key of config.ini. `parse` takes the text and raises ValueError(what is accepted)."""
-    default: str
-    parse: Callable[[str], Any]
-    help: str
 
 
 SIZE_UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
@@ -105,29 +94,65 @@ SIZE_UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
 
 def parse_size(text: str) -> int:
     """Bytes of '10MB', '1.5M', '500k' or '4096'; powers of 1024. Raises ValueError."""
-    match = re.fullmatch(r'(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?', text.strip(), re.I | re.A)
+    pattern = r'(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?'
+    match = re.fullmatch(pattern, text.strip(), re.I | re.A)
     if not match:
         raise ValueError('a size such as 500MB, 1.5G or 4096')
     return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
 
 
 def format_size(size: float) -> str:
-    """'1.4 GB' for 1503238553: what a person reads; powers of 1024 as in parse_size."""
+    """'1.4 GB' for 1503238553, as people read it; powers of 1024 as in parse_size."""
     units = ['TB', 'GB', 'MB', 'KB', 'bytes']
     while size >= 1024 and len(units) > 1:
         size /= 1024
         units.pop()
-    return f'{size:.0f} {units[-1]}' if units[-1] == 'bytes' or size >= 100 else f'{size:.1f} {units[-1]}'
+    decimals = int(size < 100 and units[-1] != 'bytes')
+    return f'{size:.{decimals}f} {units[-1]}'
 
 
-def write_whole(file: Path, text: str) -> None:
-    """Replace a small file, private to us, so that a power cut leaves the old or the new one. Raises OSError."""
+def sync_handle(fd: int) -> None:
+    """What was written to an open file, on stable storage. Raises OSError."""
+    if hasattr(fcntl, 'F_FULLFSYNC'):  # macOS leaves the drive's own cache out of fsync
+        with suppress(OSError):
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    os.fsync(fd)
+
+
+def sync(path: Path) -> None:
+    """A file's bytes, or a folder's names, on stable storage. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        sync_handle(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some shares cannot sync a folder
+            raise
+    finally:
+        os.close(fd)
+
+
+def write_whole(file: Path, text: str, durable: bool = True) -> None:
+    """Replace a small file, private to us, so that a kill leaves the old or the new one; if
+    `durable`, a power cut too. Raises OSError."""
     fresh = file.with_name(f'.{file.name}.new')
-    with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), 'w', encoding='utf-8') as stream:
+    fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(fd, 'w', encoding='utf-8') as stream:
         stream.write(text)
         stream.flush()
-        os.fsync(stream.fileno())
+        if durable:
+            sync_handle(fd)
     os.replace(fresh, file)
+
+
+def find_line(file: Path, pattern: str) -> str:
+    """The first group of the first line in `file` that matches; '' when there is none."""
+    try:
+        with open(file, encoding='utf-8', errors='replace') as stream:
+            start = stream.read(4096)  # METADATA goes on with the whole README
+    except OSError:
+        return ''
+    match = re.search(pattern, start, re.M | re.A)
+    return match[1] if match else ''
 
 
 def remove_folder(folder: Path, ignore_errors: bool = True) -> None:
@@ -146,6 +171,24 @@ def free_space(folder: Path) -> int:
     """Bytes free for us on its disk. Raises OSError."""
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
+
+
+# ---------- settings ----------------------------------------------------------------------
+# Owns every key of config.ini: default, parser and help in one row, written once. From these
+# rows come config.ini's checks, the environment's names, --help and the README's table.
+# No lock: a Config is built once and never changed. Called by commands and tests.
+
+class ConfigError(Trouble):
+    """A configuration that cannot be used: names file, section, key and what is accepted."""
+    exit_code = 2
+
+
+@named_tuple
+class Setting:
+    """A key of config.ini. `parse` takes the text and raises ValueError(what is accepted)."""
+    default: str
+    parse: Callable[[str], Any]
+    help: str
 
 
 def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
@@ -183,8 +226,13 @@ def needed(text: str) -> str:
 
 
 def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Empty is None, anything else as `parse` has it."""
+    """Empty is None, anything else is for `parse`."""
     return lambda text: parse(text) if text else None
+
+
+def file_setting(text: str) -> Path:
+    """A file or folder, with quotes around it or without."""
+    return Path(re.sub(r'^(["\'])(.*)\1$', r'\2', text))
 
 
 def delays(text: str) -> tuple[int, ...]:
@@ -212,24 +260,27 @@ def networks(text: str) -> tuple[Any, ...]:
 
 
 PRIVATE_NETWORKS = networks(  # RFC 1918, 6598 (Tailscale), 3927, 4193, loopback
-    '127.0.0.0/8,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,169.254.0.0/16,::1,fc00::/7,fe80::/10')
+    '127.0.0.0/8,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,169.254.0.0/16,'
+    '::1,fc00::/7,fe80::/10')
 
 
 def clients(text: str) -> tuple[Any, ...]:
     """The networks whose clients are answered."""
-    if text.lower() in ('private', 'any'):
-        return PRIVATE_NETWORKS if text.lower() == 'private' else networks('0.0.0.0/0,::/0')
+    if text.lower() == 'private':
+        return PRIVATE_NETWORKS
     if not words(text):
         raise ValueError('private, any, or networks such as 192.168.1.0/24')
-    return networks(text)
+    return networks('0.0.0.0/0,::/0' if text.lower() == 'any' else text)
 
 
 def domains(text: str) -> tuple[str, ...]:
-    """Domain names in lower case, or '*'."""
+    """Domain names in lower case, or only '*'."""
     found = tuple(word.lower().rstrip('.') for word in words(text))
-    if not found or not all(word == '*' or re.fullmatch(r'[a-z0-9-]+(\.[a-z0-9-]+)+', word) for word in found):
+    if '*' in found:
+        return ('*',)
+    if not found or not all(re.fullmatch(r'[a-z0-9-]+(\.[a-z0-9-]+)+', word) for word in found):
         raise ValueError('domain names such as tiktok.com, separated by commas, or *')
-    return ('*',) if '*' in found else found
+    return found
 
 
 def http_url(text: str) -> str:
@@ -239,7 +290,7 @@ def http_url(text: str) -> str:
         fine = parts.scheme in ('http', 'https') and parts.hostname and (parts.port or 1) > 0
     except ValueError:
         fine = False
-    if not fine or parts.query or parts.fragment or parts.username is not None or re.search(r'[\s"<>\\]', text):
+    if not fine or parts.username is not None or re.search(r'[\s"<>\\?#]', text):
         raise ValueError('an address such as https://pi.local:8443')
     return text.rstrip('/')
 
@@ -262,47 +313,61 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     'server': {
         'host': Setting('0.0.0.0', listen_host, 'address to listen on; :: is IPv6 and IPv4'),
         'port': Setting('8443', whole(0, 65535), 'TCP port to listen on; 0 takes a free one'),
-        'tls': Setting('on', on_off, 'off only behind a proxy that speaks TLS; then answers private networks only'),
-        'cert_file': Setting('certs/server.crt', Path, 'certificate of the server; made when missing'),
-        'key_file': Setting('certs/server.key', Path, 'its private key'),
-        'ca_file': Setting('certs/ca.crt', Path, 'the CA that the phone trusts; its key is ca.key beside it'),
-        'names': Setting('', words, 'further names and addresses: in the certificate, accepted as Host'),
-        'public_base_url': Setting('', optional(http_url), 'how others reach it; empty: https://<host>.local:<port>'),
+        'tls': Setting('on', on_off,
+                       'off only behind a proxy that speaks TLS; answers private networks then'),
+        'cert_file': Setting('certs/server.crt', file_setting,
+                             'certificate of the server; made when missing'),
+        'key_file': Setting('certs/server.key', file_setting, 'its private key'),
+        'ca_file': Setting('certs/ca.crt', file_setting,
+                           'the CA that the phones trust; its key is ca.key beside it'),
+        'names': Setting('', words, 'further names and addresses to be reached by'),
+        'public_base_url': Setting('', optional(http_url),
+                                   'how others reach it; empty: https://<host>.local:<port>'),
         'trusted_proxies': Setting('', networks, 'proxies whose X-Forwarded-For is believed'),
-        'accel_redirect': Setting('', url_prefix, 'internal nginx location that serves the output directory'),
+        'accel_redirect': Setting('', url_prefix, 'internal nginx location of the videos'),
     },
     'database': {
-        'path': Setting('data/downloads.db', Path, 'the SQLite database, on a local disk'),
+        'path': Setting('data/downloads.db', file_setting, 'the SQLite file, on a local disk'),
         'backups': Setting('7', whole(0, 365), 'daily copies kept beside it; 0 = none'),
     },
     'downloads': {
-        'output_directory': Setting('~/Downloads/VideoServer', Path, 'where finished files appear'),
+        'output_directory': Setting('~/Downloads/VideoServer', file_setting,
+                                    'where finished files appear'),
         'max_concurrent': Setting('1', whole(1, 16), 'downloads at the same time'),
         'max_retries': Setting('3', whole(0, 100), 'retries after a failure that may pass'),
-        'retry_delays': Setting('60,300,900', delays, 'seconds before each retry; the last repeats'),
-        'min_free_space': Setting('500MB', parse_size, 'below this the queue pauses'),
+        'retry_delays': Setting('60,300,900', delays,
+                                'seconds to wait before each retry; the last repeats'),
+        'min_free_space': Setting('500MB', parse_size, 'with less on the disk the queue pauses'),
     },
     'downloader': {
-        'ytdlp_directory': Setting('vendor', Path, 'where the vendored yt-dlp lives'),
-        'auto_update': Setting('on', on_off, 'fetch a newer yt-dlp weekly and when a site has changed'),
+        'ytdlp_directory': Setting('vendor', file_setting, 'where the vendored yt-dlp lives'),
+        'auto_update': Setting('on', on_off,
+                               'fetch a newer yt-dlp weekly, and when a site has changed'),
         'format': Setting('', str, 'yt-dlp format; empty: the best that an iPhone plays, as mp4'),
-        'rate_limit': Setting('', optional(parse_size), 'bytes per second, such as 1M; empty: none'),
+        'rate_limit': Setting('', optional(parse_size),
+                              'bytes per second, such as 1M; empty: no limit'),
         'user_agent_rotation': Setting('on', on_off, 'another browser name for each download'),
-        'timeout': Setting('300', whole(5, 86400), 'seconds in which an attempt must gain at least 64 KB'),
-        'cookies_file': Setting('', optional(Path), 'cookies.txt for posts that need a login; never written'),
+        'timeout': Setting('300', whole(5, 86400),
+                           'seconds in which an attempt must gain at least 64 KB'),
+        'cookies_file': Setting('', optional(file_setting),
+                                'cookies.txt, for posts that need a login; never written'),
         'proxy': Setting('', optional(proxy_url), 'proxy for all downloads'),
     },
     'security': {
-        'allowed_domains': Setting('tiktok.com,instagram.com', domains, 'sites to take links of; * = any public site'),
-        'allowed_clients': Setting('private', clients, 'who is answered: private, any, or networks'),
-        'requests_per_hour': Setting('100', whole(0, 1000000), 'links per hour and client_id; 0 = no limit'),
+        'allowed_domains': Setting('tiktok.com,instagram.com', domains,
+                                   'sites to take links of; * = any public site'),
+        'allowed_clients': Setting('private', clients,
+                                   'who is answered: private, any, or networks'),
+        'requests_per_hour': Setting('100', whole(0, 1000000),
+                                     'links per hour and client_id; 0 = no limit'),
         'max_url_length': Setting('2048', whole(64, 8192), 'longest link taken, in characters'),
         'max_request_size': Setting('16KB', parse_size, 'longest request body'),
-        'allow_private_targets': Setting('off', on_off, 'may downloads come from private addresses?'),
+        'allow_private_targets': Setting('off', on_off, 'may videos come from private addresses?'),
     },
     's3': {
-        'endpoint': Setting('', optional(http_url), 'object storage that gets a copy of each file; empty: none'),
-        'public_endpoint': Setting('', optional(http_url), 'the address of it that a phone reaches'),
+        'endpoint': Setting('', optional(http_url),
+                            'object storage for a copy of each file; empty: none'),
+        'public_endpoint': Setting('', optional(http_url), 'its address as a phone reaches it'),
         'bucket': Setting('', str, 'bucket; {bucket} in the endpoint: virtual-host addresses'),
         'region': Setting('us-east-1', needed, 'region to sign for'),
         'prefix': Setting('', str, 'put before each object name'),
@@ -310,7 +375,7 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     },
     'logging': {
         'level': Setting('INFO', log_level, 'DEBUG, INFO, WARNING or ERROR'),
-        'file': Setting('logs/server.log', optional(Path), 'log file; empty: none'),
+        'file': Setting('logs/server.log', optional(file_setting), 'log file; empty: none'),
         'max_size': Setting('10MB', parse_size, 'size at which it rotates'),
         'backup_count': Setting('5', whole(0, 1000), 'rotated files kept'),
     },
@@ -329,29 +394,38 @@ class Config(SimpleNamespace):
     """All settings, a namespace per section, and `file`, `folder`, `api_keys`, the AWS keys."""
 
 
-def read_ini(file: Path) -> dict[str, dict[str, str]]:
-    """The sections of an ini file. Raises ConfigError."""
+Found = Iterator[tuple[str, str, str, str]]  # where, section, key, text
+
+
+def file_settings(file: Path) -> Found:
+    """What an ini file sets. Raises ConfigError."""
     import configparser
-    parser = configparser.ConfigParser(interpolation=None, default_section='\0', inline_comment_prefixes=('#', ';'))
+    parser = configparser.ConfigParser(interpolation=None, default_section='\0',
+                                       inline_comment_prefixes=('#', ';'))
     try:
         parser.read_string(file.read_text(encoding='utf-8'), str(file))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f'{file}: cannot be read ({error})') from None
     except configparser.Error as error:
         raise ConfigError(f'{file}: ' + ' '.join(str(error).split())) from None
-    return {name: dict(parser[name]) for name in parser.sections()}
+    for section in parser.sections():
+        if section not in SETTINGS:
+            accepted = ', '.join(SETTINGS)
+            raise ConfigError(f'{file}: [{section}] is no section; accepted: {accepted}')
+        yield from ((str(file), section, key, text) for key, text in parser[section].items())
 
 
-def environment_settings(env: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
-    """(variable, section, key, text) of each setting in the environment. Raises ConfigError."""
-    for name, text in sorted(env.items(), reverse=True):  # PRT_… first, so that VIDEOSERVER_… wins
+def environment_settings(env: dict[str, str]) -> Found:
+    """What the environment sets. Raises ConfigError."""
+    for name, text in sorted(env.items(), reverse=True):  # PRT_… first: VIDEOSERVER_… wins
         section, key = OTHER_NAMES.get(name, ('', ''))
         if name.startswith('VIDEOSERVER_') and name not in SECRET_NAMES:
             section, _, key = name[len('VIDEOSERVER_'):].lower().partition('_')
             if key not in SETTINGS.get(section, {}):
-                raise ConfigError(f'environment: {name} is no setting; VIDEOSERVER_<SECTION>_<KEY> is')
+                raise ConfigError(f'environment: {name} is no setting; '
+                                  'VIDEOSERVER_<SECTION>_<KEY> is')
         if section:
-            yield name, section, key, text
+            yield f'environment {name}', section, key, text
 
 
 def expand_home(path: Path) -> Path:
@@ -364,43 +438,44 @@ def expand_home(path: Path) -> Path:
 
 def parse_setting(where: str, section: str, key: str, text: str, folder: Path) -> Any:
     """The value of one key; relative paths are taken from `folder`. Raises ConfigError."""
-    if section not in SETTINGS:
-        raise ConfigError(f'{where}: [{section}] is no section; accepted: {", ".join(SETTINGS)}')
     if key not in SETTINGS[section]:
-        raise ConfigError(f'{where}: [{section}] {key} is no key; accepted: {", ".join(SETTINGS[section])}')
+        accepted = ', '.join(SETTINGS[section])
+        raise ConfigError(f'{where}: [{section}] {key} is no key; accepted: {accepted}')
     try:
         if '\0' in text or '\n' in text:
             raise ValueError('one line')
         value = SETTINGS[section][key].parse(text.strip())
     except ValueError as error:
-        raise ConfigError(f'{where}: [{section}] {key} = {text!r} is not accepted: {error}') from None
+        raise ConfigError(f'{where}: [{section}] {key} = {text!r} is not accepted: '
+                          f'{error}') from None
     return folder / expand_home(value) if isinstance(value, Path) else value
 
 
 def check_together(config: Config, where: str) -> None:
     """What no single key can tell. Raises ConfigError."""
     if config.s3.endpoint and not config.s3.bucket:
-        raise ConfigError(f'{where}: [s3] bucket is empty; accepted: the name of a bucket, as endpoint is set')
+        raise ConfigError(f'{where}: [s3] bucket is empty; accepted: the name of a bucket, as '
+                          'endpoint is set')
     if config.s3.endpoint and not (config.aws_access_key_id and config.aws_secret_access_key):
-        raise ConfigError(f'{where}: [s3] endpoint needs {" and ".join(SECRET_NAMES[1:])} in the environment')
+        raise ConfigError(f'{where}: [s3] endpoint needs {" and ".join(SECRET_NAMES[1:])} in the '
+                          'environment')
     if config.server.host != '::' and ipaddress.ip_address(config.server.host).is_multicast:
-        raise ConfigError(f'{where}: [server] host is a multicast address; accepted: an address of this machine')
+        raise ConfigError(f'{where}: [server] host is a multicast address; accepted: an address of '
+                          'this machine')
 
 
 def load_config(file: Path | None, env: dict[str, str]) -> Config:
     """Built-in values, then `file` (None: none), then the environment. Raises ConfigError."""
     folder = (file or PROGRAM).absolute().parent
     config = Config(file=file and file.absolute(), folder=folder)
-    for section, keys in SETTINGS.items():
-        values = {key: parse_setting('built-in', section, key, row.default, folder) for key, row in keys.items()}
-        setattr(config, section, SimpleNamespace(**values))
-    for section, keys in (read_ini(file) if file else {}).items():
-        for key, text in keys.items() or [('', '')]:
-            value = parse_setting(str(file), section, key, text, folder) if key or section not in SETTINGS else None
-            if key:
-                setattr(getattr(config, section), key, value)
-    for name, section, key, text in environment_settings(env):
-        setattr(getattr(config, section), key, parse_setting(f'environment {name}', section, key, text, folder))
+    found = [('built-in', section, key, row.default)
+             for section, rows in SETTINGS.items() for key, row in rows.items()]
+    if file:
+        found += file_settings(file)
+    for where, section, key, text in [*found, *environment_settings(env)]:
+        value = parse_setting(where, section, key, text, folder)
+        vars(config).setdefault(section, SimpleNamespace())
+        setattr(getattr(config, section), key, value)
     config.api_keys = words(env.get('VIDEOSERVER_API_KEYS', ''))
     config.aws_access_key_id = env.get('AWS_ACCESS_KEY_ID', '')
     config.aws_secret_access_key = env.get('AWS_SECRET_ACCESS_KEY', '')
@@ -1515,7 +1590,7 @@ class Store:
         try:
             with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), 'r+b') as handle:
                 self._copy_to(part)
-                os.fsync(handle.fileno())
+                sync_handle(handle.fileno())
             os.replace(part, target)
         except (sqlite3.Error, OSError) as error:
             raise Trouble(f'{target}: the copy failed ({error}); the database itself was only read.') from None
@@ -1978,9 +2053,7 @@ def guard_fragments() -> None:
         index, part = self.ytdl_filename(ctx['filename']), ctx['tmpfilename']
         note = {'current_fragment': {'index': ctx['fragment_index']}, 'extra_state': {
             **ctx.get('extra_state', {}), 'size': os.path.getsize(part) if os.path.exists(part) else 0}}
-        with open(index + '.new', 'w', encoding='utf-8') as file:
-            json.dump({'downloader': note}, file)
-        os.replace(index + '.new', index)
+        write_whole(Path(index), json.dumps({'downloader': note}), durable=False)
     if fragment.FragmentFD._write_ytdl_file is not write_index:  # AttributeError where a new yt-dlp has renamed it
         fragment.FragmentFD._write_ytdl_file = write_index
     fragment.aes_cbc_decrypt_bytes = lambda *args: openssl_decrypt(*args) or decrypt(*args)
@@ -2115,16 +2188,6 @@ class Meter:
 
 # -- what lies in the folder of a download
 
-def find_line(file: Path, pattern: str) -> str:
-    """The first group of the first line in `file` that matches; '' when there is none."""
-    try:
-        with open(file, encoding='utf-8', errors='replace') as stream:
-            match = re.search(pattern, stream.read(4096), re.M | re.A)  # METADATA ends in a README
-    except OSError:
-        return ''
-    return match[1] if match else ''
-
-
 # What has to be equal for a partial file to be continued.
 SAME = ('format_id', 'filesize', 'vcodec', 'width', 'height', 'tbr', 'duration', 'protocol')
 NAMES_LOCK = threading.Lock()
@@ -2152,21 +2215,6 @@ def free_name(output: Path, result: dict[str, Any]) -> str:
             return name
         number += 1
         part = f'{result["part"]}-{number}' if result['part'] else str(number)
-
-
-def sync(path: Path) -> None:
-    """A file's bytes, or a folder's names, on stable storage. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        if hasattr(fcntl, 'F_FULLFSYNC'):  # macOS leaves the drive's own cache out of fsync
-            with suppress(OSError):
-                fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some shares cannot sync a folder
-            raise
-    finally:
-        os.close(fd)
 
 
 def write_back(path: str, start: int, size: int) -> None:
@@ -2211,9 +2259,8 @@ class JobFolder:
 
     def save(self) -> None:
         """Write job.json, whole at any moment. Raises OSError."""
-        new = self.path / 'job.json.new'
-        new.write_text(json.dumps({'boot': BOOT_ID, 'parts': self.parts, 'results': self.results}))
-        os.replace(new, self.file)
+        note = {'boot': BOOT_ID, 'parts': self.parts, 'results': self.results}
+        write_whole(self.file, json.dumps(note), durable=False)
 
     def begin(self, name: str, info: dict[str, Any]) -> None:
         """yt-dlp is about to fetch file `name`: keep what is there only if it can be continued."""
@@ -4331,7 +4378,7 @@ def make(config: Config, now: float, what: Plan, new_ca: bool, fresh: bool) -> N
         sign(folder, 'server.crt', key, machine_names()[0], LEAF_EXTENSIONS + listed(what.words),
              (start, min(start + LEAF_DAYS * DAY, last)), *signer)
         notes = {'given': what.given, 'permitted': what.permitted}
-        (folder / 'names.json').write_text(json.dumps(notes), encoding='utf-8')
+        write_whole(folder / 'names.json', json.dumps(notes))
         # On a full disk openssl may leave half a file and call it done.
         seen_by_client(tls_context(folder / 'server.crt', folder / key), folder / signer[1])
         put_in_place(config, folder)
