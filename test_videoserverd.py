@@ -2494,19 +2494,21 @@ class TestStates(unittest.TestCase):
     def test_tried_again_after_1_5_and_15_minutes(self):
         delays = (60, 300, 900)
         self.assertEqual([v.next_step(v.Outcome('retry'), attempt, 3, delays) for attempt in (1, 2, 3, 4)],
-                         [('retry', 60), ('retry', 300), ('retry', 900), ('fail', 0)])
+                         [('retry_later', 60), ('retry_later', 300), ('retry_later', 900),
+                          ('give_up', 0)])
 
     def test_the_last_delay_repeats(self):
         self.assertEqual([v.backoff(attempt, (1, 2)) for attempt in (1, 2, 3, 50)], [1, 2, 2, 2])
         self.assertTrue(100 <= v.backoff(1, (100,), 0.5) <= 110)
 
     def test_what_follows_an_outcome(self):
-        for kind, step in {'done': 'finish', 'give_up': 'fail', 'cancelled': 'fail', 'stopped': 'requeue',
+        for kind, step in {'done': 'finish', 'give_up': 'give_up', 'cancelled': 'give_up', 'stopped': 'requeue',
                            'pause': 'requeue'}.items():
             self.assertEqual(v.next_step(v.Outcome(kind), 1, 3, (60,)), (step, 0))
         login = v.Outcome('retry', 'login', 'Log in.', tries=2)
-        self.assertEqual([v.next_step(login, attempt, 3, (60,))[0] for attempt in (1, 2)], ['retry', 'fail'])
-        self.assertEqual(v.next_step(v.Outcome('retry', tries=9), 1, 0, (60,)), ('fail', 0))
+        self.assertEqual([v.next_step(login, attempt, 3, (60,))[0] for attempt in (1, 2)],
+                         ['retry_later', 'give_up'])
+        self.assertEqual(v.next_step(v.Outcome('retry', tries=9), 1, 0, (60,)), ('give_up', 0))
         self.assertEqual([v.last_words(login, 2), v.last_words(login, 1),
                           v.last_words(v.Outcome('give_up', '', 'Gone.'), 2)],
                          ['Log in. Tried 2 times.', 'Log in.', 'Gone.'])

@@ -494,7 +494,7 @@ STATES = {  # as stored and as document A shows them
     'completed': 'every file lies whole under its final name',
     'failed': 'given up: the reason is permanent, the tries are used up, or somebody cancelled',
 }
-TRANSITIONS = {  # verb of the store: (status before, status after); whatever is not here cannot happen
+TRANSITIONS = {  # verb of the store: (statuses before, status after); nothing else can happen
     'claim': (('queued',), 'downloading'),
     'finish': (('downloading',), 'completed'),
     'retry_later': (('downloading',), 'queued'),
@@ -502,7 +502,7 @@ TRANSITIONS = {  # verb of the store: (status before, status after); whatever is
     'requeue': (('downloading',), 'queued'),  # stopped, paused or crashed: no attempt counted
     'cancel': (('queued',), 'failed'),  # a running one is stopped first, then given up
     'retry': (('failed', 'queued'), 'queued'),  # of a queued one: now instead of later
-    'uploaded': (('completed',), 'completed'),  # its files are in the bucket, or gone before they were
+    'uploaded': (('completed',), 'completed'),  # its files are in the bucket, or were gone too soon
 }
 
 
@@ -552,33 +552,42 @@ class Outcome:
 def backoff(attempt: int, delays: Sequence[int], jitter: float = 0) -> float:
     """Seconds to wait after the failed attempt `attempt` (1 = first); the last delay repeats.
 
-    `jitter`, 0 to 1, adds up to a tenth; 0 keeps the promise of 1, 5 and 15 minutes to the second."""
-    delay = delays[min(attempt, len(delays)) - 1]
-    return delay * (1 + jitter / 10) if jitter else delay
+    `jitter`, 0 to 1, adds up to a tenth; 0 keeps the promise of 1, 5 and 15 minutes exactly."""
+    return delays[min(attempt, len(delays)) - 1] * (1 + jitter / 10)
 
 
-STEPS = {'done': 'finish', 'give_up': 'fail', 'cancelled': 'fail', 'stopped': 'requeue', 'pause': 'requeue'}
+STEPS = {'done': 'finish', 'give_up': 'give_up', 'cancelled': 'give_up',
+         'stopped': 'requeue', 'pause': 'requeue'}
 
 
-def next_step(outcome: Outcome, attempt: int, max_retries: int, delays: Sequence[int],
-              jitter: float = 0) -> tuple[str, float]:
-    """What follows from how attempt `attempt` ended: finish, retry, fail or requeue, and seconds to wait."""
+def next_step(outcome: Outcome, attempt: int, max_retries: int,
+              delays: Sequence[int]) -> tuple[str, float]:
+    """The store's verb for how attempt `attempt` ended, and seconds to wait before the next.
+
+    Verbs: finish, retry_later, give_up, requeue."""
     if outcome.kind != 'retry':
         return STEPS[outcome.kind], 0
-    tries = max_retries + 1 if outcome.tries is None else min(outcome.tries, max_retries + 1)
-    return ('retry', backoff(attempt, delays, jitter)) if attempt < tries else ('fail', 0)
+    tries = max_retries + 1
+    if outcome.tries is not None:
+        tries = min(outcome.tries, tries)
+    if attempt >= tries:
+        return 'give_up', 0
+    return 'retry_later', backoff(attempt, delays)
 
 
 def last_words(outcome: Outcome, attempt: int) -> str:
     """The sentence that stays on a download that failed."""
-    return f'{outcome.message} Tried {attempt} times.' if attempt > 1 and outcome.kind == 'retry' else outcome.message
+    if attempt > 1 and outcome.kind == 'retry':
+        return f'{outcome.message} Tried {attempt} times.'
+    return outcome.message
 
 
 # -- what a phone sends
 
 class Refused(Exception):
-    """A submission that is not taken. `code` is a stable word, `message` a sentence a phone can show.
+    """A submission that is refused.
 
+    `code` is a stable word, `message` a sentence that a phone can show.
     Codes: bad_field, no_url, bad_url, url_too_long, domain_not_allowed, private_address,
     option_not_allowed, bad_option."""
 
@@ -598,25 +607,29 @@ class Submission:
     options: tuple[tuple[str, Any], ...]
 
 
-UNSAFE = re.compile(  # control characters, line ends, marks that reverse the text around them, half characters
+UNSAFE = re.compile(  # control characters, line ends, direction marks, lone surrogates
     '[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]')
 SITES = ('tiktok.com', 'instagram.com')  # links to them are known without https://
 
 
 def excerpt(text: str, length: int = 60) -> str:
     """`text` fit to be shown in a message: one short line."""
-    text = UNSAFE.sub('\ufffd', text)
-    return text if len(text) <= length else text[:length - 1] + '…'
+    start = UNSAFE.sub('\ufffd', text[:length])
+    if len(text) > length:
+        return start[:-1] + '…'
+    return start
 
 
-# Where a link ends in running text: at space, quotes, brackets, and at whatever is neither ASCII nor
-# of an alphabet that separates words by spaces, so that Chinese text and emoji may follow. The host
-# ends at none of these, nor at a line's end: what a browser might read on is judged as a whole.
+# A link in running text ends at a space, quote or bracket, and at any character that is neither
+# ASCII nor of an alphabet with spaces between words: Chinese text or an emoji may follow it. A host
+# does not end there, nor at a line's end: what a browser might read on is judged as a whole.
 LINK_CHARACTER = r'[!#-;=?-~\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f]'
 NEXT_LINK = r'(?<![=/])https?://'  # after / or = it belongs to the link before
 REST = rf'(?:[/?#](?:(?!{NEXT_LINK}){LINK_CHARACTER})*)'
-LINK = re.compile(rf'https?://(?:(?!{NEXT_LINK})(?:[^\s/?#<>"]|[\t\r\n]+(?!https?://)(?=[^\s/?#<>"])))+{REST}?'
-                  rf'|(?<![a-z0-9@._/%=:&?#\\\u00c0-\u052f-])((?:[a-z0-9-]{{1,63}}\.)+[a-z]{{2,63}})(?=/){REST}',
+LINK = re.compile(rf'https?://(?:(?!{NEXT_LINK})'
+                  rf'(?:[^\s/?#<>"]|[\t\r\n]+(?!https?://)(?=[^\s/?#<>"])))+{REST}?'
+                  r'|(?<![a-z0-9@._/%=:&?#\\\u00c0-\u052f-])'
+                  rf'((?:[a-z0-9-]{{1,63}}\.)+[a-z]{{2,63}})(?=/){REST}',
                   re.I | re.A)  # A: to re.I alone, ſ is an s
 TRAILING = '.,:;!?\'"*|`'
 
@@ -644,28 +657,31 @@ def find_urls(text: str, domains: Sequence[str] = SITES) -> list[str]:
 
 # -- which link is fetched
 
-PRIVATE_NAMES = ('localhost', 'local', 'lan', 'internal', 'home.arpa')  # RFC 6761, 6762, 8375; .internal by ICANN
+# RFC 6761, 6762 and 8375; .internal is reserved by ICANN.
+PRIVATE_NAMES = ('localhost', 'local', 'lan', 'internal', 'home.arpa')
 WRAPPED_IPV4 = (  # IPv6 networks that lead to the IPv4 address after so many bits
     (ipaddress.IPv6Network('::ffff:0:0/96'), 96), (ipaddress.IPv6Network('::/96'), 96),
     (ipaddress.IPv6Network('64:ff9b::/96'), 96), (ipaddress.IPv6Network('2002::/16'), 16))
-NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (  # what ipaddress calls global in some versions
-    '192.0.0.0/24', '192.88.99.0/24', '240.0.0.0/4', '64:ff9b:1::/48', '100::/64', '2001::/23', 'fec0::/10'))
+NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (  # some versions call these global
+    '192.0.0.0/24', '192.88.99.0/24', '240.0.0.0/4', '64:ff9b:1::/48', '100::/64', '2001::/23',
+    'fec0::/10'))
 
 
 def is_public(address: str) -> bool:
-    """Is the address one of the Internet: not private, loopback, link-local, multicast or reserved?
+    """Is the address on the Internet: not private, loopback, link-local, multicast or reserved?
 
-    An IPv6 address that wraps an IPv4 one is what that one is. Raises ValueError if it is no address."""
+    An IPv6 address that wraps an IPv4 one counts as that one. Raises ValueError."""
     ip = ipaddress.ip_address(address.partition('%')[0])
-    for network, bits in WRAPPED_IPV4 if ip.version == 6 else ():
+    for network, bits in WRAPPED_IPV4:
         if ip in network:
             return is_public(str(ipaddress.IPv4Address(int(ip) >> (96 - bits) & 0xffffffff)))
-    return ip.is_global and not ip.is_multicast and not any(ip in network for network in NEVER_PUBLIC)
+    reserved = any(ip in network for network in NEVER_PUBLIC)
+    return ip.is_global and not ip.is_multicast and not reserved
 
 
 @functools.lru_cache(maxsize=32)  # nearly all links lead to the same few hosts
 def is_private_host(host: str) -> bool:
-    """Does the canonical host name something that is not on the Internet, as far as its spelling tells?"""
+    """Does the canonical host, by its spelling, name something that is not on the Internet?"""
     try:
         return not is_public(host.strip('[]'))
     except ValueError:
@@ -673,7 +689,8 @@ def is_private_host(host: str) -> bool:
 
 
 # Characters that browsers drop from a host although they count as letters or marks.
-IGNORED = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]')
+IGNORED = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0'
+                     '\U000e0100-\U000e01ef]')
 LABEL = re.compile(r'[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?')
 
 
@@ -684,11 +701,12 @@ def ascii_label(label: str) -> str:
     no mapping but lower case changes. So no program can take the label for another one."""
     lower = label.lower()
     if len(lower) > 63:
-        raise ValueError('too long')  # before the work: encoding thousands of characters takes seconds
+        raise ValueError('too long')  # first: encoding thousands of characters takes seconds
     if not lower.isascii():
         import unicodedata  # 0.1 MB that plain links can do without
-        mapped = unicodedata.normalize('NFKC', label.casefold()) != lower or IGNORED.search(lower)
-        if mapped or any(unicodedata.category(character)[0] not in 'LMN' for character in lower if character != '-'):
+        mapped = unicodedata.normalize('NFKC', label.casefold()) != lower
+        kinds = {unicodedata.category(character)[0] for character in lower if character != '-'}
+        if mapped or IGNORED.search(lower) or kinds - set('LMN'):
             raise ValueError('ambiguous')
         lower = 'xn--' + lower.encode('punycode').decode('ascii')
     elif lower.startswith('xn--') and ascii_label(lower[4:].encode().decode('punycode')) != lower:
@@ -700,13 +718,18 @@ def ascii_label(label: str) -> str:
 
 @functools.lru_cache(maxsize=32)
 def canonical_host(host: str) -> str:
-    """The one spelling of a host: ASCII lower case without final dot, or an address. Raises ValueError."""
+    """The one spelling of a host: ASCII lower case without final dot, or an address.
+
+    Raises ValueError."""
     if host.startswith('['):
         return f'[{ipaddress.IPv6Address(host[1:-1])}]'
-    host = '.'.join(map(ascii_label, (host[:-1] if host.endswith('.') else host).split('.')))
+    if host.endswith('.'):
+        host = host[:-1]
+    host = '.'.join(map(ascii_label, host.split('.')))
     if len(host) > 253:
         raise ValueError('too long')
-    if re.fullmatch(r'[0-9]+|0x[0-9a-f]*', host.rpartition('.')[2]) and str(ipaddress.IPv4Address(host)) != host:
+    number = re.fullmatch(r'[0-9]+|0x[0-9a-f]*', host.rpartition('.')[2])
+    if number and str(ipaddress.IPv4Address(host)) != host:
         raise ValueError('an address in disguise')  # 127.1, 0177.0.0.1, 0x7f000001 and the like
     return host
 
@@ -715,9 +738,11 @@ def check_host(host: str, security: Any) -> None:
     """Raise Refused unless links to the canonical `host` are taken."""
     domains = security.allowed_domains
     if domains != ('*',) and not is_under(host, domains):
-        raise Refused('domain_not_allowed', f'Links to {excerpt(host)} are not taken, only to {", ".join(domains)}.')
+        raise Refused('domain_not_allowed', f'Links to {excerpt(host)} are not accepted, '
+                                            f'only links to {", ".join(domains)}.')
     if not security.allow_private_targets and is_private_host(host):
-        raise Refused('private_address', f'{excerpt(host)} is in a private network; such links are switched off.')
+        raise Refused('private_address', f'{excerpt(host)} is in a private network, '
+                                         'and such links are switched off.')
 
 
 WEB_LINK = re.compile(r'(https?)://([^/?#]*)([^?#]*)(\?[^#]*)?(?:#.*)?', re.I | re.A)
@@ -749,15 +774,19 @@ def check_url(text: str, security: Any) -> str:
     try:
         scheme, host, port, rest = split_url(text[:security.max_url_length + 1])
     except ValueError:
-        raise Refused('bad_url', f'This is no web link that can be taken: {excerpt(text)}') from None
+        raise Refused('bad_url', f'This is not a valid web link: {excerpt(text)}') from None
     check_host(host, security)
     listed = security.allowed_domains != ('*',)
     if listed and port != DEFAULT_PORTS[scheme]:
-        raise Refused('bad_url', f'Links to port {port} are not taken.')
-    scheme, port = ('https', 443) if listed else (scheme, port)
-    url = f'{scheme}://{host}{"" if port == DEFAULT_PORTS[scheme] else f":{port}"}{rest}'
+        raise Refused('bad_url', f'Links to port {port} are not accepted.')
+    if listed:
+        scheme, port = 'https', 443
+    if port != DEFAULT_PORTS[scheme]:
+        host = f'{host}:{port}'
+    url = f'{scheme}://{host}{rest}'
     if max(len(text), len(url)) > security.max_url_length:
-        raise Refused('url_too_long', f'The link is longer than {security.max_url_length} characters.')
+        raise Refused('url_too_long',
+                      f'The link is longer than {security.max_url_length} characters.')
     return url
 
 
@@ -799,7 +828,8 @@ def listing(pattern: str, accepted: str) -> Callable[[str], tuple[str, ...]]:
 
 def rate(text: str) -> int:
     """Bytes per second, at least 10 KB: slower would hold up the queue for hours."""
-    if not re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,3})?[KMG]?', text, re.I | re.A) or parse_size(text) < 10 << 10:
+    known = re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,3})?[KMG]?', text, re.I | re.A)
+    if not known or parse_size(text) < 10 << 10:
         raise ValueError('bytes per second such as 500K or 4.2M, at least 10K')
     return parse_size(text)
 
@@ -815,7 +845,9 @@ GROUP = re.compile(rf'\({SELECTORS.pattern}\)', re.A)
 def format_spec(text: str) -> str:
     """A yt-dlp format. No ~= (a regex can be made to run for ever), no - (asks on the terminal),
     no all and no comma (one file per video is what the file's name stands for)."""
-    rest = '' if len(text) > 300 or re.search(r'~|^ ?- ?$|\b(merge)?all\b', text) else text
+    rest = text
+    if len(text) > 300 or re.search(r'~|^ ?- ?$|\b(merge)?all\b', text):
+        rest = ''
     for _ in range(5):  # the innermost first
         rest = GROUP.sub('~', rest)
     if not SELECTORS.fullmatch(rest):
@@ -827,8 +859,9 @@ SORT_FIELD = r'(?a:\+?\w{1,30}(?:[~:][\w.+-]{1,30}){0,5})'
 CONTAINERS = '(?:avi|flv|mkv|mov|mp4|webm)(?:/(?:avi|flv|mkv|mov|mp4|webm)){0,5}'
 LANGUAGE = '-?[A-Za-z0-9]{1,12}(?:[_-][A-Za-z0-9]{1,12}){0,4}'  # yt-dlp takes it for a regex
 AUDIO = ('best', 'aac', 'alac', 'flac', 'm4a', 'mp3', 'opus', 'vorbis', 'wav')
-ITEM = r'(?a:(?=[^,])(?:[+-]?\d{1,4})?(?:[:-](?:[+-]?\d{1,4}|inf(?:inite)?)?(?::[+-]?[1-9]\d{0,3})?)?)'
-OPTION_ROWS = (  # spellings, yt-dlp's name of the parameter, and the flag's value or the argument's parser
+ITEM = (r'(?a:(?=[^,])(?:[+-]?\d{1,4})?'
+        r'(?:[:-](?:[+-]?\d{1,4}|inf(?:inite)?)?(?::[+-]?[1-9]\d{0,3})?)?)')
+OPTION_ROWS = (  # spellings, yt-dlp's name of the parameter, the flag's value or the value's parser
     ('-f --format', 'format', format_spec),
     ('-S --format-sort', 'format_sort', listing(SORT_FIELD, 'fields such as res:720,ext')),
     ('--merge-output-format', 'merge_output_format', matching(CONTAINERS, 'mp4, mkv or webm')),
@@ -842,7 +875,8 @@ OPTION_ROWS = (  # spellings, yt-dlp's name of the parameter, and the flag's val
     ('-N --concurrent-fragments', 'concurrent_fragment_downloads', upto(4, low=1)),
     ('--user-agent', 'User-Agent', matching('[!-~][ -~]{0,255}', 'up to 256 plain characters')),
     ('--referer', 'Referer', matching('https?://[!-~]{1,2000}', 'a web address')),
-    ('-I --playlist-items', 'playlist_items', matching(f'{ITEM}(?:,{ITEM}){{0,29}}', 'items such as 1,3:5')),
+    ('-I --playlist-items', 'playlist_items',
+     matching(f'{ITEM}(?:,{ITEM}){{0,29}}', 'items such as 1,3:5')),
     ('--no-playlist', 'noplaylist', True),
     ('--yes-playlist', 'noplaylist', False),
     ('-x --extract-audio', 'extractaudio', True),
@@ -859,21 +893,23 @@ OPTION_ROWS = (  # spellings, yt-dlp's name of the parameter, and the flag's val
     ('--restrict-filenames', 'restrictfilenames', True),
     ('--no-restrict-filenames', 'restrictfilenames', False),
 )
-OPTIONS = {spelling: (name, value) for spellings, name, value in OPTION_ROWS for spelling in spellings.split()}
-JOINED = {'format_sort': lambda old, new: new + old, 'subtitleslangs': lambda old, new: old + new}  # given twice
+OPTIONS = {spelling: (name, value)
+           for spellings, name, value in OPTION_ROWS for spelling in spellings.split()}
+JOINED = {  # what becomes of options that are given twice
+    'format_sort': lambda old, new: new + old, 'subtitleslangs': lambda old, new: old + new}
 
 
 def option_words(value: Any) -> list[str]:
     """The words of a list of strings or of one shell-like string. Raises Refused."""
     if value is None:
         return []
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) <= 4096:
         try:
-            value = shlex.split(value) if len(value) <= 4096 else [value]
+            value = shlex.split(value)
         except ValueError as error:
             raise Refused('bad_field', f'ytdlp_cli_parameters: {error}.') from None
-    if not isinstance(value, (list, tuple)) or not all(isinstance(word, str) for word in value):
-        raise Refused('bad_field', 'ytdlp_cli_parameters is to be a list of texts, or one text.')
+    if not isinstance(value, (list, tuple, str)) or not all(isinstance(word, str) for word in value):
+        raise Refused('bad_field', 'ytdlp_cli_parameters must be a list of strings, or one string.')
     if len(value) > 64 or sum(map(len, value)) > 4096:
         raise Refused('bad_field', 'ytdlp_cli_parameters is too long.')
     return list(value)
@@ -882,9 +918,11 @@ def option_words(value: Any) -> list[str]:
 def split_option(word: str) -> tuple[str, str | None]:
     """'--name=value' and '-fvalue' in two; the value is None where it stands apart."""
     if word.startswith('--'):
-        name, equals, value = word.partition('=')
-        return name, value if equals else None
-    return (word[:2], word[2:] or None) if word.startswith('-') else (word, None)
+        name, *value = word.split('=', 1)
+        return name, value[0] if value else None
+    if word.startswith('-'):
+        return word[:2], word[2:] or None
+    return word, None
 
 
 def option_value(spelling: str, parse: Callable[[str], Any], argument: str | None) -> Any:
@@ -906,36 +944,44 @@ def parse_options(value: Any) -> tuple[tuple[str, Any], ...]:
     while rest:
         spelling, argument = split_option(rest.popleft())
         if spelling not in OPTIONS:
-            raise Refused('option_not_allowed', f'The option {excerpt(spelling, 40)!r} is not allowed.')
+            raise Refused('option_not_allowed',
+                          f'The option {excerpt(spelling, 40)!r} is not allowed.')
         name, new = OPTIONS[spelling]
         if callable(new):
-            new = option_value(spelling, new, argument if argument is not None else rest.popleft() if rest else None)
-            new = JOINED[name](found[name], new) if name in JOINED and name in found else new
+            if argument is None and rest:
+                argument = rest.popleft()
+            new = option_value(spelling, new, argument)
+            if name in JOINED and name in found:
+                new = JOINED[name](found[name], new)
         elif argument is not None:
             raise Refused('bad_option', f'The option {spelling} takes no value.')
         found[name] = new
     return tuple(found.items())
 
 
-PARAMS = {name for _, name, _ in OPTION_ROWS} - {  # the others are made of several options, or into several
+PARAMS = {name for _, name, _ in OPTION_ROWS} - {  # these stand for one parameter each; others not
     'User-Agent', 'Referer', 'extractaudio', 'audioformat', 'embedsubtitles', 'addmetadata'}
 
 
 def postprocessors(chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What yt-dlp's command line sets up for -x, --embed-subs and --embed-metadata, in its order."""
+    """What yt-dlp's command line sets up for -x, --embed-subs and --embed-metadata, in order."""
     if chosen.get('extractaudio'):
         yield {'key': 'FFmpegExtractAudio', 'preferredcodec': chosen.get('audioformat', 'best'),
                'preferredquality': '5', 'nopostoverwrites': False}
     if chosen.get('embedsubtitles'):
-        yield {'key': 'FFmpegEmbedSubtitle', 'already_have_subtitle': bool(chosen.get('writesubtitles'))}
+        yield {'key': 'FFmpegEmbedSubtitle',
+               'already_have_subtitle': bool(chosen.get('writesubtitles'))}
     if chosen.get('addmetadata'):
-        yield {'key': 'FFmpegMetadata', 'add_chapters': True, 'add_metadata': True, 'add_infojson': 'if_exists'}
+        yield {'key': 'FFmpegMetadata', 'add_chapters': True, 'add_metadata': True,
+               'add_infojson': 'if_exists'}
 
 
 def ytdlp_params(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """YoutubeDL params that mean what yt-dlp's own parser makes of these options; always a new dict."""
-    chosen = {name: list(value) if isinstance(value, tuple) else value for name, value in options}
+    """What yt-dlp's own parser makes of these options, as YoutubeDL params; always a new dict."""
+    chosen = dict(options)
     params = {name: value for name, value in chosen.items() if name in PARAMS}
+    for name in JOINED.keys() & params.keys():
+        params[name] = list(params[name])
     headers = {name: chosen[name] for name in ('User-Agent', 'Referer') if name in chosen}
     if headers:
         params['http_headers'] = headers
@@ -954,10 +1000,12 @@ def ytdlp_params(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 # -- a submission
 
 def text_field(fields: dict[str, Any], name: str) -> str:
-    """A text among the fields; null is as good as left out. Raises Refused."""
-    value = '' if fields.get(name) is None else fields[name]
+    """A string among the fields; null is the same as none. Raises Refused."""
+    value = fields.get(name)
+    if value is None:
+        return ''
     if not isinstance(value, str):
-        raise Refused('bad_field', f'{name} is to be a text.')
+        raise Refused('bad_field', f'{name} must be a string.')
     return value.strip()
 
 
@@ -965,7 +1013,7 @@ def parse_client_id(fields: dict[str, Any]) -> str:
     """Who sends, 'unknown' by default. Raises Refused."""
     client_id = text_field(fields, 'client_id') or 'unknown'
     if len(client_id) > 128 or UNSAFE.search(client_id):
-        raise Refused('bad_field', 'client_id is to be at most 128 characters that can be shown.')
+        raise Refused('bad_field', 'client_id must be at most 128 printable characters.')
     return client_id
 
 
@@ -975,15 +1023,21 @@ def parse_timestamp(fields: dict[str, Any]) -> int | None:
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # JSON knows one kind of number: 1.7e9 is an integer
     whole_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    if value is not None and (not whole_number or value.bit_length() > 13000):  # Python prints 4300 digits at most
-        raise Refused('bad_field', 'timestamp is to be a whole number, not negative.')
+    too_long = whole_number and value.bit_length() > 13000  # Python prints 4,300 digits at most
+    if value is not None and (not whole_number or too_long):
+        raise Refused('bad_field', 'timestamp must be a whole number, not negative.')
     return value
 
 
 def parse_links(text: str, security: Any) -> list[tuple[str, Any]]:
-    """Every link in the text, in order: (as written, canonical URL or Refused). Raises Refused if there is none."""
+    """Every link in the text, in order: (as written, canonical URL or Refused).
+
+    Raises Refused if there is none."""
     found: list[tuple[str, Any]] = []
-    for link in find_urls(text, SITES if security.allowed_domains == ('*',) else security.allowed_domains):
+    known = security.allowed_domains
+    if known == ('*',):
+        known = SITES
+    for link in find_urls(text, known):
         try:
             found.append((link, check_url(link, security)))
         except Refused as refusal:
@@ -1012,19 +1066,22 @@ def parse_batch(fields: dict[str, Any], security: Any) -> list[tuple[str, Any]]:
     """Every link in `text`, once, in order: (as written, Submission or Refused). Raises Refused."""
     client_id, timestamp, found = parse_client_id(fields), parse_timestamp(fields), {}
     for written, url in parse_links(text_field(fields, 'text'), security):
-        item = Submission(url, client_id, timestamp, ()) if isinstance(url, str) else url
-        found.setdefault(url if isinstance(url, str) else written, (written, item))
+        if isinstance(url, str):
+            found.setdefault(url, (written, Submission(url, client_id, timestamp, ())))
+        else:
+            found.setdefault(written, (written, url))
     return list(found.values())
 
 
 # -- names of files
 
 MEDIA_TYPES = {  # what a download may consist of, and how it is served
-    'mp4': 'video/mp4', 'm4v': 'video/x-m4v', 'mov': 'video/quicktime', 'webm': 'video/webm', 'mkv': 'video/x-matroska',
-    'avi': 'video/x-msvideo', 'flv': 'video/x-flv', '3gp': 'video/3gpp', 'ts': 'video/mp2t', 'mpg': 'video/mpeg',
-    'm4a': 'audio/mp4', 'mp3': 'audio/mpeg', 'aac': 'audio/aac', 'opus': 'audio/ogg', 'ogg': 'audio/ogg',
-    'flac': 'audio/flac', 'wav': 'audio/wav', 'weba': 'audio/webm', 'mka': 'audio/x-matroska',
-    'vtt': 'text/vtt', 'srt': 'application/x-subrip', 'ass': 'text/x-ssa', 'ttml': 'application/ttml+xml'}
+    'mp4': 'video/mp4', 'm4v': 'video/x-m4v', 'mov': 'video/quicktime', 'webm': 'video/webm',
+    'mkv': 'video/x-matroska', 'avi': 'video/x-msvideo', 'flv': 'video/x-flv', '3gp': 'video/3gpp',
+    'ts': 'video/mp2t', 'mpg': 'video/mpeg', 'm4a': 'audio/mp4', 'mp3': 'audio/mpeg',
+    'aac': 'audio/aac', 'opus': 'audio/ogg', 'ogg': 'audio/ogg', 'flac': 'audio/flac',
+    'wav': 'audio/wav', 'weba': 'audio/webm', 'mka': 'audio/x-matroska', 'vtt': 'text/vtt',
+    'srt': 'application/x-subrip', 'ass': 'text/x-ssa', 'ttml': 'application/ttml+xml'}
 
 
 def media_type(name: str) -> str:
@@ -1034,20 +1091,21 @@ def media_type(name: str) -> str:
 
 HOSTILE = re.compile(r'[\\/:*?"<>|]+')  # to Windows and SMB shares; slash and colon to all
 NAME_BYTES = 255  # of UTF-8: the limit of ext4, APFS and others
-LONGEST_TITLE = 1000  # characters looked at: putting 100,000 marks in order stops all threads for a minute
+LONGEST_TITLE = 1000  # characters: normalising 100,000 marks stops all threads for a minute
 SUFFIX_BYTES = 28  # kept for '.part.ext', so that a subtitle's name begins like its video's
 
 
 def readable(text: str) -> str:
-    """The start of `text` for a file name: composed, one line, without invisible marks or hostile characters."""
+    """The start of `text` for a file name: on one line, no invisible or hostile marks."""
     import unicodedata
-    shown = (character if character in '\u200c\u200d' else ' ' if character.isspace() else
-             '' if unicodedata.category(character)[0] == 'C' else character for character in text[:LONGEST_TITLE])
+    one_line = ' '.join(text[:LONGEST_TITLE].split())
+    shown = (character for character in one_line
+             if character in '\u200c\u200d' or unicodedata.category(character)[0] != 'C')
     return ' '.join(HOSTILE.sub('_', unicodedata.normalize('NFC', ''.join(shown))).split())
 
 
 def cut(text: str, size: int) -> str:
-    """As much of `text` as fits into `size` bytes of UTF-8, without half a character or a dangling joiner."""
+    """The start of `text` in `size` bytes of UTF-8: no half character, no dangling joiner."""
     return text.encode()[:max(size, 0)].decode('utf-8', 'ignore').rstrip(' \u200c\u200d')
 
 
@@ -1057,18 +1115,23 @@ def token(text: str, size: int) -> str:
     plain_text = re.sub(r'[^\w.-]', '_', readable(text)).strip('.')
     if text and plain_text == text and len(text.encode()) <= size:
         return text
-    return cut(plain_text, size - 9) + '-' + hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()[:8]
+    digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
+    return f'{cut(plain_text, size - 9)}-{digest[:8]}'
 
 
 def file_name(title: str, media_id: str, ext: str, part: str = '') -> str:
-    """'%(title)s_%(id)s.%(ext)s' within 255 bytes of UTF-8: the title gives way, id and extension stay.
+    """'title_id.ext' within 255 bytes of UTF-8: the title is cut, id and extension stay.
 
-    `part` tells files of one media apart, such as the language of a subtitle: 'title_id.part.ext'."""
-    media_id, ext = token(media_id, 100), re.sub('[^A-Za-z0-9]', '', ext)[:10] or 'bin'
+    `part` tells files of one post apart, such as a subtitle's language: 'title_id.part.ext'."""
+    media_id, ext = token(media_id, 100), re.sub('[^A-Za-z0-9]', '', ext[:99])[:10] or 'bin'
     room = NAME_BYTES - SUFFIX_BYTES - len(media_id.encode()) - 1
-    title = cut(readable(title).lstrip('.-_~ '), room)
-    stem = f'{title}_{media_id}' if title else '_' * media_id.startswith(('.', '-')) + media_id
-    return f'{stem}.{token(part, 16)}.{ext}' if part else f'{stem}.{ext}'
+    stem = cut(readable(title).lstrip('.-_~ '), room)
+    if stem or media_id.startswith(('.', '-')):
+        stem += '_'
+    stem += media_id
+    if part:
+        stem += '.' + token(part, 16)
+    return f'{stem}.{ext}'
 
 # ---------- store -------------------------------------------------------------------------
 # Owns the SQLite database: schema, migrations, the verbs of the domain, the group commit. One
@@ -1097,24 +1160,25 @@ CREATE INDEX IF NOT EXISTS idx_created_at ON downloads(created_at DESC);
 CREATE INDEX IF NOT EXISTS idx_client_id ON downloads(client_id);
 '''
 OUR_SCHEMA = '''
-ALTER TABLE downloads ADD COLUMN timestamp TEXT;         -- the client's, text: any size, only compared
+ALTER TABLE downloads ADD COLUMN timestamp TEXT;         -- the client's, any size, only compared
 ALTER TABLE downloads ADD COLUMN options TEXT;           -- JSON pairs
 ALTER TABLE downloads ADD COLUMN title TEXT;
 ALTER TABLE downloads ADD COLUMN files TEXT;             -- JSON [[name, size, type], ...]
 ALTER TABLE downloads ADD COLUMN reason TEXT;            -- stable word of the last failure
 ALTER TABLE downloads ADD COLUMN next_attempt_at INTEGER;
 ALTER TABLE downloads ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;  -- unclean ends in a row
-ALTER TABLE downloads ADD COLUMN s3_state TEXT;          -- waiting|failing|stored|gone, NULL: no bucket
+ALTER TABLE downloads ADD COLUMN s3_state TEXT;          -- waiting|failing|stored|gone, or NULL
 ALTER TABLE downloads ADD COLUMN s3_attempts INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE downloads ADD COLUMN s3_due INTEGER;
 ALTER TABLE downloads ADD COLUMN s3_error TEXT;
 CREATE UNIQUE INDEX idx_repeat ON downloads(client_id, url, timestamp) WHERE timestamp IS NOT NULL;
-DROP INDEX idx_status;  -- each costs a page of the log with every link: two that tell more take their places
+DROP INDEX idx_status;     -- replaced by wider ones: every index costs a page with each link
 DROP INDEX idx_client_id;
 CREATE INDEX idx_status ON downloads(status, created_at DESC);
 CREATE INDEX idx_client_id ON downloads(client_id, created_at);
 CREATE INDEX idx_s3_due ON downloads(s3_due) WHERE s3_due IS NOT NULL;
-CREATE TABLE tally (status TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;  -- counting 100,000 rows is slow
+-- Counting 100,000 rows is slow.
+CREATE TABLE tally (status TEXT PRIMARY KEY, n INTEGER NOT NULL) WITHOUT ROWID;
 INSERT INTO tally VALUES ('queued', 0), ('downloading', 0), ('completed', 0), ('failed', 0);
 UPDATE tally SET n = (SELECT count(*) FROM downloads WHERE downloads.status = tally.status);
 CREATE TRIGGER tally_insert AFTER INSERT ON downloads BEGIN
@@ -1128,15 +1192,30 @@ CREATE TRIGGER tally_update AFTER UPDATE OF status ON downloads WHEN old.status 
     UPDATE tally SET n = n + 1 WHERE status = new.status;
 END;
 '''
-MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA)  # user_version counts the ones that have run
+POST_SCHEMA = '''
+ALTER TABLE downloads ADD COLUMN note TEXT;              -- what a completed one lacks, a sentence
+ALTER TABLE downloads ADD COLUMN site TEXT;              -- of the post: 'tiktok', 'instagram', ...
+ALTER TABLE downloads ADD COLUMN media_id TEXT;          -- the site's id of the post, once known
+ALTER TABLE downloads ADD COLUMN asked TEXT;             -- what the options ask of the post
+ALTER TABLE downloads ADD COLUMN uploader TEXT;
+ALTER TABLE downloads ADD COLUMN duration REAL;          -- seconds
+ALTER TABLE downloads ADD COLUMN description TEXT;       -- the whole caption
+ALTER TABLE downloads ADD COLUMN upload_date TEXT;       -- YYYYMMDD
+ALTER TABLE downloads ADD COLUMN starred INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE downloads ADD COLUMN import_id TEXT;         -- the import it came with
+CREATE INDEX idx_post ON downloads(site, media_id) WHERE media_id IS NOT NULL;
+'''
+MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts those that have run
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
-CHECK_SECONDS = 0.25  # of quick_check at the start; a large database is checked in full with each daily copy
+CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked in full
 
-# The link whose hour has to pass before the client may send another; a future row (clock set back) does not count.
-HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? AND created_at <= ? '
-             'ORDER BY created_at DESC LIMIT 1 OFFSET ?')
-INSERT_LINK = (  # one statement for the usual case: each one hands the interpreter to another thread twice
-    'INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, timestamp, options) '
+# The link whose hour has to pass before the client may send another. A row of the future (the
+# clock was set back) does not count.
+HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? '
+             'AND created_at <= ? ORDER BY created_at DESC LIMIT 1 OFFSET ?')
+INSERT_LINK = (  # one statement: each one hands the interpreter to another thread twice
+    'INSERT INTO downloads '
+    '(id, url, client_id, status, created_at, last_updated, timestamp, options) '
     f"SELECT ?, ?, ?, 'queued', ?, ?, ?, ? WHERE NOT (? AND EXISTS ({HOUR_FULL})) "
     'ON CONFLICT (client_id, url, timestamp) WHERE timestamp IS NOT NULL DO NOTHING')
 
@@ -1174,7 +1253,7 @@ class Record(dict):
 
 
 def full_sync(file: str) -> None:
-    """On a Mac push `file` through the drive's cache: Apple's SQLite has a barrier only (fsync(2))."""
+    """On a Mac flush the drive's cache for `file`: SQLite there only uses a barrier."""
     if hasattr(fcntl, 'F_FULLFSYNC') and os.path.exists(file):
         with open(file, 'rb') as handle:
             fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
@@ -1182,39 +1261,42 @@ def full_sync(file: str) -> None:
 
 def corrupt(path: Path, error: object) -> Trouble:
     """What to say of a damaged database; nothing is touched."""
-    return Trouble(f'{path}: the database is damaged ({" ".join(str(error).split())}). Nothing was changed. '
-                   'Stop the server, move this file and its -wal and -shm away, and copy here the newest of '
-                   f'{path.parent / "backups"}.')
+    return Trouble(
+        f'{path}: the database is damaged ({" ".join(str(error).split())}). Nothing was changed. '
+        'Stop the server, move this file and its -wal and -shm away, and copy here the newest of '
+        f'{path.parent / "backups"}.')
 
 
 def quick_check(db: sqlite3.Connection, seconds: float | None = None) -> str | None:
     """What SQLite finds wrong with the database, None if nothing; stops looking after `seconds`."""
-    end = time.monotonic() + seconds if seconds else None
-    if end:
+    if seconds:
+        end = time.monotonic() + seconds
         db.set_progress_handler(lambda: time.monotonic() > end, 10000)
     try:
         found = db.execute('PRAGMA quick_check(1)').fetchone()[0]
-        return None if found == 'ok' else found
-    except sqlite3.OperationalError as error:
-        return None if 'interrupted' in str(error) else str(error)
     except sqlite3.DatabaseError as error:
-        return str(error)
+        found = str(error)
     finally:
         db.set_progress_handler(None, 0)
+    if found in ('ok', 'interrupted'):
+        return None
+    return found
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
     """Bring the schema up to date, a transaction a step. Raises Trouble for a newer database."""
     version = db.execute('PRAGMA user_version').fetchone()[0]
     if version > len(MIGRATIONS):
-        raise Trouble(f'{path}: made by a newer videoserverd (schema {version}); install that version again.')
-    for number in range(version, len(MIGRATIONS)):
-        db.executescript(f'BEGIN IMMEDIATE; {MIGRATIONS[number]} PRAGMA user_version = {number + 1}; COMMIT;')
+        raise Trouble(f'{path}: made by a newer videoserverd (schema {version}); '
+                      'install that version again.')
+    for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        db.executescript(f'BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;')
 
 
 def new_id() -> str:
     """A random UUID (RFC 9562 section 5.4); the module uuid would take 0.2 MB for it."""
-    digits = f'{int.from_bytes(os.urandom(16), "big") & ~(15 << 76 | 3 << 62) | 4 << 76 | 2 << 62:032x}'
+    number = int.from_bytes(os.urandom(16), 'big') & ~(15 << 76 | 3 << 62) | 4 << 76 | 2 << 62
+    digits = f'{number:032x}'
     return '-'.join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
@@ -1243,7 +1325,7 @@ class Store:
         """Create or migrate the database and start the commit thread. Raises Trouble."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # the links are nobody else's business
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # links are private
             self._writer = self._connect_writer()
             found = quick_check(self._writer, CHECK_SECONDS)
             if found:
@@ -1251,11 +1333,12 @@ class Store:
             migrate(self._writer, self.path)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError) and 'malformed' not in str(error):
-                raise Trouble(f'{self.path}: cannot be opened ({error}); mend its folder or disk.') from None
+                raise Trouble(f'{self.path}: cannot be opened ({error}); '
+                              'check its folder and its disk.') from None
             raise corrupt(self.path, error) from None
         except OSError as error:
             raise Trouble(f'{self.path}: the database cannot be opened ({error.strerror}); '
-                          'mend its folder, or set [database] path.') from None
+                          'check its folder, or set [database] path.') from None
         self.thread.start()
 
     def close(self) -> None:
@@ -1270,10 +1353,11 @@ class Store:
         self._pool.clear()
 
     def _connect_writer(self) -> sqlite3.Connection:
-        db = sqlite3.connect(str(self.path), timeout=5, isolation_level=None, check_same_thread=False)
+        db = sqlite3.connect(str(self.path), timeout=5, isolation_level=None,
+                             check_same_thread=False)
         db.row_factory = sqlite3.Row
-        for pragma in ('journal_mode=WAL', 'synchronous=FULL', 'fullfsync=1', 'checkpoint_fullfsync=1',
-                       'journal_size_limit=4194304', 'cache_size=-1024'):
+        for pragma in ('journal_mode=WAL', 'synchronous=FULL', 'fullfsync=1',
+                       'checkpoint_fullfsync=1', 'journal_size_limit=4194304', 'cache_size=-1024'):
             db.execute(f'PRAGMA {pragma}').fetchall()
         return db
 
@@ -1292,7 +1376,7 @@ class Store:
         self._shut_writer('PRAGMA wal_checkpoint(TRUNCATE)')
 
     def _commit(self, batch: list[Ticket]) -> None:
-        """One transaction, one sync, for all of `batch`; every ticket gets its answer whatever happens."""
+        """One transaction, one sync, for all of `batch`; every ticket is answered in any case."""
         try:
             if self._writer is None:
                 self._writer = self._connect_writer()
@@ -1302,7 +1386,7 @@ class Store:
             self._writer.execute('COMMIT')
             full_sync(f'{self.path}-wal')
             self.error = None
-        except Exception as error:  # whatever it is, this thread must live and nobody may be told 'stored'
+        except Exception as error:  # this thread must live on, and nobody may be told 'stored'
             self._fail(batch, error)
         for ticket in batch:
             ticket.done.release()
@@ -1311,11 +1395,11 @@ class Store:
         """A verb refuses before it writes, so that its refusal leaves the others' work whole."""
         try:
             ticket.result = ticket.work(self._writer)
-        except (RateLimited, LookupError, ValueError, TypeError, OverflowError) as error:  # nothing was written
+        except (RateLimited, LookupError, ValueError, TypeError, OverflowError) as error:
             ticket.error = error
 
     def _fail(self, batch: list[Ticket], error: Exception) -> None:
-        """Nobody knows what a failed sync left behind: tell all, start afresh with the next batch."""
+        """Nobody knows what a failed sync left behind: tell all, reopen with the next batch."""
         if self.error is None or not isinstance(error, (sqlite3.Error, OSError)):
             log.error('database: commit failed, links are refused until it works: %s', error,
                       exc_info=not isinstance(error, (sqlite3.Error, OSError)))
@@ -1328,7 +1412,7 @@ class Store:
         writer, self._writer = self._writer, None
         if writer is None:
             return
-        with suppress(sqlite3.Error):  # a rollback may have happened by itself; the next start makes a checkpoint
+        with suppress(sqlite3.Error):  # it may be rolled back already; the next start checkpoints
             writer.execute(last_words).fetchall()
         try:
             writer.close()
@@ -1353,7 +1437,8 @@ class Store:
     def read(self, sql: str, args: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """The rows of a query, on a connection that cannot write."""
         with self._pool_lock:
-            reader = self._pool.pop() if self._pool else None
+            reader = next(iter(self._pool[-1:]), None)
+            del self._pool[-1:]
         try:
             reader = reader or self._connect_reader()
             rows = reader.execute(sql, args).fetchall()
@@ -1370,8 +1455,8 @@ class Store:
         return rows
 
     def _connect_reader(self) -> sqlite3.Connection:
-        reader = sqlite3.connect(f'{self.path.as_uri()}?mode=ro', uri=True, timeout=5, isolation_level=None,
-                                 check_same_thread=False)
+        reader = sqlite3.connect(f'{self.path.as_uri()}?mode=ro', uri=True, timeout=5,
+                                 isolation_level=None, check_same_thread=False)
         reader.row_factory = sqlite3.Row
         reader.execute('PRAGMA cache_size=-512')
         return reader
@@ -1388,30 +1473,32 @@ class Store:
         found = dict(tuple(row) for row in self.read('SELECT status, n FROM tally'))
         return {status: found.get(status, 0) for status in STATES}
 
-    def page(self, limit: int, offset: int = 0, status: str = '', q: str = '') -> tuple[int, list[Record]]:
+    def page(self, limit: int, offset: int = 0, status: str = '',
+             q: str = '') -> tuple[int, list[Record]]:
         """(how many there are, `limit` of them from `offset` on), newest first."""
         where, args = '1', []
         if status:
             where, args = 'status = ?', [status]
         if q:
-            where += " AND (url LIKE ? ESCAPE '\\' OR title LIKE ? ESCAPE '\\' OR filename LIKE ? ESCAPE '\\')"
+            where += (r" AND (url LIKE ? ESCAPE '\' OR title LIKE ? ESCAPE '\'"
+                      r" OR filename LIKE ? ESCAPE '\')")
             args += [escape_like(q)] * 3
             total = self.read(f'SELECT count(*) FROM downloads WHERE {where}', args)[0][0]
         else:
-            counts = self.counts()
-            total = counts.get(status, 0) if status else sum(counts.values())
+            total = sum(n for name, n in self.counts().items() if status in ('', name))
         newest = 'ORDER BY created_at DESC, rowid DESC'
         rows = self.read(  # the inner query walks an index only: a deep offset costs little
-            f'SELECT * FROM downloads WHERE rowid IN (SELECT rowid FROM downloads WHERE {where} {newest} '
-            f'LIMIT ? OFFSET ?) {newest}', [*args, limit, offset])
+            'SELECT * FROM downloads WHERE rowid IN (SELECT rowid FROM downloads '
+            f'WHERE {where} {newest} LIMIT ? OFFSET ?) {newest}', [*args, limit, offset])
         return total, [Record.of(row) for row in rows]
 
     def since(self, created_at: int, ongoing: bool) -> list[sqlite3.Row]:
-        """(id, status, file_size) of downloads made since then, newest first, 10,000 at most; with `ongoing`
-        only the unfinished."""
-        only = "AND status IN ('queued', 'downloading')" if ongoing else ''
-        return self.read(f'SELECT id, status, file_size FROM downloads WHERE created_at >= ? {only} '
-                         'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at,))
+        """(id, status, file_size) of downloads made since then, newest first, 10,000 at most.
+
+        With `ongoing` only the unfinished."""
+        return self.read("SELECT id, status, file_size FROM downloads WHERE created_at >= ? "
+                         "AND (NOT ? OR status IN ('queued', 'downloading')) "
+                         'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
     def due_times(self) -> list[tuple[str, int]]:
         """(id, epoch seconds from which it may start) of all that is queued, oldest first."""
@@ -1445,13 +1532,17 @@ class Store:
             return refusal
 
     def _insert(self, db: sqlite3.Connection, item: Submission, now: int) -> tuple[str, bool]:
-        download_id, timestamp = new_id(), None if item.timestamp is None else str(item.timestamp)
-        row = (download_id, item.url, item.client_id, now, now, timestamp,
-               json.dumps(item.options) if item.options else None)
+        download_id, timestamp, options = new_id(), None, None
+        if item.timestamp is not None:
+            timestamp = str(item.timestamp)
+        if item.options:
+            options = json.dumps(item.options)
+        row = (download_id, item.url, item.client_id, now, now, timestamp, options)
         hour = (item.client_id, now - 3600, now, self.links_per_hour - 1)
         if db.execute(INSERT_LINK, (*row, self.links_per_hour, *hour)).rowcount == 1:
             return download_id, True
-        known = db.execute('SELECT id FROM downloads WHERE client_id = ? AND url = ? AND timestamp = ?',
+        known = db.execute('SELECT id FROM downloads '
+                           'WHERE client_id = ? AND url = ? AND timestamp = ?',
                            (item.client_id, item.url, timestamp)).fetchone()
         if known:
             return known['id'], False
@@ -1461,14 +1552,15 @@ class Store:
     # -- the way of a download
 
     def _move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
-        """What TRANSITIONS lets `verb` do, with further columns; whether the status was one it may start from."""
+        """Change the status as TRANSITIONS lets `verb`, with further columns; whether it could."""
         before, after = TRANSITIONS[verb]
         sets = ''.join(f'{name} = ?, ' for name in columns)
         marks = ', '.join('?' * len(before))
 
         def work(db):
             return db.execute(
-                f'UPDATE downloads SET {sets} status = ?, last_updated = ? WHERE id = ? AND status IN ({marks})',
+                f'UPDATE downloads SET {sets} status = ?, last_updated = ? '
+                f'WHERE id = ? AND status IN ({marks})',
                 (*columns.values(), after, now, download_id, *before)).rowcount == 1
         return self.write(work)
 
@@ -1476,43 +1568,49 @@ class Store:
         """Take a queued download to work on; None if it is queued no more, or not due yet."""
         def work(db):  # one transaction: a row that is taken but cannot be read would be nobody's
             taken = db.execute(
-                "UPDATE downloads SET status = 'downloading', started_at = ?, next_attempt_at = NULL, last_updated = ? "
+                "UPDATE downloads SET status = 'downloading', started_at = ?, "
+                "next_attempt_at = NULL, last_updated = ? "
                 "WHERE id = ? AND status = 'queued' AND coalesce(next_attempt_at, 0) <= ?",
                 (now, now, download_id, now)).rowcount
-            return taken and db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
+            return taken and db.execute('SELECT * FROM downloads WHERE id = ?',
+                                        (download_id,)).fetchone()
         row = self.write(work)
         if not row:
             return None
         options = tuple((name, value) for name, value in json.loads(row['options'] or '[]'))
         return Job(download_id, row['url'], options, (row['retry_count'] or 0) + 1)
 
-    def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int, upload: bool) -> bool:
+    def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int,
+               upload: bool) -> bool:
         """The files are on disk and synced: completed."""
+        s3_state, s3_due = (('waiting', now) if upload else (None, None))
+        title = excerpt(' '.join(outcome.title.split()), 300)  # a lone surrogate cannot be stored
         return self._move(
-            'finish', download_id, now,
-            title=excerpt(' '.join(outcome.title.split()), 300) or None,  # half an emoji would fail the commit for ever
+            'finish', download_id, now, title=title or None,
             filename=outcome.files[0].name, file_path=str(folder / outcome.files[0].name),
-            file_size=sum(file.size for file in outcome.files), files=json.dumps(outcome.files), completed_at=now,
-            error_message=None, reason=None, crashes=0,
-            s3_state='waiting' if upload else None, s3_due=now if upload else None)
+            file_size=sum(file.size for file in outcome.files), files=json.dumps(outcome.files),
+            completed_at=now, error_message=None, reason=None, crashes=0,
+            s3_state=s3_state, s3_due=s3_due)
 
-    def retry_later(self, download_id: str, attempt: int, due: int, outcome: Outcome, now: int) -> bool:
+    def retry_later(self, download_id: str, attempt: int, due: int, outcome: Outcome,
+                    now: int) -> bool:
         """The attempt failed; the next one is due then."""
         return self._move('retry_later', download_id, now, retry_count=attempt, next_attempt_at=due,
-                          error_message=excerpt(outcome.message, 500), reason=outcome.reason, crashes=0)
+                          error_message=excerpt(outcome.message, 500), reason=outcome.reason,
+                          crashes=0)
 
     def give_up(self, download_id: str, attempt: int, outcome: Outcome, now: int) -> bool:
         """No further attempt."""
         return self._move('give_up', download_id, now, retry_count=attempt - 1,
-                          error_message=excerpt(outcome.message, 500), reason=outcome.reason, crashes=0,
-                          next_attempt_at=None)
+                          error_message=excerpt(outcome.message, 500), reason=outcome.reason,
+                          crashes=0, next_attempt_at=None)
 
     def requeue(self, download_id: str, now: int) -> bool:
         """Stopped through no fault of its own: back in the queue, no attempt counted."""
         return self._move('requeue', download_id, now, crashes=0)
 
     def cancel(self, download_id: str, now: int) -> bool:
-        """Take it out of the queue; whether it was in it (a running one is the scheduler's to stop)."""
+        """Take it out of the queue; whether it was there (the scheduler stops a running one)."""
         return self._move('cancel', download_id, now, error_message='Cancelled', reason='cancelled',
                           next_attempt_at=None)
 
@@ -1524,13 +1622,16 @@ class Store:
     def forget(self, download_id: str) -> bool:
         """Delete the row unless it is being downloaded; whether it was deleted."""
         return self.write(lambda db: db.execute(
-            "DELETE FROM downloads WHERE id = ? AND status <> 'downloading'", (download_id,)).rowcount == 1)
+            "DELETE FROM downloads WHERE id = ? AND status <> 'downloading'",
+            (download_id,)).rowcount == 1)
 
     def recover(self, now: int, retry_delays: Sequence[int], max_retries: int) -> int:
-        """After a start: what was being downloaded is queued again; how many. An unclean end counts
-        towards CRASH_LIMIT, and only that many in a row cost an attempt."""
+        """After a start: what was being downloaded is queued again; how many.
+
+        An unclean end counts towards CRASH_LIMIT, and only that many in a row cost an attempt."""
         def work(db):
-            rows = db.execute("SELECT id, retry_count, crashes FROM downloads WHERE status = 'downloading'").fetchall()
+            rows = db.execute('SELECT id, retry_count, crashes FROM downloads '
+                              "WHERE status = 'downloading'").fetchall()
             for row in rows:
                 self._recover_row(db, row, now, retry_delays, max_retries)
             return len(rows)
@@ -1539,42 +1640,46 @@ class Store:
     def pull_in(self, now: int, longest: int) -> None:
         """The clock was ahead and is not any more: nothing waits longer than the longest delay."""
         self.write(lambda db: db.execute(
-            "UPDATE downloads SET next_attempt_at = ? WHERE status = 'queued' AND next_attempt_at > ?",
-            (now + longest, now + longest)))
+            "UPDATE downloads SET next_attempt_at = ? "
+            "WHERE status = 'queued' AND next_attempt_at > ?", (now + longest, now + longest)))
 
-    def _recover_row(self, db: sqlite3.Connection, row: sqlite3.Row, now: int, retry_delays: Sequence[int],
-                     max_retries: int) -> None:
+    def _recover_row(self, db: sqlite3.Connection, row: sqlite3.Row, now: int,
+                     retry_delays: Sequence[int], max_retries: int) -> None:
         crashes, failed = row['crashes'] + 1, (row['retry_count'] or 0)
         if crashes < CRASH_LIMIT:
-            db.execute("UPDATE downloads SET status = 'queued', crashes = ?, last_updated = ? WHERE id = ?",
-                       (crashes, now, row['id']))
+            db.execute("UPDATE downloads SET status = 'queued', crashes = ?, last_updated = ? "
+                       'WHERE id = ?', (crashes, now, row['id']))
             return
-        over = failed >= max_retries
-        log.error('download %s: the server ended %d times while it ran: a failed attempt', row['id'], crashes)
-        db.execute('UPDATE downloads SET status = ?, crashes = 0, retry_count = ?, next_attempt_at = ?, reason = ?, '
-                   'error_message = ?, last_updated = ? WHERE id = ?',
-                   ('failed' if over else 'queued', failed if over else failed + 1,
-                    None if over else now + backoff(failed + 1, retry_delays), 'crash',
-                    f'The server ended {crashes} times while downloading this.', now, row['id']))
+        log.error('download %s: the server ended %d times while it ran: a failed attempt',
+                  row['id'], crashes)
+        columns = ('failed', failed, None)
+        if failed < max_retries:
+            columns = ('queued', failed + 1, now + backoff(failed + 1, retry_delays))
+        db.execute('UPDATE downloads SET status = ?, retry_count = ?, next_attempt_at = ?, '
+                   'crashes = 0, reason = ?, error_message = ?, last_updated = ? WHERE id = ?',
+                   (*columns, 'crash', f'The server ended {crashes} times while downloading this.',
+                    now, row['id']))
 
     # -- copies in the bucket
 
     def uploads_due(self, now: int, latest: int, limit: int = 10) -> list[Record]:
-        """Finished downloads whose copy is due; beyond `latest` is due as well: the clock was ahead."""
+        """Finished downloads whose copy is due, or due after `latest`: the clock was ahead."""
         return [Record.of(row) for row in self.read(
-            'SELECT * FROM downloads WHERE s3_due <= ? OR s3_due > ? ORDER BY s3_due LIMIT ?', (now, latest, limit))]
+            'SELECT * FROM downloads WHERE s3_due <= ? OR s3_due > ? ORDER BY s3_due LIMIT ?',
+            (now, latest, limit))]
 
     def upload_done(self, download_id: str, now: int, lost: str | None = None) -> bool:
         """All files of it are in the bucket; or never will be, for what is said in `lost`."""
-        return self._move('uploaded', download_id, now, s3_state='gone' if lost else 'stored', s3_due=None,
-                          s3_error=lost)
+        state = 'gone' if lost else 'stored'
+        return self._move('uploaded', download_id, now, s3_state=state, s3_due=None, s3_error=lost)
 
     def upload_later(self, download_id: str, due: int, error: str, now: int) -> bool:
         """The copy failed; again then."""
         def work(db):
             return db.execute(
-                "UPDATE downloads SET s3_state = 'failing', s3_attempts = s3_attempts + 1, s3_due = ?, s3_error = ?, "
-                'last_updated = ? WHERE id = ?', (due, error, now, download_id)).rowcount == 1
+                "UPDATE downloads SET s3_state = 'failing', s3_attempts = s3_attempts + 1, "
+                's3_due = ?, s3_error = ?, last_updated = ? WHERE id = ?',
+                (due, error, now, download_id)).rowcount == 1
         return self.write(work)
 
     # -- copies of the database
@@ -1582,7 +1687,8 @@ class Store:
     def probe(self) -> None:
         """Write a page, to see whether links can be stored. Raises StoreDown."""
         now = int(time.time())  # writing what is there already would write nothing
-        self.write(lambda db: db.execute("INSERT OR REPLACE INTO tally VALUES ('probe', ?)", (now,)))
+        self.write(lambda db: db.execute(
+            "INSERT OR REPLACE INTO tally VALUES ('probe', ?)", (now,)))
 
     def backup(self, target: Path) -> None:
         """A consistent, checked copy at `target` (sqlite.org/backup.html). Raises Trouble."""
@@ -1593,7 +1699,8 @@ class Store:
                 sync_handle(handle.fileno())
             os.replace(part, target)
         except (sqlite3.Error, OSError) as error:
-            raise Trouble(f'{target}: the copy failed ({error}); the database itself was only read.') from None
+            raise Trouble(f'{target}: the copy failed ({error}); '
+                          'the database itself was only read.') from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -1626,8 +1733,8 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             fresh = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise Trouble(f'{self.path}: cannot be opened ({error.strerror}); mend its folder, use the user of the '
-                          'server, or set [database] path.') from None
+            raise Trouble(f'{self.path}: cannot be opened ({error.strerror}); check its folder, '
+                          'use the user of the server, or set [database] path.') from None
         if self.fd is not None and os.path.samestat(os.fstat(self.fd), os.fstat(fresh)):
             os.close(fresh)
         else:  # what was kept across a re-execution may lock the database of before
@@ -1643,8 +1750,9 @@ class Lock:
             holder = self.holder()
             os.close(self.fd)
             self.fd = None
-            raise Trouble(f'{self.path}: another videoserverd (process {holder.get("pid", "unknown")}, port '
-                          f'{holder.get("port", "unknown")}) uses this database; stop it first.') from None
+            raise Trouble(f'{self.path}: another videoserverd (process '
+                          f'{holder.get("pid", "unknown")}, port {holder.get("port", "unknown")}) '
+                          'uses this database; stop it first.') from None
         self.tell({'pid': os.getpid()})
 
     def tell(self, facts: dict[str, Any]) -> None:
@@ -4011,15 +4119,15 @@ class Scheduler:
         if step == 'finish':
             return self.store.finish(job.id, outcome, self.config.downloads.output_directory, int(now),
                                      bool(self.config.s3.endpoint))
-        if step == 'retry':
+        if step == 'retry_later':
             self.store.retry_later(job.id, job.attempt, int(now + delay), outcome, int(now))
             self.push(job.id, int(now + delay))  # even if an earlier try has stored it that was told to have failed
-        elif step == 'fail':
+        elif step == 'give_up':
             outcome = outcome._replace(message=last_words(outcome, job.attempt))
             self.store.give_up(job.id, job.attempt, outcome, int(now))
         else:
             self._put_back(job, outcome, now)
-        return step in ('finish', 'fail')
+        return step in ('finish', 'give_up')
 
     def _put_back(self, job: Job, outcome: Outcome, now: float) -> None:
         """Stopped, or nothing can be downloaded now: queued again, no attempt counted."""
