@@ -2957,7 +2957,7 @@ class TestCommands(DaemonTest):
         daemon.change_env({'PYTHONIOENCODING': 'latin-1'})
         self.assertIn('\\u2026 and 1 older ones', daemon.run('list').stdout)
 
-    def test_doctor_names_each_fault_and_what_mends_it(self):
+    def test_doctor_names_each_fault_and_what_fixes_it(self):
         daemon = self.new_daemon()
         done = daemon.run('doctor')
         self.assertIn('health: ', done.stdout)
@@ -2966,13 +2966,13 @@ class TestCommands(DaemonTest):
         open_to_all = [daemon.database, daemon.folder / 'certs/ca.key']
         for file in open_to_all:
             file.chmod(0o644)
-        self.assertEqual(re.findall(r'BAD +permissions: .*\n +mend: sudo chmod o= (.*)', daemon.run('doctor').stdout),
+        self.assertEqual(re.findall(r'BAD +permissions: .*\n +fix: sudo chmod o= (.*)', daemon.run('doctor').stdout),
                          [str(file) for file in open_to_all])
         daemon.terminate()
         daemon.output.rename(daemon.output.with_name('elsewhere'))
         done = daemon.run('doctor')
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stdout, r'BAD +output folder: .*\n +mend: ')
+        self.assertRegex(done.stdout, r'BAD +output folder: .*\n +fix: ')
         self.assertRegex(done.stdout, r'BAD +server: not running')
 
     def test_backup_while_running_and_restoring_it(self):
@@ -3012,11 +3012,11 @@ class TestCommands(DaemonTest):
         daemon = self.new_daemon()
         (daemon.folder / 'certs/server.crt').write_text('rubbish')
         done = daemon.run('doctor')
-        self.assertRegex(done.stdout, r'BAD +health: .*\n +mend: [^\0]*\d+ to mend\.')
+        self.assertRegex(done.stdout, r'BAD +health: .*\n +fix: [^\0]*\d+ to fix\.')
 
     def test_doctor_goes_on_where_a_key_cannot_be_looked_at(self):
         daemon = self.new_daemon(start=False, server={'key_file': 'k' * 300})
-        self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: [^\0]*\d+ to mend\.')
+        self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: [^\0]*\d+ to fix\.')
 
     def test_phone_has_nothing_to_hand_out_behind_a_proxy(self):
         daemon = self.new_daemon(start=False, **IN_THE_CLEAR)
@@ -5683,8 +5683,8 @@ class TestBucket(WithBucket):
         bucket_config = publish_config(endpoint=f'http://127.0.0.1:{server.server_port}')
         bucket = v.Bucket(bucket_config)
         for status, answer, said in [
-                (403, b'<Error><Code>InvalidAccessKeyId</Code></Error>', 'mend AWS_ACCESS_KEY_ID'),
-                (301, b'<Error><Code>PermanentRedirect</Code></Error>', 'mend .s3. endpoint'),
+                (403, b'<Error><Code>InvalidAccessKeyId</Code></Error>', 'check AWS_ACCESS_KEY_ID'),
+                (301, b'<Error><Code>PermanentRedirect</Code></Error>', 'check .s3. endpoint'),
                 (503, b'<Error><Code>SlowDown</Code><Message>Reduce &lt;it&gt;</Message></Error>', 'Reduce <it>'),
                 (500, b'', r'Internal Server Error \(500\)$'),
                 (400, b'<Error><Code>RequestTimeout</Code></Error>', r'\(400 RequestTimeout\)'),

@@ -3490,13 +3490,13 @@ def bucket_address(endpoint: str, bucket: str, key: str = '') -> tuple[str, str]
 # -- the bucket
 
 REFUSALS = {  # S3's words that somebody can do something about
-    'InvalidAccessKeyId': 'does not know the access key: mend AWS_ACCESS_KEY_ID',
-    'SignatureDoesNotMatch': 'refuses the secret key: mend AWS_SECRET_ACCESS_KEY',
+    'InvalidAccessKeyId': 'does not know the access key: check AWS_ACCESS_KEY_ID',
+    'SignatureDoesNotMatch': 'refuses the secret key: check AWS_SECRET_ACCESS_KEY',
     'AccessDenied': 'does not let this key in: allow it to get, put and delete objects',
-    'NoSuchBucket': 'has no such bucket: create it, or mend [s3] bucket',
+    'NoSuchBucket': 'has no such bucket: create it, or check [s3] bucket',
     'RequestTimeTooSkewed': 'finds the clock of this machine wrong: set it',
-    'AuthorizationHeaderMalformed': 'keeps this bucket in another region: mend [s3] region',
-    'PermanentRedirect': 'keeps this bucket elsewhere: mend [s3] endpoint and region',
+    'AuthorizationHeaderMalformed': 'keeps this bucket in another region: check [s3] region',
+    'PermanentRedirect': 'keeps this bucket elsewhere: check [s3] endpoint and region',
 }
 NOT_THERE = ('NoSuchKey', 'AccessDenied', 'InvalidRange')  # what GET says of no object, or of an empty one
 NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # who may put need not be allowed to list
@@ -3850,11 +3850,12 @@ PAUSE_SECONDS = 30  # how long a full disk, told by an attempt, keeps the queue 
 HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never end
 HUNG = Outcome('retry', 'timeout', 'The download hung and had to be broken off.')
 CANCELLED = Outcome('cancelled', 'cancelled', 'Cancelled')
+INTERNAL = Outcome('retry', 'internal', 'The server made a mistake; its log tells more.')
 STORE_NAP = 2.0   # seconds before an outcome that could not be stored is offered again
 
 
 class Run:
-    """A download in a worker's hands; `attempt` is None until it is claimed."""
+    """A download in a worker's hands; `attempt` and `job` are None until it is claimed."""
 
     def __init__(self):
         self.attempt: Any = None
@@ -3869,18 +3870,20 @@ class Scheduler:
     `new_attempt(job, on_progress)` makes an Attempt, `preflight()` tells why nothing may start
     (None: it may), `on_outcome(job, outcome, over)` and `on_hang()` are the daemon's."""
 
-    def __init__(self, config: Config, store: Store, board: Board, new_attempt: Callable[..., Any],
-                 preflight: Callable[[], str | None], on_outcome: Callable[[Job, Outcome, bool], None],
-                 on_hang: Callable[[], None]):
+    def __init__(self, config: Config, store: Store, board: Board,
+                 new_attempt: Callable[..., Any], preflight: Callable[[], str | None],
+                 on_outcome: Callable[[Job, Outcome, bool], None], on_hang: Callable[[], None]):
         self.config, self.store, self.board = config, store, board
-        self.new_attempt, self.preflight, self.on_outcome, self.on_hang = new_attempt, preflight, on_outcome, on_hang
+        self.new_attempt, self.preflight = new_attempt, preflight
+        self.on_outcome, self.on_hang = on_outcome, on_hang
         self.ready = False  # whether what an earlier life left has been queued again
         self.paused: str | None = None  # why nothing starts, a sentence
         self.beat = time.monotonic()  # when the loop last came round: for the watchdog
-        self._pause_until, self._pause_message = 0.0, ''
-        self._looked = -math.inf  # monotonic, when the pause was last looked at: each push wakes the loop
+        self._pause_until, self._pause_message = -math.inf, ''  # monotonic
+        self._looked = -math.inf  # monotonic, when the pause was last looked at
         self._changed = threading.Condition()
         self._heap: list[tuple[float, int, str]] = []
+        self._due: dict[str, float] = {}  # by id: the entry that counts; others are stale
         self._seq = 0
         self._running: dict[str, Run] = {}
         self._stopping = threading.Event()
@@ -3893,27 +3896,35 @@ class Scheduler:
         self._spawn('schedule', self._loop)
 
     def _recover(self, now: int) -> None:
-        """Once: queue again what an earlier life left, as soon as the disk lets us. Raises StoreDown."""
+        """Once: queue again what an earlier life left, as soon as the disk lets us."""
         downloads = self.config.downloads
         self.store.recover(now, downloads.retry_delays, downloads.max_retries)
         self._rebuild(now)
         self.ready = True
 
     def _rebuild(self, now: int) -> None:
+        """Fill the heap from SQLite. Raises StoreDown."""
         self.store.pull_in(now, max(self.config.downloads.retry_delays))
         with self._changed:
             self._heap.clear()
+            self._due.clear()
         for download_id, due in self.store.due_times():
             self.push(download_id, due)
 
     def push(self, download_id: str, due: float = 0) -> None:
-        """It is queued and may start at `due`, epoch seconds. A stale entry is harmless: claim decides."""
+        """It is queued and may start at `due`, epoch seconds; claim decides if that is true."""
         with self._changed:
-            self._seq += 1
-            heapq.heappush(self._heap, (due, self._seq, download_id))
-            if self._heap[0][2] == download_id:  # else what is due before it has woken the loop, or waits for a worker
-                self._changed.notify_all()
+            self._enter(download_id, due)
         self.board.post(download_id)
+
+    def _enter(self, download_id: str, due: float) -> None:
+        """Into the heap, unless it is there already and due no later; under the lock."""
+        if self._due.get(download_id, math.inf) > due:
+            self._seq += 1
+            self._due[download_id] = due
+            heapq.heappush(self._heap, (due, self._seq, download_id))
+            if self._heap[0][2] == download_id:  # else an earlier one has woken the loop
+                self._changed.notify_all()
 
     def cancel(self, download_id: str, now: float) -> bool:
         """Stop it wherever it is; whether there was something to stop."""
@@ -3927,8 +3938,10 @@ class Scheduler:
         if run and run.attempt:
             run.attempt.stop('cancelled')
         with self._changed:
-            gone = self._changed.wait_for(lambda: run is None or self._running.get(download_id) is not run, 5)
-        late = gone and self.store.cancel(download_id, int(now))  # its attempt ended just then, for another to follow
+            gone = self._changed.wait_for(
+                lambda: run is None or self._running.get(download_id) is not run, 5)
+        # Its attempt may have ended just then, with another one to follow.
+        late = gone and self.store.cancel(download_id, int(now))
         if late:
             self.board.post(download_id)
         return gone and run is not None or late
@@ -3969,7 +3982,7 @@ class Scheduler:
                 log.error('scheduler: waits for the database: %s', error)
                 self._stopping.wait(STORE_NAP)
             except Exception:
-                log.exception('scheduler: going on after')
+                log.exception('scheduler: goes on after this')
                 self._stopping.wait(STORE_NAP)
             with self._changed:
                 if not self._stopping.is_set():
@@ -3981,7 +3994,7 @@ class Scheduler:
         self._watch(monotonic)
         if monotonic - self._looked >= WATCH_NAP or self._may_take(now):
             self._looked = monotonic
-            self._refresh_pause(now)
+            self._refresh_pause(monotonic)
         if not self.ready:
             self._recover(int(now))
         if self._far_ahead(now):
@@ -3990,7 +4003,7 @@ class Scheduler:
             self._employ(download_id)
 
     def _employ(self, download_id: str) -> None:
-        """Give it to a worker of its own: idle threads cost memory. Raises what Thread.start does."""
+        """Give it to a new worker: idle threads cost memory. Raises what Thread.start does."""
         try:
             self._spawn(f'worker-{download_id[:8]}', lambda: self._work(download_id))
         except Exception:
@@ -4003,37 +4016,47 @@ class Scheduler:
         """Seconds until there is something to do; under the lock."""
         if self._running or self.paused:
             return WATCH_NAP
-        wait = self._heap[0][0] - now if self._heap else MAX_NAP
-        return min(max(wait, 0.0), MAX_NAP)
+        if not self._heap:
+            return MAX_NAP
+        return min(max(self._heap[0][0] - now, 0.0), MAX_NAP)
 
     def _far_ahead(self, now: float) -> bool:
         """Whether the next is due later than any delay can put it: the clock was set back."""
+        latest = now + max(self.config.downloads.retry_delays) + MAX_NAP
         with self._changed:
-            return bool(self._heap) and self._heap[0][0] > now + max(self.config.downloads.retry_delays) + MAX_NAP
+            return bool(self._heap) and self._heap[0][0] > latest
 
-    def _refresh_pause(self, now: float) -> None:
-        message = self.preflight() or (self._pause_message if now < self._pause_until else None)
-        if self._pause_until - now > PAUSE_SECONDS + MAX_NAP:  # a worker's `now` may be ahead of this one
-            self._pause_until = 0.0  # the clock was set back
-        if message != self.paused:
-            log.log(logging.WARNING if message else logging.INFO, 'queue: %s', message or 'goes on')
-            self.paused = message
-            self.board.post('')
+    def _refresh_pause(self, monotonic: float) -> None:
+        message = self.preflight()
+        if not message and monotonic < self._pause_until:
+            message = self._pause_message
+        if message == self.paused:
+            return
+        if message:
+            log.warning('queue: paused: %s', message)
+        else:
+            log.info('queue: goes on')
+        self.paused = message
+        self.board.post('')
 
     def _may_take(self, now: float) -> bool:
         """Whether something is due and a worker free for it."""
         with self._changed:
-            return bool(self._heap and self._heap[0][0] <= now and not self.paused and not self._stopping.is_set()
-                        and len(self._running) < self.config.downloads.max_concurrent)
+            if self.paused or self._stopping.is_set() or not self._heap or self._heap[0][0] > now:
+                return False
+            return len(self._running) < self.config.downloads.max_concurrent
 
     def _take_due(self, now: float) -> list[str]:
         """Pop what is due while a worker is free, and mark it as running."""
         taken: list[str] = []
         with self._changed:
             while self._may_take(now):
-                _, seq, download_id = heapq.heappop(self._heap)
+                due, _, download_id = heapq.heappop(self._heap)
+                if self._due.get(download_id) != due:
+                    continue
+                del self._due[download_id]
                 if download_id in self._running:  # its last worker is just leaving
-                    heapq.heappush(self._heap, (now + WATCH_NAP, seq, download_id))
+                    self._enter(download_id, now + WATCH_NAP)
                 else:
                     self._running[download_id] = Run()
                     taken.append(download_id)
@@ -4046,11 +4069,12 @@ class Scheduler:
         for run in runs:
             run.attempt.check(monotonic)
             stopped_at = run.attempt.stopped_at
-            if stopped_at is not None and monotonic - stopped_at > HANG_SECONDS and not run.hung:
-                run.hung = True
-                log.error('download %s: hangs beyond its stop; restarting in place', run.job.id)
-                self._settle(run.job, CANCELLED if run.stop_reason == 'cancelled' else HUNG)
-                self.on_hang()
+            if stopped_at is None or monotonic - stopped_at <= HANG_SECONDS or run.hung:
+                continue
+            run.hung = True
+            log.error('download %s: does not stop; the server restarts in place', run.job.id)
+            self._settle(run.job, CANCELLED if run.stop_reason == 'cancelled' else HUNG)
+            self.on_hang()
 
     # -- the threads that download, one each
 
@@ -4064,7 +4088,7 @@ class Scheduler:
             self.push(download_id, time.time() + STORE_NAP)
         except Exception:
             log.exception('download %s: failed inside', download_id)
-            self._settle(run.job, Outcome('retry', 'internal', 'The server made a mistake; its log tells more.'))
+            self._settle(run.job, INTERNAL)
         finally:
             with self._changed:
                 self._running.pop(download_id, None)
@@ -4086,8 +4110,8 @@ class Scheduler:
         self._settle(job, attempt.run())
 
     def _look_again(self, download_id: str) -> None:
-        """Why it could not be claimed: gone, not due yet (the clock was set back), or claimed by a commit that
-        was told to have failed. Whatever still waits keeps its place in the heap."""
+        """Why it could not be claimed: gone, not due yet (the clock was set back), or claimed by
+        a commit that was reported as failed. What still waits keeps its place in the heap."""
         with suppress(LookupError):
             record = self.store.get(download_id)
             if record['status'] == 'downloading':  # by nobody but us: we hold its place in _running
@@ -4111,17 +4135,18 @@ class Scheduler:
 
     def _store_outcome(self, job: Job, outcome: Outcome, now: float) -> bool:
         """Whether it is over: completed or failed. Raises StoreDown."""
-        step, delay = next_step(outcome, job.attempt, self.config.downloads.max_retries,
-                                self.config.downloads.retry_delays)
-        log.log(logging.INFO if step in ('finish', 'requeue') else logging.WARNING,
-                'download %s: attempt %d ends: %s %s %s', job.id, job.attempt, step, outcome.reason,
-                outcome.message or ', '.join(file.name for file in outcome.files))
+        downloads = self.config.downloads
+        step, delay = next_step(outcome, job.attempt, downloads.max_retries, downloads.retry_delays)
+        level = logging.INFO if step in ('finish', 'requeue') else logging.WARNING
+        log.log(level, 'download %s: attempt %d ends: %s %s %s', job.id, job.attempt, step,
+                outcome.reason, outcome.message or ', '.join(file.name for file in outcome.files))
         if step == 'finish':
-            return self.store.finish(job.id, outcome, self.config.downloads.output_directory, int(now),
+            return self.store.finish(job.id, outcome, downloads.output_directory, int(now),
                                      bool(self.config.s3.endpoint))
         if step == 'retry_later':
-            self.store.retry_later(job.id, job.attempt, int(now + delay), outcome, int(now))
-            self.push(job.id, int(now + delay))  # even if an earlier try has stored it that was told to have failed
+            due = int(now + delay)
+            self.store.retry_later(job.id, job.attempt, due, outcome, int(now))
+            self.push(job.id, due)  # even if a commit that was reported as failed has stored it
         elif step == 'give_up':
             outcome = outcome._replace(message=last_words(outcome, job.attempt))
             self.store.give_up(job.id, job.attempt, outcome, int(now))
@@ -4132,7 +4157,8 @@ class Scheduler:
     def _put_back(self, job: Job, outcome: Outcome, now: float) -> None:
         """Stopped, or nothing can be downloaded now: queued again, no attempt counted."""
         if outcome.kind == 'pause':
-            self._pause_until, self._pause_message, self._looked = now + PAUSE_SECONDS, outcome.message, -math.inf
+            self._pause_until = time.monotonic() + PAUSE_SECONDS
+            self._pause_message, self._looked = outcome.message, -math.inf
         self.store.requeue(job.id, int(now))
         self.push(job.id)
 
@@ -5236,7 +5262,7 @@ def submit(app: App, request: Request, fields: dict[str, Any]) -> tuple[str, boo
 
 def queued_message(app: App, text: str) -> str:
     """What the phone shows; while the queue is paused it says so."""
-    why = (app.scheduler.paused or '').partition(' Mend:')[0]
+    why = (app.scheduler.paused or '').partition(' Fix:')[0]
     return f'{text}. The queue is paused: {why}' if why else text
 
 
@@ -7015,7 +7041,7 @@ def usable_output(config: Config, make: bool = True) -> str | None:
         expected = known.read_text(encoding='utf-8') == str(folder) if known.exists() else False
         if expected and not (folder / MARKER).exists():
             return (f'The output folder {folder} is not what it was: is its disk plugged in? '
-                    f'Mend: mount it, or, to begin anew: `mkdir -p {folder} && touch {folder / MARKER}`')
+                    f'Fix: mount it, or, to begin anew: `mkdir -p {folder} && touch {folder / MARKER}`')
         if not expected and make:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MARKER).touch()
@@ -7023,9 +7049,9 @@ def usable_output(config: Config, make: bool = True) -> str | None:
         if make:
             (folder / '.incomplete').mkdir(exist_ok=True)
     except OSError as error:
-        return f'The output folder {folder} cannot be used ({error.strerror}). Mend: `ls -ld {folder}`'
+        return f'The output folder {folder} cannot be used ({error.strerror}). Fix: `ls -ld {folder}`'
     if not os.access(folder, os.W_OK | os.X_OK) or not os.access(folder / '.incomplete', os.W_OK | os.X_OK):
-        return f'The output folder {folder} is read-only for this user. Mend: `sudo chown {user_name()} {folder}`'
+        return f'The output folder {folder} is read-only for this user. Fix: `sudo chown {user_name()} {folder}`'
     return None
 
 
@@ -7099,6 +7125,11 @@ def gauge(name: str, value: float | None) -> list[tuple[str, float]]:
     """The lines of one gauge of /metrics, none if there is no value."""
     family = name.partition('{')[0]
     return [(f'# TYPE videoserverd_{family} gauge', 0.0), (f'videoserverd_{name}', value)] if value is not None else []
+
+
+def days_left(certificate: Certificate) -> int:
+    """Days that a certificate still lives."""
+    return int((certificate.not_after - time.time()) // DAY)
 
 
 class Daemon:
@@ -7265,7 +7296,7 @@ class Daemon:
             return True
         except (Trouble, OSError, SyntaxError, ValueError) as error:
             log.error('restart refused, going on as before: %s', error)
-            self.care_problems['restart'] = f'A restart was refused: {error}. Mend that, then restart by hand.'
+            self.care_problems['restart'] = f'A restart was refused: {error}. Fix that, then restart by hand.'
             return False
 
     def _stop(self, restart: bool) -> int:
@@ -7318,9 +7349,9 @@ class Daemon:
         free = free_output(self.config)
         if free is not None and free < self.config.downloads.min_free_space:
             return (f'The disk is full: {format_size(free)} free, {format_size(self.config.downloads.min_free_space)} '
-                    f'wanted. Mend: delete videos, or set [downloads] min_free_space lower.')
+                    f'wanted. Fix: delete videos, or set [downloads] min_free_space lower.')
         if self.ytdlp is None:
-            return f'yt-dlp is missing. Mend: `{program(self.config)} update`'
+            return f'yt-dlp is missing. Fix: `{program(self.config)} update`'
         return 'A new yt-dlp is about to be taken up.' if self._restart_when_idle else None
 
     def _on_outcome(self, job: Job, outcome: Outcome, over: bool) -> None:
@@ -7365,16 +7396,16 @@ class Daemon:
         found = [paused, *self.care_problems.values(), self.vendor.held_back()]
         if self.store.error:
             found.append(f'Links cannot be stored: {self.store.error}. '
-                         f'Mend: look at the disk of {self.config.database.path}')
+                         f'Fix: look at the disk of {self.config.database.path}')
         if days is not None and days < CERTIFICATE_WARNING_DAYS:
-            found.append(f'The certificate ends in {days} days. Mend: `{program(self.config)} cert`')
+            found.append(f'The certificate ends in {days} days. Fix: `{program(self.config)} cert`')
         if self.uploader and self.uploader.error:
             found.append(f'Copies to the bucket fail: {self.uploader.error}')
         return [message for message in found if message]
 
     def certificate_days(self) -> int | None:
         """Days that the certificate still lives."""
-        return int((self.certificate.not_after - time.time()) // DAY) if self.certificate else None
+        return days_left(self.certificate) if self.certificate else None
 
     def health(self) -> dict[str, Any]:
         """What /api/v1/health tells; `storing`: whether links can be stored."""
@@ -7498,8 +7529,8 @@ def cmd_setup(config: Config, options: Any) -> int:
     print(f'database     {config.database.path}')
     if config.server.tls:
         certificate, changed = ensure_certificate(config, time.time())
-        print(f'certificate  {config.server.cert_file} ({"made" if changed else "kept"}; '
-              f'{(certificate.not_after - time.time()) // DAY:.0f} days)')
+        done = 'made' if changed else 'kept'
+        print(f'certificate  {config.server.cert_file} ({done}; {days_left(certificate)} days)')
     message = usable_output(config)
     print(f'videos       {message or config.downloads.output_directory}')
     vendor = Vendor(config.downloader.ytdlp_directory)
@@ -7507,18 +7538,19 @@ def cmd_setup(config: Config, options: Any) -> int:
         print('yt-dlp       being fetched …', flush=True)
         vendor.install()
     print(f'yt-dlp       {vendor.version()} in {vendor.folder}')
-    return 0 if not message else 1
+    return int(bool(message))
 
 
 def cmd_cert(config: Config, options: Any) -> int:
     """make or renew the certificate"""
-    certificate, changed = ensure_certificate(config, time.time(), options.host or (), options.ip or (),
-                                              options.force, options.new_ca)
+    certificate, changed = ensure_certificate(
+        config, time.time(), options.host or (), options.ip or (), options.force, options.new_ca)
     if certificate.own:
         print(f'{config.server.cert_file} is your own certificate; it is left alone.')
     else:
-        print(f'{config.server.cert_file}: {"made" if changed else "still good"}, for '
-              f'{(certificate.not_after - time.time()) // DAY:.0f} days and these names:')
+        done = 'made' if changed else 'still good'
+        print(f'{config.server.cert_file}: {done}, for {days_left(certificate)} days '
+              'and these names:')
         print('  ' + ' '.join([*certificate.names, *certificate.addresses]))
         print(f'CA SHA-256: {ca_fingerprint(config)}')
     if changed and Lock(config.database.path).running():
@@ -7531,7 +7563,10 @@ def cmd_update(config: Config, options: Any) -> int:
     vendor = Vendor(config.downloader.ytdlp_directory)
     before = vendor.version()
     after = vendor.install()
-    print(f'yt-dlp {after} was there already.' if before == after else f'yt-dlp {after} is ready (before: {before}).')
+    if before == after:
+        print(f'yt-dlp {after} is the newest; it was there already.')
+    else:
+        print(f'yt-dlp {after} is ready (before: {before or "none"}).')
     if vendor.held_back():
         print(vendor.held_back())
     if before != after and Lock(config.database.path).running():
@@ -7542,7 +7577,8 @@ def cmd_update(config: Config, options: Any) -> int:
 def server_url(config: Config, facts: dict[str, Any]) -> tuple[str, int]:
     """Host and port at which the running server is reached from here."""
     host = facts.get('host', config.server.host)
-    return {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host), facts.get('port', config.server.port)
+    host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
+    return host, facts.get('port', config.server.port)
 
 
 def local_context(config: Config) -> ssl.SSLContext:
@@ -7550,21 +7586,24 @@ def local_context(config: Config) -> ssl.SSLContext:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(config.server.cert_file)
     context.check_hostname = False
-    context.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME  # a leaf may be the anchor, were it out of date
+    context.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME  # even an old leaf is the anchor
     return context
 
 
-def call_server(config: Config, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The running server's JSON answer. Raises Trouble."""
+def call_server(config: Config, method: str, path: str, body: Any = None) -> dict[str, Any]:
+    """The running server's JSON answer; `body`, if any, goes as JSON. Raises Trouble."""
     import http.client
-    lock = Lock(config.database.path)
-    host, port = server_url(config, lock.running())
-    kind = http.client.HTTPSConnection if config.server.tls else http.client.HTTPConnection
-    headers = {'Content-Type': 'application/json', **({'X-API-Key': config.api_keys[0]} if config.api_keys else {})}
+    host, port = server_url(config, Lock(config.database.path).running())
+    headers = {'Content-Type': 'application/json'}
+    if config.api_keys:
+        headers['X-API-Key'] = config.api_keys[0]
     try:
-        more = {'context': local_context(config)} if config.server.tls else {}
-        with closing(kind(host, port, timeout=30, **more)) as connection:
-            connection.request(method, path, json.dumps(body) if body is not None else None, headers)
+        connection = http.client.HTTPConnection(host, port, timeout=30)
+        if config.server.tls:
+            context = local_context(config)
+            connection = http.client.HTTPSConnection(host, port, timeout=30, context=context)
+        with closing(connection):
+            connection.request(method, path, body and json.dumps(body), headers)
             return json.loads(connection.getresponse().read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise Trouble(f'The server on port {port} does not answer ({error}).') from None
@@ -7579,7 +7618,8 @@ def add_by_hand(config: Config, lock: Lock, urls: Sequence[str]) -> list[dict[st
     try:
         for url in urls:
             try:
-                submission = parse_submission({'url': url, 'client_id': 'command-line'}, config.security)
+                fields = {'url': url, 'client_id': 'command-line'}
+                submission = parse_submission(fields, config.security)
                 rows.append({'url': url, 'download_id': store.add(submission, int(time.time()))[0]})
             except Refused as refusal:
                 rows.append({'url': url, 'error': refusal.message})
@@ -7597,18 +7637,24 @@ def add_by_server(config: Config, urls: Sequence[str]) -> list[dict[str, Any]]:
     for url in urls:
         answer = call_server(config, 'POST', '/api/v1/download', {
             'url': url, 'client_id': 'command-line', 'timestamp': time.time_ns()})
-        rows.append({'url': url, **({'download_id': answer['download_id']} if 'download_id' in answer
-                                    else {'error': answer.get('message', 'no answer')})})
+        told = 'download_id' if 'download_id' in answer else 'error'
+        rows.append({'url': url, told: answer.get(told) or answer.get('message', 'no answer')})
     return rows
 
 
 def cmd_add(config: Config, options: Any) -> int:
     """queue URLs: through the running server, or else into the database"""
     lock = Lock(config.database.path)
-    rows = add_by_server(config, options.url) if lock.running() else add_by_hand(config, lock, options.url)
+    if lock.running():
+        rows = add_by_server(config, options.url)
+    else:
+        rows = add_by_hand(config, lock, options.url)
     for row in rows:
-        print(row.get('download_id') or 'refused', row['url'], f'({row["error"]})' if 'error' in row else '')
-    return 1 if any('error' in row for row in rows) else 0
+        if 'error' in row:
+            print('refused', row['url'], f'({row["error"]})')
+        else:
+            print(row['download_id'], row['url'])
+    return int(any('error' in row for row in rows))
 
 
 def cmd_list(config: Config, options: Any) -> int:
@@ -7624,8 +7670,9 @@ def cmd_list(config: Config, options: Any) -> int:
     print('   '.join(f'{n} {status}' for status, n in counts.items()))
     for record in records:
         when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record['created_at']))
-        print(f'{when}  {record["status"]:<11} {record["title"] or record["url"]}'
-              + (f'\n{"":30}{record["error_message"]}' if record['error_message'] else ''))
+        print(f'{when}  {record["status"]:<11} {record["title"] or record["url"]}')
+        if record['error_message']:
+            print(f'{"":30}{record["error_message"]}')
     if total > len(records):
         print(f'… and {total - len(records)} older ones')
     return 0
@@ -7633,92 +7680,126 @@ def cmd_list(config: Config, options: Any) -> int:
 
 # -- doctor
 
-Finding = tuple[bool, str, str]  # fine, what was seen, the command that mends it
+Finding = tuple[str, str]  # what was seen; the command that fixes it, '' if nothing is wrong
+
+
+def finding(fine: bool, seen: str, fault: str, fix: str) -> Finding:
+    """What doctor says of one thing: `seen` if it is fine, else the fault and what fixes it."""
+    return (seen, '') if fine else (fault, fix)
 
 
 def check_database(config: Config) -> Iterator[Finding]:
     """The database, its lock, its copies; who may read it and the keys."""
     path, running = config.database.path, Lock(config.database.path).running()
-    yield (bool(running), f'server: process {running.get("pid")} on port {running.get("port")}' if running
-           else 'server: not running on this database', f'{program(config)}, or: sudo systemctl start videoserver')
+    yield finding(
+        bool(running), f'server: process {running.get("pid")} on port {running.get("port")}',
+        'server: not running on this database',
+        f'{program(config)}, or: sudo systemctl start videoserver')
     if not path.exists():
-        yield False, f'database: {path} is missing', f'{program(config)} setup'
+        yield f'database: {path} is missing', f'{program(config)} setup'
         return
     try:
         with closing(sqlite3.connect(f'{path.as_uri()}?mode=ro', uri=True)) as db:
             found = quick_check(db)
     except sqlite3.Error as error:
         found = str(error)
-    yield (not found, f'database: {path}' + (f': {found}' if found else ' is whole'),
-           f'stop the server, then copy the newest whole file of {path.parent / "backups"} to {path}')
-    yield os.access(path, os.W_OK), 'database: writable by this user', f'sudo chown {user_name()} {path}'
-    secrets = (path, *(file for name, file in targets(config).items() if name.endswith('.key')))
-    for file in secrets:  # a group may be let in on purpose, as Debian's ssl-cert is
+    yield finding(
+        not found, f'database: {path} is whole', f'database: {path}: {found}',
+        f'stop the server, then copy the newest whole file of {path.parent / "backups"} to {path}')
+    yield finding(os.access(path, os.W_OK), 'database: writable by this user',
+                  f'database: {path} is not writable by this user',
+                  f'sudo chown {user_name()} {path}')
+    keys = [file for name, file in targets(config).items() if name.endswith('.key')]
+    for file in (path, *keys):  # a group may be let in on purpose, as Debian's ssl-cert is
         with suppress(OSError):  # it is not there, or where this user may not look
             if file.stat().st_mode & 0o007:
-                yield False, f'permissions: everybody on this machine may use {file}', f'sudo chmod o= {file}'
+                yield (f'permissions: everybody on this machine may use {file}',
+                       f'sudo chmod o= {file}')
 
 
 def check_certificate(config: Config) -> Iterator[Finding]:
     """Days, names and key of the certificate."""
     if not config.server.tls:
         return
-    yield time.time() > BUILT, f'clock: {time.strftime("%Y-%m-%d %H:%M")}', 'sudo timedatectl set-ntp true'
-    yield which('openssl') is not None, 'openssl: installed', 'sudo apt-get install openssl'
+    shown = f'clock: {time.strftime("%Y-%m-%d %H:%M")}'
+    yield finding(time.time() > BUILT, shown, f'{shown} is wrong', 'sudo timedatectl set-ntp true')
+    yield finding(which('openssl') is not None, 'openssl: installed',
+                  'openssl is missing: no certificate can be made', 'sudo apt-get install openssl')
+    remedy = f'{program(config)} cert'
     try:
         server_context(config)
         leaf = look_at_certificate(config)
     except (Trouble, OSError) as error:
-        yield False, f'certificate: {error}', f'{program(config)} cert'
+        yield f'certificate: {error}', remedy
         return
-    days = int((leaf.not_after - time.time()) // DAY)
-    yield days > CERTIFICATE_WARNING_DAYS, f'certificate: {days} days left', f'{program(config)} cert'
+    seen = f'certificate: {days_left(leaf)} days left'
+    yield finding(days_left(leaf) > CERTIFICATE_WARNING_DAYS, seen, seen, remedy)
     missing = sorted({*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses})
-    reachable = [name for name in missing if not leaf.own and not outside(remembered(config)[1], [name])]
-    yield (not reachable, f'certificate: does not name {", ".join(reachable)}' if reachable
-           else 'certificate: names this machine', f'{program(config)} cert')
+    permitted = remembered(config)[1]
+    if leaf.own:
+        missing = []
+    missing = [name for name in missing if not outside(permitted, [name])]
+    yield finding(not missing, 'certificate: names this machine',
+                  f'certificate: does not name {", ".join(missing)}', remedy)
+
+
+def check_ytdlp(config: Config) -> Iterator[Finding]:
+    """Whether there is one, and how old it is."""
+    vendor, remedy = Vendor(config.downloader.ytdlp_directory), f'{program(config)} update'
+    yield finding(vendor.current() is not None, f'yt-dlp: {vendor.version()}',
+                  'yt-dlp is missing: nothing can be downloaded', remedy)
+    age = (time.time() - vendor.last_checked()) / DAY
+    if age < 9999:
+        seen = f'yt-dlp: looked for a newer one {age:.0f} days ago'
+        yield finding(age < 30, seen, seen, remedy)
+    else:
+        yield 'yt-dlp: never updated', remedy
+    if vendor.held_back():
+        yield f'yt-dlp: {vendor.held_back()}', 'install Python 3.11 or later'
 
 
 def check_downloads(config: Config) -> Iterator[Finding]:
     """Output folder, disk, ffmpeg, yt-dlp."""
     message = usable_output(config, make=False)
-    yield not message, f'output folder: {message or config.downloads.output_directory}', 'as it says'
-    free = free_output(config)
+    fault, _, remedy = (message or '').partition(' Fix: ')
+    yield finding(not message, f'output folder: {config.downloads.output_directory}',
+                  f'output folder: {fault}', remedy)
+    free, least = free_output(config), config.downloads.min_free_space
     if free is not None:
-        yield (free >= config.downloads.min_free_space, f'disk: {format_size(free)} free',
-               'delete videos, or set [downloads] min_free_space lower')
-    yield (which('ffmpeg') is not None, 'ffmpeg: merges the best video with its sound',
-           'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
-    vendor = Vendor(config.downloader.ytdlp_directory)
-    yield vendor.current() is not None, f'yt-dlp: {vendor.version() or "missing"}', f'{program(config)} update'
-    age = (time.time() - vendor.last_checked()) / DAY
-    yield age < 30, f'yt-dlp: looked for a newer one {age:.0f} days ago' if age < 9999 else 'yt-dlp: never updated', \
-        f'{program(config)} update'
-    if vendor.held_back():
-        yield False, f'yt-dlp: {vendor.held_back()}', 'install Python 3.11 or later'
+        yield finding(free >= least, f'disk: {format_size(free)} free',
+                      f'disk: only {format_size(free)} free, {format_size(least)} wanted',
+                      'delete videos, or set [downloads] min_free_space lower')
+    yield finding(which('ffmpeg') is not None, 'ffmpeg: installed',
+                  'ffmpeg is missing: the best video cannot be merged with its sound',
+                  'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
+    yield from check_ytdlp(config)
     if config.downloader.cookies_file:
-        yield (os.access(config.downloader.cookies_file, os.R_OK), f'cookies: {config.downloader.cookies_file}',
-               'export cookies.txt from your browser again')
+        yield finding(os.access(config.downloader.cookies_file, os.R_OK),
+                      f'cookies: {config.downloader.cookies_file}',
+                      f'cookies: {config.downloader.cookies_file} cannot be read',
+                      'export cookies.txt from your browser again')
 
 
 def check_port(config: Config) -> Iterator[Finding]:
     """Whether the running server answers, or the port is free."""
-    if Lock(config.database.path).running():
+    if not Lock(config.database.path).running():
         try:
-            answer = call_server(config, 'GET', '/api/v1/health')
-            problems = answer.get('problems', [])
-            well = answer.get('status') in ('healthy', 'degraded')
-            yield well, f'health: {answer.get("status") if well else answer.get("message", answer)}', 'look at the log'
-            for problem in problems:
-                yield False, f'health: {problem}', 'as it says'
+            listen(config.server.host, config.server.port).close()
+            yield f'port: {config.server.port} is free', ''
         except Trouble as error:
-            yield False, f'health: {error}', 'sudo systemctl restart videoserver'
+            yield f'port: {error}', f'sudo ss -ltnp "sport = :{config.server.port}"'
         return
     try:
-        listen(config.server.host, config.server.port).close()
-        yield True, f'port: {config.server.port} is free', ''
+        answer = call_server(config, 'GET', '/api/v1/health')
     except Trouble as error:
-        yield False, f'port: {error}', f'sudo ss -ltnp "sport = :{config.server.port}"'
+        yield f'health: {error}', 'sudo systemctl restart videoserver'
+        return
+    well = answer.get('status') in ('healthy', 'degraded')
+    yield finding(well, f'health: {answer.get("status")}',
+                  f'health: {answer.get("message", answer)}', 'look at the log')
+    for problem in answer.get('problems', []):
+        fault, _, remedy = problem.partition(' Fix: ')
+        yield f'health: {fault}', remedy or 'look at the log'
 
 
 def check_service(config: Config) -> Iterator[Finding]:
@@ -7726,26 +7807,31 @@ def check_service(config: Config) -> Iterator[Finding]:
     import subprocess
     if not which('systemctl') or not Path('/etc/systemd/system/videoserver.service').exists():
         return
-    state = subprocess.run(['systemctl', 'is-active', 'videoserver'], stdout=subprocess.PIPE).stdout.decode().strip()
-    yield state == 'active', f'service: {state}', 'sudo systemctl restart videoserver; journalctl -u videoserver -n 50'
+    done = subprocess.run(['systemctl', 'is-active', 'videoserver'], stdout=subprocess.PIPE)
+    state = done.stdout.decode().strip()
+    yield finding(state == 'active', f'service: {state}', f'service: {state}',
+                  'sudo systemctl restart videoserver; journalctl -u videoserver -n 50')
 
 
 def cmd_doctor(config: Config, options: Any) -> int:
-    """say what is wrong with this installation and how to mend it"""
+    """say what is wrong with this installation and how to fix it"""
     faults = 0
     print(f'configuration: {config.file or "built-in values"}')
     for check in (check_database, check_certificate, check_downloads, check_port, check_service):
-        for fine, seen, remedy in check(config):
-            print(f'{" ok " if fine else "BAD "} {seen}' + ('' if fine else f'\n       mend: {remedy}'))
-            faults += not fine
-    print('Nothing is wrong.' if not faults else f'{faults} to mend.')
-    return 1 if faults else 0
+        for seen, fix in check(config):
+            if fix:
+                print(f'BAD  {seen}\n       fix: {fix}')
+                faults += 1
+            else:
+                print(f' ok  {seen}')
+    print(f'{faults} to fix.' if faults else 'Nothing is wrong.')
+    return int(faults > 0)
 
 
 def first_address(port: int) -> str:
     """The plain-HTTP address of this machine on its network."""
     private = [ip for ip in host_addresses() if ':' not in ip and not ip.startswith('127.')]
-    return f'http://{private[0] if private else "127.0.0.1"}:{port}/'
+    return f'http://{[*private, "127.0.0.1"][0]}:{port}/'
 
 
 # -- first contact
@@ -7753,7 +7839,8 @@ def first_address(port: int) -> str:
 def cmd_phone(config: Config, options: Any) -> int:
     """for a new iPhone: the CA and the steps over plain HTTP, for some minutes"""
     if not config.server.tls:
-        raise Trouble('[server] tls is off: the phone has to trust the certificate of the proxy in front, not ours')
+        raise Trouble('[server] tls is off: the phone has to trust the certificate of the proxy in '
+                      'front, not ours')
     if not ca_assets(config):
         ensure_certificate(config, time.time())
     running = Lock(config.database.path).running()
@@ -7762,15 +7849,18 @@ def cmd_phone(config: Config, options: Any) -> int:
     facts = setup_facts(config, port, secure=False)
     assets['/'] = assets['/setup'] = ('text/html; charset=utf-8', lambda: setup_page(facts))
     routes = tuple(Route('GET', path, get_asset, 'Set-up', 'open') for path in assets)
-    app = App(config, assets=assets, routes=routes, image_origin=f' {public_base(config, port)}')
+    origin = f' {public_base(config, port)}'
+    app = App(config, assets=assets, routes=routes, image_origin=origin)
     app.hosts = known_hosts(config)
     sock = listen('0.0.0.0', options.port)
     server = Server(sock, app, None)
     url = first_address(sock.getsockname()[1])
-    print('\n'.join([qr_code(url, 'ANSIUTF8'), f'Open this on the iPhone (in Safari, on the same Wi-Fi):  {url}', '',
-                     f'The fingerprint of the certificate it will be offered:\n  {ca_fingerprint(config)}', '',
-                     '' if running else f'The server does not run yet: start it with  {program(config)}',
-                     f'This page goes away in {options.minutes} minutes; Ctrl-C ends it at once.']), flush=True)
+    print(qr_code(url, 'ANSIUTF8'))
+    print(f'Open this on the iPhone (in Safari, on the same Wi-Fi):  {url}\n')
+    print(f'The fingerprint of the certificate it offers:\n  {ca_fingerprint(config)}\n')
+    if not running:
+        print(f'The server does not run yet: start it with  {program(config)}')
+    print(f'This page goes away in {options.minutes} minutes; Ctrl-C ends it at once.', flush=True)
     timer = threading.Timer(options.minutes * 60, server.shutdown)
     timer.daemon = True
     timer.start()
@@ -7790,8 +7880,10 @@ def cmd_backup(config: Config, options: Any) -> int:
 
 # -- main
 
-COMMANDS = {'setup': cmd_setup, 'cert': cmd_cert, 'update': cmd_update, 'add': cmd_add, 'list': cmd_list,
-            'doctor': cmd_doctor, 'phone': cmd_phone, 'backup': cmd_backup}
+COMMANDS = {
+    'setup': cmd_setup, 'cert': cmd_cert, 'update': cmd_update, 'add': cmd_add, 'list': cmd_list,
+    'doctor': cmd_doctor, 'phone': cmd_phone, 'backup': cmd_backup,
+}
 
 
 def settings_table() -> str:
@@ -7799,7 +7891,8 @@ def settings_table() -> str:
     rows = ['| section | key | default | meaning |', '| --- | --- | --- | --- |']
     for section, keys in SETTINGS.items():
         for key, row in keys.items():
-            rows.append(f'| {section} | `{key}` | {f"`{row.default}`" if row.default else "(empty)"} | {row.help} |')
+            default = f'`{row.default}`' if row.default else '(empty)'
+            rows.append(f'| {section} | `{key}` | {default} | {row.help} |')
     return '\n'.join(rows)
 
 
@@ -7807,35 +7900,39 @@ def make_parser() -> Any:
     """The command line; --config is taken before and after the command."""
     import argparse  # the daemon itself has no use for it
     where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
-    where.add_argument('--config', type=Path, metavar='FILE', help='config.ini (default: the one beside this program)')
+    where.add_argument('--config', type=Path, metavar='FILE',
+                       help='config.ini (default: the one beside this program)')
     parser = argparse.ArgumentParser(
-        prog='videoserverd.py', parents=[where], formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog='videoserverd.py', parents=[where],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         description='The video inbox people trust. Without a command: run the server.',
         epilog='Each key of config.ini can be set as VIDEOSERVER_<SECTION>_<KEY>:\n' + '\n'.join(
-            f'  [{section}] {key} = {row.default}\n        {row.help}' for section, keys in SETTINGS.items()
-            for key, row in keys.items()))
+            f'  [{section}] {key} = {row.default}\n        {row.help}'
+            for section, keys in SETTINGS.items() for key, row in keys.items()))
     parser.add_argument('--version', action='version', version=f'videoserverd {VERSION}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')
     added = {name: commands.add_parser(name, parents=[where], help=function.__doc__)
              for name, function in COMMANDS.items()}
     added['add'].add_argument('url', nargs='+', metavar='URL')
     added['backup'].add_argument('file', type=Path, metavar='FILE')
-    added['cert'].add_argument('--force', action='store_true', help='a new leaf even if the old one is good')
-    added['cert'].add_argument('--new-ca', action='store_true', help='a new CA; every phone must trust it anew')
-    added['cert'].add_argument('--host', action='append', metavar='NAME', help='a further name')
-    added['cert'].add_argument('--ip', action='append', metavar='ADDR', help='a further address')
+    cert = added['cert'].add_argument
+    cert('--force', action='store_true', help='a new leaf even if the old one is good')
+    cert('--new-ca', action='store_true', help='a new CA; every phone must trust it anew')
+    cert('--host', action='append', metavar='NAME', help='a further name')
+    cert('--ip', action='append', metavar='ADDR', help='a further address')
     added['phone'].add_argument('--minutes', type=whole(1, 1440), default=15)
     added['phone'].add_argument('--port', type=whole(0, 65535), default=8080)
     return parser
 
 
 def compiled_form() -> str:
-    """The .pyc of this file: the one that is there (install.sh leaves one where the service may not
-    write), by Python's own rule whether it is of today's source, or a new one. Raises OSError."""
+    """The .pyc of this file: the one that is there, if it is of today's source by Python's own
+    rule (install.sh leaves one where the service may not write), or a new one. Raises OSError."""
     import importlib.util
     import py_compile
     compiled, source = Path(importlib.util.cache_from_source(str(PROGRAM))), PROGRAM.stat()
-    stamp = b''.join(number.to_bytes(8, 'little')[:4] for number in (0, int(source.st_mtime), source.st_size))
+    numbers = 0, int(source.st_mtime), source.st_size
+    stamp = b''.join(number.to_bytes(8, 'little')[:4] for number in numbers)
     with suppress(FileNotFoundError):
         if compiled.read_bytes()[:16] == importlib.util.MAGIC_NUMBER + stamp:
             return str(compiled)
@@ -7843,12 +7940,12 @@ def compiled_form() -> str:
 
 
 def run_compiled(config: Config) -> None:
-    """Go on in this file's compiled form, as a new program in the same process. Parsing the source at
+    """Go on in this file's compiled form, as a new program in the same process. Parsing it at
     each start leaves 15 MB behind that never come back; where no .pyc can be written, so be it."""
     try:
         compiled = compiled_form()
         os.environ['VIDEOSERVERD_PROGRAM'] = str(PROGRAM)
-        os.environ.setdefault('MALLOC_ARENA_MAX', '1')  # glibc keeps a heap per thread otherwise
+        os.environ.setdefault('MALLOC_ARENA_MAX', '1')  # else glibc keeps a heap per thread
         os.execv(sys.executable, [sys.executable, *ALONE, compiled, str(config.file or '')])
     except OSError as error:
         log.debug('running from source: %s', error)
@@ -7857,14 +7954,15 @@ def run_compiled(config: Config) -> None:
 def act(file: Path | None, options: Any) -> int:
     """Load the configuration and do what is asked; `options` None: serve, in the compiled form."""
     with suppress(AttributeError):  # None where it is closed
-        sys.stdout.reconfigure(errors='backslashreplace')  # titles have letters that a terminal of Latin-1 has not
+        sys.stdout.reconfigure(errors='backslashreplace')  # a terminal of Latin-1 lacks letters
     try:
         config = load_config(file, dict(os.environ))
         if options is None:
             return cmd_run(config, None)
-        if options.command is None:
-            run_compiled(config)
-        return COMMANDS[options.command](config, options) if options.command else cmd_run(config, options)
+        if options.command:
+            return COMMANDS[options.command](config, options)
+        run_compiled(config)
+        return cmd_run(config, options)
     except Trouble as error:
         print(f'videoserverd: {error}', file=sys.stderr)
         return error.exit_code
@@ -7882,8 +7980,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = make_parser().parse_args(arguments)
     file = getattr(options, 'config', None)
     beside = PROGRAM.parent / 'config.ini'
-    return act(file or (beside if beside.exists() else None), options)
+    if file is None and beside.exists():
+        file = beside
+    return act(file, options)
 
 
 if __name__ == '__main__':
-    sys.exit(act(Path(sys.argv[1]) if sys.argv[1] else None, None) if __file__.endswith('.pyc') else main())
+    if __file__.endswith('.pyc'):
+        sys.exit(act(sys.argv[1] and Path(sys.argv[1]) or None, None))
+    sys.exit(main())
