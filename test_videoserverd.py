@@ -3617,7 +3617,7 @@ class TestFormats(DownloadTest):
 
     def test_aes_is_left_to_openssl(self):
         v.import_ytdlp(ytdlp_folder())
-        v.here.attempt = self.attempt('https://www.tiktok.com/@a/video/1')
+        v.here.reach = self.attempt('https://www.tiktok.com/@a/video/1').reach
         key, iv, text = os.urandom(16), os.urandom(16), os.urandom(4096)
         data = run_openssl('enc', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex(), data=text)
         self.assertEqual(v.openssl_decrypt(data, key, iv), text)
@@ -3701,7 +3701,7 @@ class TestFailures(DownloadTest):
 
     def test_an_mp4_tells_by_itself_and_ffprobe_tells_of_the_others(self):
         v.import_ytdlp(ytdlp_folder())
-        v.here.attempt = self.attempt('https://www.tiktok.com/@a/video/1')
+        v.here.reach = self.attempt('https://www.tiktok.com/@a/video/1').reach
         file = self.folder / 'x.mp4'
         kinds = {'plain': movie(300_000), 'sound': sound(100_000, 'x'), 'cut': movie(300_000)[:-1], 'text': b'x' * 500,
                  'no track': TINY_MP4.replace(b'vide', b'hint').replace(b'soun', b'hint'), 'longer': TINY_MP4 + b'1234',
@@ -4051,7 +4051,7 @@ class TestStop(DownloadTest):
         said = (fake.parent / 'ffmpeg.args').read_text()
         self.assertGreater(said.count('-i file:'), 0)
         self.assertEqual(said.count('-i '), said.count(' '.join(v.LOCAL_FILES) + ' -i file:'))
-        self.assertEqual([child.poll() for child in attempt._children], [-9] * len(attempt._children))
+        self.assertEqual([child.poll() for child in attempt.stopper.children], [-9] * len(attempt.stopper.children))
 
     def fake_ffmpeg(self) -> Path:
         """A program that passes for ffmpeg and takes its time."""
@@ -4235,7 +4235,8 @@ class TestHostileSites(DownloadTest):
         file.write_bytes(movie())
         v.import_ytdlp(ytdlp_folder())
         for options in ([], ['--restrict-filenames']):
-            v.here.attempt = attempt = self.attempt('https://www.tiktok.com/@a/video/1', options=options)
+            attempt = self.attempt('https://www.tiktok.com/@a/video/1', options=options)
+            v.here.reach = attempt.reach
             began = time.thread_time()
             self.assertLessEqual(len(attempt._result(info, file, '')['title']), v.LONGEST_TITLE)
             self.assertLess(time.thread_time() - began, 0.5, options)
@@ -4333,7 +4334,7 @@ class TestGuard(DownloadTest):
     def test_ffmpeg_and_others_are_never_given_a_url(self):
         v.import_ytdlp(ytdlp_folder())
         from yt_dlp.utils import Popen
-        v.here.attempt = self.attempt('https://www.tiktok.com/@a/video/1')
+        v.here.reach = self.attempt('https://www.tiktok.com/@a/video/1').reach
         for args in (['ffmpeg', '-i', 'http://127.0.0.1/x'], ['ffprobe', 'tcp://127.0.0.1:1'], ['rtmpdump', '-r', 'x'],
                      ['phantomjs', 'x.js'], ['/usr/bin/curl', 'x'], ['sh', '-c', 'true'],
                      ['ffmpeg', '-i', 'concat:a|b']):

@@ -12,6 +12,7 @@ The map. One law: a name is used only below the line that defines it; calls poin
     jobs         what a download is: states, submissions, options, outcomes. Pure
     store        the only user of SQLite; the group commit
     board        what is volatile: progress, a version number, a Condition
+    guard        what an attempt may reach, run and write, and how it is stopped
     download     the only importer of yt_dlp; one Attempt at one job
     vendor       fetching, checking and switching the vendored yt-dlp
     publish      links to finished files, SigV4, the bucket, thumbnails
@@ -1869,13 +1870,10 @@ class Board:
             self._changed.notify_all()
 
 
-# ---------- download ----------------------------------------------------------------------
-# Owns the vendored yt-dlp (its only importer), what it may connect to and run, and the folder
-# <output>/.incomplete/<id>, in which one Attempt at a time downloads. Locks: Attempt._changed
-# guards what stop() has to end, Meter._lock the figures, NAMES_LOCK a free name until its file
-# is there. Called by scheduler (Attempt), daemon and http (forget_files).
+# ---------- guard -------------------------------------------------------------------------
+# Owns how an attempt ends (ENDINGS), how it is stopped, and what its threads may reach and run.
+# Lock: Stopper._changed guards what stop() has to end. Called by download.
 
-# reason: the outcome's kind, tries if fewer than configured, and what a person reads
 ENDINGS: dict[str, tuple[str, int | None, str]] = {
     'cancelled': ('cancelled', None, 'Cancelled'),
     'stopped': ('stopped', None, 'The server was stopped'),
@@ -1904,6 +1902,201 @@ ENDINGS: dict[str, tuple[str, int | None, str]] = {
                                 'install it, then retry'),
 }
 # What yt-dlp says; the first pattern that fits decides.
+
+
+class Ending(BaseException):
+    """Ends an attempt with this outcome. Not an Exception: extractors catch those."""
+
+    def __init__(self, reason: str, detail: str = '', **changes: Any):
+        kind, tries, text = ENDINGS[reason]
+        message = f'{text}: {detail}.' if detail else f'{text}.'
+        if reason == 'cancelled':
+            message = text  # a word of document A's
+        self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
+        super().__init__(message)
+
+
+# -- how it is stopped
+
+class Stopper:
+    """Ends what an attempt does in well under a second, whatever it waits for.
+
+    What blocks in system calls (name servers, connecting, fsync) is done by helper threads, what
+    reads is woken by shutting its socket down, child processes are killed."""
+
+    def __init__(self):
+        self.reason = ''  # of the first stop
+        self.stopped_at: float | None = None  # monotonic
+        self.children: list[Any] = []
+        self._sockets: dict[int, socket.socket] = {}  # by thread: a second handle on its connection
+        self._changed = threading.Condition()
+
+    def stop(self, reason: str) -> None:
+        """End everything; the first reason stays. From any thread."""
+        with self._changed:
+            if self.reason:
+                return
+            self.reason, self.stopped_at = reason, time.monotonic()
+            for sock in self._sockets.values():
+                with suppress(OSError):
+                    sock.shutdown(socket.SHUT_RDWR)
+            for child in self.children:
+                child.kill()
+            self._changed.notify_all()
+
+    def go_on(self) -> None:
+        """Raise Ending if somebody said stop."""
+        if self.reason:
+            raise Ending(self.reason)
+
+    def nap(self, seconds: float) -> None:
+        """Sleep, but not beyond a stop. Raises Ending."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.reason, seconds)
+        self.go_on()
+
+    def unless_stopped(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+        """function(…) in a thread of its own, left behind at a stop. Raises what it raises, or
+        Ending."""
+        from concurrent.futures import Future
+        answer = Future()
+
+        def work():
+            try:
+                answer.set_result(function(*args, **more))
+            except BaseException as error:
+                answer.set_exception(error)
+            with self._changed:
+                self._changed.notify_all()
+        threading.Thread(target=work, daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(lambda: answer.done() or self.reason)
+        self.go_on()
+        return answer.result()
+
+    def adopt(self, child: Any) -> None:
+        """A child process that is to end with a stop."""
+        with self._changed:
+            self.children = [other for other in self.children if other.returncode is None] + [child]
+            if self.reason:
+                child.kill()
+
+    def hold(self, sock: socket.socket) -> None:
+        """A connection of this thread that is to end with a stop."""
+        thread = threading.get_ident()
+        with self._changed:
+            old, self._sockets[thread] = self._sockets.get(thread), sock.dup()
+        if old:
+            old.close()
+        if self.reason:
+            sock.shutdown(socket.SHUT_RDWR)
+
+    def release(self) -> None:
+        """The attempt is over."""
+        with self._changed:
+            for sock in self._sockets.values():
+                sock.close()
+            self._sockets.clear()
+
+
+# -- what it may reach
+
+here = threading.local()  # .reach: that of the attempt whose work this thread does
+PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
+LOCAL_FILES = (  # the last: demuxers by name, so that a playlist that calls itself a video is not followed
+    '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
+    'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata')
+
+
+def host_of(url: str) -> str:
+    """The canonical host of `url`; 'localhost' if programs might read it in different ways."""
+    try:
+        return split_url(url)[1]
+    except ValueError:
+        return 'localhost'
+
+
+class Reach:
+    """What one attempt may connect to."""
+
+    def __init__(self, config: Config, stopper: Stopper):
+        self.security, self.stopper = config.security, stopper
+        self._proxies = set()  # hosts of the owner's choice
+
+    def connect(self, connect: Callable[..., Any], address: tuple[str, int], *args: Any,
+                **more: Any) -> Any:
+        """A connection to `address`, only to public hosts: checked is what is really connected
+        to. Raises Ending."""
+        create = more.pop('_create_socket_func', connect.__kwdefaults__['_create_socket_func'])
+        free = self.security.allow_private_targets or address[0] in self._proxies
+        refused = []
+
+        def checked(found, *rest):
+            if not free and not is_public(found[4][0]):
+                refused.append(found[4][0])
+                raise PermissionError(errno.EACCES, 'not on the Internet')
+            return create(found, *rest)
+        try:
+            sock = self.stopper.unless_stopped(connect, address, *args,
+                                               _create_socket_func=checked, **more)
+        except OSError:
+            if refused:
+                raise Ending('refused_address', f'{address[0]} is {refused[0]}') from None
+            raise
+        self.stopper.hold(sock)
+        return sock
+
+    def allow_proxied(self, url: str, proxy: str | None) -> str | None:
+        """`proxy`, once the host of `url` has been judged by its spelling: the proxy looks it up.
+        Raises Ending."""
+        if not proxy:
+            return None
+        self._proxies.add(urlsplit(proxy).hostname)
+        if not self.security.allow_private_targets:
+            host = host_of(url)
+            if is_private_host(host) or re.fullmatch(r'[\d.]+|\[.*', host):
+                raise Ending('refused_address', excerpt(urlsplit(url).netloc))
+        return proxy
+
+    def allow_link(self, url: str) -> None:
+        """Raise Ending unless the page, asked for or led to, is of an allowed domain."""
+        domains = self.security.allowed_domains
+        if domains != ('*',) and not is_under(host_of(url), domains):
+            raise Ending('unsupported', f'it leads to {excerpt(url)}')
+
+
+def die_with_us() -> Callable[[], None] | None:
+    """For preexec_fn: Linux kills the child when the thread that started it ends, be it by kill -9.
+
+    Elsewhere None: the next attempt ends what is left over (`end_leftovers`)."""
+    if not sys.platform.startswith('linux'):
+        return None
+    import ctypes
+    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+
+    def arrange():
+        prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it died meanwhile
+            os._exit(1)
+    return arrange
+
+
+def local_only(args: Sequence[str]) -> list[str]:
+    """A command line that reads nothing but files, even if a file names an address; with a URL
+    in it, or of another program, it is as if the program was not installed. Raises OSError."""
+    name = os.path.basename(args[0])
+    if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', arg) for arg in args):
+        raise FileNotFoundError(errno.ENOENT, 'not to be run', args[0])
+    if name == 'ffprobe':
+        return [args[0], *LOCAL_FILES, *args[1:]]
+    return [word for arg in args for word in ((*LOCAL_FILES, arg) if name == 'ffmpeg' and arg == '-i' else (arg,))]
+
+
+# ---------- download ----------------------------------------------------------------------
+# Owns the vendored yt-dlp (its only importer) and the folder <output>/.incomplete/<id>, in which
+# one Attempt at a time downloads. Locks: Meter._lock guards the figures, NAMES_LOCK a free name
+# until its file is there. Called by scheduler (Attempt), daemon and http (forget_files).
+
 PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
     ('disk', 'No space left on device|Disk quota exceeded'),
     ('ffmpeg', 'ffmpeg (?:is )?not (?:installed|found)'),
@@ -1923,18 +2116,6 @@ CLASSES = {'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported',
 STATUSES = {401: 'login', 403: 'blocked', 404: 'gone', 410: 'gone', 451: 'geo'}  # of a page
 PASSING_STATUSES = (408, 425, 429)  # and 5xx
 OUTPUT_ERRORS = (errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
-
-
-class Ending(BaseException):
-    """Ends an attempt with this outcome. Not an Exception: extractors catch those."""
-
-    def __init__(self, reason: str, detail: str = '', **changes: Any):
-        kind, tries, text = ENDINGS[reason]
-        message = f'{text}: {detail}.' if detail else f'{text}.'
-        if reason == 'cancelled':
-            message = text  # a word of document A's
-        self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
-        super().__init__(message)
 
 
 # -- what went wrong
@@ -2025,14 +2206,9 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
 
 # -- what yt-dlp may do
 
-here = threading.local()  # .attempt: whose work this thread does; set by its worker and at each request
-PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
 LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
 LARGEST_PAGE = 8 << 20  # bytes, unpacked; pages, manifests and keys are held in memory
 LARGEST_FRAGMENT = 128 << 20  # bytes; those of HLS and DASH, too
-LOCAL_FILES = (  # the last: demuxers by name, so that a playlist that calls itself a video is not followed
-    '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
-    'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata')
 IMPORT_LOCK = threading.Lock()
 IMPORTED: dict[str, Any] = {}  # 'Session': the class made below, once yt-dlp is imported
 
@@ -2044,10 +2220,10 @@ def guard_network() -> None:
     from yt_dlp.networking import _urllib
     from yt_dlp.utils import _utils
     connect, select = _urllib.create_connection, _urllib.select_proxy
-    _urllib.create_connection = lambda *args, **more: here.attempt.connect(connect, *args, **more)
-    _urllib.select_proxy = lambda url, proxies: here.attempt.allow_proxied(url, select(url, proxies))
+    _urllib.create_connection = lambda *args, **more: here.reach.connect(connect, *args, **more)
+    _urllib.select_proxy = lambda url, proxies: here.reach.allow_proxied(url, select(url, proxies))
     _urllib.FTPHandler = _urllib.UnknownHandler  # ftplib would connect by itself
-    clock = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: here.attempt.nap(seconds)})
+    clock = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: here.reach.stopper.nap(seconds)})
     common.time = extractor.time = _utils.time = clock
 
 
@@ -2081,42 +2257,15 @@ def guard_memory() -> None:
     FragmentFD._read_fragment = read_fragment
 
 
-def die_with_us() -> Callable[[], None] | None:
-    """For preexec_fn: Linux kills the child when the thread that started it ends, be it by kill -9.
-
-    Elsewhere None: the next attempt ends what is left over (`end_leftovers`)."""
-    if not sys.platform.startswith('linux'):
-        return None
-    import ctypes
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
-
-    def arrange():
-        prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it died meanwhile
-            os._exit(1)
-    return arrange
-
-
-def local_only(args: Sequence[str]) -> list[str]:
-    """A command line that reads nothing but files, even if a file names an address; with a URL
-    in it, or of another program, it is as if the program was not installed. Raises OSError."""
-    name = os.path.basename(args[0])
-    if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', arg) for arg in args):
-        raise FileNotFoundError(errno.ENOENT, 'not to be run', args[0])
-    if name == 'ffprobe':
-        return [args[0], *LOCAL_FILES, *args[1:]]
-    return [word for arg in args for word in ((*LOCAL_FILES, arg) if name == 'ffmpeg' and arg == '-i' else (arg,))]
-
-
 def guard_processes() -> None:
     """What is run reads only files, and dies with us and with a stop."""
     from yt_dlp.utils import Popen
     start, arrange = Popen.__init__, die_with_us()
 
     def guarded(self, args, *rest, **more):
-        attempt = here.attempt
+        stopper = here.reach.stopper
         start(self, local_only(args), *rest, preexec_fn=arrange, **more)
-        attempt.adopt(self)
+        stopper.adopt(self)
     Popen.__init__ = guarded
 
 
@@ -2176,7 +2325,7 @@ def session_class(base: Any) -> Any:
             return self.attempt.fetch(super().urlopen, req)
 
         def extract_info(self, url, *args, **more):
-            self.attempt.allow_link(url)
+            self.attempt.reach.allow_link(url)
             return super().extract_info(url, *args, **more)
 
         def process_ie_result(self, ie_result, *args, **more):
@@ -2571,49 +2720,30 @@ def own_cookies(file: Path | None, url: str) -> io.StringIO | None:
     return io.StringIO('\n'.join(['# Netscape HTTP Cookie File', *kept, '']))
 
 
-def host_of(url: str) -> str:
-    """The canonical host of `url`; 'localhost' if programs might read it in different ways."""
-    try:
-        return split_url(url)[1]
-    except ValueError:
-        return 'localhost'
-
-
 class Attempt:
     """One try at one job, in <output>/.incomplete/<job.id>.
 
-    run() in a worker's thread; stop() and check() from any other. What blocks in system calls (name
-    servers, connecting, fsync) is done by helper threads, what reads is woken by shutting its socket
-    down, children are killed: so everything ends in well under a second."""
+    run() in a worker's thread; stop() and check() from any other."""
 
     def __init__(self, job: Job, config: Config, ytdlp: Path, on_progress: Callable[[Progress], None]):
         self.job, self.config, self.ytdlp = job, config, ytdlp
         self.output = config.downloads.output_directory
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
-        self.stopped_at: float | None = None  # monotonic, of the first stop
-        self._changed = threading.Condition()
-        self._reason = ''  # of that stop
-        self._sockets: dict[int, socket.socket] = {}  # by thread, a second handle on its last connection
-        self._children: list[Any] = []
-        self._proxies = set()  # hosts of the owner's choice
+        self.stopper = Stopper()
+        self.reach = Reach(config, self.stopper)
         self._writer, self._begun = threading.Thread(), 0.0  # how much of this file the disk has begun with
         self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; then bytes, last write, steps
 
-    # -- stopping
+    @property
+    def stopped_at(self) -> float | None:
+        """When it was told to stop, by time.monotonic()."""
+        return self.stopper.stopped_at
 
     def stop(self, reason: str) -> None:
-        """End it: 'cancelled', 'stopped', 'timeout' or 'disk'; the first reason stays. From any thread."""
-        with self._changed:
-            if self._reason:
-                return
-            self._reason, self.stopped_at = reason, time.monotonic()
-            for sock in self._sockets.values():
-                with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
-            for child in self._children:
-                child.kill()
-            self._changed.notify_all()
+        """End it: 'cancelled', 'stopped', 'timeout' or 'disk'; the first reason stays. From any
+        thread."""
+        self.stopper.stop(reason)
 
     def check(self, now: float) -> None:
         """Stop it if the disk gets full or nothing is gained for too long. `now`: time.monotonic()."""
@@ -2630,48 +2760,10 @@ class Attempt:
         elif new_size < size:
             self._mark = since, new_size, changed, steps
 
-    def go_on(self) -> None:
-        """Raise Ending if somebody said stop."""
-        if self._reason:
-            raise Ending(self._reason)
-
-    def nap(self, seconds: float) -> None:
-        """Sleep, but not beyond a stop. Raises Ending."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._reason, seconds)
-        self.go_on()
-
-    def _unless_stopped(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        """function(…) in a thread of its own, left behind at a stop. Raises what it raises, or Ending."""
-        from concurrent.futures import Future
-        answer = Future()
-
-        def work():
-            try:
-                answer.set_result(function(*args, **more))
-            except BaseException as error:
-                answer.set_exception(error)
-            with self._changed:
-                self._changed.notify_all()
-        threading.Thread(target=work, daemon=True).start()
-        with self._changed:
-            self._changed.wait_for(lambda: answer.done() or self._reason)
-        self.go_on()
-        return answer.result()
-
-    def adopt(self, child: Any) -> None:
-        """A child process that is to end with a stop."""
-        with self._changed:
-            self._children = [other for other in self._children if other.returncode is None] + [child]
-            if self._reason:
-                child.kill()
-
-    # -- what may be fetched
-
     def fetch(self, urlopen: Callable[[Any], Any], request: Any) -> Any:
         """What `request` brings; all of the file where a part would be one of another file."""
-        here.attempt = self  # yt-dlp fetches fragments in threads of its own
-        self.go_on()
+        here.reach = self.reach  # yt-dlp fetches fragments in threads of its own
+        self.stopper.go_on()
         try:
             response = urlopen(request)
         except Exception as error:
@@ -2684,48 +2776,6 @@ class Attempt:
             response = urlopen(request)
             self.folder.continues(response)
         return response
-
-    def connect(self, connect: Callable[..., Any], address: tuple[str, int], *args: Any, **more: Any) -> Any:
-        """A connection to `address`, only to public hosts: checked is what is really connected to. Raises Ending."""
-        create = more.pop('_create_socket_func', connect.__kwdefaults__['_create_socket_func'])
-        free = self.config.security.allow_private_targets or address[0] in self._proxies
-        refused = []
-
-        def checked(found, *rest):
-            if not free and not is_public(found[4][0]):
-                refused.append(found[4][0])
-                raise PermissionError(errno.EACCES, 'not on the Internet')
-            return create(found, *rest)
-        try:
-            sock = self._unless_stopped(connect, address, *args, _create_socket_func=checked, **more)
-        except OSError:
-            if refused:
-                raise Ending('refused_address', f'{address[0]} is {refused[0]}') from None
-            raise
-        with self._changed:
-            old, self._sockets[threading.get_ident()] = self._sockets.get(threading.get_ident()), sock.dup()
-        if old:
-            old.close()
-        if self._reason:
-            sock.shutdown(socket.SHUT_RDWR)
-        return sock
-
-    def allow_proxied(self, url: str, proxy: str | None) -> str | None:
-        """`proxy`, once the host of `url` has been judged by its spelling: the proxy looks it up. Raises Ending."""
-        if not proxy:
-            return None
-        self._proxies.add(urlsplit(proxy).hostname)
-        if not self.config.security.allow_private_targets:
-            host = host_of(url)
-            if is_private_host(host) or re.fullmatch(r'[\d.]+|\[.*', host):
-                raise Ending('refused_address', excerpt(urlsplit(url).netloc))
-        return proxy
-
-    def allow_link(self, url: str) -> None:
-        """Raise Ending unless the page, asked for or led to, is of an allowed domain."""
-        domains = self.config.security.allowed_domains
-        if domains != ('*',) and not is_under(host_of(url), domains):
-            raise Ending('unsupported', f'it leads to {excerpt(url)}')
 
     # -- what yt-dlp tells
 
@@ -2760,12 +2810,12 @@ class Attempt:
 
     def begin_file(self, name: str, info: dict[str, Any]) -> None:
         """yt-dlp is about to fetch a file."""
-        self.go_on()
+        self.stopper.go_on()
         self.folder.begin(os.path.basename(name), info)
         self.meter.begin(str(info.get('format_id')))
 
     def _on_media(self, told: dict[str, Any]) -> None:
-        self.go_on()  # before anything that was cut off by a stop is taken for whole
+        self.stopper.go_on()  # before anything that was cut off by a stop is taken for whole
         if told['status'] == 'finished':
             self.folder.finished(os.path.basename(told['filename']))
         else:
@@ -2781,7 +2831,7 @@ class Attempt:
             self._writer.start()
 
     def _on_step(self, told: dict[str, Any]) -> None:
-        self.go_on()
+        self.stopper.go_on()
         if told['status'] == 'started' and told['postprocessor'] != 'MoveFiles':
             self.meter.enter('merge')
 
@@ -2789,7 +2839,7 @@ class Attempt:
 
     def run(self) -> Outcome:
         """Download it. In the worker's thread; never raises."""
-        here.attempt = self
+        here.reach = self.reach
         try:
             outcome = self._run()
         except Ending as ending:
@@ -2797,17 +2847,14 @@ class Attempt:
         except BaseException as error:
             outcome = self._failed(error)
         finally:
-            with self._changed:
-                for sock in self._sockets.values():
-                    sock.close()
-                self._sockets.clear()
+            self.stopper.release()
         if outcome.kind in ('cancelled', 'give_up'):
             forget_files(self.config, self.job.id, ())
         return outcome
 
     def _failed(self, error: BaseException) -> Outcome:
-        if self._reason:
-            return Ending(self._reason).outcome
+        if self.stopper.reason:
+            return Ending(self.stopper.reason).outcome
         outcome = judge(error, self.output, self.meter.phase == 'page').outcome
         error.__suppress_context__ = True  # yt-dlp's last words are enough in the log
         level = logging.WARNING
@@ -2817,7 +2864,7 @@ class Attempt:
         return outcome
 
     def _run(self) -> Outcome:
-        self.go_on()
+        self.stopper.go_on()
         try:
             self.folder.open()
         except OSError as error:
@@ -2829,7 +2876,7 @@ class Attempt:
         self.meter.enter('file')
         for result in self.folder.results:
             if (self.folder.path / result['source']).exists():
-                self._unless_stopped(sync, self.folder.path / result['source'])
+                self.stopper.unless_stopped(sync, self.folder.path / result['source'])
         files = self.folder.move(self.output)
         self.folder.clear({self.folder.file.name})  # which tells a second run that all is done
         return Outcome('done', title=self.folder.results[0]['title'], files=files)
@@ -2928,7 +2975,7 @@ class Attempt:
             return None
         extension = path.suffix[1:] if language else media_extension(path) if path.exists() else None
         if not extension or not language and not plays(path):
-            self.go_on()
+            self.stopper.go_on()
             self.folder.clear()
             raise Ending('bad_media')
         title = str(info.get('title') or '')[:LONGEST_TITLE]
