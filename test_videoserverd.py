@@ -6491,19 +6491,19 @@ class TestOpenAPI(unittest.TestCase):
     @unittest.skipUnless(openapi_spec_validator, 'openapi-spec-validator is not installed')
     def test_valid_by_openapi_spec_validator(self):
         for keys in (False, True):
-            description = v.openapi(v.ROUTES, keys, 'https://pi.local:8443/videodownloader', v.SITES)
+            description = v.describe_api(v.ROUTES, keys, 'https://pi.local:8443/videodownloader')
             openapi_spec_validator.validate(json.loads(json.dumps(description)))
             self.assertEqual(description['openapi'], '3.1.0')
             self.assertEqual(description['servers'], [{'url': 'https://pi.local:8443/videodownloader'}])
 
     def test_security_is_declared_only_while_keys_are_on(self):
-        off, on = (json.dumps(v.openapi(v.ROUTES, keys, 'https://h', v.SITES)) for keys in (False, True))
+        off, on = (json.dumps(v.describe_api(v.ROUTES, keys, 'https://h')) for keys in (False, True))
         self.assertNotIn('securit', off)
         self.assertNotIn('"401"', off)
         self.assertIn('"X-API-Key"', on)
 
     def test_every_route_is_described(self):
-        paths = v.openapi(v.ROUTES, True, 'https://h', v.SITES)['paths']
+        paths = v.describe_api(v.ROUTES, True, 'https://h')['paths']
         self.assertEqual({(route.path, route.method.lower()) for route in v.ROUTES},
                          {(path, method) for path, methods in paths.items() for method in methods})
         for path in ('/initiateDownload', '/listDownloads', '/getVideoDownloadPublicURL'):
@@ -7878,10 +7878,9 @@ class TestConnections(unittest.TestCase):
     """The server alone, in this process: what only shows with a hand on both ends of a connection."""
 
     def setUp(self):
-        for name in ('HEAD_SECONDS', 'IDLE_SECONDS'):
-            patch = unittest.mock.patch.object(v, name, 1.0)
-            patch.start()
-            self.addCleanup(patch.stop)
+        patch = unittest.mock.patch.dict(v.PEER_STATES, new=(1.0, 0.0), idle=(1.0, 0.0), asking=(1.0, 1.0))
+        patch.start()
+        self.addCleanup(patch.stop)
         self.server = v.Server(v.listen('127.0.0.1', 0), v.App(new_config(), routes=v.ROUTES), None)
         self.server.app.hosts = frozenset(['localhost'])
         threading.Thread(target=self.server.serve_forever, daemon=True).start()

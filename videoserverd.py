@@ -59,8 +59,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 # ---------- tools -------------------------------------------------------------------------
@@ -4648,19 +4649,26 @@ def mobileconfig(config: Config) -> bytes:
 
 # ---------- http --------------------------------------------------------------------------
 # Owns the TLS server and its limits, the strict reading of requests, ROUTES (dispatch and
-# OpenAPI come from that one table), both dialects, files with Range. Lock: `Server._guard`
-# guards the table of peers. Handlers validate, call one verb, reply; trouble is raised as
-# HTTPError and becomes a reply in one place. Called by daemon and `phone`.
+# OpenAPI both come from that one table), two dialects, files with Range. Lock: `Server._guard`
+# guards the table of connections. Handlers validate, call one verb and reply; trouble is raised
+# and becomes a reply in one place, App.respond. Called by daemon and `phone`.
 
-HEAD_SECONDS = 10.0     # for a handshake, and for a whole request head
-BODY_SECONDS = 10.0     # for a whole body: 16 KB over the worst of Wi-Fi
-IDLE_SECONDS = 20.0     # a kept-alive connection without a request
-STALL_SECONDS = 60.0    # a reader that takes nothing of a file
-HEAD_LIMIT = 16 << 10   # bytes of a request head
-LINE_LIMIT = 8 << 10    # bytes of a request line
-CONNECTIONS = 128       # a thread each
-PER_ADDRESS = 16        # a browser opens 6
-BLOCK = 256 << 10       # bytes read and sent at a time: large enough for TLS to be the limit
+# What a connection is doing: seconds until it is broken off, and seconds after which it may be
+# closed earlier to make room for another one.
+PEER_STATES = {
+    'new': (10.0, 0.0),           # handshake and first request head
+    'idle': (20.0, 0.0),          # kept alive, between two requests
+    'asking': (10.0, 1.0),        # a head, or a body of 16 KB over the worst of Wi-Fi
+    'working': (math.inf, 1.0),   # a handler at work; some wait for news
+    'sending': (60.0, 0.1),       # a block of the answer
+    'closing': (1.0, 0.0),        # unread bytes are dropped, see Peer.part
+}
+SLOWEST_BODY = 32 << 10  # bytes a second: what a large body may be sent at
+HEAD_LIMIT = 16 << 10    # bytes of a request head
+LINE_LIMIT = 8 << 10     # bytes of a request line
+CONNECTIONS = 128        # a thread each
+PER_ADDRESS = 16         # a browser opens 6
+BLOCK = 256 << 10        # bytes read and sent at a time: large enough for TLS to be the limit
 B_PATH = re.compile(r'/(initiateDownload|listDownloads|getVideoDownloadPublicURL)(/|$)')
 UUID_PATTERN = re.compile(r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}')
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
@@ -4671,29 +4679,21 @@ HOST_FIELD = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?')
 BAD_PATH = re.compile(r'%(?![0-9A-Fa-f]{2})|%2f|%5c|%0|%1|%7f|//', re.I)
 DOTS = re.compile(r'(?:^|/)\.\.?(?:/|$)')
 LINE_END = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
-CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:{images}; media-src 'self'; "
-       "connect-src 'self'; manifest-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-FILE_CSP = "default-src 'none'; media-src 'self'; img-src 'self'; style-src 'unsafe-inline'; sandbox"
-SAME_HEADERS = ('Server: videoserverd\r\nX-Content-Type-Options: nosniff\r\nX-Frame-Options: DENY\r\n'
-                'Referrer-Policy: no-referrer')
+CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: "
+       "data:{images}; media-src 'self'; connect-src 'self'; manifest-src 'self'; "
+       "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
+FILE_CSP = ("default-src 'none'; media-src 'self'; img-src 'self'; style-src 'unsafe-inline'; "
+            'sandbox')
+SAME_HEADERS = ('Server: videoserverd\r\nX-Content-Type-Options: nosniff\r\n'
+                'X-Frame-Options: DENY\r\nReferrer-Policy: no-referrer')
 REASONS = {status.value: status.phrase for status in HTTPStatus}
-PACKED = re.compile('text/|application/(json|manifest)|image/svg')  # types that gzip makes smaller
-
-
-@contextmanager
-def hollow(*names: str) -> Iterator[None]:
-    """Meanwhile whoever imports these modules gets empty ones."""
-    fresh = {name: ModuleType(name) for name in names if name not in sys.modules}
-    sys.modules.update(fresh)
-    try:
-        yield
-    finally:
-        for name in fresh:
-            del sys.modules[name]
-
-
-with hollow('copy', 'html', 'mimetypes', 'shutil'):  # its listing of files wants them: 1 MB, and nobody here lists
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+LOOPBACK = networks('127.0.0.0/8,::1')
+LONGEST_SHOWN_PATH = 200  # characters of a path in the log
+REFUSAL_STATUS = {'domain_not_allowed': 403}  # the other codes of Refused are 400
+STORED_FIELDS = ('url', 'status', 'filename', 'file_size', 'error_message', 'next_attempt_at',
+                 'client_id', 'created_at', 'started_at', 'completed_at')
+PROGRESS_FIELDS = ('phase', 'downloaded', 'speed', 'eta')
+COMPRESSIBLE = re.compile('text/|application/(json|manifest)|image/svg')
 
 
 class HTTPError(Exception):
@@ -4702,7 +4702,11 @@ class HTTPError(Exception):
     def __init__(self, status: int, code: str, message: str, **headers: str):
         super().__init__(message)
         self.status, self.code, self.message = status, code, message
-        self.headers = tuple((name.replace('_', '-'), value) for name, value in headers.items())
+        self.headers = tuple((name.replace('_', '-'), text) for name, text in headers.items())
+
+
+class ClientGone(ConnectionError):
+    """The client left before its request was complete; nobody is there to be answered."""
 
 
 @named_tuple
@@ -4730,6 +4734,10 @@ class Reply:
     type: str = 'application/json'
     headers: tuple[tuple[str, str], ...] = ()
     content: Content | None = None
+
+    def size(self) -> int:
+        """Bytes that follow the head."""
+        return self.content.length if self.content else len(self.body)
 
 
 # -- reading a request
@@ -4764,7 +4772,7 @@ def parse_head(data: bytes) -> Head:
 
 
 def decode_path(raw: str) -> str:
-    """A path, percent-decoded; whatever could climb or mean two things is refused. Raises HTTPError."""
+    """A path, percent-decoded. Raises HTTPError for one that could climb or mean two things."""
     try:
         path = unquote(raw, errors='strict')
     except UnicodeDecodeError:
@@ -4777,19 +4785,23 @@ def decode_path(raw: str) -> str:
 def body_length(fields: dict[str, list[str]]) -> int | None:
     """Content-Length, None if there is none (RFC 9112 section 6). Raises HTTPError."""
     lengths = fields.get('content-length', [])
-    if 'transfer-encoding' in fields:
-        raise HTTPError(400 if lengths else 411, 'length_required', 'Send the body with a Content-Length.')
+    codings = ','.join(fields.get('transfer-encoding', ())).lower()
+    if 'transfer-encoding' in fields and not lengths and codings.strip() != 'chunked':
+        raise HTTPError(501, 'unknown_coding', 'The transfer coding of the request is not known.')
+    if 'transfer-encoding' in fields and not lengths:
+        raise HTTPError(411, 'length_required', 'Send the body with a Content-Length.')
     if not lengths:
         return None
-    if len(lengths) > 1 or not re.fullmatch(r'\d{1,15}', lengths[0], re.A):
-        raise HTTPError(400, 'bad_request', 'Content-Length is not one number.')
+    one_number = len(lengths) == 1 and re.fullmatch(r'\d{1,15}', lengths[0], re.A)
+    if codings or not one_number:
+        raise HTTPError(400, 'bad_request', 'The length of the body is not one number.')
     return int(lengths[0])
 
 
 def request_host(fields: dict[str, list[str]]) -> str:
     """The one Host, without its port, in lower case. Raises HTTPError."""
     hosts = fields.get('host', [])
-    match = HOST_FIELD.fullmatch(hosts[0]) if len(hosts) == 1 else None
+    match = len(hosts) == 1 and HOST_FIELD.fullmatch(hosts[0])
     if not match:
         raise HTTPError(400, 'bad_request', 'The request must name one host.')
     return match[1].strip('[]').lower().rstrip('.')
@@ -4806,9 +4818,10 @@ class Request:
         self.head, self.peer, self.reader = head, peer, reader
         self.client = peer.address
         self.raw_path, _, self.raw_query = head.target.partition('?')
+        self.path = ''  # decoded, below our base
         self.query: dict[str, Any] = {}
         self.params: dict[str, str] = {}
-        self.unread: int | None = None  # bytes of the body; None: not known, the connection is lost
+        self.unread: int | None = None  # bytes of the body; None: the connection cannot go on
         self.note = ''  # client_id and URL, for the log
 
     def field(self, name: str) -> str:
@@ -4816,22 +4829,26 @@ class Request:
         return ', '.join(self.head.fields.get(name, ()))
 
     def body(self) -> bytes:
-        """The whole body. Raises HTTPError, OSError."""
-        if 'expect' in self.head.fields and self.unread and self.head.version == 'HTTP/1.1':
-            self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+        """The whole body. Raises HTTPError, ClientGone."""
         size, self.unread = self.unread or 0, None
-        self.peer.allow(BODY_SECONDS)
-        data = self.reader.read(size)
-        self.peer.allow(math.inf)
+        try:
+            if size and 'expect' in self.head.fields and self.head.version == 'HTTP/1.1':
+                self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+            self.peer.enter('asking', size / SLOWEST_BODY)
+            data = self.reader.read(size)
+        except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
+            raise ClientGone(str(error)) from None
         if len(data) != size:
-            self.peer.give_up()
+            self.peer.refuse_half()
+        self.peer.enter('working')
         self.unread = 0
         return data
 
     def json(self) -> dict[str, Any]:
-        """The body as a JSON object. Raises HTTPError."""
+        """The body as a JSON object. Raises HTTPError, ClientGone."""
         if self.field('content-type').split(';')[0].strip().lower() != 'application/json':
-            raise HTTPError(415, 'not_json', 'Send JSON, with the header Content-Type: application/json.')
+            raise HTTPError(
+                415, 'not_json', 'Send JSON, with the header Content-Type: application/json.')
         if 'content-length' not in self.head.fields:
             raise HTTPError(411, 'length_required', 'Send the body with a Content-Length.')
         try:
@@ -4871,28 +4888,29 @@ class Route:
     status: int = 200
 
 
-def number_param(name: str, default: int, low: int, high: int) -> Param:
+def number_param(name: str, default: int | None, low: int, high: int) -> Param:
     """A whole number from low to high."""
     return Param(name, whole(low, high), default,
-                 {'type': 'integer', 'minimum': low, 'maximum': high, 'default': default})
+                 {'type': 'integer', 'minimum': low, 'maximum': high})
 
 
 def choice_param(name: str, choices: dict[str, Any], default: Any, required: bool = False) -> Param:
     """One of some words, as they are written."""
-    def parse(text):
-        if text not in choices:
+    def parse(word):
+        if word not in choices:
             raise ValueError(' or '.join(choices))
-        return choices[text]
+        return choices[word]
     return Param(name, parse, default, {'type': 'string', 'enum': list(choices)}, required)
 
 
 def text_param(name: str, limit: int, required: bool = False) -> Param:
     """Any text of at most `limit` characters."""
-    def parse(text):
-        if len(text) > limit or (required and not text):
+    def parse(given):
+        if len(given) > limit or (required and not given):
             raise ValueError(f'a text of at most {limit} characters')
-        return text
-    return Param(name, parse, '', {'type': 'string', 'maxLength': limit, 'minLength': int(required)}, required)
+        return given
+    kind = {'type': 'string', 'maxLength': limit, 'minLength': int(required)}
+    return Param(name, parse, '', kind, required)
 
 
 def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> Reply:
@@ -4901,9 +4919,9 @@ def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> 
     return Reply(status, data, headers=(('Cache-Control', 'no-store'), *headers))
 
 
-def packed(reply: Reply, accepted: str) -> Reply:
+def compress_reply(reply: Reply, accepted: str) -> Reply:
     """By gzip, if the client takes it and there is more than a packet to be sent."""
-    if len(reply.body) < 1400 or not PACKED.match(reply.type):
+    if len(reply.body) < 1400 or not COMPRESSIBLE.match(reply.type):
         return reply
     reply = reply._replace(headers=(*reply.headers, ('Vary', 'Accept-Encoding')))
     if not re.search(r'\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))', accepted, re.I):
@@ -4915,9 +4933,15 @@ def packed(reply: Reply, accepted: str) -> Reply:
 
 
 def plain_address(text: str) -> Any:
-    """An address; IPv4 in IPv6's clothes (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
+    """An address; IPv4 inside IPv6 (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.split('%')[0])
     return getattr(address, 'ipv4_mapped', None) or address
+
+
+def is_within(address: str, wanted: Iterable[Any]) -> bool:
+    """Whether an address lies in one of these networks."""
+    ip = ipaddress.ip_address(address)
+    return any(ip in network for network in wanted)
 
 
 def match_path(pattern: str, path: str) -> dict[str, str] | None:
@@ -4926,25 +4950,40 @@ def match_path(pattern: str, path: str) -> dict[str, str] | None:
     if len(wanted) != len(found):
         return None
     params = {}
-    for part, text in zip(wanted, found):
+    for part, word in zip(wanted, found):
         if part.startswith('{'):
-            params[part.strip('{}')] = text
-        elif part != text:
+            params[part.strip('{}')] = word
+        elif part != word:
             return None
-    return params if UUID_PATTERN.fullmatch(params.get('id', '0' * 8 + '-0000' * 3 + '-' + '0' * 12)) else None
+    if 'id' in params and not UUID_PATTERN.fullmatch(params['id']):
+        return None
+    return params
 
 
-def percent(record: Record, progress: Progress | None) -> int:
+def shown_percent(record: Record, progress: Progress | None) -> int:
     """0–100; 100 only when it is completed."""
     if record['status'] == 'completed':
         return 100
-    return min(99, int(progress.percent)) if progress else 0
+    return min(99, int(getattr(progress, 'percent', 0)))
+
+
+def status_message(record: Record, percent: int, now: float) -> str:
+    """Where a download stands, in a sentence that a phone can show."""
+    if record['status'] == 'downloading':
+        return f'Downloading: {percent} %.'
+    if record['status'] == 'completed':
+        return record.get('note') or 'The video is ready.'
+    wait = (record['next_attempt_at'] or 0) - now
+    if record['status'] == 'queued' and wait > 0:
+        return f'{record["error_message"]} It is tried again in {math.ceil(wait / 60)} min.'
+    return record['error_message'] or 'Waiting for its turn.'
 
 
 class App:
     """All that handlers need; what is not handed in by name comes from the daemon in `more`."""
 
-    def __init__(self, config: Config, store: Any = None, board: Any = None, scheduler: Any = None, **more: Any):
+    def __init__(self, config: Config, store: Any = None, board: Any = None,
+                 scheduler: Any = None, **more: Any):
         self.config, self.store, self.board, self.scheduler = config, store, board, scheduler
         self.port = 0
         self.hosts: frozenset = frozenset()  # names and addresses that are ours
@@ -4966,32 +5005,36 @@ class App:
         path = file_path(download_id, name)
         if not self.config.api_keys:
             return path
-        return path + sign_path(self.link_secret, path, int(time.time()) + self.config.s3.url_expiry)
+        expires = int(time.time()) + self.config.s3.url_expiry
+        return path + sign_path(self.link_secret, path, expires)
+
+    def progress(self, record: Any) -> Progress | None:
+        """How far a running download is."""
+        running = record['status'] == 'downloading'
+        return self.board.progress(record['id']) if running else None
 
     def describe(self, record: Record) -> dict[str, Any]:
         """A download as the API shows it."""
-        progress = self.board.progress(record['id']) if record['status'] == 'downloading' else None
-        base = public_base(self.config, self.port)
-        files = []
+        progress, base = self.progress(record), public_base(self.config, self.port)
+        percent, files = shown_percent(record, progress), []
         for file in record['files']:
             path = self.link(record['id'], file.name)
             files.append({**file._asdict(), 'url': base + path, 'path': path.lstrip('/')})
-        return {
-            'download_id': record['id'], 'url': record['url'], 'status': record['status'],
+        row = {name: record[name] for name in STORED_FIELDS}
+        row.update((name, getattr(progress, name, None)) for name in PROGRESS_FIELDS)
+        row.update({
+            'download_id': record['id'], 'files': files, 'site': site_of(record['url']),
             'title': record['title'] or getattr(progress, 'title', None) or None,
-            'site': site_of(record['url']), 'filename': record['filename'], 'files': files,
-            'file_size': record['file_size'], 'progress': percent(record, progress),
-            **{name: getattr(progress, name, None) for name in ('phase', 'downloaded', 'speed', 'eta')},
-            'retry_count': record['retry_count'] or 0, 'public_url': files[0]['url'] if files else None,
-            **{name: record[name] for name in ('error_message', 'next_attempt_at', 'client_id', 'created_at',
-                                               'started_at', 'completed_at')},
-            'thumbnail': self.thumbnail_of(record),
-            's3': {'state': record['s3_state'], 'error': record['s3_error']} if record['s3_state'] else None}
-
-    def thumbnail_of(self, record: Record) -> str | None:
-        """The relative address of its picture, None if there is none."""
-        there = record['files'] and self.thumbs and (self.thumbs / f'{record["id"]}.jpg').exists()
-        return f'api/v1/thumbnail/{record["id"]}' if there else None
+            'progress': percent, 'message': status_message(record, percent, time.time()),
+            'retry_count': record['retry_count'] or 0, 'public_url': None, 'thumbnail': None,
+            's3': None})
+        if files:
+            row['public_url'] = files[0]['url']
+            if (self.thumbs / f'{record["id"]}.jpg').exists():
+                row['thumbnail'] = f'api/v1/thumbnail/{record["id"]}'
+        if record['s3_state']:
+            row['s3'] = {'state': record['s3_state'], 'error': record['s3_error']}
+        return row
 
     def record(self, request: Request) -> Record:
         """The download that the path names. Raises HTTPError."""
@@ -5003,38 +5046,47 @@ class App:
     # -- the gates, in this order
 
     def respond(self, request: Request) -> Reply:
-        """The answer to a request, whatever it is."""
+        """The answer to a request, whatever it is. Raises ClientGone."""
         started = time.monotonic()
         try:
             reply = self._pass_gates(request)
-        except HTTPError as error:
-            reply = self.refuse(request.raw_path, error)
-        except StoreDown as error:
-            log.error('request: the database does not answer: %s', error)
-            reply = self.refuse(request.raw_path, HTTPError(
-                503, 'cannot_store', 'The server cannot store links at the moment; keep this one and send it again.',
-                Retry_After='30'))
-        except Exception:
-            log.exception('request: %s %s failed inside', request.head.method, request.raw_path)
-            reply = self.refuse(request.raw_path, HTTPError(
-                500, 'internal', 'The server made a mistake; its log tells more.'))
-        log.info('%s "%s %s" %d %.1fms%s', request.client, request.head.method, request.raw_path, reply.status,
+        except ClientGone:
+            raise
+        except Exception as error:
+            reply = self.refuse(request.raw_path, self._as_http_error(request, error))
+        log.info('%s "%s %s" %d %.1fms%s', request.client, request.head.method,
+                 excerpt(request.raw_path, LONGEST_SHOWN_PATH), reply.status,
                  (time.monotonic() - started) * 1000, request.note)
-        if self.config.api_keys and 'json' in reply.type:  # signed links beside titles of strangers: no BREACH
-            return reply
-        return packed(reply, request.field('accept-encoding'))
+        if self.config.api_keys and 'json' in reply.type:
+            return reply  # signed links beside titles of strangers: no BREACH
+        return compress_reply(reply, request.field('accept-encoding'))
+
+    def _as_http_error(self, request: Request, error: Exception) -> HTTPError:
+        """What to answer when this was raised."""
+        if isinstance(error, HTTPError):
+            return error
+        if isinstance(error, Refused):
+            return HTTPError(REFUSAL_STATUS.get(error.code, 400), error.code, error.message)
+        if isinstance(error, RateLimited):
+            return HTTPError(429, 'rate_limited', str(error), Retry_After=str(error.retry_after))
+        if isinstance(error, StoreDown):
+            log.error('request: the database does not answer: %s', error)
+            return HTTPError(503, 'cannot_store', 'The server cannot store links at the moment; '
+                             'keep this one and send it again.', Retry_After='30')
+        log.exception('request: %s %s failed inside', request.head.method,
+                      excerpt(request.raw_path, LONGEST_SHOWN_PATH))
+        return HTTPError(500, 'internal', 'The server made a mistake; its log tells more.')
 
     def _pass_gates(self, request: Request) -> Reply:
         self._check_client(request)
         self._check_host(request)
-        length = body_length(request.head.fields)
-        request.unread = length or 0
-        if request.unread > self.config.security.max_request_size:
-            request.unread = None
+        size = body_length(request.head.fields) or 0
+        if size > self.config.security.max_request_size:
             limit = format_size(self.config.security.max_request_size)
             raise HTTPError(413, 'too_large', f'The request is over {limit}.')
+        request.unread = size
         if request.field('expect').lower() not in ('', '100-continue'):
-            raise HTTPError(417, 'bad_request', 'The request expects something that is not known here.')
+            raise HTTPError(417, 'bad_request', 'The header Expect asks for something unknown.')
         route = self._find_route(request)
         self._check_origin(request)
         self._check_key(request, route)
@@ -5044,184 +5096,199 @@ class App:
         return route.handler(self, request)
 
     def _check_client(self, request: Request) -> None:
-        """Only clients of the allowed networks are answered; a proxy we trust may speak for one."""
+        """Only allowed networks are answered; a trusted proxy may speak for a client."""
         forwarded = request.field('x-forwarded-for')
         if request.peer.admitted and not forwarded:
             return
-        address = ipaddress.ip_address(request.peer.address)
-        trusted = self.config.server.trusted_proxies
+        client = request.peer.address
         for hop in reversed(forwarded.split(',')):
-            if not any(address in network for network in trusted) or not hop.strip():
+            if not is_within(client, self.config.server.trusted_proxies) or not hop.strip():
                 break
             try:
-                address = plain_address(hop.strip())
+                client = str(plain_address(hop.strip()))
             except ValueError:
-                raise HTTPError(400, 'bad_request', 'X-Forwarded-For names no address.') from None
-        request.client = str(address)
-        networks_ = self.config.security.allowed_clients
-        peer = ipaddress.ip_address(request.peer.address)
-        if not any(address in network for network in networks_):
-            raise HTTPError(403, 'client_not_allowed', 'This server does not answer your network.')
-        if not self.config.server.tls and not any(peer in network for network in PRIVATE_NETWORKS):
-            raise HTTPError(403, 'client_not_allowed', 'Without TLS this server answers private networks only.')
+                raise HTTPError(
+                    400, 'bad_request', 'X-Forwarded-For names no address.') from None
+        request.client = client
+        if not is_within(client, self.config.security.allowed_clients):
+            raise HTTPError(
+                403, 'client_not_allowed', 'This server does not answer your network.')
+        if not self.config.server.tls and not is_within(request.peer.address, PRIVATE_NETWORKS):
+            raise HTTPError(403, 'client_not_allowed',
+                            'Without TLS this server answers private networks only.')
         request.peer.admitted = not forwarded
 
     def _check_host(self, request: Request) -> None:
         """A Host that is not ours is a trick (DNS rebinding) or a mistake."""
         host = request_host(request.head.fields)
         if host not in self.hosts and host != request.peer.local:
-            raise HTTPError(421, 'wrong_host', f'This server is not {host}; add it to [server] names if it is.')
+            raise HTTPError(421, 'wrong_host', f'This server is not {host}; if it is, add the '
+                            'name to [server] names.')
 
     def _check_origin(self, request: Request) -> None:
-        """Pages of other sites may change nothing (no CORS; Fetch Metadata where the browser has it)."""
+        """Pages of other sites may change nothing: no CORS, and Fetch Metadata where sent."""
         if request.head.method in ('GET', 'HEAD'):
             return
-        origin, site = request.field('origin').lower(), request.field('sec-fetch-site').lower()
-        ours = {request.field('host').lower(), urlsplit(self.config.server.public_base_url or '').netloc.lower()}
-        foreign = origin and not (origin.startswith(('https://', 'http://')) and origin.split('//', 1)[1] in ours)
-        if foreign or site not in ('', 'same-origin', 'none'):
+        origin = request.field('origin').lower()
+        site = request.field('sec-fetch-site').lower()
+        scheme, _, host = origin.partition('://')
+        base = urlsplit(self.config.server.public_base_url or '').netloc.lower()
+        ours = scheme in ('https', 'http') and host in (request.field('host').lower(), base)
+        if (origin and not ours) or site not in ('', 'same-origin', 'none'):
             raise HTTPError(403, 'foreign_origin', 'Pages of other sites may not use this server.')
 
     def _check_key(self, request: Request, route: Route) -> None:
-        if self.config.api_keys and route.access == 'key' and not self.has_key(request):
+        if route.access == 'key' and not self.has_key(request):
             raise HTTPError(401, 'key_wanted', 'Send a valid key in the header X-API-Key.')
 
     def has_key(self, request: Request) -> bool:
-        """Whether the request carries one of the keys; always true where there are none. In constant time."""
+        """Whether the request carries one of the keys, compared in constant time; always true
+        where there are none."""
         if not self.config.api_keys:
             return True
-        import hmac  # it fetches every digest of OpenSSL: 0.6 MB
+        import hmac  # it loads every digest of OpenSSL: 0.6 MB
         sent = request.field('x-api-key').encode('latin-1', 'replace')
         return any([hmac.compare_digest(sent, key.encode()) for key in self.config.api_keys])
 
+    def _below_base(self, path: str) -> str:
+        """`path` without that of public_base_url, which a proxy may or may not have taken off."""
+        if self.prefix and path.startswith(self.prefix + '/'):
+            return path[len(self.prefix):]
+        return path
+
     def _find_route(self, request: Request) -> Route:
         """The row of ROUTES for it; fills request.params. Raises HTTPError 404, 405."""
-        path = decode_path(request.raw_path)
-        if self.prefix and path.startswith(self.prefix + '/'):
-            path = path[len(self.prefix):]
-        method = 'GET' if request.head.method == 'HEAD' else request.head.method
+        request.path = self._below_base(decode_path(request.raw_path))
         allowed = []
         for route in self.routes:
-            params = match_path(route.path, path)
-            if params is not None and route.method == method:
+            params = match_path(route.path, request.path)
+            if params is None:
+                continue
+            methods = [route.method, *['HEAD'] * (route.method == 'GET')]
+            if request.head.method in methods:
                 request.params = params
                 return route
-            if params is not None:
-                allowed += ['GET', 'HEAD'] if route.method == 'GET' else [route.method]
+            allowed += methods
         if allowed:
-            raise HTTPError(405, 'method_not_allowed', f'Use {" or ".join(allowed)} here.', Allow=', '.join(allowed))
+            raise HTTPError(405, 'method_not_allowed', f'Use {" or ".join(allowed)} here.',
+                            Allow=', '.join(allowed))
         raise HTTPError(404, 'not_found', 'There is nothing here.')
 
     def _parse_query(self, request: Request, route: Route) -> dict[str, Any]:
         try:
-            given = dict(parse_qsl(request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50)
-                         if request.raw_query else ())
+            given: dict[str, Any] = dict(parse_qsl(
+                request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
         except ValueError:
-            raise HTTPError(400, 'bad_query', 'The query of the request cannot be read.') from None
-        values = {}
+            raise HTTPError(
+                400, 'bad_query', 'The query of the request cannot be read.') from None
         for param in route.query:
             if param.required and param.name not in given:
                 raise HTTPError(400, 'bad_query', f'{param.name} is missing.')
             try:
-                values[param.name] = param.parse(given[param.name]) if param.name in given else param.default
+                if param.name in given:
+                    given[param.name] = param.parse(given[param.name])
             except ValueError as error:
                 raise HTTPError(400, 'bad_query', f'{param.name} must be {error}.') from None
-        return values if route.query else given
+            given.setdefault(param.name, param.default)
+        return given
 
     def refuse(self, raw_path: str, error: HTTPError) -> Reply:
         """Trouble in the dialect of the path. Document B: always 418 and errorCode."""
-        path = raw_path[len(self.prefix):] if raw_path.startswith(f'{self.prefix}/') else raw_path
-        if B_PATH.match(path):
-            return json_reply(418, {'errorCode': error.code, 'errorMessage': error.message}, *error.headers)
-        return json_reply(error.status, {'status': 'error', 'error': error.message, 'message': error.message,
-                                         'code': error.code, 'timestamp': int(time.time())}, *error.headers)
-
-
-def schema(kind: Any) -> dict[str, Any]:
-    """A JSON schema from a word: integer, string?, [Name, Name."""
-    if isinstance(kind, dict):
-        return kind
-    if kind.startswith('['):
-        return {'type': 'array', 'items': schema(kind[1:])}
-    if kind[0].isupper():
-        return {'$ref': f'#/components/schemas/{kind}'}
-    return {'type': [kind[:-1], 'null']} if kind.endswith('?') else {'type': kind}
+        if B_PATH.match(self._below_base(raw_path)):
+            body = {'errorCode': error.code, 'errorMessage': error.message}
+            return json_reply(418, body, *error.headers)
+        body = {'status': 'error', 'error': error.message, 'message': error.message,
+                'code': error.code, 'timestamp': int(time.time())}
+        return json_reply(error.status, body, *error.headers)
 
 
 # -- what OpenAPI says
 
-def obj(required: str = '', **properties: Any) -> dict[str, Any]:
-    """A JSON schema of an object; `required` names, separated by spaces; 'integer?' may be null."""
-    return {'type': 'object', 'properties': {name: schema(kind) for name, kind in properties.items()},
-            **({'required': required.split()} if required else {})}
+B_STATUS = {'queued': 'PENDING', 'downloading': 'DOWNLOADING', 'completed': 'COMPLETED',
+            'failed': 'FAILED'}
 
 
-B_STATUS = {'queued': 'PENDING', 'downloading': 'DOWNLOADING', 'completed': 'COMPLETED', 'failed': 'FAILED'}
-TIMESTAMP = {'type': ['integer', 'null'], 'minimum': 0,
-             'description': 'only compared: a repeat with the same one is the same link'}
-OPTION_VALUES = {  # values that are taken for certain; the allowlist knows more
-    '--format': r'b|best|worst|bv[*][+]ba/b', '--format-sort': 'res:(480|720|1080)|size', '--retries': '[0-9]',
-    '--merge-output-format': 'mp4|mkv|webm', '--limit-rate': '[1-9][0-9][0-9]K|[1-9]M', '--fragment-retries': '[0-9]',
-    '--extractor-retries': '[0-9]', '--socket-timeout': '[1-9][0-9]', '--concurrent-fragments': '[1-4]',
-    '--user-agent': '[A-Za-z0-9./]{1,99}', '--referer': 'https://[a-z]{1,50}[.]com/', '--playlist-items': '[1-9]',
-    '--audio-format': 'mp3|m4a|opus', '--sub-langs': '[a-z]{2}(,[a-z]{2})?'}
-OPTION = '|'.join([*(flag for flag, (_, value) in OPTIONS.items() if not callable(value)),
-                   *(f'{name}=({value})' for name, value in OPTION_VALUES.items())])
-OPTIONS_SCHEMA = {
-    'description': 'options of yt-dlp; the other spellings of its command line are taken too',
-    'oneOf': [{'type': 'array', 'items': {'type': 'string', 'pattern': f'^({OPTION})$'}},
-              {'type': 'string', 'pattern': f'^(({OPTION})( ({OPTION}))*)?$'}, {'type': 'null'}]}
-UNSHOWN = r'\u0000-\u001f\u007f-\u009f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufffe\uffff'  # as UNSAFE
-CLIENT_SCHEMA = {'type': ['string', 'null'], 'maxLength': 128, 'pattern': f'^[^{UNSHOWN}]*$'}
-PATH_SCHEMAS = {'id': {'type': 'string', 'format': 'uuid', 'pattern': f'^{UUID_PATTERN.pattern}$'},
-                'name': {'type': 'string', 'pattern': r'^[^\u0000-\u001f\u007f/\\.][^\u0000-\u001f\u007f/\\]*$'}}
-STATUS_SCHEMA = {'type': 'string', 'enum': list(STATES)}
+def schema_of(kind: str) -> dict[str, Any]:
+    """A JSON schema from a word: integer, integer? (or null), Name, [Name (a list), =constant."""
+    if kind.startswith('='):
+        return {'const': kind[1:]}
+    if kind.startswith('['):
+        return {'type': 'array', 'items': schema_of(kind[1:])}
+    if kind[0].isupper():
+        return {'$ref': f'#/components/schemas/{kind}'}
+    if kind.endswith('?'):
+        return {'type': [kind[:-1], 'null']}
+    return {'type': kind}
+
+
+def object_schema(fields: str) -> dict[str, Any]:
+    """A JSON schema of an object from words 'name' (a string) or 'name:kind'; ! is required."""
+    properties, required = {}, []
+    for word in fields.split():
+        name, _, kind = word.rstrip('!').partition(':')
+        properties[name] = schema_of(kind or 'string')
+        if word.endswith('!'):
+            required.append(name)
+    return {'type': 'object', 'properties': properties, 'required': required}
+
+
 SCHEMAS = {
-    'Error': obj('status error message code timestamp', status={'const': 'error'}, error='string', message='string',
-                 code='string', timestamp='integer'),
-    'ErrorB': obj('errorCode errorMessage', errorCode='string', errorMessage='string'),
-    'Submission': obj('url', url='Link', client_id=CLIENT_SCHEMA, timestamp=TIMESTAMP,
-                      ytdlp_cli_parameters=OPTIONS_SCHEMA),
-    'Batch': obj('text', text='Text', client_id=CLIENT_SCHEMA, timestamp=TIMESTAMP),
-    'Queued': obj('status download_id message timestamp', status={'const': 'queued'}, download_id='string',
-                  message='string', timestamp='integer'),
-    'BatchAnswer': obj('status message downloads keep timestamp', status={'const': 'queued'}, message='string',
-                       downloads={'type': 'array', 'items': obj(
-                           'url', url='string', download_id='string', error='string')},
-                       keep='string', timestamp='integer'),
-    'File': obj('name size type url path', name='string', size='integer', type='string', url='string', path='string'),
-    'Download': obj(
-        'download_id status url progress error_message completed_at', download_id='string', url='string',
-        status=STATUS_SCHEMA, title='string?', site='string', filename='string?', files='[File', file_size='integer?',
-        progress={'type': 'integer', 'minimum': 0, 'maximum': 100}, phase='string?', downloaded='integer?',
-        speed='number?', eta='integer?', error_message='string?', retry_count='integer', next_attempt_at='integer?',
-        client_id='string', created_at='integer', started_at='integer?', completed_at='integer?', public_url='string?',
-        thumbnail='string?', s3={'type': ['object', 'null'], 'properties': {'state': schema('string'),
-                                                                            'error': schema('string?')}}),
-    'History': obj('total downloads version counts poll_after', total='integer', downloads='[Download',
-                   version='integer', poll_after='integer',
-                   counts={'type': 'object', 'additionalProperties': schema('integer')}),
-    'Health': obj('status version uptime queue_size', status={'enum': ['healthy', 'degraded']}, version='string',
-                  uptime='integer', queue_size='integer', problems='[string', paused='string?', free_disk='integer?',
-                  ytdlp_version='string?', certificate_days='integer?', s3='boolean', keys='boolean'),
-    'Deleted': obj('status download_id message timestamp', status={'const': 'deleted'}, download_id='string',
-                   message='string', timestamp='integer'),
-    'Initiate': obj('videoURL', videoURL='Link', ytdlpCLIParameters=OPTIONS_SCHEMA),
-    'Initiated': obj('downloadUUID', downloadUUID='string'),
-    'Listing': obj('downloads', downloads={'type': 'array', 'items': obj(
-        'downloadUUID downloadStatus', downloadUUID='string', downloadStatus={'enum': list(B_STATUS.values())},
-        downloadSizeInBytes='integer', progress='integer')}),
-    'PublicURL': obj('publicURL', publicURL='string'),
     'Object': {'type': 'object'},
+    'Status': {'type': 'string', 'enum': list(STATES)},
+    'StatusB': {'type': 'string', 'enum': list(B_STATUS.values())},
+    'ClientId': {'type': ['string', 'null'], 'maxLength': 128},
+    'Timestamp': {'type': ['integer', 'null'], 'minimum': 0,
+                  'description': 'only compared: a repeat with the same one is the same link'},
+    'Options': {'type': ['array', 'string', 'null'], 'items': {'type': 'string'},
+                'description': 'options of yt-dlp, as on its command line; an allowlist'},
+    'Counts': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
+    'Error': object_schema('status:=error! error! message! code! timestamp:integer!'),
+    'ErrorB': object_schema('errorCode! errorMessage!'),
+    'Submission': object_schema(
+        'url! client_id:ClientId timestamp:Timestamp ytdlp_cli_parameters:Options'),
+    'Batch': object_schema('text! client_id:ClientId timestamp:Timestamp'),
+    'Queued': object_schema('status:=queued! download_id! message! timestamp:integer!'),
+    'BatchRow': object_schema('url! download_id error'),
+    'BatchAnswer': object_schema(
+        'status:=queued! message! downloads:[BatchRow! keep! timestamp:integer!'),
+    'File': object_schema('name! size:integer! type! url! path!'),
+    'Copy': {**object_schema('state error:string?'), 'type': ['object', 'null']},
+    'Download': object_schema(
+        'download_id! status:Status! url! progress:integer! message! error_message:string?! '
+        'completed_at:integer?! title:string? site filename:string? files:[File '
+        'file_size:integer? phase:string? downloaded:integer? speed:number? eta:integer? '
+        'retry_count:integer next_attempt_at:integer? client_id created_at:integer '
+        'started_at:integer? public_url:string? thumbnail:string? s3:Copy'),
+    'History': object_schema(
+        'total:integer! message! downloads:[Download! version:integer! counts:Counts! '
+        'poll_after:integer!'),
+    'Health': object_schema(
+        'status! version! uptime:integer! queue_size:integer! message! problems:[string '
+        'paused:string? free_disk:integer? ytdlp_version:string? certificate_days:integer? '
+        's3:boolean keys:boolean'),
+    'Deleted': object_schema('status:=deleted! download_id! message! timestamp:integer!'),
+    'Initiate': object_schema('videoURL! ytdlpCLIParameters:Options'),
+    'Initiated': object_schema('downloadUUID!'),
+    'Listed': object_schema(
+        'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:integer progress:integer'),
+    'Listing': object_schema('downloads:[Listed!'),
+    'PublicURL': object_schema('publicURL!'),
 }
-COMMON_ERRORS = (400, 403, 408, 414, 417, 421, 431, 500, 503)
+COMMON_ERRORS = (400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503)
 
 
-def response_of(name: str, status: int) -> dict[str, Any]:
-    """What OpenAPI says of one answer; a name with a slash is a media type."""
-    content = {name: {'schema': {} if name.endswith('json') else {'type': 'string'}}} if '/' in name else {
-        'application/json': {'schema': schema(name)}}
-    return {'description': REASONS[status], **({} if status == 304 else {'content': content})}
+def response_of(answer: str, status: int) -> dict[str, Any]:
+    """What OpenAPI says of one answer; one with a slash is a media type."""
+    found: dict[str, Any] = {'description': REASONS[status]}
+    if status == 304:
+        return found
+    if answer.endswith('json'):
+        found['content'] = {answer: {'schema': {}}}
+    elif '/' in answer:
+        found['content'] = {answer: {'schema': {'type': 'string'}}}
+    else:
+        found['content'] = {'application/json': {'schema': schema_of(answer)}}
+    return found
 
 
 def responses_of(route: Route, keys: bool) -> dict[str, Any]:
@@ -5230,122 +5297,107 @@ def responses_of(route: Route, keys: bool) -> dict[str, Any]:
     if B_PATH.match(route.path):
         return {**found, '418': response_of('ErrorB', 418)}
     errors = {*COMMON_ERRORS, *route.errors}
-    errors |= {411, 413, 415} if route.body else {411, 413}
-    errors |= {401} if keys and route.access in ('key', 'link') else set()
-    errors |= {404} if '{' in route.path else set()
+    if route.body:
+        errors.add(415)
+    if keys and route.access != 'open':
+        errors.add(401)
+    if '{' in route.path:
+        errors.add(404)
     for status in sorted(errors):
-        found[str(status)] = response_of('Error' if status >= 400 else route.answer, status)
+        found[str(status)] = response_of('Error', status)
+        if status < 400:
+            found[str(status)] = response_of(route.answer, status)
     return found
 
 
 def operation_of(route: Route, keys: bool) -> dict[str, Any]:
     """OpenAPI's operation object of a route."""
-    parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': PATH_SCHEMAS[name]}
+    parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
                   for name in re.findall(r'{(\w+)}', route.path)]
-    parameters += [{'name': param.name, 'in': 'query', 'required': param.required, 'schema': param.schema}
-                   for param in route.query]
-    return {
-        'summary': route.summary, 'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_'),
-        'parameters': parameters, 'responses': responses_of(route, keys),
-        **({'requestBody': {'required': True, 'content': {'application/json': {'schema': schema(route.body)}}}}
-           if route.body else {}),
-        **({'security': [{'key': []}]} if keys and route.access == 'key' else {})}
+    parameters += [{'name': param.name, 'in': 'query', 'required': param.required,
+                    'schema': param.schema} for param in route.query]
+    found = {
+        'summary': route.summary, 'parameters': parameters, 'responses': responses_of(route, keys),
+        'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_')}
+    if route.body:
+        content = {'application/json': {'schema': schema_of(route.body)}}
+        found['requestBody'] = {'required': True, 'content': content}
+    if keys and route.access == 'key':
+        found['security'] = [{'key': []}]
+    return found
 
 
-def link_schemas(domains: Sequence[str]) -> dict[str, Any]:
-    """A text with a link in it to one of these domains ('*': any): of a submission, and of a batch."""
-    names = '[a-z]+[.]com' if '*' in domains else '|'.join(name.replace('.', '[.]') for name in domains)
-    host, path = f'([a-z0-9]{{1,20}}[.]){{0,3}}({names})', rf'/[^ \\{UNSHOWN}]*'
-    link = f'(https?://{host}({path})?|{host}{path})[*.,;:!?]*'
-    text = r'[^\u0000-\u0009\u000b\u000c\u000e-\u001f\u007f]*'
-    return {'Link': {'type': 'string', 'pattern': rf'^({text}[ \n])?{link}( {text})?$'},
-            'Text': {'type': 'string', 'pattern': rf'(^|[ \n]){link}( |$)'}}
-
-
-def openapi(routes: Sequence[Route], keys: bool, base: str, domains: Sequence[str]) -> dict[str, Any]:
+def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, Any]:
     """OpenAPI 3.1 of all routes; `security` only while keys are on."""
     paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation_of(route, keys)
-    components: dict[str, Any] = {'schemas': {**SCHEMAS, **link_schemas(domains)}}
+    components: dict[str, Any] = {'schemas': SCHEMAS}
     if keys:
-        components['securitySchemes'] = {'key': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}
+        components['securitySchemes'] = {
+            'key': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}
     return {'openapi': '3.1.0', 'info': {'title': 'videoserverd', 'version': VERSION},
             'servers': [{'url': base}], 'paths': paths, 'components': components}
 
 
 # -- handlers, document A
 
-REFUSAL_STATUS = {'domain_not_allowed': 403}  # the other codes of Refused are 400
-
-
-def refused(refusal: Refused) -> HTTPError:
-    """A Refused as HTTP has it."""
-    return HTTPError(REFUSAL_STATUS.get(refusal.code, 400), refusal.code, refusal.message)
-
-
-def rate_limited(error: RateLimited) -> HTTPError:
-    """A RateLimited as HTTP has it."""
-    return HTTPError(429, 'rate_limited', str(error), Retry_After=str(error.retry_after))
-
 
 def submit(app: App, request: Request, fields: dict[str, Any]) -> tuple[str, bool]:
-    """Store what was sent; (id, whether it is new). Raises HTTPError, StoreDown."""
+    """Store what was sent; (id, whether it is new). Raises Refused, RateLimited, StoreDown."""
     started = time.monotonic()
     try:
         submission = parse_submission(fields, app.config.security)
     except Refused as refusal:
-        request.note = f' client_id={str(fields.get("client_id"))[:80]!r} refused: {refusal.code}'
-        raise refused(refusal) from None
+        client = str(fields.get('client_id'))[:80]
+        request.note = f' client_id={client!r} refused: {refusal.code}'
+        raise
     request.note = f' client_id={submission.client_id} url={submission.url}'
-    try:
-        download_id, fresh = app.store.add(submission, int(time.time()))
-    except RateLimited as error:
-        raise rate_limited(error) from None
-    app.scheduler.push(download_id)  # a repeat too: the first may lie in a commit that was told to have failed
+    download_id, fresh = app.store.add(submission, int(time.time()))
+    app.scheduler.push(download_id)  # a repeat too: the first's commit may be said to have failed
     app.board.observe(time.monotonic() - started)
     return download_id, fresh
 
 
-def queued_message(app: App, text: str) -> str:
+def queued_message(app: App, sentence: str) -> str:
     """What the phone shows; while the queue is paused it says so."""
-    why = (app.scheduler.paused or '').partition(' Fix:')[0]
-    return f'{text}. The queue is paused: {why}' if why else text
+    why = re.split(' (?:Fix|Mend):', app.scheduler.paused or '')[0]
+    return sentence + f'. The queue is paused: {why}' * bool(why)
 
 
 def post_download(app: App, request: Request) -> Reply:
     """POST /api/v1/download"""
     download_id, fresh = submit(app, request, request.json())
-    message = 'Video queued for download' if fresh else 'This video was queued before'
-    return json_reply(202 if fresh else 200, {'status': 'queued', 'download_id': download_id,
-                                              'message': queued_message(app, message), 'timestamp': int(time.time())})
+    status, message = 202, 'Video queued for download'
+    if not fresh:
+        status, message = 200, 'This video was queued before'
+    return json_reply(status, {
+        'status': 'queued', 'download_id': download_id, 'message': queued_message(app, message),
+        'timestamp': int(time.time())})
 
 
 def post_downloads(app: App, request: Request) -> Reply:
-    """POST /api/v1/downloads: every link of a text, one commit. `keep` has the links to send again."""
-    fields = request.json()
-    now = int(time.time())
-    try:
-        items = parse_batch(fields, app.config.security)
-    except Refused as refusal:
-        raise refused(refusal) from None
+    """POST /api/v1/downloads: every link of a text, one commit. `keep` has those to send again."""
+    now, fields = int(time.time()), request.json()
+    items = parse_batch(fields, app.config.security)
     links = [item for _, item in items if isinstance(item, Submission)]
-    stored = iter(app.store.add_many(links, now) if links else ())
+    stored = iter(app.store.add_many(links, now))
     rows, keep = [], []
     for written, item in items:
-        result = item if isinstance(item, Refused) else next(stored)
-        if isinstance(result, tuple):
-            rows.append({'url': written, 'download_id': result[0]})
-            app.scheduler.push(result[0])
+        if isinstance(item, Submission):
+            item = next(stored)
+        if isinstance(item, tuple):
+            rows.append({'url': written, 'download_id': item[0]})
+            app.scheduler.push(item[0])
             continue
-        rows.append({'url': written, 'error': str(result)})
-        if isinstance(result, RateLimited):
+        rows.append({'url': written, 'error': str(item)})
+        if isinstance(item, RateLimited):
             keep.append(written)
     queued = sum('download_id' in row for row in rows)
-    request.note = f' client_id={links[0].client_id if links else None} urls={[row["url"] for row in rows]}'
+    request.note = f' client_id={fields.get("client_id")} urls={[row["url"] for row in rows]}'
     message = queued_message(app, f'{queued} queued, {len(rows) - queued} refused')
-    return json_reply(202, {'status': 'queued', 'message': message, 'downloads': rows, 'keep': '\n'.join(keep),
-                            'timestamp': now})
+    return json_reply(202, {'status': 'queued', 'message': message, 'downloads': rows,
+                            'keep': '\n'.join(keep), 'timestamp': now})
 
 
 def get_status(app: App, request: Request) -> Reply:
@@ -5360,21 +5412,26 @@ def get_history(app: App, request: Request) -> Reply:
         poll_after = 3
     version = app.board.version
     total, records = app.store.page(query['limit'], query['offset'], query['status'], query['q'])
-    return json_reply(200, {'total': total, 'downloads': [app.describe(record) for record in records],
-                            'version': version, 'counts': app.store.counts(), 'poll_after': poll_after})
+    return json_reply(200, {
+        'total': total, 'message': f'{total} downloads', 'version': version,
+        'downloads': [app.describe(record) for record in records],
+        'counts': app.store.counts(), 'poll_after': poll_after})
 
 
 def get_health(app: App, request: Request) -> Reply:
-    """GET /api/v1/health; without a key, where keys are on, the four fields of the specification only."""
+    """GET /api/v1/health; without a key, where keys are on, only the specification's fields."""
     facts = app.health()
+    storing, problems = facts.pop('storing'), facts['problems']
+    facts['message'] = ' '.join(problems) or 'All is well.'
     if not app.has_key(request):
-        facts = {name: facts[name] for name in ('status', 'version', 'uptime', 'queue_size', 'storing')}
-    storing = facts.pop('storing')
+        facts = {name: facts[name] for name in ('status', 'version', 'uptime', 'queue_size')}
+        facts['message'] = f'The server is {facts["status"]}.'
     if storing:
         return json_reply(200, facts)
     message = 'The server cannot store links at the moment.'
-    return json_reply(503, {**facts, 'status': 'error', 'error': message, 'message': message, 'code': 'cannot_store',
-                            'timestamp': int(time.time())}, ('Retry-After', '30'))
+    facts.update(status='error', error=message, message=message, code='cannot_store',
+                 timestamp=int(time.time()))
+    return json_reply(503, facts, ('Retry-After', '30'))
 
 
 def post_cancel(app: App, request: Request) -> Reply:
@@ -5382,8 +5439,9 @@ def post_cancel(app: App, request: Request) -> Reply:
     record = app.record(request)
     if not app.scheduler.cancel(record['id'], time.time()):
         status = app.record(request)['status']
-        raise HTTPError(409, 'not_running', 'It is being stopped, which takes long.' if status == 'downloading'
-                        else f'It is {status}; there is nothing to cancel.')
+        if status == 'downloading':
+            raise HTTPError(409, 'not_running', 'It is being stopped, which takes long.')
+        raise HTTPError(409, 'not_running', f'It is {status}; there is nothing to cancel.')
     return get_status(app, request)
 
 
@@ -5391,7 +5449,8 @@ def post_retry(app: App, request: Request) -> Reply:
     """POST /api/v1/download/{id}/retry"""
     record = app.record(request)
     if not app.store.retry(record['id'], int(time.time())):
-        raise HTTPError(409, 'not_failed', f'It is {record["status"]}; only what failed or waits can be tried again.')
+        raise HTTPError(409, 'not_failed', f'It is {record["status"]}; only a failed or waiting '
+                        'one can be tried again.')
     app.scheduler.push(record['id'])
     return get_status(app, request)
 
@@ -5406,44 +5465,47 @@ def delete_download(app: App, request: Request) -> Reply:
         if not app.forget(record):
             raise HTTPError(409, 'still_running', 'It cannot be stopped at the moment; try again.')
     except OSError as error:
-        raise HTTPError(503, 'cannot_delete', f'It cannot be deleted: {error.strerror}.', Retry_After='30') from None
-    return json_reply(200, {'status': 'deleted', 'download_id': record['id'], 'message': 'Deleted',
-                            'timestamp': int(time.time())})
+        raise HTTPError(503, 'cannot_delete', f'It cannot be deleted: {error.strerror}.',
+                        Retry_After='30') from None
+    return json_reply(200, {'status': 'deleted', 'download_id': record['id'],
+                            'message': 'Deleted', 'timestamp': int(time.time())})
 
 
 def get_thumbnail(app: App, request: Request) -> Reply:
     """GET /api/v1/thumbnail/{id}: a small JPEG."""
     try:
         data = (app.thumbs / f'{request.params["id"]}.jpg').read_bytes()
-    except (OSError, TypeError):
+    except OSError:
         raise HTTPError(404, 'not_found', 'There is no picture of it.') from None
     return Reply(200, data, 'image/jpeg', (('Cache-Control', 'private, max-age=86400'),))
 
 
 def get_metrics(app: App, request: Request) -> Reply:
     """GET /metrics: Prometheus text."""
-    lines = [f'{name} {value!r}' if not name.startswith('#') else name for name, value in app.gauges()]
-    return Reply(200, '\n'.join([*lines, '']).encode(), 'text/plain; version=0.0.4; charset=utf-8',
-                 (('Cache-Control', 'no-store'),))
+    lines = []
+    for name, figure in app.gauges():
+        lines.append(name if name.startswith('#') else f'{name} {figure!r}')
+    return Reply(200, '\n'.join([*lines, '']).encode(),
+                 'text/plain; version=0.0.4; charset=utf-8', (('Cache-Control', 'no-store'),))
 
 
 def get_openapi(app: App, request: Request) -> Reply:
     """GET /openapi.json"""
-    return json_reply(200, openapi(app.routes, bool(app.config.api_keys), public_base(app.config, app.port),
-                                   app.config.security.allowed_domains))
+    base = public_base(app.config, app.port)
+    return json_reply(200, describe_api(app.routes, bool(app.config.api_keys), base))
 
 
 def get_asset(app: App, request: Request) -> Reply:
     """The page, the set-up page, the CA."""
-    path = decode_path(request.raw_path)
-    if path not in app.assets and app.prefix and path.startswith(app.prefix + '/'):
-        path = path[len(app.prefix):]
-    type_, content = app.assets[path]
+    media, content = app.assets[request.path]
     data = content() if callable(content) else content
-    check = path.startswith('/setup/')  # the picture that the plain page of `phone` asks for; a stale one would lie
-    headers = (('Cache-Control', 'no-store' if check else 'no-cache'),
-               ('Cross-Origin-Resource-Policy', 'cross-origin' if check else 'same-origin'))
-    return Reply(200, data if isinstance(data, bytes) else data.encode(), type_, headers)
+    if isinstance(data, str):
+        data = data.encode()
+    rules = ('no-cache', 'same-origin')
+    if request.path.startswith('/setup/'):  # the picture that the plain page of `phone` asks for
+        rules = ('no-store', 'cross-origin')
+    return Reply(200, data, media, (
+        ('Cache-Control', rules[0]), ('Cross-Origin-Resource-Policy', rules[1])))
 
 
 # -- handlers, document B
@@ -5454,25 +5516,28 @@ def initiate_download(app: App, request: Request) -> Reply:
     fields = request.json()
     if 'videoURL' not in fields:
         raise HTTPError(400, 'bad_field', 'videoURL is missing.')
-    download_id, _ = submit(app, request, {'url': fields['videoURL'],
-                                           'ytdlp_cli_parameters': fields.get('ytdlpCLIParameters')})
+    download_id, _ = submit(app, request, {
+        'url': fields['videoURL'], 'ytdlp_cli_parameters': fields.get('ytdlpCLIParameters')})
     return json_reply(200, {'downloadUUID': download_id})
 
 
-def brief(app: App, record: Any) -> dict[str, Any]:
+def describe_in_b(app: App, record: Any) -> dict[str, Any]:
     """A download as document B lists it; size and progress only where they are known."""
-    progress = app.board.progress(record['id']) if record['status'] == 'downloading' else None
-    size = record['file_size'] or (progress.total if progress else None)
-    return {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']],
-            **({'downloadSizeInBytes': size} if size else {}),
-            **({'progress': percent(record, progress)} if progress or record['status'] == 'completed' else {})}
+    progress = app.progress(record)
+    size = record['file_size'] or getattr(progress, 'total', None)
+    row = {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']]}
+    if size:
+        row['downloadSizeInBytes'] = size
+    if progress or record['status'] == 'completed':
+        row['progress'] = shown_percent(record, progress)
+    return row
 
 
 def list_downloads(app: App, request: Request) -> Reply:
     """GET /listDownloads"""
     since = int(time.time()) - 60 * request.query['overLastPeriodDurationInMinutes']
     records = app.store.since(since, request.query['onlyShowOngoingDownloads'])
-    return json_reply(200, {'downloads': [brief(app, record) for record in records]})
+    return json_reply(200, {'downloads': [describe_in_b(app, record) for record in records]})
 
 
 def get_public_url(app: App, request: Request) -> Reply:
@@ -5480,18 +5545,22 @@ def get_public_url(app: App, request: Request) -> Reply:
     request.params = {'id': request.query['videoDownloadUUID']}
     record = app.record(request)
     if record['status'] == 'failed':
-        raise HTTPError(409, 'downloadFailed', record['error_message'] or 'The download failed.')
+        message = record['error_message'] or 'The download failed.'
+        raise HTTPError(409, 'downloadFailed', message)
     if record['status'] != 'completed':
         raise HTTPError(409, 'downloadNotReady', 'The download is not finished.')
     if request.query['URLTypeEnum'] == 'HTTPS':
         return json_reply(200, {'publicURL': app.describe(record)['public_url']})
     if app.bucket is None:
-        raise HTTPError(409, 's3NotConfigured', 'No object storage is configured; set [s3] endpoint.')
+        raise HTTPError(409, 's3NotConfigured', 'No object storage is set up: [s3] endpoint.')
+    if record['s3_state'] == 'gone':
+        raise HTTPError(409, 'downloadFailed', record['s3_error'])
     if record['s3_state'] != 'stored':
-        raise HTTPError(409, 'downloadFailed' if record['s3_state'] == 'gone' else 'downloadNotReady',
-                        record['s3_error'] or 'The copy in the bucket is not finished.')
-    return json_reply(200, {'publicURL': app.bucket.presign(
-        app.bucket.key(record['id'], record['filename']), record['filename'], app.config.s3.url_expiry, time.time())})
+        message = record['s3_error'] or 'The copy in the bucket is not finished.'
+        raise HTTPError(409, 'downloadNotReady', message)
+    key = app.bucket.key(record['id'], record['filename'])
+    address = app.bucket.presign(key, record['filename'], app.config.s3.url_expiry, time.time())
+    return json_reply(200, {'publicURL': address})
 
 
 # -- finished files
@@ -5499,19 +5568,22 @@ def get_public_url(app: App, request: Request) -> Reply:
 
 def open_regular(path: Path) -> Any:
     """Open a regular file, never through a link. Raises HTTPError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        handle = open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), 'rb', buffering=0)
-    except OSError:
-        raise HTTPError(404, 'file_gone', 'The file is no longer in the output folder.') from None
-    if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+        handle = open(os.open(path, flags), 'rb', buffering=0)
+        if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+            return handle
         handle.close()
-        raise HTTPError(404, 'file_gone', 'The file is no longer in the output folder.')
-    return handle
+    except OSError:
+        pass  # gone, a link or a folder: all the same to the client
+    raise HTTPError(404, 'file_gone', 'The file is no longer in the output folder.')
 
 
-def parse_range(text: str, size: int) -> tuple[int, int] | None:
-    """(first, last) byte; None: the whole file (no range, several, or not understood). ValueError: out of reach."""
-    match = re.fullmatch(r'bytes\s*=\s*(\d{0,18})-(\d{0,18})', text, re.A | re.I)
+def parse_range(header: str, size: int) -> tuple[int, int] | None:
+    """(first, last) byte; None: the whole file, as no single range is asked for.
+
+    Raises ValueError when it is out of reach."""
+    match = re.fullmatch(r'bytes\s*=\s*(\d{0,18})-(\d{0,18})', header, re.A | re.I)
     if not match or not (match[1] or match[2]):
         return None
     if not match[1]:
@@ -5521,87 +5593,106 @@ def parse_range(text: str, size: int) -> tuple[int, int] | None:
         if match[2] and int(match[2]) < start:
             return None
     if start >= size or (not match[1] and int(match[2]) == 0):
-        raise ValueError(text)
+        raise ValueError(header)
     return start, end
 
 
-def send_file(request: Request, path: Path, type_: str, headers: list[tuple[str, str]]) -> Reply:
-    """The whole file, a part of it, or that it has not changed."""
+def is_unchanged(request: Request, etag: str, modified: str) -> bool:
+    """Whether the client has this very file (RFC 9110 section 13.1)."""
+    known = request.field('if-none-match')
+    if not known:
+        return request.field('if-modified-since') == modified
+    return known == '*' or etag in [tag.strip().replace('W/', '', 1) for tag in known.split(',')]
+
+
+def send_file(request: Request, path: Path, media: str, headers: list[tuple[str, str]]) -> Reply:
+    """The whole file, a part of it, or that it has not changed. Raises HTTPError."""
     handle = open_regular(path)
     facts = os.fstat(handle.fileno())
     etag = f'"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"'
     modified = formatdate(facts.st_mtime, usegmt=True)
     headers = [*headers, ('ETag', etag), ('Last-Modified', modified)]
-    matching = request.field('if-none-match')
-    if etag in [tag.strip().replace('W/', '', 1) for tag in matching.split(',')] or matching == '*' or (
-            not matching and request.field('if-modified-since') == modified):
+    if is_unchanged(request, etag, modified):
         handle.close()
         return Reply(304, b'', '', tuple(headers))
-    fresh = request.head.method == 'GET' and request.field('if-range') in ('', etag, modified)
+    wanted = ''
+    if request.head.method == 'GET' and request.field('if-range') in ('', etag, modified):
+        wanted = request.field('range')
     try:
-        span = parse_range(request.field('range') if fresh else '', facts.st_size)
+        span = parse_range(wanted, facts.st_size)
     except ValueError:
         handle.close()
         raise HTTPError(416, 'bad_range', 'The file is shorter than that.',
                         Content_Range=f'bytes */{facts.st_size}') from None
     if span is None:
-        return Reply(200, b'', type_, tuple(headers), Content(handle, 0, facts.st_size))
+        return Reply(200, b'', media, tuple(headers), Content(handle, 0, facts.st_size))
     start, end = span
     headers.append(('Content-Range', f'bytes {start}-{end}/{facts.st_size}'))
-    return Reply(206, b'', type_, tuple(headers), Content(handle, start, end - start + 1))
+    return Reply(206, b'', media, tuple(headers), Content(handle, start, end - start + 1))
+
+
+def reply_with_file(app: App, request: Request, file: MediaFile) -> Reply:
+    """A finished file: from the proxy where it can read the folder, else by us."""
+    headers = [('Content-Disposition', content_disposition(file.name)), ('Accept-Ranges', 'bytes'),
+               ('Cache-Control', 'private, no-cache'),
+               ('Cross-Origin-Resource-Policy', 'same-origin')]
+    server = app.config.server
+    if server.accel_redirect and is_within(request.peer.address, server.trusted_proxies):
+        inner = server.accel_redirect + quote(file.name)
+        return Reply(200, b'', file.type, (*headers, ('X-Accel-Redirect', inner)))
+    folder = app.config.downloads.output_directory
+    return send_file(request, folder / file.name, file.type, headers)
 
 
 def get_file(app: App, request: Request) -> Reply:
     """GET /files/{id}/{name}: Range, If-Range, If-None-Match (RFC 9110 sections 13 and 14)."""
     path = file_path(request.params['id'], request.params['name'])
     signed = check_signature(app.link_secret, path, request.query, time.time())
-    if app.config.api_keys and not signed and not app.has_key(request):
+    if not signed and not app.has_key(request):
         if 'signature' not in request.query:
             raise HTTPError(401, 'key_wanted', 'Send a valid key in the header X-API-Key.')
-        raise HTTPError(403, 'bad_link', 'This link has expired or is not whole; copy it again.')
-    record = app.record(request)
-    file = next((file for file in record['files'] if file.name == request.params['name']), None)
-    if file is None:
-        raise HTTPError(404, 'not_found', 'There is no such file.')
-    headers = [('Content-Disposition', content_disposition(file.name)), ('Accept-Ranges', 'bytes'),
-               ('Cache-Control', 'private, no-cache'), ('Cross-Origin-Resource-Policy', 'same-origin')]
-    if app.config.server.accel_redirect and any(ipaddress.ip_address(request.peer.address) in network
-                                                for network in app.config.server.trusted_proxies):
-        inner = app.config.server.accel_redirect + quote(file.name)
-        return Reply(200, b'', file.type, (*headers, ('X-Accel-Redirect', inner)))
-    return send_file(request, app.config.downloads.output_directory / file.name, file.type, headers)
+        raise HTTPError(403, 'bad_link', 'This link has expired or is cut short; copy it again.')
+    for file in app.record(request)['files']:
+        if file.name == request.params['name']:
+            return reply_with_file(app, request, file)
+    raise HTTPError(404, 'not_found', 'There is no such file.')
 
 
 # -- the table of routes
 
 STATUS_PARAM = choice_param('status', {state: state for state in STATES}, '')
-SINCE_PARAM = Param('since', whole(0, 999999999), None, {'type': 'integer', 'minimum': 0, 'maximum': 999999999})
 ROUTES = (
-    Route('POST', '/api/v1/download', post_download, 'Queue a link', body='Submission', answer='Queued', status=202,
-          errors=(200, 429)),
+    Route('POST', '/api/v1/download', post_download, 'Queue a link', body='Submission',
+          answer='Queued', status=202, errors=(200, 429)),
     Route('POST', '/api/v1/downloads', post_downloads, 'Queue every link of a text', body='Batch',
           answer='BatchAnswer', status=202),
     Route('GET', '/api/v1/status/{id}', get_status, 'One download', answer='Download'),
-    Route('GET', '/api/v1/history', get_history, 'Downloads, newest first', answer='History', query=(
-        number_param('limit', 50, 1, 200), number_param('offset', 0, 0, 999999999), STATUS_PARAM,
-        text_param('q', 200), SINCE_PARAM, number_param('wait', 25, 0, 25))),
-    Route('GET', '/api/v1/health', get_health, 'How the server is', access='open', answer='Health'),
+    Route('GET', '/api/v1/history', get_history, 'Downloads, newest first', answer='History',
+          query=(number_param('limit', 50, 1, 200), number_param('offset', 0, 0, 999999999),
+                 STATUS_PARAM, text_param('q', 200), number_param('since', None, 0, 999999999),
+                 number_param('wait', 25, 0, 25))),
+    Route('GET', '/api/v1/health', get_health, 'How the server is', 'open', 'Health'),
     Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'A small picture', answer='image/jpeg'),
-    Route('POST', '/api/v1/download/{id}/cancel', post_cancel, 'Stop it', answer='Download', errors=(409,)),
-    Route('POST', '/api/v1/download/{id}/retry', post_retry, 'Queue it again', answer='Download', errors=(409,)),
-    Route('DELETE', '/api/v1/download/{id}', delete_download, 'Forget it and delete its files', answer='Deleted',
+    Route('POST', '/api/v1/download/{id}/cancel', post_cancel, 'Stop it', answer='Download',
           errors=(409,)),
-    Route('GET', '/files/{id}/{name}', get_file, 'A finished file', access='link', answer='application/octet-stream',
-          errors=(206, 304, 416)),
+    Route('POST', '/api/v1/download/{id}/retry', post_retry, 'Queue it again', answer='Download',
+          errors=(409,)),
+    Route('DELETE', '/api/v1/download/{id}', delete_download, 'Forget it and delete its files',
+          answer='Deleted', errors=(409,)),
+    Route('GET', '/files/{id}/{name}', get_file, 'A finished file', 'link',
+          'application/octet-stream', errors=(206, 304, 416)),
     Route('GET', '/metrics', get_metrics, 'Figures for Prometheus', answer='text/plain'),
     Route('GET', '/openapi.json', get_openapi, 'This description'),
-    Route('POST', '/initiateDownload', initiate_download, 'Queue a link', body='Initiate', answer='Initiated'),
-    Route('GET', '/listDownloads', list_downloads, 'Downloads of the last minutes', answer='Listing', query=(
-        number_param('overLastPeriodDurationInMinutes', 60, 0, 99999999),
-        choice_param('onlyShowOngoingDownloads', {'true': True, 'false': False}, False))),
-    Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'A link to the finished file', query=(
-        text_param('videoDownloadUUID', 64, True),
-        choice_param('URLTypeEnum', {'HTTPS': 'HTTPS', 'S3': 'S3'}, 'HTTPS', True)), answer='PublicURL'),
+    Route('POST', '/initiateDownload', initiate_download, 'Queue a link', body='Initiate',
+          answer='Initiated'),
+    Route('GET', '/listDownloads', list_downloads, 'Downloads of the last minutes',
+          answer='Listing', query=(
+              number_param('overLastPeriodDurationInMinutes', 60, 0, 99999999),
+              choice_param('onlyShowOngoingDownloads', {'true': True, 'false': False}, False))),
+    Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'A link to the finished file',
+          answer='PublicURL', query=(
+              text_param('videoDownloadUUID', 64, True),
+              choice_param('URLTypeEnum', {'HTTPS': 'HTTPS', 'S3': 'S3'}, 'HTTPS', True))),
 )
 
 
@@ -5609,67 +5700,66 @@ ROUTES = (
 
 
 class Peer:
-    """A connection: its socket, whose it is, when it last moved a byte, whether a request is under way."""
+    """A connection: its socket, whose it is, and what it is doing since when."""
 
     def __init__(self, sock: socket.socket, address: str):
         self.sock, self.address = sock, address
         self.local = str(plain_address(sock.getsockname()[0]))
-        self.moved = time.monotonic()
-        self.busy, self.fresh, self.unread, self.sending = False, True, False, False
         self.admitted = False  # its own address was found to be that of an allowed client
-        self.deadline, self.late = math.inf, False  # monotonic, of what is under way; whether that has passed
+        self.state, self.since, self.deadline = 'new', 0.0, 0.0  # monotonic seconds
+        self.enter('new')
 
-    def allow(self, seconds: float) -> None:
-        """What is under way may take so long, however small its pieces; then the accepting thread breaks it off. A
-        time-out of the socket would cost two calls more each time, and the interpreter to another thread with each."""
-        self.moved = time.monotonic()
-        self.deadline = self.moved + seconds
+    def enter(self, state: str, further: float = 0.0) -> None:
+        """It is doing that from now on, for as long as PEER_STATES allow and `further` seconds.
+        Then the accepting thread breaks it off: a time-out of the socket would cost two system
+        calls each time, and hand the interpreter to another thread with each."""
+        self.state, self.since = state, time.monotonic()
+        self.deadline = self.since + PEER_STATES[state][0] + further
 
-    def give_up(self) -> None:
-        """The client's words ended in the middle. Raises HTTPError if they were too slow, else ConnectionError."""
-        if self.late:
+    def is_late(self, now: float) -> bool:
+        """Whether it has taken longer than it may."""
+        return self.deadline < now
+
+    def refuse_half(self) -> None:
+        """The client's bytes ended too early. Raises HTTPError if it was too slow, ClientGone
+        if it has left."""
+        if self.is_late(time.monotonic()):
             raise HTTPError(408, 'timeout', 'The request came too slowly.')
-        raise ConnectionError('the client left in the middle of its request')
+        raise ClientGone('the client left in the middle of its request')
+
+    def shake_hands(self, context: ssl.SSLContext | None) -> socket.socket:
+        """The socket to talk on, by TLS where there is a context. Raises OSError."""
+        if context is not None:
+            self.sock = context.wrap_socket(self.sock, server_side=True,
+                                            do_handshake_on_connect=False)
+            self.sock.do_handshake()
+        return self.sock
 
     def send(self, data: Any) -> None:
-        """All of `data`, a BLOCK at most; OSError when the client does not take it within STALL_SECONDS."""
+        """All of `data`, a BLOCK at most. Raises OSError, also when the client takes nothing."""
         view = memoryview(data)
         while view:
-            self.allow(STALL_SECONDS)
-            self.sending = True
+            self.enter('sending')
             view = view[self.sock.send(view):]
-        self.allow(math.inf)
-        self.sending = False
 
     def break_off(self, how: int = socket.SHUT_RDWR) -> None:
-        """From any thread: its own thread finds the connection closed. Never touches the TLS object."""
-        try:
+        """From any thread: its own thread then finds the connection closed. Leaves TLS alone."""
+        with suppress(OSError):  # closed already
             socket.socket.shutdown(self.sock, how)
-        except OSError:
-            pass  # it is closed already
 
     def part(self) -> None:
-        """End it with close_notify, for clients that count on it, but never waiting for theirs."""
-        try:
+        """End it with close_notify, for clients that count on it, but never wait for theirs."""
+        with suppress(OSError, ValueError):  # it was sent as far as the client let us
             self.sock.settimeout(0)
             if isinstance(self.sock, ssl.SSLSocket):
                 self.sock.unwrap()
-        except (OSError, ValueError):
-            pass  # it was sent as far as the client let us
         self.break_off(socket.SHUT_WR)
-        if self.unread:
-            self._linger()
-
-    def _linger(self) -> None:
-        """Unread bytes would make the kernel reset the connection before the client has our answer."""
-        end, room = time.monotonic() + 1, 16 * HEAD_LIMIT
-        try:
-            while room > 0 and time.monotonic() < end:
-                self.sock.settimeout(1)
-                data = socket.socket.recv(self.sock, HEAD_LIMIT)
-                room = room - len(data) if data else 0
-        except (OSError, ValueError):
-            pass  # long enough
+        if self.state != 'closing':
+            return
+        with suppress(OSError, ValueError):  # long enough
+            self.sock.settimeout(None)
+            while socket.socket.recv(self.sock, HEAD_LIMIT):
+                pass  # unread bytes would make the kernel reset the connection, with our answer
 
 
 @functools.lru_cache(maxsize=1)
@@ -5678,112 +5768,97 @@ def http_date(now: int) -> str:
     return formatdate(now, usegmt=True)
 
 
-def head_of(reply: Reply, length: int, keep: bool, csp: str) -> bytes:
+def format_head(reply: Reply, keep: bool, csp: str) -> bytes:
     """Status line and header fields; nothing in a value can end its line."""
-    lines = [f'HTTP/1.1 {reply.status} {REASONS[reply.status]}', f'Date: {http_date(int(time.time()))}', SAME_HEADERS]
-    lines += [f'{name}: {LINE_END.sub("", value)}' for name, value in reply.headers]
+    lines = [f'HTTP/1.1 {reply.status} {REASONS[reply.status]}',
+             f'Date: {http_date(int(time.time()))}', SAME_HEADERS]
+    lines += [f'{name}: {LINE_END.sub("", text)}' for name, text in reply.headers]
     if reply.status != 304:
-        lines.append(f'Content-Length: {length}\r\nContent-Type: {reply.type}')
+        lines.append(f'Content-Length: {reply.size()}\r\nContent-Type: {reply.type}')
     if not any(name == 'Cross-Origin-Resource-Policy' for name, _ in reply.headers):
         lines.append('Cross-Origin-Resource-Policy: same-origin')
-    own_page = reply.type.startswith(('text/html', 'image/svg')) and not reply.content
-    lines.append(f'Content-Security-Policy: {csp if own_page else FILE_CSP}')
+    if reply.content or not reply.type.startswith(('text/html', 'image/svg')):
+        csp = FILE_CSP
+    lines.append(f'Content-Security-Policy: {csp}')
     lines.append('Connection: keep-alive\r\n\r\n' if keep else 'Connection: close\r\n\r\n')
     return '\r\n'.join(lines).encode('latin-1', 'replace')
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection, in a thread of its own: the handshake, then requests one after the other."""
+    """One connection, in a thread of its own: the handshake, then requests one after the other.
+
+    A connection's life is that of http.server (setup, handle, finish); the reading is ours, as
+    what is lenient there can be read in two ways by us and by a proxy."""
     server: 'Server'
+    rbufsize = 4096
 
     def setup(self) -> None:
-        self.peer: Peer = self.request
-        self.app, self.rfile = self.server.app, io.BytesIO()
+        self.peer, self.app = self.request, self.server.app
+        self.request = self.peer.shake_hands(self.server.context)
+        super().setup()
 
-    def finish(self) -> None:
-        """The server closes the peer."""
-        self.rfile.close()
-
-    def handle(self) -> None:
-        """Serve until either side has had enough; a broken connection is nobody's fault."""
-        try:
-            self._shake_hands()
-            self.rfile = self.peer.sock.makefile('rb', 4096)
-            while self._serve_one():
-                pass
-        except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
-            log.debug('%s: connection ended: %s', self.peer.address, error)
-        except Exception:
-            log.exception('%s: connection failed inside', self.peer.address)
-
-    def _shake_hands(self) -> None:
-        context = self.server.context
-        if context is None:
-            return
-        self.peer.allow(HEAD_SECONDS)
-        self.peer.sock = context.wrap_socket(self.peer.sock, server_side=True, do_handshake_on_connect=False,
-                                             suppress_ragged_eofs=True)
-        self.peer.sock.do_handshake()
-
-    def _serve_one(self) -> bool:
-        """Read, answer; whether the connection goes on."""
-        peer, first_line = self.peer, b''
-        peer.allow(HEAD_SECONDS if peer.fresh else IDLE_SECONDS)
+    def handle_one_request(self) -> None:
+        """Read, answer; `close_connection` tells whether that was the last one."""
+        self.close_connection = True
         start = self.rfile.peek(1)
         if not start:
-            return False
-        peer.busy, request, lines = True, None, []
+            return
+        request, lines = None, []
         try:
-            end = start.find(b'\r\n\r\n')
-            if end > 0 and not start.startswith(b'\r\n'):  # it has come as a whole, as nearly always
-                lines = [self.rfile.read(end + 4)[:-4]]
-            else:
-                self._read_head(lines)
-            peer.allow(math.inf)
-            request = Request(parse_head(b'\r\n'.join(lines)), peer, self.rfile)
+            self._read_head(start, lines)
+            request = Request(parse_head(b'\r\n'.join(lines)), self.peer, self.rfile)
+            self.peer.enter('working')
             reply = self.app.respond(request)
         except HTTPError as error:
-            first_line = (lines[0].split(b' ') + [b''])[1] if lines else b''
-            reply = self.app.refuse(first_line.decode('latin-1'), error)
-            log.info('%s malformed request: %d %s', peer.address, error.status, error.message)
-        keep = self._goes_on(request, reply)
-        self._send(request, reply, keep)
-        peer.unread = request is None or request.unread != 0
-        peer.busy, peer.fresh = False, False
-        return keep
+            target = (b' '.join(lines[:1]).split(b' ') + [b''])[1]
+            reply = self.app.refuse(target.decode('latin-1'), error)
+            log.info('%s malformed request: %d %s', self.peer.address, error.status, error.message)
+        self.close_connection = not self._goes_on(request, reply)
+        self._send(request, reply)
+        if request is None or request.unread != 0:
+            self.peer.enter('closing')
+        else:
+            self.peer.enter('idle')
 
-    def _read_head(self, lines: list[bytes]) -> None:
-        """Into `lines`, up to the empty one, under one deadline. Raises HTTPError."""
-        self.peer.allow(HEAD_SECONDS)
+    def _read_head(self, start: bytes, lines: list[bytes]) -> None:
+        """Into `lines`, up to the empty one, under one deadline. Raises HTTPError, ClientGone."""
+        end = start.find(b'\r\n\r\n')
+        if end > 0 and not start.startswith(b'\r\n'):  # it has come as a whole, as nearly always
+            lines.append(self.rfile.read(end + 4)[:-4])
+            return
+        self.peer.enter('asking')
         room = HEAD_LIMIT
         while True:
             line = self.rfile.readline(room + 1)
             room -= len(line)
+            if room < 0 and lines:
+                raise HTTPError(
+                    431, 'headers_too_large', 'The headers of the request are over 16 KB.')
             if room < 0:
-                raise HTTPError(*((431, 'headers_too_large', 'The headers of the request are over 16 KB.') if lines else
-                                  (414, 'uri_too_long', 'The address of the request is too long.')))
-            if not line or self.peer.late:
-                self.peer.give_up()
+                raise HTTPError(414, 'uri_too_long', 'The address of the request is too long.')
+            if not line or self.peer.is_late(time.monotonic()):
+                self.peer.refuse_half()
             if not line.endswith(b'\r\n'):
                 raise HTTPError(400, 'bad_request', 'The request has a bare line break.')
             if line == b'\r\n' and lines:
                 return
-            if line != b'\r\n':  # RFC 9112 section 2.2: an empty line before the request is skipped
+            if line != b'\r\n':  # RFC 9112 section 2.2: an empty line before it is skipped
                 lines.append(line[:-2])
-            if len(lines) == 1 and not line.endswith((b' HTTP/1.1\r\n', b' HTTP/1.0\r\n')) and line != b'\r\n':
-                raise HTTPError(400, 'bad_request', 'The first line of the request is not HTTP/1.1.')
+                if not lines[0].endswith((b' HTTP/1.1', b' HTTP/1.0')):
+                    raise HTTPError(
+                        400, 'bad_request', 'The first line of the request is not HTTP/1.1.')
 
     def _goes_on(self, request: Request | None, reply: Reply) -> bool:
         """Whether the connection is kept: only after a request that was read to its end."""
-        return (request is not None and request.unread == 0 and request.head.version == 'HTTP/1.1'
-                and 'close' not in request.field('connection').lower() and not self.server.draining
+        return (request is not None and request.unread == 0
+                and request.head.version == 'HTTP/1.1' and not self.server.draining
+                and 'close' not in request.field('connection').lower()
                 and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429))
                 and request.head.method in ('GET', 'HEAD', 'POST', 'DELETE'))
 
-    def _send(self, request: Request | None, reply: Reply, keep: bool) -> None:
+    def _send(self, request: Request | None, reply: Reply) -> None:
         """Head and small body in one piece: one TLS record, one packet."""
-        length = reply.content.length if reply.content else len(reply.body)
-        head = head_of(reply, length, keep, self.app.csp)
+        head = format_head(reply, not self.close_connection, self.app.csp)
         try:
             if request is not None and request.head.method == 'HEAD':
                 self.peer.send(head)
@@ -5799,7 +5874,8 @@ class Handler(BaseHTTPRequestHandler):
     def _stream(self, content: Content) -> None:
         """Bounded memory whatever the size; a connection that stops reading is broken off."""
         content.file.seek(content.start)
-        block, left = memoryview(bytearray(min(BLOCK, content.length or 1))), content.length
+        block = memoryview(bytearray(min(BLOCK, content.length or 1)))
+        left = content.length
         while left:
             read = content.file.readinto(block[:left])
             if not read:
@@ -5809,7 +5885,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts, counts and, where it gets crowded, sends the longest idle home.
+    """Accepts and counts connections; where it gets crowded, closes the one idle for longest.
 
     `sock` listens already (it may come from before a re-execution); `context` None speaks plain
     HTTP and may be replaced at any time: new connections take the new one."""
@@ -5823,22 +5899,23 @@ class Server(ThreadingHTTPServer):
         self.server_address = sock.getsockname()
         self.draining = False
         self.beat = time.monotonic()  # when accepting last came round: for the watchdog
-        self._guard = threading.Lock()  # guards _peers, and that the descriptors of those in it are not closed
+        self._guard = threading.Lock()  # guards _peers, whose descriptors it keeps open as well
         self._peers: dict[int, Peer] = {}
 
     def service_actions(self) -> None:
-        """Comes round twice a second and after each accepted connection: break off what takes too long.
-
-        Who is slow in asking can still be told so, except where reading itself wants to write, as TLS does."""
+        """Comes round twice a second and after each accepted connection: break off what takes
+        too long. Reading ends first, so that a slow client can still be told; a second later
+        writing too, as TLS may have to write in order to read."""
         now = time.monotonic()
         if now - self.beat < 0.25:
             return
         self.beat = now
         with self._guard:
             for peer in self._peers.values():
-                if peer.deadline < now:
-                    peer.late = True
-                    peer.break_off(socket.SHUT_RDWR if peer.sending or peer.deadline < now - 1 else socket.SHUT_RD)
+                if peer.state == 'sending' and peer.is_late(now) or peer.is_late(now - 1):
+                    peer.break_off()
+                elif peer.is_late(now):
+                    peer.break_off(socket.SHUT_RD)
 
     def get_request(self) -> tuple[Peer, str]:
         """Accept. Out of descriptors: make room and wait a moment instead of spinning."""
@@ -5853,7 +5930,7 @@ class Server(ThreadingHTTPServer):
         return Peer(sock, str(plain_address(address[0]))), address[0]
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for it, made by sending an idle one home if need be."""
+        """Whether there is room for it, made by closing an idle one if need be."""
         peer = request
         with self._guard:
             total = len(self._peers)
@@ -5868,16 +5945,15 @@ class Server(ThreadingHTTPServer):
         return True
 
     def _is_exempt(self, peer: Peer) -> bool:
-        address = ipaddress.ip_address(peer.address)
-        return address.is_loopback or any(address in network for network in self.app.config.server.trusted_proxies)
+        proxies = self.app.config.server.trusted_proxies
+        return is_within(peer.address, (*LOOPBACK, *proxies))
 
-    def _evict(self, of: Callable[[Peer], bool]) -> bool:
-        """Break off the one that has not moved for longest; of the busy ones, who takes nothing of his answer
-        for a tenth of a second, or waits for news."""
+    def _evict(self, concerns: Callable[[Peer], bool]) -> bool:
+        """Break off the one that has done nothing for longest; whether there was one."""
         now = time.monotonic()
         with self._guard:
-            idle = [(peer.moved, key) for key, peer in self._peers.items()
-                    if of(peer) and (not peer.busy or peer.moved < now - (0.1 if peer.sending else 1.0))]
+            idle = [(peer.since, key) for key, peer in self._peers.items()
+                    if concerns(peer) and peer.since <= now - PEER_STATES[peer.state][1]]
             if idle:
                 self._peers.pop(min(idle)[1]).break_off()
         return bool(idle)
@@ -5894,18 +5970,24 @@ class Server(ThreadingHTTPServer):
             request.sock.close()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """No room for a thread, most likely."""
-        log.warning('%s: connection refused: %s', client_address, sys.exc_info()[1])
+        """A broken connection is nobody's fault, anything else is ours."""
+        error = sys.exc_info()[1]
+        if isinstance(error, (OSError, ValueError)):  # ValueError: the socket was closed under us
+            log.debug('%s: connection ended: %s', client_address, error)
+        elif isinstance(error, RuntimeError):
+            log.warning('%s: connection refused: %s', client_address, error)
+        else:
+            log.exception('%s: connection failed inside', client_address)
 
     def drain(self, seconds: float) -> None:
-        """Let requests under way end, and first requests of new connections come; the socket stays open."""
+        """Let requests under way end, and new connections ask once; the socket stays open."""
         self.draining = True
         self.shutdown()
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             with self._guard:
                 for peer in self._peers.values():
-                    if not peer.busy and not peer.fresh:
+                    if peer.state == 'idle':
                         peer.break_off(socket.SHUT_RD)
                 if not self._peers:
                     return
