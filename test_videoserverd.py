@@ -3235,6 +3235,7 @@ class TestLeftovers(unittest.TestCase):
         self.daemon.store.open()
         self.addCleanup(self.daemon.store.close)
         self.daemon.scheduler.ready = True
+        self.daemon.care.scheduler = self.daemon.scheduler
 
     def test_only_folders_of_downloads_are_removed(self):
         elsewhere = self.output.parent / 'elsewhere'
@@ -3243,14 +3244,14 @@ class TestLeftovers(unittest.TestCase):
         self.assertIsNone(v.usable_output(self.config))
         (self.output / '.incomplete').rmdir()
         (self.output / '.incomplete').symlink_to(elsewhere)
-        self.daemon._care_leftovers(time.time())
+        self.daemon.care.remove_leftovers(time.time())
         self.assertEqual(os.listdir(elsewhere), ['certs'])
 
     def test_a_disk_that_is_not_there_is_one_problem_in_words(self):
         self.assertIsNone(v.usable_output(self.config))
         shutil.rmtree(self.output)
-        self.daemon._care_leftovers(time.time())
-        self.assertFalse(self.daemon._tidy)
+        self.daemon.care.remove_leftovers(time.time())
+        self.assertFalse(self.daemon.care._tidy)
 
     def test_an_unplugged_disk_is_known_in_any_locale(self):
         self.assertIsNone(v.usable_output(self.config))
@@ -3265,7 +3266,7 @@ class TestLeftovers(unittest.TestCase):
     def test_copies_of_a_clock_that_was_ahead_do_not_push_out_todays(self):
         now = time.time()
         for moment in (now + 400 * v.DAY, now + 401 * v.DAY, now):
-            self.daemon._care_backup(moment)
+            self.daemon.care.copy_database(moment)
         names = sorted(os.listdir(self.config.database.path.parent / 'backups'))
         self.assertEqual(names, [f'd-{time.strftime("%Y-%m-%d", time.localtime(moment))}.db'
                                  for moment in (now, now + 401 * v.DAY)])
@@ -6945,19 +6946,19 @@ class TestDailyCare(unittest.TestCase):
     def test_a_certificate_that_cannot_be_used_is_told_each_time(self):
         config = new_config()
         v.ensure_certificate(config, time.time())
-        daemon = v.Daemon(config)
-        daemon.server, daemon.app = SimpleNamespace(), SimpleNamespace()
-        daemon._care_certificate(time.time())
+        care = v.Daemon(config).care
+        care.server = SimpleNamespace(app=SimpleNamespace())
+        care.renew_certificate(time.time())
         key = config.server.key_file.read_bytes()
         config.server.key_file.unlink()
-        daemon._care_certificate(time.time())  # not looked at before the next day
+        care.renew_certificate(time.time())  # not looked at before the next day
         clock = SimpleNamespace(**{**vars(time), 'monotonic': lambda: time.monotonic() + v.DAY})
         with unittest.mock.patch.object(v, 'time', clock):
             for _ in range(2):
                 with self.assertRaises(v.Trouble):
-                    daemon._care_certificate(time.time())
+                    care.renew_certificate(time.time())
             config.server.key_file.write_bytes(key)
-            daemon._care_certificate(time.time())
+            care.renew_certificate(time.time())
 
 
 class TestStopAtTheStart(DaemonTest):

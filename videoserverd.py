@@ -7046,15 +7046,15 @@ ASSETS = {
 PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.svg')  # what the `phone` command serves of them
 
 # ---------- daemon ------------------------------------------------------------------------
-# Owns the wiring: order of start and stop, signals, what pauses the queue, health, daily care,
-# sd_notify, re-execution. No lock: main waits on the pipe `_wishes`. Called by commands only; its
-# thread `care` does everything that is due hourly or daily.
+# Owns three classes: Daemon (wiring, order of start and stop, signals, sd_notify, re-execution),
+# Care (its thread `care`: what is due each minute or day) and Health (what pauses the queue, what
+# is wrong, figures). No lock: main waits on the pipe `_wishes`. Called by commands only.
 
 INSTALLED = Path('/opt/videoserver/videoserverd.py')  # where install.sh puts this file
 CARE_SECONDS = 60.0       # between looks at what is due
 DRAIN_SECONDS = 5.0       # for requests under way when the server stops
-ALONE = ('-I', '-S', '-X', 'no_debug_ranges')  # no environment, no site-packages, no columns: 4 MB less
-INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': descriptors kept across a re-execution
+ALONE = ('-I', '-S', '-X', 'no_debug_ranges')  # no environment, packages, columns: 4 MB less
+INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a re-execution
 OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STALE_SECONDS = 120.0     # a thread that has not come round for this long is stuck
 CERTIFICATE_WARNING_DAYS = 14
@@ -7065,8 +7065,9 @@ class EscapingFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         message = record.getMessage()
-        record.message = message if message.isprintable() else ''.join(
-            c if c.isprintable() else repr(c)[1:-1] for c in message)
+        if not message.isprintable():
+            message = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        record.message = message
         record.asctime = self.formatTime(record, self.datefmt)
         text = self.formatMessage(record)
         if record.exc_info:
@@ -7075,8 +7076,8 @@ class EscapingFormatter(logging.Formatter):
 
 
 class LogFile(logging.FileHandler):
-    """A log that is moved aside when it is full, `copies` of it kept. The one of logging.handlers brings
-    pickle along: 0.6 MB for good."""
+    """A log that is moved aside when it is full, `copies` of it kept. The one of logging.handlers
+    brings pickle along: 0.6 MB for good."""
 
     def __init__(self, file: Path, limit: int, copies: int):
         super().__init__(file, encoding='utf-8', errors='backslashreplace')
@@ -7084,7 +7085,8 @@ class LogFile(logging.FileHandler):
 
     def _open(self) -> Any:
         """Private to us: it tells who shared which link."""
-        fd = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        fd = os.open(self.baseFilename, flags, 0o600)
         return open(fd, 'a', encoding=self.encoding, errors=self.errors)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -7096,10 +7098,11 @@ class LogFile(logging.FileHandler):
             self.handleError(record)
 
     def _move_aside(self) -> None:
-        """server.log becomes server.log.1 and so on; the next record opens a new one. Raises OSError."""
+        """server.log becomes server.log.1 and so on; the next record opens a new one."""
         full, self.stream = self.stream, None
         full.close()
-        names = [self.baseFilename, *(f'{self.baseFilename}.{number}' for number in range(1, self.copies + 1))]
+        old = [f'{self.baseFilename}.{number}' for number in range(1, self.copies + 1)]
+        names = [self.baseFilename, *old]
         for newer, older in reversed(list(zip(names, names[1:]))):
             with suppress(FileNotFoundError):
                 os.replace(newer, older)
@@ -7117,12 +7120,15 @@ def set_up_logging(config: Config) -> None:
     if config.logging.file:
         try:
             config.logging.file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(LogFile(config.logging.file, config.logging.max_size, config.logging.backup_count))
+            handlers.append(LogFile(config.logging.file, config.logging.max_size,
+                                    config.logging.backup_count))
         except OSError as error:
-            print(f'{config.logging.file}: cannot be written ({error.strerror}); logging to stderr', file=sys.stderr)
-    if not handlers or sys.stderr.isatty() or 'INVOCATION_ID' in os.environ:
+            print(f'{config.logging.file}: cannot be written ({error.strerror}); logging to stderr',
+                  file=sys.stderr)
+    by_systemd = 'INVOCATION_ID' in os.environ
+    if not handlers or sys.stderr.isatty() or by_systemd:
         handlers.append(logging.StreamHandler())
-    when = '' if 'INVOCATION_ID' in os.environ else '%(asctime)s '  # the journal has its own clock
+    when = '' if by_systemd else '%(asctime)s '  # the journal has its own clock
     for handler in handlers:
         handler.setFormatter(EscapingFormatter(f'{when}%(levelname)s %(message)s'))
         log.addHandler(handler)
@@ -7133,9 +7139,11 @@ def sd_notify(text: str) -> None:
     address = os.environ.get('NOTIFY_SOCKET', '')
     if not address:
         return
+    if address[0] == '@':
+        address = '\0' + address[1:]
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         try:
-            sock.connect('\0' + address[1:] if address[0] == '@' else address)
+            sock.connect(address)
             sock.send(text.encode())
         except OSError as error:
             log.warning('systemd cannot be told: %s', error)
@@ -7153,7 +7161,8 @@ def listen(host: str, port: int) -> socket.socket:
         sock.listen(128)
     except OSError as error:
         sock.close()
-        raise Trouble(f'port {port} on {host}: {error.strerror}; stop what uses it or set [server] port.') from None
+        raise Trouble(f'port {port} on {host}: {error.strerror}; stop what uses it or set '
+                      '[server] port.') from None
     return sock
 
 
@@ -7163,14 +7172,16 @@ def user_name() -> str:
 
 
 def usable_output(config: Config, make: bool = True) -> str | None:
-    """Why nothing can be put into the output folder, None if it can be. A folder that is new to this
-    database is made and marked (unless not `make`); one that has lost its mark is a disk that is not there."""
+    """Why nothing can be put into the output folder, None if it can be. A folder that is new to
+    this database is made and marked (unless not `make`); one that has lost its mark is a disk
+    that is not there."""
     folder, known = config.downloads.output_directory, Path(f'{config.database.path}.output')
     try:
-        expected = known.read_text(encoding='utf-8') == str(folder) if known.exists() else False
+        expected = known.exists() and known.read_text(encoding='utf-8') == str(folder)
         if expected and not (folder / MARKER).exists():
             return (f'The output folder {folder} is not what it was: is its disk plugged in? '
-                    f'Fix: mount it, or, to begin anew: `mkdir -p {folder} && touch {folder / MARKER}`')
+                    f'Fix: mount it, or, to begin anew: `mkdir -p {folder} && '
+                    f'touch {folder / MARKER}`')
         if not expected and make:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MARKER).touch()
@@ -7178,9 +7189,12 @@ def usable_output(config: Config, make: bool = True) -> str | None:
         if make:
             (folder / '.incomplete').mkdir(exist_ok=True)
     except OSError as error:
-        return f'The output folder {folder} cannot be used ({error.strerror}). Fix: `ls -ld {folder}`'
-    if not os.access(folder, os.W_OK | os.X_OK) or not os.access(folder / '.incomplete', os.W_OK | os.X_OK):
-        return f'The output folder {folder} is read-only for this user. Fix: `sudo chown {user_name()} {folder}`'
+        return (f'The output folder {folder} cannot be used ({error.strerror}). '
+                f'Fix: `ls -ld {folder}`')
+    for place in (folder, folder / '.incomplete'):
+        if not os.access(place, os.W_OK | os.X_OK):
+            return (f'The output folder {folder} is read-only for this user. '
+                    f'Fix: `sudo chown {user_name()} {folder}`')
     return None
 
 
@@ -7188,13 +7202,17 @@ def program(config: Config) -> str:
     """The command line that runs this program, to be shown."""
     if PROGRAM == INSTALLED:
         return 'sudo videoserverd'
-    return shlex.join(['python3', str(PROGRAM), *(['--config', str(config.file)] if config.file else [])])
+    words = ['python3', str(PROGRAM)]
+    if config.file:
+        words += ['--config', str(config.file)]
+    return shlex.join(words)
 
 
 def known_hosts(config: Config) -> frozenset:
     """All names and addresses by which a Host header may call us."""
     base = urlsplit(config.server.public_base_url or '').hostname
-    names = (*host_names(config), *host_addresses(), *config.server.names, 'localhost', '127.0.0.1', '::1', base or '')
+    names = (*host_names(config), *host_addresses(), *config.server.names,
+             'localhost', '127.0.0.1', '::1', base or '')
     return frozenset(name.lower().rstrip('.') for name in names if name)
 
 
@@ -7211,21 +7229,25 @@ def qr_code(text: str, kind: str) -> str:
     """A QR code by qrencode, SVG or ANSIUTF8; '' where it is not installed."""
     import subprocess
     try:
-        return subprocess.run(['qrencode', '-t', kind, '-m', '2', '-o', '-', text], stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=10, check=True).stdout.decode()
+        command = ['qrencode', '-t', kind, '-m', '2', '-o', '-', text]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                              timeout=10, check=True).stdout.decode()
     except (OSError, subprocess.SubprocessError):
         return ''
 
 
 def setup_facts(config: Config, port: int, secure: bool) -> dict[str, str]:
     """What the set-up page is filled in with."""
-    base, ours = public_base(config, port), bool(ca_assets(config))
-    addresses = [f'https://{f"[{ip}]" if ":" in ip else ip}:{port}' for ip in host_addresses()
-                 if not ipaddress.ip_address(ip).is_loopback]
-    return {'base_url': base, 'addresses': ' '.join(addresses), 'fingerprint': ca_fingerprint(config) if ours else '',
-            'qr_svg': re.sub(r'^.*?(?=<svg)', '', qr_code(f'{base}/setup', 'SVG'), flags=re.S),
-            'host': socket.gethostname().split('.')[0], 'has_keys': 'yes' if config.api_keys else '',
-            'secure': 'yes' if secure else ''}
+    base = public_base(config, port)
+    hosts = [ipaddress.ip_address(ip) for ip in host_addresses()]
+    addresses = [f'https://{f"[{ip}]" if ip.version == 6 else ip}:{port}'
+                 for ip in hosts if not ip.is_loopback]
+    return {
+        'base_url': base, 'addresses': ' '.join(addresses),
+        'fingerprint': ca_assets(config) and ca_fingerprint(config) or '',
+        'qr_svg': re.sub(r'^.*?(?=<svg)', '', qr_code(f'{base}/setup', 'SVG'), flags=re.S),
+        'host': socket.gethostname().split('.')[0],
+        'has_keys': 'yes' * bool(config.api_keys), 'secure': 'yes' * secure}
 
 
 def welcome(config: Config, port: int, ytdlp: str | None) -> str:
@@ -7237,7 +7259,7 @@ def welcome(config: Config, port: int, ytdlp: str | None) -> str:
             f'  videos    {config.downloads.output_directory}',
             f'  links     {config.database.path}',
             f'  yt-dlp    {ytdlp or "being fetched; links are taken meanwhile"}']
-    if sys.stdout.isatty() and ca_assets(config):  # for whoever sits there; hashing costs 0.6 MB for good
+    if sys.stdout.isatty() and ca_assets(config):  # hashing costs 0.6 MB for good
         rows.append(f'  CA        SHA-256 {ca_fingerprint(config)}')
     return '\n'.join([*rows, '', 'Ctrl-C stops it; nothing is lost.'])
 
@@ -7252,8 +7274,10 @@ def free_output(config: Config) -> int | None:
 
 def gauge(name: str, value: float | None) -> list[tuple[str, float]]:
     """The lines of one gauge of /metrics, none if there is no value."""
+    if value is None:
+        return []
     family = name.partition('{')[0]
-    return [(f'# TYPE videoserverd_{family} gauge', 0.0), (f'videoserverd_{name}', value)] if value is not None else []
+    return [(f'# TYPE videoserverd_{family} gauge', 0.0), (f'videoserverd_{name}', value)]
 
 
 def days_left(certificate: Certificate) -> int:
@@ -7261,44 +7285,242 @@ def days_left(certificate: Certificate) -> int:
     return int((certificate.not_after - time.time()) // DAY)
 
 
-class Daemon:
-    """The running server. `run` returns the exit code, or does not return: it re-executes."""
+class Care:
+    """The thread `care`: what is due each minute or day. What goes wrong there is in `problems`,
+    for health. `restart` asks the daemon to start anew in place."""
 
-    def __init__(self, config: Config):
-        self.config = config
-        self.started = time.time()
-        self.store = Store(config.database.path, config.security.requests_per_hour)
-        self.board = Board(int(self.started) % 10 ** 8)
+    def __init__(self, config: Config, store: Store, board: Board, restart: Callable[[], None]):
+        self.config, self.store, self.board, self.restart = config, store, board, restart
         self.vendor = Vendor(config.downloader.ytdlp_directory)
         self.freshness = Freshness(self.vendor, config.downloader.auto_update)
         self.ytdlp: Path | None = None  # the folder new attempts import from
         self.certificate: Certificate | None = None
+        self.thumbs = config.database.path.parent / 'thumbs'
+        self.problems: dict[str, str] = {}
+        self.restart_when_idle = False
+        self.scheduler: Scheduler | None = None
+        self.server: Server | None = None
+        self._due = threading.Event()  # something may be due now
+        self._tidy = False
+        self._certificate_seen = (0, 0)  # when the one in use was written, the day it was read
+        self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of videos without picture
+
+    def start(self, scheduler: Scheduler, server: Server) -> None:
+        """Begin."""
+        self.scheduler, self.server = scheduler, server
+        threading.Thread(target=self._loop, name='care', daemon=True).start()
+
+    def heard(self, job: Job, outcome: Outcome) -> None:
+        """How a download ended: a finished one gets a picture, a changed site a newer yt-dlp."""
+        if outcome.kind == 'done':
+            self._unpictured.append((job.id, outcome.files[0].name))
+        self.freshness.heard(outcome)
+        self._due.set()
+
+    def _loop(self) -> None:
+        tasks = {'leftovers': self.remove_leftovers, 'certificate': self.renew_certificate,
+                 'backup': self.copy_database, 'pictures': self.make_pictures,
+                 'ytdlp': self.update_ytdlp}
+        while True:
+            for name, task in tasks.items():
+                try:
+                    task(time.time())
+                    self.problems.pop(name, None)
+                except (Trouble, StoreDown, OSError) as error:
+                    if self.problems.get(name) != str(error):
+                        log.warning('%s: %s', name, error)
+                    self.problems[name] = str(error)
+                except Exception as error:
+                    log.exception('care: %s failed inside', name)
+                    self.problems[name] = f'{name}: {error}; the log tells more'
+            self._due.wait(CARE_SECONDS)
+            self._due.clear()
+
+    def remove_leftovers(self, now: float) -> None:
+        """Once: remove half downloads that nobody waits for. Listed first, asked then."""
+        if self._tidy or not self.scheduler.ready or usable_output(self.config):
+            return
+        folders = list((self.config.downloads.output_directory / '.incomplete').iterdir())
+        wanted = self.store.unfinished()
+        for folder in folders:
+            # A link could lead us to folders that are not ours.
+            if folder.name not in wanted and UUID_PATTERN.fullmatch(folder.name):
+                remove_folder(folder)
+        self._tidy = True
+
+    def renew_certificate(self, now: float) -> None:
+        """Daily a new leaf if names, addresses or time ask for one. Whoever has changed the file,
+        new connections get the new one."""
+        if not self.config.server.tls:
+            return
+        file, day = self.config.server.cert_file, int(time.monotonic() // DAY)  # never jumps
+        if (file.stat().st_mtime_ns, day) != self._certificate_seen:
+            self.certificate, _ = ensure_certificate(self.config, now)
+            self.server.context = server_context(self.config)
+            self.server.app.hosts = known_hosts(self.config)
+            self._certificate_seen = file.stat().st_mtime_ns, day
+
+    def copy_database(self, now: float) -> None:
+        """A copy a day, the newest `backups` of them kept. No bad copy replaces a good one."""
+        path, keep = self.config.database.path, self.config.database.backups
+        folder = path.parent / 'backups'
+        target = folder / f'{path.stem}-{time.strftime("%Y-%m-%d", time.localtime(now))}.db'
+        if not keep or target.exists():
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        self.store.backup(target)
+        found = folder.glob(f'{path.stem}-????-??-??.db')
+        for old in sorted(found, key=lambda copy: (copy <= target, copy))[:-keep]:
+            old.unlink()  # first those of a clock that was ahead
+
+    def make_pictures(self, now: float) -> None:
+        """One at a time, and off the workers: a Pi needs seconds for each."""
+        while self._unpictured and which('ffmpeg'):
+            download_id, name = self._unpictured.popleft()
+            self.thumbs.mkdir(exist_ok=True)
+            picture = self.thumbs / f'{download_id}.jpg'
+            if make_thumbnail(self.config.downloads.output_directory / name, picture):
+                self.board.post(download_id)
+            try:
+                self.store.get(download_id)
+            except LookupError:  # deleted meanwhile
+                picture.unlink(missing_ok=True)
+
+    def update_ytdlp(self, now: float) -> None:
+        """Fetch what is missing or due. An imported yt_dlp cannot be swapped; the process can."""
+        changed = self.freshness.step(now)
+        self.restart_when_idle = changed and 'restart' not in self.problems
+        if not changed:
+            self.ytdlp = self.vendor.current()
+        elif self.restart_when_idle and not self.scheduler.running():
+            self.restart()
+        if self.freshness.trouble:
+            raise Trouble(self.freshness.trouble)
+
+
+class Health:
+    """What pauses the queue, what is wrong, the figures of /metrics."""
+
+    def __init__(self, config: Config, store: Store, board: Board, care: Care,
+                 upload_error: Callable[[], str | None]):
+        self.config, self.store, self.board, self.care = config, store, board, care
+        self.upload_error = upload_error  # why copies to the bucket fail
+        self.started = time.time()
+
+    def preflight(self) -> str | None:
+        """Why nothing may start, None if it may."""
+        message = usable_output(self.config)
+        if message:
+            return message
+        free, least = free_output(self.config), self.config.downloads.min_free_space
+        if free is not None and free < least:
+            return (f'The disk is full: {format_size(free)} free, {format_size(least)} wanted. '
+                    'Fix: delete videos, or set [downloads] min_free_space lower.')
+        if self.care.ytdlp is None:
+            return f'yt-dlp is missing. Fix: `{program(self.config)} update`'
+        if self.care.restart_when_idle:
+            return 'The server is about to switch to a new yt-dlp.'
+        return None
+
+    def queue_size(self) -> int:
+        """Downloads that are not finished."""
+        counts = self.store.counts()
+        return counts['queued'] + counts['downloading']
+
+    def certificate_days(self) -> int | None:
+        """Days that the certificate still lives."""
+        certificate = self.care.certificate
+        return days_left(certificate) if certificate else None
+
+    def problems(self, paused: str | None) -> list[str]:
+        """What is wrong, each a sentence with what fixes it."""
+        days, failing = self.certificate_days(), self.upload_error()
+        found = [paused, *self.care.problems.values(), self.care.vendor.held_back()]
+        if self.store.error:
+            found.append(f'Links cannot be stored: {self.store.error}. '
+                         f'Fix: look at the disk of {self.config.database.path}')
+        if days is not None and days < CERTIFICATE_WARNING_DAYS:
+            found.append(f'The certificate ends in {days} days. '
+                         f'Fix: `{program(self.config)} cert`')
+        if failing:
+            found.append(f'Copies to the bucket fail: {failing}')
+        return [message for message in found if message]
+
+    def report(self) -> dict[str, Any]:
+        """What /api/v1/health tells; `storing`: whether links can be stored."""
+        if self.store.error:
+            with suppress(StoreDown):
+                self.store.probe()
+        try:
+            size = self.queue_size()
+        except StoreDown as error:
+            self.store.error, size = str(error), 0
+        paused = self.preflight()
+        problems = self.problems(paused)
+        return {
+            'status': 'degraded' if problems else 'healthy', 'version': VERSION,
+            'uptime': max(0, int(time.time() - self.started)), 'queue_size': size,
+            'problems': problems, 'paused': paused, 'free_disk': free_output(self.config),
+            'ytdlp_version': self.care.vendor.version(),
+            'certificate_days': self.certificate_days(), 's3': bool(self.config.s3.endpoint),
+            'keys': bool(self.config.api_keys), 'storing': not self.store.error}
+
+    def gauges(self, paused: bool) -> list[tuple[str, float]]:
+        """(name, value) of each figure of /metrics; one that begins with # is a line of its own."""
+        rows = [('# TYPE videoserverd_downloads gauge', 0.0)]
+        for status, number in self.store.counts().items():
+            rows.append((f'videoserverd_downloads{{status="{status}"}}', number))
+        version = self.care.vendor.version() or ''
+        rows += gauge('free_disk_bytes', free_output(self.config))
+        rows += gauge('certificate_days', self.certificate_days())
+        rows += gauge('uptime_seconds', time.time() - self.started)
+        rows += gauge('paused', float(paused))
+        rows += gauge(f'ytdlp_info{{version="{version}"}}', 1.0)
+        counters = list(self.board.counters.items())
+        for family in ('attempts_total', 'downloaded_bytes_total'):
+            rows.append((f'# TYPE videoserverd_{family} counter', 0.0))
+            rows += [row for row in counters if row[0].startswith(f'videoserverd_{family}')]
+        rows.append(('# TYPE videoserverd_ack_seconds histogram', 0.0))
+        return rows + self.board.acks()
+
+
+class Daemon:
+    """The running server: wiring, start, signals, stop. `run` returns the exit code, or does not
+    return: it re-executes."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.store = Store(config.database.path, config.security.requests_per_hour)
+        self.board = Board(int(time.time()) % 10 ** 8)
+        self.care = Care(config, self.store, self.board, lambda: self._ask('restart'))
+        self.health = Health(config, self.store, self.board, self.care,
+                             lambda: self.uploader and self.uploader.error)
+        self.scheduler = Scheduler(config, self.store, self.board, self._new_attempt,
+                                   self.health.preflight, self._on_outcome,
+                                   lambda: self._ask('restart'))
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.uploader: Uploader | None = None
-        self.scheduler = Scheduler(config, self.store, self.board, self._new_attempt, self._preflight,
-                                   self._on_outcome, lambda: self._ask('restart'))
-        self.thumbs = config.database.path.parent / 'thumbs'
-        self.care_problems: dict[str, str] = {}
+        self.lock = Lock(config.database.path)
+        self.server: Server | None = None
+        self.next_socket: socket.socket | None = None  # where the next life listens, if elsewhere
         self.wish = ''  # 'stop' or 'restart', once somebody has asked
-        self._wishes = os.pipe()  # a signal handler may write into it; an Event's lock could be held by its own thread
-        self._care = threading.Event()  # something may be due now
-        self._restart_when_idle = self._tidy = False
-        self._certificate_seen = (0, 0)  # when the one in use was written, and the day it was looked at
-        self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of finished videos without a picture
+        # A signal handler may write into a pipe; an Event's lock could be held by its own thread.
+        self._wishes = os.pipe()
 
     # -- start
 
     def run(self) -> int:
         """Start, serve, stop. Raises Trouble when it cannot start."""
         inherited = [int(word) for word in os.environ.pop(INHERIT, '').split()]
-        self.lock = Lock(self.config.database.path, inherited[1] if inherited else None)
+        if inherited:
+            self.lock.fd = inherited[1]
         self.lock.take()
         self.store.open()
         self._handle_signals()
         context = self._make_context()
         if self.wish == 'stop':
             return self._end()
-        sock = self._listening(inherited[0] if inherited else None)
+        sock = self._listening(inherited[:1])
         self._start_threads(sock, context)
         self._announce()
         return self._stop(self._wait())
@@ -7309,7 +7531,7 @@ class Daemon:
         next_word = 0.0
         while self.wish != 'stop':
             try:
-                self.certificate, _ = ensure_certificate(self.config, time.time())
+                self.care.certificate, _ = ensure_certificate(self.config, time.time())
                 return server_context(self.config)
             except ClockWrong as error:  # a Pi without a network at boot: the time will come
                 if time.monotonic() >= next_word:
@@ -7318,82 +7540,82 @@ class Daemon:
                 sd_notify(f'STATUS={error}\nEXTEND_TIMEOUT_USEC=30000000')
                 time.sleep(2)
 
-    def _listening(self, fd: int | None) -> socket.socket:
+    def _listening(self, inherited: Sequence[int]) -> socket.socket:
         """The inherited socket if it listens where it should, else a new one."""
         server = self.config.server
-        if fd is not None:
+        for fd in inherited:
             sock = socket.socket(fileno=fd)
             os.set_inheritable(fd, False)
-            if sock.getsockname()[0] == server.host and server.port in (0, sock.getsockname()[1]):
+            host, port = sock.getsockname()[:2]
+            if host == server.host and server.port in (0, port):
                 return sock
             sock.close()
         return listen(server.host, server.port)
 
     def _start_threads(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
-        signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)  # for them and their children: signals are for main alone
-        self.ytdlp = self.vendor.current()
+        # For the threads and their children: signals are for main alone.
+        signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
+        self.care.ytdlp = self.care.vendor.current()
         if self.bucket:
-            self.uploader = Uploader(self.config, self.bucket, self.config.database.path.parent / 'uploads',
-                                     self.store)
+            notes = self.config.database.path.parent / 'uploads'
+            self.uploader = Uploader(self.config, self.bucket, notes, self.store)
             self.uploader.start()
-        self.app = self._make_app(sock.getsockname()[1])
-        self.server = Server(sock, self.app, context)
+        self.server = Server(sock, self._make_app(sock.getsockname()[1]), context)
         self.scheduler.start()
-        for name, target in (('accept', lambda: self.server.serve_forever(0.5)), ('care', self._care_loop)):
-            threading.Thread(target=target, name=name, daemon=True).start()
+        accept = threading.Thread(target=self.server.serve_forever, args=(0.5,), name='accept')
+        accept.daemon = True
+        accept.start()
+        self.care.start(self.scheduler, self.server)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
     def _make_app(self, port: int) -> App:
         config = self.config
-        assets = {**ASSETS, **ca_assets(config), '/setup': ('text/html; charset=utf-8', lambda: setup_page(
-            setup_facts(config, port, secure=True)))}
-        routes = ROUTES + tuple(Route('GET', path, get_asset, 'Part of the page', 'open', kind.split(';')[0])
-                                for path, (kind, _) in assets.items())
-        app = App(config, self.store, self.board, self.scheduler, assets=assets, routes=routes, health=self.health,
-                  forget=self._forget, bucket=self.bucket, thumbs=self.thumbs, gauges=self.gauges,
+
+        def setup() -> str:
+            return setup_page(setup_facts(config, port, secure=True))
+        assets = {**ASSETS, **ca_assets(config), '/setup': ('text/html; charset=utf-8', setup)}
+        routes = list(ROUTES)
+        for path, (kind, _) in assets.items():
+            kind = kind.split(';')[0]
+            routes.append(Route('GET', path, get_asset, 'Part of the page', 'open', kind))
+        app = App(config, self.store, self.board, self.scheduler, assets=assets,
+                  routes=tuple(routes), health=self.health.report, forget=self._forget,
+                  bucket=self.bucket, thumbs=self.care.thumbs,
+                  gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
         return app
 
-    def _care_leftovers(self, now: float) -> None:
-        """Once: remove half downloads that nobody waits for any more. Listed first, asked then."""
-        if self._tidy or not self.scheduler.ready or usable_output(self.config):
-            return
-        folders = list((self.config.downloads.output_directory / '.incomplete').iterdir())
-        wanted = self.store.unfinished()
-        for folder in folders:
-            if folder.name not in wanted and UUID_PATTERN.fullmatch(folder.name):  # a link may lead us astray
-                remove_folder(folder)
-        self._tidy = True
-
     def _announce(self) -> None:
-        port, server = self.app.port, self.config.server
+        port, server = self.server.app.port, self.config.server
         self.lock.tell({'pid': os.getpid(), 'port': port, 'host': server.host, 'tls': server.tls})
         sd_notify(f'READY=1\nSTATUS=Listening on port {port}\nMAINPID={os.getpid()}')
-        log.info('videoserverd %s: listening on %s port %d, %d in the queue', VERSION, server.host, port,
-                 self.queue_size())
-        print(welcome(self.config, port, self.vendor.version()), flush=True)
+        log.info('videoserverd %s: listening on %s port %d, %d in the queue', VERSION,
+                 server.host, port, self.health.queue_size())
+        print(welcome(self.config, port, self.care.vendor.version()), flush=True)
 
     # -- signals, waiting, stopping
 
     def _handle_signals(self) -> None:
-        """The wake-up descriptor: a signal just before select() would else wait for the next one."""
+        """The wake-up descriptor: a signal just before select() would else wait for the next."""
         os.set_blocking(self._wishes[1], False)
         signal.set_wakeup_fd(self._wishes[1], warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: self._ask('stop'))
         from_terminal = sys.stdin is not None and sys.stdin.isatty()
-        signal.signal(signal.SIGHUP, lambda *_: self._ask('stop' if from_terminal else 'restart'))
+        wish = 'stop' if from_terminal else 'restart'
+        signal.signal(signal.SIGHUP, lambda *_: self._ask(wish))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
     def _ask(self, wish: str) -> None:
         """Stop or restart; a stop is never taken back."""
-        self.wish = wish if self.wish != 'stop' else 'stop'
+        if self.wish != 'stop':
+            self.wish = wish
         os.write(self._wishes[1], b'.')
 
     def _wait(self) -> bool:
-        """Until somebody wants an end; whether to start anew. The watchdog is fed only while every thread
-        comes round."""
+        """Until somebody wants an end; whether to start anew. The watchdog is fed only while
+        every thread comes round."""
         interval = int(os.environ.get('WATCHDOG_USEC', 0)) / 2e6 or None
         while True:
             if select.select([self._wishes[0]], [], [], interval)[0]:
@@ -7411,27 +7633,36 @@ class Daemon:
                 and now - self.server.beat < STALE_SECONDS)
 
     def _may_restart(self) -> bool:
-        """Whether a re-execution would succeed: configuration, program, port. The old one runs on if not."""
+        """Whether a re-execution would succeed: configuration, program, port. If not, the old
+        one runs on."""
         try:
             config = load_config(self.config.file, dict(os.environ))
             compile(PROGRAM.read_bytes(), str(PROGRAM), 'exec')
             if config.server.tls and config.server.cert_file.exists():
                 server_context(config)
-            if config.database.path != self.config.database.path and Lock(config.database.path).running():
+            other = config.database.path != self.config.database.path
+            if other and Lock(config.database.path).running():
                 raise Trouble(f'{config.database.path}: another server uses this database')
             place = (config.server.host, config.server.port)
-            if place != (self.config.server.host, self.config.server.port) and config.server.port:
-                self.next_socket = listen(*place)  # last: after a refusal it would be in the way of the next try
+            if place != (self.config.server.host, self.config.server.port) and place[1]:
+                # Last: after a refusal it would be in the way of the next try.
+                self.next_socket = listen(*place)
             return True
         except (Trouble, OSError, SyntaxError, ValueError) as error:
             log.error('restart refused, going on as before: %s', error)
-            self.care_problems['restart'] = f'A restart was refused: {error}. Fix that, then restart by hand.'
+            self.care.problems['restart'] = (
+                f'A restart was refused: {error}. Fix that, then restart by hand.')
             return False
 
     def _stop(self, restart: bool) -> int:
-        """Requests end, downloads go back into the queue, the database is closed; then exit or re-execute."""
-        log.info('stopping%s', ' to start anew in place' if restart else '')
-        sd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}' if restart else 'STOPPING=1')
+        """Requests end, downloads go back into the queue, the database is closed; then exit or
+        re-execute."""
+        if restart:
+            log.info('stopping to start anew in place')
+            sd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
+        else:
+            log.info('stopping')
+            sd_notify('STOPPING=1')
         self.board.release()
         stopper = threading.Thread(target=self.scheduler.stop, daemon=True)
         stopper.start()
@@ -7441,12 +7672,13 @@ class Daemon:
         stopper.join(5)
         if self.uploader:
             self.uploader.stop()
-        self.freshness.stop()
+        self.care.freshness.stop()
         self.store.close()
-        if restart:  # a signal from here on waits for the handlers of the next life; by itself it would kill
+        if restart:
+            # From here on a signal waits for the next life's handlers; by itself it would kill.
             signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
-        if restart and self.wish != 'stop':
-            self._re_execute()
+            if self.wish != 'stop':
+                self._re_execute()
         return self._end()
 
     def _end(self) -> int:
@@ -7456,49 +7688,35 @@ class Daemon:
         return 0
 
     def _re_execute(self) -> None:
-        """The same process, the newest program and configuration; socket and lock stay open, so that a
-        phone only waits a moment."""
-        sock = getattr(self, 'next_socket', None) or self.server.socket
+        """The same process, the newest program and configuration. Socket and lock stay open, so
+        that a phone only waits a moment."""
+        sock = self.next_socket or self.server.socket
         for fd in (sock.fileno(), self.lock.fd):
             os.set_inheritable(fd, True)
         os.environ[INHERIT] = f'{sock.fileno()} {self.lock.fd}'
         arguments = ['--config', str(self.config.file)] if self.config.file else []
         os.execv(sys.executable, [sys.executable, *ALONE, str(PROGRAM), *arguments])
 
-    # -- what the scheduler asks and tells
+    # -- what the scheduler and http ask for
 
     def _new_attempt(self, job: Job, on_progress: Callable[[Progress], None]) -> Attempt:
-        return Attempt(job, self.config, self.ytdlp, on_progress)
-
-    def _preflight(self) -> str | None:
-        """Why nothing may start, None if it may."""
-        message = usable_output(self.config)
-        if message:
-            return message
-        free = free_output(self.config)
-        if free is not None and free < self.config.downloads.min_free_space:
-            return (f'The disk is full: {format_size(free)} free, {format_size(self.config.downloads.min_free_space)} '
-                    f'wanted. Fix: delete videos, or set [downloads] min_free_space lower.')
-        if self.ytdlp is None:
-            return f'yt-dlp is missing. Fix: `{program(self.config)} update`'
-        return 'A new yt-dlp is about to be taken up.' if self._restart_when_idle else None
+        return Attempt(job, self.config, self.care.ytdlp, on_progress)
 
     def _on_outcome(self, job: Job, outcome: Outcome, over: bool) -> None:
-        """Count it; a finished one gets a picture and a copy, a changed site a newer yt-dlp."""
-        self.board.count('videoserverd_attempts_total{outcome="%s",reason="%s"}' % (outcome.kind, outcome.reason))
-        self.board.count('videoserverd_downloaded_bytes_total', sum(file.size for file in outcome.files))
+        """Count it; a finished one is copied, what is over leaves no partial files."""
+        self.board.count(f'videoserverd_attempts_total{{outcome="{outcome.kind}",'
+                         f'reason="{outcome.reason}"}}')
+        size = sum(file.size for file in outcome.files)
+        self.board.count('videoserverd_downloaded_bytes_total', size)
         if over:
-            forget_files(self.config, job.id, ())  # the partial files, and what told where the finished ones went
-        if outcome.kind == 'done':
-            self._unpictured.append((job.id, outcome.files[0].name))
-            if self.uploader:
-                self.uploader.wake()
-        self.freshness.heard(outcome)
-        self._care.set()
+            forget_files(self.config, job.id, ())
+        if outcome.kind == 'done' and self.uploader:
+            self.uploader.wake()
+        self.care.heard(job, outcome)
 
     def _forget(self, record: Record) -> bool:
-        """Delete a download, its files and copies; whether that could be. The note for the bucket comes first:
-        nothing else would know of the copies once the row is gone. Raises OSError."""
+        """Delete a download, its files and copies; whether that could be. The note for the bucket
+        comes first: nothing else would know of the copies once the row is gone. Raises OSError."""
         names = [file.name for file in record['files']]
         if self.uploader and names:
             self.uploader.note(record['id'], names)
@@ -7506,135 +7724,13 @@ class Daemon:
             return False
         forget_files(self.config, record['id'], names)
         with suppress(OSError):
-            (self.thumbs / f'{record["id"]}.jpg').unlink()
+            (self.care.thumbs / f'{record["id"]}.jpg').unlink()
         if self.uploader:
             self.uploader.forget(record['id'])
         self.board.post(record['id'])
         return True
 
-    # -- health
 
-    def queue_size(self) -> int:
-        """Downloads that are not finished."""
-        counts = self.store.counts()
-        return counts['queued'] + counts['downloading']
-
-    def problems(self, paused: str | None) -> list[str]:
-        """What is wrong, each a sentence with what mends it."""
-        days = self.certificate_days()
-        found = [paused, *self.care_problems.values(), self.vendor.held_back()]
-        if self.store.error:
-            found.append(f'Links cannot be stored: {self.store.error}. '
-                         f'Fix: look at the disk of {self.config.database.path}')
-        if days is not None and days < CERTIFICATE_WARNING_DAYS:
-            found.append(f'The certificate ends in {days} days. Fix: `{program(self.config)} cert`')
-        if self.uploader and self.uploader.error:
-            found.append(f'Copies to the bucket fail: {self.uploader.error}')
-        return [message for message in found if message]
-
-    def certificate_days(self) -> int | None:
-        """Days that the certificate still lives."""
-        return days_left(self.certificate) if self.certificate else None
-
-    def health(self) -> dict[str, Any]:
-        """What /api/v1/health tells; `storing`: whether links can be stored."""
-        if self.store.error:
-            with suppress(StoreDown):
-                self.store.probe()
-        try:
-            size = self.queue_size()
-        except StoreDown as error:
-            self.store.error, size = str(error), 0
-        paused = self._preflight()
-        problems = self.problems(paused)
-        return {'status': 'degraded' if problems else 'healthy', 'version': VERSION,
-                'uptime': max(0, int(time.time() - self.started)), 'queue_size': size, 'problems': problems,
-                'paused': paused, 'free_disk': free_output(self.config),
-                'ytdlp_version': self.vendor.version(), 'certificate_days': self.certificate_days(),
-                's3': bool(self.bucket), 'keys': bool(self.config.api_keys), 'storing': not self.store.error}
-
-    def gauges(self) -> list[tuple[str, float]]:
-        """(name, value) of every figure of /metrics; a name that begins with # is a line of its own."""
-        rows = [('# TYPE videoserverd_downloads gauge', 0.0)]
-        rows += [(f'videoserverd_downloads{{status="{status}"}}', n) for status, n in self.store.counts().items()]
-        rows += gauge('free_disk_bytes', free_output(self.config))
-        rows += gauge('certificate_days', self.certificate_days())
-        rows += gauge('uptime_seconds', time.time() - self.started)
-        rows += gauge('paused', float(bool(self.scheduler.paused)))
-        rows += gauge('ytdlp_info{version="%s"}' % (self.vendor.version() or ''), 1.0)
-        counters = list(self.board.counters.items())
-        for family in ('attempts_total', 'downloaded_bytes_total'):
-            rows.append((f'# TYPE videoserverd_{family} counter', 0.0))
-            rows += [row for row in counters if row[0].startswith(f'videoserverd_{family}')]
-        return [*rows, ('# TYPE videoserverd_ack_seconds histogram', 0.0), *self.board.acks()]
-
-    # -- daily care
-
-    def _care_loop(self) -> None:
-        while True:
-            for name, task in (('leftovers', self._care_leftovers), ('certificate', self._care_certificate),
-                               ('backup', self._care_backup), ('pictures', self._care_pictures),
-                               ('ytdlp', self._care_ytdlp)):
-                try:
-                    task(time.time())
-                    self.care_problems.pop(name, None)
-                except (Trouble, StoreDown, OSError) as error:
-                    if self.care_problems.get(name) != str(error):
-                        log.warning('%s: %s', name, error)
-                    self.care_problems[name] = str(error)
-                except Exception as error:
-                    log.exception('care: %s failed inside', name)
-                    self.care_problems[name] = f'{name}: {error}; the log tells more'
-            self._care.wait(CARE_SECONDS)
-            self._care.clear()
-
-    def _care_certificate(self, now: float) -> None:
-        """Daily a new leaf if names, addresses or time ask for one; whoever has changed the file, new
-        connections get the new one."""
-        if not self.config.server.tls:
-            return
-        file, day = self.config.server.cert_file, int(time.monotonic() // DAY)  # by the clock that never jumps
-        if (file.stat().st_mtime_ns, day) != self._certificate_seen:
-            self.certificate, _ = ensure_certificate(self.config, now)
-            self.server.context = server_context(self.config)
-            self.app.hosts = known_hosts(self.config)
-            self._certificate_seen = file.stat().st_mtime_ns, day
-
-    def _care_backup(self, now: float) -> None:
-        """A copy a day, the newest `backups` of them kept. Never replaces a good copy by a bad one."""
-        folder, keep = self.config.database.path.parent / 'backups', self.config.database.backups
-        target = folder / f'{self.config.database.path.stem}-{time.strftime("%Y-%m-%d", time.localtime(now))}.db'
-        if not keep or target.exists():
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        self.store.backup(target)
-        found = folder.glob(f'{self.config.database.path.stem}-????-??-??.db')
-        for old in sorted(found, key=lambda copy: (copy <= target, copy))[:-keep]:  # first those of a clock ahead
-            old.unlink()
-
-    def _care_pictures(self, now: float) -> None:
-        """One at a time, and off the workers: a Pi needs seconds for each."""
-        while self._unpictured and which('ffmpeg'):
-            download_id, name = self._unpictured.popleft()
-            self.thumbs.mkdir(exist_ok=True)
-            picture = self.thumbs / f'{download_id}.jpg'
-            if make_thumbnail(self.config.downloads.output_directory / name, picture):
-                self.board.post(download_id)
-            try:
-                self.store.get(download_id)
-            except LookupError:  # deleted meanwhile
-                picture.unlink(missing_ok=True)
-
-    def _care_ytdlp(self, now: float) -> None:
-        """Fetch what is missing or due. An imported yt_dlp cannot be swapped, but the process can."""
-        changed = self.freshness.step(now)
-        self._restart_when_idle = changed and 'restart' not in self.care_problems
-        if not changed:
-            self.ytdlp = self.vendor.current()
-        elif self._restart_when_idle and not self.scheduler.running():
-            self._ask('restart')
-        if self.freshness.trouble:
-            raise Trouble(self.freshness.trouble)
 # ---------- commands ----------------------------------------------------------------------
 # Owns the command line: one function per command, each returns its exit code. Trouble becomes
 # one line on stderr in `main` only. No lock. Called by the shell.
