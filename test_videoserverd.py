@@ -6681,7 +6681,7 @@ class TestCertificateForAnIPhone(unittest.TestCase):
         profile = plistlib.loads(v.mobileconfig(self.config))
         root, = profile.pop('PayloadContent')
         der = ssl.PEM_cert_to_DER_cert(self.config.server.ca_file.read_text())
-        self.assertEqual((root['PayloadContent'], v.read_ca(self.config)[0]), (der, der))
+        self.assertEqual((root['PayloadContent'], v.read_ca(self.config.server.ca_file)[0]), (der, der))
         self.assertEqual((profile['PayloadType'], profile['PayloadVersion'], profile['TargetDeviceType']),
                          ('Configuration', 1, 1))
         self.assertEqual((root['PayloadType'], root['PayloadVersion']), ('com.apple.security.root', 1))
@@ -6800,8 +6800,8 @@ class TestRenewal(unittest.TestCase):
             made, _ = v.ensure_certificate(config, NOW)
         self.assertRegex(logs.output[0], r'names: .*videos\.example\.org.*--new-ca')
         self.assertEqual({'nas.lan', 'videos.example.org', 'b.example'} & {*made.names}, {'nas.lan'})
-        self.assertEqual(v.outside(v.remembered(config)[1], ['nas.lan', 'b.example', '10.1.1.1', '9.9.9.9']),
-                         ['b.example', '9.9.9.9'])
+        permitted, words = v.remembered_names(config)[1], ['nas.lan', 'b.example', '10.1.1.1', '9.9.9.9']
+        self.assertEqual(v.not_permitted(permitted, words), ['b.example', '9.9.9.9'])
         made, _ = v.ensure_certificate(config, NOW, new_ca=True)
         self.assertIn('videos.example.org', made.names)
 
@@ -7003,8 +7003,8 @@ def pair():
     """A handshake with the certificate as it lies there, by the CA as it lies there."""
     return v.look_at_certificate(config)
 
-CHANGES = {'fsync': os, 'chown': os, 'rename': v.Path, 'replace': v.Path, 'chmod': v.Path, 'mkdir': v.Path,
-           'write_text': v.Path, 'rmtree': shutil, 'run': subprocess}
+CHANGES = {'fsync': os, 'chown': os, 'replace': v.Path, 'chmod': v.Path, 'mkdir': v.Path,
+           'write_text': v.Path, 'unlink': v.Path, 'rmtree': shutil, 'run': subprocess}
 
 def doomed(step, names=tuple(CHANGES)):
     """Has this process killed at its `step`th change of the disk, of those named."""
@@ -7067,7 +7067,7 @@ step, first = 0, {first}
 def empty():
     if first:
         shutil.rmtree(config.server.ca_file.parent, ignore_errors=True)
-    doomed(step, ('rename', 'replace', 'rmtree') if first else ('rename', 'replace', 'rmtree', 'fsync'))
+    doomed(step, ('replace', 'unlink', 'rmtree') if first else ('replace', 'unlink', 'rmtree', 'fsync'))
 while wait(fork(empty, new_ca=not first)):
     found, _ = v.ensure_certificate(config, now)
     assert not found.own and pair() == found

@@ -4213,23 +4213,25 @@ class Scheduler:
 
 # ---------- certificate -------------------------------------------------------------------
 # Owns ca.crt, ca.key, names.json, and the server's certificate and key: a name-constrained CA
-# that a phone trusts once, and a leaf renewed from it with no phone touched. The openssl command
-# makes them; a handshake with ourselves reads and checks them, so that a start with a good
-# certificate runs no other program. Lock: flock on the CA's folder, one maker at a time, whatever
-# its process. Called by daemon (at start and daily), http and commands.
+# that a phone trusts once, and a leaf that is renewed from it with no phone touched. The openssl
+# command makes them; a handshake with ourselves checks them, so a start with a good certificate
+# runs no other program. Lock: flock on the CA's folder, one maker at a time across processes.
+# Called by daemon (at start and daily), http and commands.
 
-LEAF_DAYS = 397  # iOS takes up to 825 from a CA of one's own; 397 passes everywhere
-CA_DAYS = 3652  # ten years: a new CA means a walk to each phone
+LEAF_DAYS = 397  # iOS takes up to 825 from a private CA; 397 passes everywhere
+CA_DAYS = 3652  # a new CA means a walk to each phone
 RENEW_DAYS = 30  # a machine that is off for a holiday comes back to a valid certificate
 BACK_DATED = DAY  # a Pi has no clock, and may have booted with yesterday's time
 CA_NAME = 'videoserverd on '  # iOS lists a root under Certificate Trust Settings by its CommonName
-PERMITTED_NAMES = ('local', 'lan', 'home.arpa', 'localhost')  # beside PRIVATE_NETWORKS and the host's names
-# A CA that permits `tv` permits all of .tv: a host of such a name is reached as tv.local only.
-TOP_LEVEL_NAMES = frozenset('ai app biz box cloud co com de dev edu eu fm fr gov home info int io it link live me '
-                            'media mobi movie net network online org page site tv uk us video web xyz zip'.split())
+PERMITTED_NAMES = ('local', 'lan', 'home.arpa', 'localhost')  # and all PRIVATE_NETWORKS
+# A CA that permits `tv` permits all of .tv: a host called tv is reached as tv.local only.
+TOP_LEVEL_NAMES = frozenset(
+    'ai app biz box cloud co com de dev edu eu fm fr gov home info int io it link live me media '
+    'mobi movie net network online org page site tv uk us video web xyz zip'.split())
 HOST_NAME = re.compile(r'(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.(?!$)|$))+')
-PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000  # X509_V_FLAG_… of OpenSSL; Python names one, from 3.10
-WORKING, COMMITTED = '.making-', '.made'  # folders beside the CA while something is made
+PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000  # X509_V_FLAG_*; Python names one, from 3.10
+UNKNOWN_CONSTRAINT = 51  # X509_V_ERR_UNSUPPORTED_CONSTRAINT_TYPE
+WORKING = '.making-*'  # the folder beside the CA in which files are made
 OPENSSL_CONFIG = '''
 [req]
 prompt = no
@@ -4245,19 +4247,20 @@ default_md = sha256
 policy = subject_policy
 [subject_policy]
 commonName = supplied
-[extensions]
+[ca.crt]
 subjectKeyIdentifier = hash
-%s
-'''
-CA_EXTENSIONS = '''basicConstraints = critical, CA:TRUE, pathlen:0
+basicConstraints = critical, CA:TRUE, pathlen:0
 keyUsage = critical, keyCertSign, cRLSign
 nameConstraints = critical, @listed
-'''
-LEAF_EXTENSIONS = '''basicConstraints = critical, CA:FALSE
+[server.crt]
+subjectKeyIdentifier = hash
+basicConstraints = critical, CA:FALSE
 keyUsage = critical, digitalSignature
 extendedKeyUsage = serverAuth
 authorityKeyIdentifier = keyid:always
 subjectAltName = @listed
+[listed]
+%s
 '''
 
 
@@ -4274,22 +4277,23 @@ class Certificate:
     addresses: tuple[str, ...]
 
 
-def network(word: str) -> Any:
-    """The network that `word` is, of one for an address; None for a host name."""
+def as_address(word: str) -> Any:
+    """The IP address that `word` is; None for a host name."""
     try:
-        return ipaddress.ip_network(word)
+        return ipaddress.ip_address(word)
     except ValueError:
         return None
 
 
-def words_of(given: Iterable[str]) -> tuple[str, ...]:
+def host_words(given: Iterable[str]) -> tuple[str, ...]:
     """Host names and IP addresses in their usual form, each once. Raises Trouble."""
     found = {}
     for word in given:
         text = word.strip('[] ').lower().partition('%')[0].rstrip('.')
-        if '/' in text or not (network(text) or HOST_NAME.fullmatch(text)):
+        address = as_address(text)
+        if not (address or HOST_NAME.fullmatch(text)):
             raise Trouble(f'{word!r} is no host name (such as pi.lan) and no IP address')
-        found[str(network(text).network_address) if network(text) else text] = True
+        found[str(address or text)] = True
     return tuple(found)
 
 
@@ -4298,354 +4302,366 @@ def machine_names() -> tuple[str, ...]:
     full = re.sub(r'[^a-z0-9_.-]+', '-', socket.gethostname().lower()).strip('-.') or 'localhost'
     host = full.partition('.')[0][:63].strip('-')
     names = dict.fromkeys((f'{host}.local', host, full, 'localhost'))
-    return tuple(name for name in names if HOST_NAME.fullmatch(name))
+    return tuple(filter(HOST_NAME.fullmatch, names))
 
 
 def host_names(config: Config) -> tuple[str, ...]:
     """The names this machine answers to, `<host>.local` first. Raises Trouble."""
+    words = [*machine_names(), *config.server.names]
     base = urlsplit(config.server.public_base_url or '').hostname or ''
-    words = words_of((*machine_names(), *config.server.names, *([base] if HOST_NAME.fullmatch(base) else ())))
-    return tuple(word for word in words if not network(word))
+    if HOST_NAME.fullmatch(base):
+        words.append(base)
+    return tuple(word for word in host_words(words) if not as_address(word))
 
 
 def host_addresses() -> tuple[str, ...]:
-    """The addresses of this machine, loopback first; link-local and global ones are among them."""
+    """All addresses of this machine, loopback first."""
     found = ['127.0.0.1', '::1']
     for family, target in ((socket.AF_INET, '192.0.2.1'), (socket.AF_INET6, '2001:db8::1')):
         with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((target, 9))  # sends nothing, but picks the address it would be sent from
+            probe.connect((target, 9))  # sends nothing: it picks the address to send from
             found.append(probe.getsockname()[0])
-    with suppress(OSError):  # Linux lists all of them, to a sandboxed process too
-        found += re.findall(r'\|-- (\S+)\n\s+/32 host LOCAL', Path('/proc/net/fib_trie').read_text())
+    with suppress(OSError):  # Linux only
+        table = Path('/proc/net/fib_trie').read_text()
+        found += re.findall(r'\|-- (\S+)\n\s+/32 host LOCAL', table)
         for line in Path('/proc/net/if_inet6').read_text().splitlines():
             address, _, _, _, flags, name = line.split()
-            # Temporary (1), failed (8) and deprecated (0x20) ones pass, and so does a container's end of its cable.
+            # What comes and goes: temporary (1), failed (8), deprecated (0x20), containers.
             if not int(flags, 16) & 0x29 and not name.startswith('veth'):
                 found.append(str(ipaddress.ip_address(bytes.fromhex(address))))
-    return words_of(found)
+    return host_words(found)
 
 
-def outside(permitted: Sequence[str], words: Iterable[str]) -> list[str]:
-    """The words that our CA, made to permit `permitted` too, must not sign for: no phone would take the leaf."""
+def not_permitted(permitted: Sequence[str], words: Iterable[str]) -> list[str]:
+    """The words that our CA, made to permit `permitted` too, must not sign for."""
     domains = [f'.{name}' for name in (*PERMITTED_NAMES, *permitted)]
-    return [word for word in words if word not in permitted and not (
-        any(ipaddress.ip_address(word) in net for net in PRIVATE_NETWORKS) if network(word)
-        else any(f'.{word}'.endswith(domain) for domain in domains))]
+
+    def allowed(word):
+        address = as_address(word)
+        if address:
+            return any(address in network for network in PRIVATE_NETWORKS)
+        return f'.{word}'.endswith(tuple(domains))
+    return [word for word in words if word not in permitted and not allowed(word)]
 
 
-def targets(config: Config) -> dict[str, Path]:
-    """Where each file of a working folder goes, in the order in which they are put there."""
+def certificate_files(config: Config) -> dict[str, Path]:
+    """Where each file that is made belongs, in the order in which they are put there."""
     server = config.server
-    return {'ca.key': server.ca_file.with_name('ca.key'), 'ca.crt': server.ca_file, 'server.key': server.key_file,
-            'server.crt': server.cert_file, 'names.json': server.ca_file.with_name('names.json')}
+    return {'ca.key': server.ca_file.with_name('ca.key'), 'server.key': server.key_file,
+            'names.json': server.ca_file.with_name('names.json'), 'ca.crt': server.ca_file,
+            'server.crt': server.cert_file}
 
 
-def remembered(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def remembered_names(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What `cert` was ever given as --host and --ip, and what the CA was made to permit."""
-    file = targets(config)['names.json']
+    file, notes = certificate_files(config)['names.json'], {}
     try:
-        notes = json.loads(file.read_text(encoding='utf-8')) if file.exists() else {}
-        return words_of(notes.get('given', ())), words_of(notes.get('permitted', ()))
+        with suppress(FileNotFoundError):
+            notes = json.loads(file.read_text())
+        return host_words(notes.get('given', ())), host_words(notes.get('permitted', ()))
     except (OSError, ValueError, TypeError, AttributeError, Trouble) as error:
         log.warning('%s cannot be used, give `cert --host` its names again: %s', file, error)
         return (), ()
 
 
 def tls_context(*pair: Path) -> ssl.SSLContext:
-    """TLS 1.2 (forward secrecy and AEAD only) and 1.3 with a certificate and its key. Raises Trouble."""
+    """TLS 1.2 (forward secrecy and AEAD only) and 1.3 with a certificate and its key.
+    Raises Trouble."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers('ECDHE+AESGCM:ECDHE+CHACHA20')
     context.set_alpn_protocols(['http/1.1'])
-    # LibreSSL lacks both. Without the second a client that hangs up, or is broken off, could not be answered any more.
-    context.options |= getattr(ssl, 'OP_NO_RENEGOTIATION', 0) | getattr(ssl, 'OP_IGNORE_UNEXPECTED_EOF', 0)
-    # The tickets of TLS 1.3 cost a sixth of a handshake, for phones that come back too late to use them. Those of
+    # LibreSSL has neither. Without the second, a client that hangs up could not be answered.
+    for name in ('OP_NO_RENEGOTIATION', 'OP_IGNORE_UNEXPECTED_EOF'):
+        context.options |= getattr(ssl, name, 0)
+    # Phones come back too late to use the tickets of TLS 1.3, a sixth of a handshake. Those of
     # 1.2 stay (no OP_NO_TICKET): OpenSSL would keep 20,000 sessions of 1 KB instead.
     context.num_tickets = 0
     try:
-        for file in pair:  # for an error that names the file, as load_cert_chain's does not
-            file.open('rb').close()
+        for file in pair:
+            file.open('rb').close()  # unlike load_cert_chain's, its error names the file
         context.load_cert_chain(*pair, password=lambda: '')
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'reason', None) or getattr(error, 'strerror', None) or 'locked by a passphrase'
-        raise Trouble(f'{getattr(error, "filename", None) or " with ".join(map(str, pair))}: {reason}; put a matching '
-                      'pair in PEM form there, or move both away to have them made') from None
+        raise Trouble(f'{" with ".join(map(str, pair))}: {error}; put a matching pair in PEM form '
+                      'there, or move both away to have them made') from None
     return context
 
 
 def server_context(config: Config) -> ssl.SSLContext:
-    """What the server speaks TLS with. Raises Trouble."""
+    """The server's own tls_context. Raises Trouble."""
     return tls_context(config.server.cert_file, config.server.key_file)
 
 
-def seen_by_client(context: ssl.SSLContext, trusted: Path) -> dict[str, Any]:
-    """A server's certificate, as a client sees it that trusts what is in a file, at any time.
-    The handshake is with ourselves, in memory. Raises ssl.SSLError where the client would."""
+def seen_by_client(context: ssl.SSLContext, trusted: Path, leaf: Path) -> dict[str, Any]:
+    """The fields of `leaf`, seen by a client that trusts a file and looks at no clock: a handshake
+    with ourselves, in memory. Raises ssl.SSLError where the client would."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
     client.load_verify_locations(trusted)
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
     ends = client.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
-    for end in ends * 3:  # in turns, as often as TLS 1.2 needs
-        with suppress(ssl.SSLWantReadError):
-            end.do_handshake()
+    try:
+        for end in ends * 3:  # in turns, as often as TLS 1.2 needs
+            with suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        # LibreSSL before 3.2.2 cannot judge addresses. It has found that `trusted` issued the
+        # leaf; what that says is then read with itself as anchor.
+        if error.verify_code != UNKNOWN_CONSTRAINT or trusted == leaf:
+            raise
+        return seen_by_client(context, leaf, leaf)
     return ends[0].getpeercert()
 
 
 def look_at_certificate(config: Config) -> Certificate:
     """The server's certificate: ours if it comes from the CA, else the owner's. Raises Trouble."""
-    context = server_context(config)
-    for own, trusted in ((False, config.server.ca_file), (True, config.server.cert_file)):
+    context, leaf = server_context(config), config.server.cert_file
+    for own, trusted in ((False, config.server.ca_file), (True, leaf)):
         try:
-            found = seen_by_client(context, trusted)
+            found = seen_by_client(context, trusted, leaf)
         except OSError as error:  # ssl.SSLError is one; so is a CA that is not there
             reason = getattr(error, 'verify_message', error)
             continue
         words = found.get('subjectAltName', ())
-        addresses = (str(ipaddress.ip_address(word.strip())) for kind, word in words if kind == 'IP Address')
+        addresses = (str(as_address(word.strip())) for kind, word in words if kind == 'IP Address')
         return Certificate(own, int(ssl.cert_time_to_seconds(found['notAfter'])),
-                           tuple(word.lower() for kind, word in words if kind == 'DNS'), tuple(addresses))
-    raise Trouble(f'{config.server.cert_file}: clients would refuse it: {reason}')
+                           tuple(word.lower() for kind, word in words if kind == 'DNS'),
+                           tuple(addresses))
+    raise Trouble(f'{leaf}: clients would refuse it: {reason}')
 
 
-def read_ca(config: Config) -> tuple[bytes, dict[str, Any]]:
+def read_ca(file: Path) -> tuple[bytes, dict[str, Any]]:
     """The CA that a phone has to trust, in DER and as fields. Raises Trouble."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
-        context.load_verify_locations(config.server.ca_file)
+        context.load_verify_locations(file)
         return context.get_ca_certs(binary_form=True)[0], context.get_ca_certs()[0]
     except (OSError, IndexError):
-        raise Trouble(f'{config.server.ca_file} is missing or holds no CA: there is none to hand out') from None
+        raise Trouble(f'{file} is missing or holds no CA') from None
 
 
-def openssl(folder: Path, *arguments: str) -> None:
-    """Runs openssl in `folder`, away from any terminal where it could ask. Raises Trouble."""
+def run_openssl(folder: Path, *arguments: str) -> None:
+    """Runs openssl in `folder`, with no terminal to ask on. Raises Trouble."""
     import subprocess
     try:
-        done = subprocess.run(('openssl', *arguments), cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                              stderr=subprocess.PIPE, start_new_session=True, timeout=120)
+        done = subprocess.run(
+            ('openssl', *arguments), cwd=folder, stdin=subprocess.DEVNULL, umask=0o077, timeout=120,
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
     except FileNotFoundError:
         raise Trouble('the openssl command is missing: install it (Debian, Raspberry Pi: '
                       'sudo apt-get install openssl; Mac: brew install openssl)') from None
     except subprocess.TimeoutExpired:
-        raise Trouble(f'openssl {arguments[0]} did not come to an end in two minutes') from None
+        raise Trouble(f'openssl {arguments[0]} did not end within two minutes') from None
     if done.returncode:
-        said = done.stderr.decode('utf-8', 'replace').replace('Using configuration from config', '').split('\n')
-        raise Trouble(f'openssl {arguments[0]} failed: {next(filter(None, said), "no reason given")}')
+        said = done.stderr.decode('utf-8', 'replace').replace('Using configuration from config', '')
+        raise Trouble(f'openssl {arguments[0]} failed: ' + said.strip().partition('\n')[0])
 
 
-def make_key(folder: Path, name: str, old: Path, fresh: bool) -> str:
-    """The key to use: the old one, unless `fresh`; else a new P-256 key, `name` in `folder`.
-    A renewal keeps the server's key, so that only its certificate changes, which is atomic."""
+def make_key(new: Path, old: Path, fresh: bool) -> Path:
+    """The old P-256 key if there is one, unless `fresh`; else a new one. Raises Trouble.
+    A renewal keeps the key, so that it changes one file only, which is atomic."""
     if old.exists() and not fresh:
-        return str(old)
-    openssl(folder, 'genpkey', '-algorithm', 'EC', '-pkeyopt', 'ec_paramgen_curve:P-256',
-            '-pkeyopt', 'ec_param_enc:named_curve', '-out', name)
-    return name
+        return old
+    run_openssl(new.parent, 'ecparam', '-name', 'prime256v1', '-genkey', '-noout',
+                '-param_enc', 'named_curve', '-out', new.name)
+    return new
 
 
-def listed(words: Iterable[str], prefix: str = '') -> str:
-    """Names, addresses and networks as the section [listed] of openssl's configuration."""
-    lines = (f'IP.{at} = {network(word).with_netmask if "/" in word else word}' if network(word)
-             else f'DNS.{at} = {word}' for at, word in enumerate(words))
-    return '\n'.join(['[listed]', *(prefix + line for line in lines)])
-
-
-def sign(folder: Path, out: str, key: str, subject: str, extensions: str, lifetime: tuple[float, float],
-         *signer: str) -> None:
-    """Makes `out`, a certificate for `key`. Of openssl's ways, only `ca` can back-date in every release."""
-    start, end = (time.strftime('%Y%m%d%H%M%SZ', time.gmtime(moment)) for moment in lifetime)
-    (folder / 'config').write_text(OPENSSL_CONFIG % (subject[:64], extensions), encoding='ascii')
-    (folder / 'index').write_text('')
-    (folder / 'serial').write_text(f'{int.from_bytes(os.urandom(16), "big") >> 2 | 1:032X}\n')
-    openssl(folder, 'req', '-new', '-config', 'config', '-key', key, '-out', 'request')
-    openssl(folder, 'ca', '-batch', '-notext', '-config', 'config', '-in', 'request', '-out', out, *signer,
-            '-startdate', start, '-enddate', end, '-extfile', 'config', '-extensions', 'extensions')
-
-
-def recover(config: Config) -> None:
-    """Finishes what a killed maker had committed, clears away what it had not. Raises OSError."""
-    committed = config.server.ca_file.with_name(COMMITTED)
-    for name, target in targets(config).items() if committed.exists() else ():
-        if (committed / name).exists():
-            (committed / name).replace(target)
-            sync(target.parent)
-    if committed.exists():
-        remove_folder(committed, ignore_errors=False)
-    for left in committed.parent.glob(f'{WORKING}*'):
-        remove_folder(left)  # an openssl whose parent was killed may still write there
+def sign_certificate(out: Path, key: Path, subject: str, words: Iterable[str],
+                     start: float, end: float, *signer: Any) -> None:
+    """Makes a certificate for `key`, with the extensions of OPENSSL_CONFIG's section of its name.
+    Raises Trouble, OSError. Of openssl's commands only `ca` can back-date in every release."""
+    folder, listed = out.parent, '\n'.join(word % at for at, word in enumerate(words))
+    serial = int.from_bytes(os.urandom(16), 'big') >> 2 | 1
+    for name, text in (('config', OPENSSL_CONFIG % (subject[:64], listed)), ('index', ''),
+                       ('serial', f'{serial:032X}\n')):
+        (folder / name).write_text(text)
+    dates = [time.strftime('%Y%m%d%H%M%SZ', time.gmtime(moment)) for moment in (start, end)]
+    run_openssl(folder, 'req', '-new', '-config', 'config', '-key', str(key), '-out', 'request')
+    run_openssl(folder, 'ca', '-batch', '-notext', '-config', 'config', '-in', 'request',
+                '-out', out.name, '-startdate', dates[0], '-enddate', dates[1],
+                '-extfile', 'config', '-extensions', out.name, *map(str, signer))
 
 
 def put_in_place(config: Config, folder: Path) -> None:
-    """Moves the files of a working folder to their targets: all of them or none, whenever the
-    process is killed. Renaming the folder is the commit. Raises Trouble, OSError."""
-    for name, target in targets(config).items():
-        if (folder / name).exists():
-            target.parent.mkdir(0o755, parents=True, exist_ok=True)
-            owner = target.parent.stat()
-            if owner.st_dev != folder.stat().st_dev:
-                raise Trouble(f'{target} has to be on the same file system as {config.server.ca_file}')
-            if os.geteuid() == 0:  # `sudo videoserverd.py cert` must not lock out the service's user
-                os.chown(folder / name, owner.st_uid, owner.st_gid)
-            (folder / name).chmod(0o600 if name.endswith('.key') else 0o644)
-            sync(folder / name)
-    sync(folder)
-    folder.rename(folder.with_name(COMMITTED))
-    sync(folder.parent)
-    recover(config)
+    """Moves what was made to where it belongs. A kill at any moment leaves a good pair, or none
+    and all that the next start needs to make one: keys come first, certificates last, and a new
+    CA only after the old certificates are gone. Raises OSError."""
+    files = {folder / name: target for name, target in certificate_files(config).items()
+             if (folder / name).exists()}
+    for file, target in files.items():
+        target.parent.mkdir(0o755, parents=True, exist_ok=True)
+        owner = target.parent.stat()
+        if os.geteuid() == 0:  # `sudo videoserverd.py cert` must not lock out the service's user
+            os.chown(file, owner.st_uid, owner.st_gid)
+        file.chmod(0o600 if file.suffix == '.key' else 0o644)
+        sync(file)
+    if folder / 'ca.crt' in files:
+        for target in (config.server.cert_file, config.server.ca_file):
+            target.unlink(missing_ok=True)
+            sync(target.parent)
+    for file, target in files.items():
+        file.replace(target)
+        sync(target.parent)
 
 
-@named_tuple
-class Plan:
-    """What a leaf names, what its CA permits beyond the standard, what `cert` was ever given."""
-    words: tuple[str, ...]
-    permitted: tuple[str, ...]
-    given: tuple[str, ...]
-
-
-def plan(config: Config, given: Sequence[str], new_ca: bool) -> Plan:
-    """The leaf to have. Raises Trouble if the CA that is there must not sign for what is given now."""
-    told, permitted = remembered(config)
-    told = words_of((*told, *given))
-    if new_ca:
-        own = (name for name in machine_names() if name not in TOP_LEVEL_NAMES)
-        permitted = words_of((*own, *config.server.names, *told))
-    words = words_of((*host_names(config), *config.server.names, *host_addresses(), *told))
-    left_out = outside(permitted, words)
-    refused = [word for word in given if word in left_out]
+def leaf_words(config: Config, asked: Sequence[str], given: Sequence[str],
+               permitted: Sequence[str]) -> list[str]:
+    """The names and addresses of the leaf to have; `asked` for now, `given` ever. Raises Trouble
+    if the CA must not sign for what is asked for."""
+    names = config.server.names
+    words = host_words((*host_names(config), *names, *host_addresses(), *given))
+    left_out = not_permitted(permitted, words)
+    refused = ', '.join(word for word in asked if word in left_out)
     if refused:
-        raise Trouble(f'{", ".join(refused)}: outside what the CA may sign for; `videoserverd.py cert --new-ca` with '
-                      'the same names makes a CA that may, to be installed on each phone')
-    unnamed = [word for word in words_of(config.server.names) if word in left_out]
+        raise Trouble(f'{refused}: outside what the CA may sign for; `videoserverd.py cert '
+                      '--new-ca` with the same names makes a CA that may, to install on each phone')
+    unnamed = ', '.join(word for word in host_words(names) if word in left_out)
     if unnamed:
-        log.warning('[server] names: the CA may not sign for %s, so the certificate does not name it; '
-                    '`videoserverd.py cert --new-ca` makes a CA that may', ', '.join(unnamed))
-    return Plan(tuple(word for word in words if word not in left_out), permitted, told)
+        log.warning('[server] names: not in the certificate, as the CA may not sign for it: %s; '
+                    '`videoserverd.py cert --new-ca` makes a CA that may', unnamed)
+    return [word for word in words if word not in left_out]
 
 
-def make_ca(config: Config, folder: Path, start: float, what: Plan, fresh: bool) -> tuple[float, tuple[str, ...]]:
-    """A CA in `folder`: its end, and the options that have openssl sign with it. Raises Trouble, OSError."""
-    key = make_key(folder, 'ca.key', targets(config)['ca.key'], fresh)
-    tree = [*PERMITTED_NAMES, *map(str, PRIVATE_NETWORKS), *(str(network(word) or word) for word in what.permitted)]
-    sign(folder, 'ca.crt', key, CA_NAME + machine_names()[0][:-len('.local')],
-         CA_EXTENSIONS + listed(dict.fromkeys(tree), 'permitted;'), (start, start + CA_DAYS * DAY),
-         '-selfsign', '-keyfile', key)
-    return start + CA_DAYS * DAY, ('-cert', 'ca.crt', '-keyfile', key)
+def make_ca(out: Path, key: Path, permitted: Iterable[str], start: float) -> None:
+    """Makes a CA that may sign for `permitted`, too. Raises Trouble, OSError."""
+    words = [f'permitted;IP.%d = {network.with_netmask}' for network in PRIVATE_NETWORKS]
+    for word in dict.fromkeys((*PERMITTED_NAMES, *permitted)):
+        if as_address(word):
+            words.append(f'permitted;IP.%d = {ipaddress.ip_network(word).with_netmask}')
+        else:
+            words.append(f'permitted;DNS.%d = {word}')
+    name = CA_NAME + machine_names()[0][:-len('.local')]
+    sign_certificate(out, key, name, words, start, start + CA_DAYS * DAY,
+                     '-selfsign', '-keyfile', key)
 
 
-def old_ca(config: Config, now: float) -> tuple[float, tuple[str, ...]]:
-    """The CA that is there: its end, and the options that have openssl sign with it. Raises Trouble."""
-    files, fields = targets(config), read_ca(config)[1]
-    if not files['ca.key'].exists():
-        raise Trouble(f'{files["ca.key"]} is missing, so no certificate can be made: put it back, or run '
-                      '`videoserverd.py cert --new-ca` and install the new CA on each phone')
-    first, last = (ssl.cert_time_to_seconds(fields[key]) for key in ('notBefore', 'notAfter'))
-    if not first <= now <= last - RENEW_DAYS * DAY:
-        log.warning('the CA is good from %s to %s only: `videoserverd.py cert --new-ca` makes another, to be '
-                    'installed on each phone', fields['notBefore'], fields['notAfter'])
-    return last, ('-cert', str(files['ca.crt']), '-keyfile', str(files['ca.key']))
-
-
-def make(config: Config, now: float, what: Plan, new_ca: bool, fresh: bool) -> None:
-    """Makes a leaf, before it a CA if `new_ca` is set; with new keys if `fresh`. Raises Trouble, OSError."""
+def make_certificate(config: Config, now: float, words: Iterable[str], notes: dict[str, Any],
+                     new_ca: bool, fresh: bool) -> None:
+    """Makes a leaf, before it a CA if `new_ca`; with new keys if `fresh`; `notes` become
+    names.json. Raises Trouble, OSError."""
     import tempfile
     if now < BUILT:
-        raise ClockWrong(f'the clock shows {time.strftime("%Y-%m-%d", time.gmtime(now))}, too early for a certificate '
-                         'that anyone would accept: it sets itself with the network, or: sudo timedatectl set-ntp true')
-    start, folder = now - BACK_DATED, Path(tempfile.mkdtemp(prefix=WORKING, dir=config.server.ca_file.parent))
-    try:
-        last, signer = make_ca(config, folder, start, what, fresh) if new_ca else old_ca(config, now)
-        key = make_key(folder, 'server.key', config.server.key_file, fresh)
-        sign(folder, 'server.crt', key, machine_names()[0], LEAF_EXTENSIONS + listed(what.words),
-             (start, min(start + LEAF_DAYS * DAY, last)), *signer)
-        notes = {'given': what.given, 'permitted': what.permitted}
-        write_whole(folder / 'names.json', json.dumps(notes))
-        # On a full disk openssl may leave half a file and call it done.
-        seen_by_client(tls_context(folder / 'server.crt', folder / key), folder / signer[1])
-        put_in_place(config, folder)
-    finally:
-        recover(config)
+        today = time.strftime('%Y-%m-%d', time.gmtime(now))
+        raise ClockWrong(f'the clock shows {today}, too early for a certificate: it sets itself '
+                         'with the network, or: sudo timedatectl set-ntp true')
+    files, start = certificate_files(config), now - BACK_DATED
+    ca, ca_key = files['ca.crt'], files['ca.key']
+    folder = Path(tempfile.mkdtemp(prefix=WORKING[:-1], dir=ca.parent))
+    if new_ca:
+        ca, ca_key = folder / 'ca.crt', make_key(folder / 'ca.key', ca_key, fresh)
+        make_ca(ca, ca_key, notes['permitted'], start)
+    if not ca_key.exists():
+        raise Trouble(f'{ca_key} is missing, so no certificate can be made: put it back, or run '
+                      '`videoserverd.py cert --new-ca` and install the new CA on each phone')
+    last = ssl.cert_time_to_seconds(read_ca(ca)[1]['notAfter'])
+    if now > last - RENEW_DAYS * DAY:
+        log.warning('the CA ends within %d days: `videoserverd.py cert --new-ca` makes one for '
+                    'each phone to install', RENEW_DAYS)
+    key, leaf = make_key(folder / 'server.key', files['server.key'], fresh), folder / 'server.crt'
+    words = (f'{"IP" if as_address(word) else "DNS"}.%d = {word}' for word in words)
+    sign_certificate(leaf, key, machine_names()[0], words, start,
+                     min(start + LEAF_DAYS * DAY, last), '-cert', ca, '-keyfile', ca_key)
+    (folder / 'names.json').write_text(json.dumps(notes), encoding='utf-8')
+    # On a full disk openssl may leave half a file and report success.
+    seen_by_client(tls_context(leaf, key), ca, leaf)
+    put_in_place(config, folder)
 
 
-def due(old: Certificate, what: Plan, now: float) -> bool:
-    """Is it time for a new leaf: near its end, before its start, or without a name or address?
-    One that went away stays until then: networks of containers come and go."""
-    left = (old.not_after - now) / DAY
-    return not RENEW_DAYS <= left <= LEAF_DAYS or not {*what.words} <= {*old.names, *old.addresses}
+def renewal_due(old: Certificate, words: Iterable[str], now: float) -> bool:
+    """Is it time for a new leaf: near its end, before its start, or without one of the words?
+    An address that went away stays until then: networks of containers come and go."""
+    days_left = (old.not_after - now) / DAY
+    return bool({*words} - {*old.names, *old.addresses}) or not RENEW_DAYS <= days_left <= LEAF_DAYS
 
 
-def ensure_locked(config: Config, now: float, given: tuple[str, ...], force: bool, fresh: bool
+def ensure_locked(config: Config, now: float, asked: tuple[str, ...], force: bool, fresh: bool
                   ) -> tuple[Certificate, bool]:
-    """What ensure_certificate does under its lock; `fresh` is its new_ca. Raises Trouble, OSError."""
-    recover(config)
-    server, asked = config.server, force or fresh or bool(given)
-    old = look_at_certificate(config) if server.cert_file.exists() else None
+    """What ensure_certificate does under its lock; `fresh` is its new_ca."""
+    server, old, usable = config.server, None, False
+    demanded = force or fresh or bool(asked)
+    if server.cert_file.exists():
+        old = look_at_certificate(config)
+        usable = now < old.not_after or now < BUILT
+        if old.own and demanded:
+            raise Trouble(f'{server.cert_file} is your own certificate, not from {server.ca_file}, '
+                          'and left alone: move it and its key away to have one made')
+        if old.own:
+            return old, False
     new_ca = fresh or not server.ca_file.exists()
-    if old and old.own and asked:
-        raise Trouble(f'{server.cert_file} is your own certificate, not from {server.ca_file}, and left alone: move it '
-                      'and its key away to have one made')
-    if old and old.own:
-        return old, False
-    what = plan(config, given, new_ca)
-    fine = bool(old) and (now < old.not_after or now < BUILT)
-    if fine and not asked and not due(old, what, now):
+    known, permitted = remembered_names(config)
+    given = host_words((*known, *asked))
+    if new_ca:
+        own = (name for name in machine_names() if name not in TOP_LEVEL_NAMES)
+        permitted = host_words((*own, *server.names, *given))
+    words = leaf_words(config, asked, given, permitted)
+    if usable and not demanded and not renewal_due(old, words, now):
         return old, False
     try:
-        make(config, now, what, new_ca, fresh)
+        notes = {'given': given, 'permitted': permitted}
+        make_certificate(config, now, words, notes, new_ca, fresh)
     except (Trouble, OSError) as error:
-        if asked or not fine:
+        if demanded or not usable:
             raise
         log.warning('the certificate stays as it is until it can be renewed: %s', error)
         return old, False
     return look_at_certificate(config), True
 
 
-def ensure_certificate(config: Config, now: float, names: Sequence[str] = (), addresses: Sequence[str] = (),
-                       force: bool = False, new_ca: bool = False) -> tuple[Certificate, bool]:
-    """The server's certificate, made or renewed where that is due; was it changed?
-
-    `names` and `addresses` are remembered for renewals. The owner's own certificate is left alone.
-    Raises ClockWrong or Trouble if there is no usable certificate, or none as it was asked for."""
-    given, folder = words_of((*names, *addresses)), config.server.ca_file.parent
+def ensure_certificate(config: Config, now: float, names: Sequence[str] = (),
+                       addresses: Sequence[str] = (), force: bool = False, new_ca: bool = False
+                       ) -> tuple[Certificate, bool]:
+    """The server's certificate, made or renewed where that is due; and whether it was changed.
+    `names` and `addresses` are remembered. The owner's own certificate is left alone. Raises
+    ClockWrong or Trouble if there is no usable certificate, or none as asked for."""
+    asked, folder = host_words((*names, *addresses)), config.server.ca_file.parent
     try:
         if not config.server.cert_file.exists():
-            folder.mkdir(0o711, parents=True, exist_ok=True)  # whoever may read a folder can lock it, for ever
+            # Whoever may read a folder can lock it, for ever.
+            folder.mkdir(0o711, parents=True, exist_ok=True)
         if not folder.exists():  # the owner's certificate lies elsewhere, and none is made
-            return ensure_locked(config, now, given, force, new_ca)
+            return ensure_locked(config, now, asked, force, new_ca)
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            return ensure_locked(config, now, given, force, new_ca)
+            return ensure_locked(config, now, asked, force, new_ca)
         finally:
+            for left in folder.glob(WORKING):  # also what a killed maker has left
+                remove_folder(left)
             os.close(handle)
     except OSError as error:
-        raise Trouble(f'the certificate cannot be made: {error.filename or "disk"}: {error.strerror}') from None
+        place = error.filename or 'disk'
+        raise Trouble(f'the certificate cannot be made: {place}: {error.strerror}') from None
 
 
 def ca_fingerprint(config: Config) -> str:
     """SHA-256 of the CA as phones and browsers show it: 'AB:CD:…'. Raises Trouble."""
     import hashlib
-    return hashlib.sha256(read_ca(config)[0]).digest().hex(':').upper()
+    return hashlib.sha256(read_ca(config.server.ca_file)[0]).digest().hex(':').upper()
 
 
 def mobileconfig(config: Config) -> bytes:
-    """The CA as an iPhone's profile. Raises Trouble.
-    A profile of the same identifier replaces the one that is installed, so it names the machine."""
+    """The CA as an iPhone's profile; it replaces one of the same identifier. Raises Trouble."""
     import plistlib
     import uuid
-    der, fields = read_ca(config)
-    title = dict(pair for group in fields['subject'] for pair in group).get('commonName', 'videoserverd')
-    identifier = 'com.videoserver.ca.' + re.sub(r'[^A-Za-z0-9-]+', '-', title.replace(CA_NAME, ''))
-    shared = {'PayloadVersion': 1, 'PayloadDisplayName': title}
-    root = {**shared, 'PayloadType': 'com.apple.security.root', 'PayloadContent': der,
-            'PayloadCertificateFileName': 'ca.cer', 'PayloadIdentifier': identifier + '.root',
-            'PayloadUUID': str(uuid.uuid5(uuid.NAMESPACE_OID, der.hex() + ' root')).upper()}
-    return plistlib.dumps({
-        **shared, 'PayloadType': 'Configuration', 'PayloadContent': [root], 'TargetDeviceType': 1,
-        'PayloadIdentifier': identifier, 'PayloadUUID': str(uuid.uuid5(uuid.NAMESPACE_OID, der.hex())).upper(),
-        'PayloadDescription': 'Lets this device trust the video server. The CA can vouch for names and addresses '
-                              'of your home network only.'})
+    der, fields = read_ca(config.server.ca_file)
+    subject = dict(pair for group in fields['subject'] for pair in group)
+    title = subject.get('commonName', 'videoserverd')
+    name = re.sub(r'[^A-Za-z0-9-]+', '-', title.replace(CA_NAME, ''))
+
+    def payload(kind, suffix, **more):
+        identity = uuid.uuid5(uuid.NAMESPACE_OID, der.hex() + suffix)
+        return {'PayloadType': kind, 'PayloadVersion': 1, 'PayloadDisplayName': title,
+                'PayloadIdentifier': f'com.videoserver.ca.{name}{suffix}',
+                'PayloadUUID': str(identity).upper(), **more}
+    root = payload('com.apple.security.root', '.root', PayloadContent=der,
+                   PayloadCertificateFileName='ca.cer')
+    return plistlib.dumps(payload(
+        'Configuration', '', PayloadContent=[root], TargetDeviceType=1,
+        PayloadDescription='Lets this device trust the video server. The CA can vouch for names '
+                           'and addresses of your home network only.'))
+
 
 # ---------- http --------------------------------------------------------------------------
 # Owns the TLS server and its limits, the strict reading of requests, ROUTES (dispatch and
@@ -7221,7 +7237,7 @@ def ca_assets(config: Config) -> dict[str, Any]:
     if not config.server.tls or not config.server.ca_file.exists():
         return {}
     return {'/ca.mobileconfig': ('application/x-apple-aspen-config', lambda: mobileconfig(config)),
-            '/ca.crt': ('application/x-x509-ca-cert', lambda: read_ca(config)[0])}
+            '/ca.crt': ('application/x-x509-ca-cert', lambda: read_ca(config.server.ca_file)[0])}
 
 
 @functools.lru_cache(maxsize=4)  # anybody may ask for the set-up page
@@ -7934,7 +7950,7 @@ def check_database(config: Config) -> Iterator[Finding]:
     yield finding(os.access(path, os.W_OK), 'database: writable by this user',
                   f'database: {path} is not writable by this user',
                   f'sudo chown {user_name()} {path}')
-    keys = [file for name, file in targets(config).items() if name.endswith('.key')]
+    keys = [file for name, file in certificate_files(config).items() if name.endswith('.key')]
     for file in (path, *keys):  # a group may be let in on purpose, as Debian's ssl-cert is
         with suppress(OSError):  # it is not there, or where this user may not look
             if file.stat().st_mode & 0o007:
@@ -7960,10 +7976,10 @@ def check_certificate(config: Config) -> Iterator[Finding]:
     seen = f'certificate: {days_left(leaf)} days left'
     yield finding(days_left(leaf) > CERTIFICATE_WARNING_DAYS, seen, seen, remedy)
     missing = sorted({*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses})
-    permitted = remembered(config)[1]
+    permitted = remembered_names(config)[1]
     if leaf.own:
         missing = []
-    missing = [name for name in missing if not outside(permitted, [name])]
+    missing = [name for name in missing if name not in not_permitted(permitted, missing)]
     yield finding(not missing, 'certificate: names this machine',
                   f'certificate: does not name {", ".join(missing)}', remedy)
 
