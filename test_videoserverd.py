@@ -1411,7 +1411,10 @@ class SiteHandler(BaseHTTPRequestHandler):
             status, headers, body = trouble, {'Content-Type': 'text/html'}, HTML
         self.send_response(status)
         for name, value in {'Content-Length': str(len(body)), **headers}.items():
-            self.send_header(name, value)
+            if value is None:  # the end of the connection is that of the body
+                self.close_connection = True
+            else:
+                self.send_header(name, value)
         self.end_headers()
         if request.method != 'HEAD':
             self.send_body(request, route, body, len(body) // 2 if route.half or trouble == 'half' else len(body))
@@ -3706,17 +3709,54 @@ class TestFailures(DownloadTest):
         file = self.folder / 'x.mp4'
         kinds = {'plain': movie(300_000), 'sound': sound(100_000, 'x'), 'cut': movie(300_000)[:-1], 'text': b'x' * 500,
                  'no track': TINY_MP4.replace(b'vide', b'hint').replace(b'soun', b'hint'), 'longer': TINY_MP4 + b'1234',
-                 'to the end': TINY_MP4 + struct.pack('>I4s', 0, b'free') + b'x' * 999, 'ts': TINY_TS, 'empty': b'',
+                 'to the end': TINY_MP4 + struct.pack('>I4s', 0, b'free') + b'x' * 999, 'empty': b'',
+                 'no samples': re.sub(rb'(stsz.{8}).{4}', rb'\g<1>\0\0\0\0', TINY_MP4, flags=re.S),
                  'long': TINY_MP4 + struct.pack('>I4sQ', 1, b'free', 20) + b'1234',
                  'never ending': TINY_MP4 + struct.pack('>I4sQ', 1, b'free', 0) + b'1234'}
+        told = {'plain': {'video', 'audio'}, 'sound': {'audio'}, 'to the end': {'video', 'audio'},
+                'long': {'video', 'audio'}, 'no track': set(), 'no samples': set(), 'empty': set()}
         for kind, body in kinds.items():
-            file.write_bytes(body)
-            self.assertEqual(v.whole_mp4(file), kind in ('plain', 'sound', 'to the end', 'long'), kind)
-        if shutil.which('ffprobe'):
-            with unittest.mock.patch('yt_dlp.utils.Popen.run', return_value=('', '', 1)) as asked:
-                for kind, calls in (('plain', 0), ('ts', 1)):
-                    file.write_bytes(kinds[kind])
-                    self.assertEqual((v.plays(file), asked.call_count), (not calls, calls))
+            with self.subTest(kind=kind):
+                file.write_bytes(body)
+                if kind not in told:
+                    self.assertRaises(ValueError, v.mp4_tracks, file)
+                elif kind != 'sound' or shutil.which('ffmpeg'):
+                    self.assertEqual(v.mp4_tracks(file), told[kind])
+        with unittest.mock.patch('yt_dlp.utils.Popen.run', return_value=('', '', 1)) as asked, \
+                unittest.mock.patch.object(v, 'which', lambda name: name):
+            for body, calls in ((kinds['plain'], 0), (TINY_TS, 1)):
+                file.write_bytes(body)
+                self.assertEqual((bool(v.tracks(file)), asked.call_count), (not calls, calls))
+
+    def test_half_a_file_is_no_video(self):
+        body = movie(43_646)
+        length = {'Content-Type': 'video/mp4', 'Content-Length': '20000'}
+        answers = {'agrees': (200, length, body[:20_000]), 'tells none': (200, {'Content-Length': None}, body[:20_000]),
+                   'ends between two boxes': (200, {**length, 'Content-Length': str(len(TINY_MP4))}, TINY_MP4)}
+        for name, answer in answers.items():
+            with self.subTest(answer=name):
+                post = self.site.tiktok(body=body)
+                post.media[0].set(body=lambda request, answer=answer: answer)
+                self.assert_ends(self.fetch(post), 'retry', 'bad_media')
+        if shutil.which('ffmpeg'):
+            post = self.site.instagram(dash='h264', size=300_000)
+            route = self.site.routes['scontent.cdninstagram.com', f'/o1/{post.id}-v.mp4']
+            route.set(body=route.body[:-20_000])
+            self.assert_ends(self.fetch(post), 'retry', 'bad_media')
+        self.assertEqual(self.finished(), {})
+
+    def test_what_yt_dlp_says_is_for_the_log_and_not_for_a_person(self):
+        post = self.site.tiktok(fail=['half'] * 9)
+        with self.assertLogs(v.log, 'WARNING') as logs:
+            outcome = self.fetch(post, options=['-R', '1'])
+        self.assert_ends(outcome, 'retry', 'network')
+        self.assertEqual(outcome.message, f'{v.ENDINGS["network"][2]}.')
+        self.assertIn('Got error', '\n'.join(logs.output))
+        errors = [type(name, (Exception,), {'orig_msg': '\r[x] foo --bar', 'expected': expected})
+                  for name in ('DownloadError', 'PostProcessingError', 'TransportError', 'YoutubeDLError', 'Other')
+                  for expected in (True, False)]
+        for error in [kind('\r[download] Got error: foo') for kind in errors]:
+            self.assertNotIn('foo', v.judge(error, self.output, True).outcome.message)
 
     @unittest.skipUnless(hasattr(os, 'posix_fadvise'), 'this system cannot be told')
     def test_the_disk_begins_while_more_is_coming(self):
@@ -3816,9 +3856,9 @@ class TestResume(DownloadTest):
                             (self.site.instagram, (900_000, 1_000_050))):
             for size in sizes:
                 with self.subTest(size=size, site=make.__name__):
-                    post = make(size=1_000_000)
+                    post = make(size=1_000_000, **({'known_size': False} if make == self.site.tiktok else {}))
                     self.begin(post)
-                    post.media[0].set(body=movie(size, 'another'))  # TikTok's page tells the old size
+                    post.media[0].set(body=movie(size, 'another'))
                     self.assert_done(self.fetch(post, 'resumed'), post.media[0])
                     v.forget_files(self.config(), 'resumed', ())
 

@@ -2139,15 +2139,6 @@ def is_a(error: BaseException, *names: str) -> bool:
     return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
-def sentence(text: str) -> str:
-    """yt-dlp's words as a person wants them: no prefix, no hint for its command line."""
-    text = re.sub(r'^ERROR: |^\s*\[[\w:.+-]+\] (?:[\w-]+: )?|^<urlopen error |\[Errno -?\d+\] |>$',
-                  '', text.strip())
-    parts = re.split(r'(?<=[.;])\s+', text)
-    kept = [part for part in parts if not re.search(r'--\w|https?://|yt-dlp|report', part)]
-    return excerpt(' '.join(kept), 160).rstrip('.; ')
-
-
 def system_reason(error: BaseException, output: Path) -> str | None:
     """'disk' or 'output' if this is what an error of the system tells."""
     number = getattr(error, 'errno', None)
@@ -2171,18 +2162,20 @@ def judge_words(links: Sequence[BaseException], text: str) -> Ending:
     if reasons:
         return Ending(reasons[0])
     if extraction and extraction[0].expected:
-        return Ending('unsupported', sentence(extraction[0].orig_msg))
+        return Ending('unsupported')
     if extraction:
         return Ending('site_changed')
     if any(is_a(link, 'PostProcessingError') for link in links):
-        return Ending('crash', sentence(text))
+        return Ending('crash')
     if is_a(links[0], 'DownloadError'):
-        return Ending('network', sentence(text))
+        return Ending('network')
     return Ending('internal')
 
 
 def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
-    """What an exception out of yt-dlp means. `in_page`: it came before there was any media."""
+    """What an exception out of yt-dlp means, in our words: its own are for the log.
+
+    `in_page`: it came before there was any media."""
     links = list(chain(error))
     for link in links:
         reason = isinstance(link, OSError) and system_reason(link, output)
@@ -2201,7 +2194,7 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
         link, 'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeout', 'SSLError',
         'HTTPException')]
     if transport:
-        return Ending('network', sentence(str(transport[-1])))
+        return Ending('network')
     return judge_words(links, text)
 
 
@@ -2570,11 +2563,16 @@ class JobFolder:
             self.save()
         return True
 
-    def finished(self, name: str) -> None:
-        """yt-dlp has all of file `name`."""
-        if name in self.parts:
-            self.parts[name]['size'] = (self.path / name).stat().st_size
-            self.save()
+    def finished(self, name: str, info: dict[str, Any]) -> None:
+        """yt-dlp has all of file `name`. Raises Ending if that is less than the site stated."""
+        part, size = self.parts.get(name), (self.path / name).stat().st_size
+        if not part:
+            return
+        stated = max(part.get('total') or 0, info.get('filesize') or 0)
+        if info.get('protocol') in ('http', 'https') and size < stated:
+            raise Ending('bad_media', 'it is not whole')
+        part['size'] = size
+        self.save()
 
     def size(self) -> tuple[int, float]:
         """Bytes in it, and the time of the last write."""
@@ -2641,47 +2639,76 @@ MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (
 ))
 
 
-def media_extension(path: Path) -> str | None:
-    """The extension that fits the file's first bytes; None if they are of no medium."""
+def magic_kinds(path: Path) -> list[str]:
+    """The extensions that fit the first bytes of a file; none if they are of no medium."""
     with path.open('rb') as file:
         start = file.read(256)
-    own = path.suffix[1:].lower()
-    kinds = next((kinds for pattern, kinds in MAGIC if pattern.match(start)), [None])
-    return own if own in kinds else kinds[0]
+    return next((kinds for pattern, kinds in MAGIC if pattern.match(start)), [])
 
 
-def whole_mp4(path: Path) -> bool:
-    """Do the boxes of an mp4 fill the file exactly, with a track of picture or sound?"""
-    size, at, tracks = path.stat().st_size, 0, None
+def media_extension(path: Path) -> str | None:
+    """The extension that fits the file's first bytes; None if they are of no medium."""
+    own, kinds = path.suffix[1:].lower(), magic_kinds(path)
+    return own if own in kinds else next(iter(kinds), None)
+
+
+MOST_BOXES = 100_000  # looked at in an mp4; one of fragments has thousands
+MP4_PARENTS = (b'moov', b'trak', b'mdia', b'minf', b'stbl')
+MP4_TRACKS = {b'vide': 'video', b'soun': 'audio'}
+
+
+def mp4_tracks(path: Path) -> set[str]:
+    """'video' and 'audio' for the tracks of an mp4 that have content, by its boxes.
+
+    ISO 14496-12, 4.2 and 8. Raises ValueError if the boxes do not fill the file: half a file."""
+    size, at, kind, samples = path.stat().st_size, 0, '', {}
     with path.open('rb') as file:
-        for _ in range(10_000):  # a file of fragments has thousands
-            file.seek(at)
-            length, kind, long = struct.unpack('>I4sQ', file.read(16).ljust(16, b'\0'))
-            if kind == b'moov':
-                tracks = re.search(rb'hdlr.{8}(?:vide|soun)', file.read(min(length, 64 << 10)), re.S)
-            at += {0: size - at, 1: long}.get(length, length)
+        for _ in range(MOST_BOXES):
             if at >= size:
                 break
-    return at == size and bool(tracks)
+            file.seek(at)
+            length, name, long = struct.unpack('>I4sQ', file.read(16).ljust(16, b'\0'))
+            start = at + 16 if length == 1 else at + 8
+            at += {0: size - at, 1: long}.get(length, length)
+            if not start <= at <= size:
+                raise ValueError(f'a box {name!r} goes beyond the end')
+            file.seek(start)
+            told = file.read(12)[8:]  # where hdlr has its type, stsz the number of samples
+            if name in MP4_PARENTS:
+                at, kind = start, '' if name == b'trak' else kind
+            elif name == b'hdlr':
+                kind = MP4_TRACKS.get(told, kind)
+            elif name in (b'stsz', b'stz2'):
+                samples[kind] = samples.get(kind) or any(told)
+            elif name == b'moof':  # the samples follow
+                samples = dict.fromkeys(samples, True)
+    if at != size:
+        raise ValueError('too many boxes')
+    return {kind for kind, some in samples.items() if kind and some}
 
 
-def plays(path: Path) -> bool:
-    """Is there picture or sound in it, by an mp4's own boxes or by ffprobe?
+def tracks(path: Path) -> set[str]:
+    """Which of 'video' and 'audio' are in a file, by an mp4's own boxes or by ffprobe.
 
-    Where there is no ffprobe, the first bytes have to do."""
+    Where there is no ffprobe, both are believed. Raises Ending for half a file, or nonsense."""
     import subprocess
 
     from yt_dlp.utils import Popen
-    if not which('ffprobe') or whole_mp4(path):
-        return True
+    if 'mp4' in magic_kinds(path):
+        try:
+            return mp4_tracks(path)
+        except ValueError:
+            raise Ending('bad_media', 'it is not whole') from None
+    if not which('ffprobe'):
+        return {'video', 'audio'}
     try:
         found, _, code = Popen.run(
             ['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_type', '-of', 'csv=p=0',
              f'file:{path}'], text=True, timeout=60,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
-        return False
-    return code == 0 and bool({'video', 'audio'} & set(found.split()))
+        return set()
+    return set(found.split()) if code == 0 else set()
 
 
 # -- one try
@@ -2818,7 +2845,10 @@ class Attempt:
     def _on_media(self, told: dict[str, Any]) -> None:
         self.stopper.go_on()  # before anything that was cut off by a stop is taken for whole
         if told['status'] == 'finished':
-            self.folder.finished(os.path.basename(told['filename']))
+            file = Path(told['filename'])
+            self.folder.finished(file.name, told.get('info_dict') or {})
+            if 'mp4' in magic_kinds(file):  # else ffmpeg would hide what is missing
+                tracks(file)
         else:
             self._write_back(told.get('tmpfilename', ''), told.get('downloaded_bytes') or 0)
         if self.meter.hear(told):
@@ -2869,7 +2899,8 @@ class Attempt:
         try:
             self.folder.open()
         except OSError as error:
-            raise Ending(system_reason(error, self.output) or 'output', str(error)) from None
+            log.warning('download %s: %s', self.job.id, error)
+            raise Ending(system_reason(error, self.output) or 'output') from None
         self.meter.enter('page')
         if not self.folder.complete(self.output):
             self.folder.results = []
@@ -2885,13 +2916,14 @@ class Attempt:
     def _download(self) -> dict[str, Any]:
         try:
             Session = import_ytdlp(self.ytdlp)
-        except Exception as error:
+        except Exception:
             log.exception('yt-dlp in %s cannot be used', self.ytdlp)
-            raise Ending('ytdlp', type(error).__name__) from None
+            raise Ending('ytdlp') from None
         try:
             session = Session(self._params(), auto_init=False)
         except (SyntaxError, ValueError) as error:  # of yt-dlp's own little languages
-            raise Ending('unsupported', sentence(str(error))) from None
+            log.warning('download %s: yt-dlp does not take its options: %s', self.job.id, error)
+            raise Ending('unsupported', 'not in the format asked for') from None
         session.attempt = self
         for site in self._sites():
             session.add_info_extractor(site)
@@ -2975,7 +3007,7 @@ class Attempt:
         if language and not path.exists():  # it was embedded
             return None
         extension = path.suffix[1:] if language else media_extension(path) if path.exists() else None
-        if not extension or not language and not plays(path):
+        if not extension or not language and not tracks(path) & {'video', 'audio'}:
             self.stopper.go_on()
             self.folder.clear()
             raise Ending('bad_media')
