@@ -2966,11 +2966,14 @@ class TestCommands(DaemonTest):
         self.assertIn('health: ', done.stdout)
         self.assertNotIn('Traceback', done.stdout)
         self.assertNotIn('permissions', done.stdout)
-        open_to_all = [daemon.database, daemon.folder / 'certs/ca.key']
+        (daemon.database.parent / 'cookies.txt').write_text('')
+        open_to_all = [daemon.database, daemon.folder / 'certs/ca.key', daemon.database.parent / 'cookies.txt']
         for file in open_to_all:
             file.chmod(0o644)
         self.assertEqual(re.findall(r'BAD +permissions: .*\n +fix: sudo chmod o= (.*)', daemon.run('doctor').stdout),
                          [str(file) for file in open_to_all])
+        self.assertRegex(daemon.run('doctor').stdout, r'BAD +cookies: \S+ has no cookies for .*\n +fix: log in')
+        self.assertIn('has no cookies for', str(daemon.client.get('/api/v1/health').json['problems']))
         daemon.terminate()
         daemon.output.rename(daemon.output.with_name('elsewhere'))
         done = daemon.run('doctor')
@@ -3545,8 +3548,8 @@ class TestPosts(DownloadTest):
         jar.chmod(0o400)
         before = jar.read_bytes()
         config = self.config(downloader={'proxy': self.site.proxy, 'cookies_file': str(jar)})
-        self.assertEqual(v.own_cookies(jar, 'https://www.instagram.com/p/x').read().count('secret'), 1)
-        self.assertNotIn('other', v.own_cookies(jar, 'https://www.instagram.com/p/x').read())
+        given = v.Cookies(config).jar('https://www.instagram.com/p/x').read()
+        self.assertEqual((given.count('secret'), given.count('other')), (1, 0))
         story = self.site.story()
         self.assert_ends(self.fetch(story), 'retry', 'login', 2)
         self.assert_done(self.fetch(story, config=config), story.media[0])
@@ -3557,6 +3560,106 @@ class TestPosts(DownloadTest):
             cookies = request.headers.get('Cookie', '')
             self.assertFalse('secret' in cookies and not request.host.endswith('instagram.com'), request)
             self.assertFalse('other' in cookies and not request.host.endswith('tiktok.com'), request)
+
+
+COOKIE_ROWS = [('.instagram.com', 'TRUE', '/', 'TRUE', '4000000000', 'sessionid', 'secret'),
+               ('instagram.com', 'TRUE', '/', 'FALSE', '-1', 'csrftoken', 'secret2'),  # no dot
+               ('.instagram.com', 'FALSE', '/', 'TRUE', '', 'mid', 'secret3')]
+ODD_ROWS = ['.instagram.com\tTRUE\t/\tTRUE\tsoon\tbad\tsecret', 'nonsense', '', '#', 'a\tb', '\t' * 6,
+            '.instagram.com\tTRUE\t/\tTRUE\t1' + '0' * 5000 + '\tbad\tsecret',
+            '.instagram.com\tTRUE\t/\tTRUE\t0\tb;d\tsecret', '.youtube.com\tTRUE\t/\tTRUE\t0\tSID\tsecret']
+
+
+def cookie_files() -> Any:
+    """The three cookies of COOKIE_ROWS as people have them, odd rows between."""
+    text = '# Netscape HTTP Cookie File\n' + '\n'.join(['\t'.join(row) for row in COOKIE_ROWS] + ODD_ROWS)
+    yield 'as it should be', text.encode()
+    yield 'CRLF, BOM', b'\xef\xbb\xbf' + text.replace('\n', '\r\n').encode()
+    yield 'UTF-16', text.encode('utf-16')
+    yield 'UTF-16 without BOM', text.encode('utf-16-be')
+    yield 'HttpOnly', text.replace('\n.instagram', '\n#HttpOnly_.instagram').encode()
+    yield 'Latin-1 beside', b'# K\xfcche\n' + text.encode()
+    yield 'blanks for tabs', '\n'.join('   '.join(field or '0' for field in row) for row in COOKIE_ROWS).encode()
+    items = [{'domain': row[0], 'path': row[2], 'secure': row[3] == 'TRUE', 'name': row[5], 'value': row[6],
+              'expirationDate': float(row[4] or 0)} for row in COOKIE_ROWS]
+    yield 'JSON', json.dumps([*items, {}, 5, {'domain': 1, 'name': None}]).encode()
+    yield 'JSON in an object', b'\xef\xbb\xbf' + json.dumps({'url': 'x', 'cookies': items}).encode()
+    yield 'JSON of Cookie Quick Manager', json.dumps([
+        {'Host raw': f'https://{row[0]}/', 'Path raw': row[2], 'Send for raw': 'true', 'Name raw': row[5],
+         'Content raw': row[6], 'Expires raw': row[4]} for row in COOKIE_ROWS]).encode()
+
+
+class TestCookies(unittest.TestCase):
+    """cookies.txt as people have it; what is said of it; nothing of its values is ever said."""
+
+    def setUp(self):
+        self.folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.file = self.folder / 'mine.txt'
+        self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADER_COOKIES_FILE': str(self.file),
+                                           'VIDEOSERVER_DATABASE_PATH': str(self.folder / 'd.db')})
+        self.cookies = v.Cookies(self.config)
+        vendored()
+        v.import_ytdlp(v.Vendor(HERE / 'vendor').current())
+
+    def loaded(self, cookies):
+        """What yt-dlp makes of it."""
+        from yt_dlp.cookies import YoutubeDLCookieJar
+        jar = YoutubeDLCookieJar(cookies.jar('https://www.instagram.com/p/x'))
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            jar.load()
+        self.assertEqual(said.getvalue(), '')
+        return sorted((one.name, one.value, one.domain.lstrip('.'), one.expires) for one in jar)
+
+    def test_every_usual_form_is_read_and_odd_rows_are_left_out(self):
+        wanted = [('csrftoken', 'secret2', 'instagram.com', None), ('mid', 'secret3', 'instagram.com', None),
+                  ('sessionid', 'secret', 'instagram.com', 4000000000)]
+        for form, data in cookie_files():
+            with self.subTest(form):
+                self.file.write_bytes(data)
+                self.assertEqual(self.loaded(self.cookies), wanted)
+                self.assertEqual(self.cookies.report(time.time()),
+                                 [(True, '3 cookies for instagram.com, valid till 2 October 2096')])
+
+    def test_what_is_wrong_with_the_file_is_said(self):
+        row = '.instagram.com\tTRUE\t/\tTRUE\t{}\t{}\tsecret\n'
+        other = row.replace('instagram', 'youtube')
+        for text, said in ((None, 'cannot be read .No such file'), ('', 'has no cookies for tiktok.com, inst'),
+                           (other.format(0, 'SID'), 'has no cookies for'), ('{"a": 1', 'has no cookies for'),
+                           (row.format(99, 'sessionid'), 'expired on . January 1970'),
+                           (row.format(4000000000, 'mid'), 'no login .sessionid.')):
+            if text is not None:
+                self.file.write_text(text)
+            (fine, told), = self.cookies.report(time.time())
+            self.assertFalse(fine)
+            self.assertRegex(told, f'{said}.* Fix: ')
+            self.assertNotIn('secret', told)
+
+    def test_a_login_that_is_refused_rests_until_the_file_changes(self):
+        self.file.write_text('\n'.join('\t'.join(row) for row in COOKIE_ROWS) + '\n.tiktok.com\tTRUE\t/\tTRUE\t0\t'
+                             'sessionid\tsecret')
+        self.cookies.refuse('https://www.instagram.com/p/x')
+        again = v.Cookies(self.config)
+        self.assertIsNone(again.jar('https://www.instagram.com/p/x'))
+        self.assertIsNotNone(again.jar('https://www.tiktok.com/@a/video/1'))
+        self.assertRegex(again.report(time.time())[0][1], 'instagram.com no longer takes the login')
+        self.file.write_text(self.file.read_text() + '\n')
+        self.assertEqual(len(self.loaded(v.Cookies(self.config))), 3)
+        self.assertEqual([fine for fine, _ in again.report(time.time())], [True, True])
+
+    def test_the_page_may_keep_them_where_no_file_is_configured(self):
+        with self.assertRaises(v.Refused):
+            self.cookies.save(b'')
+        config = v.load_config(None, {'VIDEOSERVER_DATABASE_PATH': str(self.folder / 'd.db')})
+        kept = v.Cookies(config)
+        self.assertEqual(kept.report(time.time()), [])
+        with self.assertRaises(v.Refused):
+            kept.save(b'rubbish')
+        for _, data in cookie_files():
+            kept.save(data)
+            self.assertEqual([len(kept.read()['instagram.com']), *kept.read()], [3, 'instagram.com'])
+            self.assertEqual(stat.S_IMODE(kept.file.stat().st_mode), 0o600)
+        kept.remove()
+        self.assertIsNone(kept.jar('https://www.instagram.com/p/x'))
 
 
 class TestFormats(DownloadTest):

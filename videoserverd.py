@@ -2733,19 +2733,175 @@ FORCED = {
     'outtmpl': {'default': '%(playlist_index|0)s-%(id).60B.%(ext)s'}}
 
 
-def own_cookies(file: Path | None, url: str) -> io.StringIO | None:
-    """Of the owner's cookies.txt what belongs to the site of `url`, as a copy: yt-dlp writes into it."""
-    if not file:
+# -- the owner's cookies
+
+COOKIE_LIMIT = 1 << 20  # bytes that are read of a file of cookies; a whole browser's are fewer
+LOGIN_COOKIE = 'sessionid'  # by which TikTok and Instagram know who is logged in
+EXPORT = 'Fix: log in with a browser and export its cookies again.'
+
+
+@named_tuple
+class Cookie:
+    """A row of cookies.txt; a domain with a leading dot means its subdomains too."""
+    domain: str
+    path: str
+    secure: bool
+    expires: int  # epoch seconds; 0: with the browser's session
+    name: str
+    value: str
+
+
+def make_cookie(domain: Any, path: Any, secure: Any, expires: Any, name: Any,
+                value: Any) -> Cookie | None:
+    """A cookie of what stands in a file; None if yt-dlp or a site could not take it."""
+    domain = re.sub('^https?://|/$', '', str(domain or '').lower())
+    when = re.fullmatch(r'(-?\d{1,16})(\.\d{1,9})?', str(expires or 0), re.A)
+    fine = (re.fullmatch(r'\.?[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63}){1,9}', domain) and when
+            and re.fullmatch(r'[!-:<-~]{1,256}', str(name))
+            and re.fullmatch(r'[ -:<-~]{0,8192}', str(value)))
+    if not fine:
         return None
-    try:
-        lines = file.read_text(encoding='utf-8', errors='replace').splitlines()
-    except OSError as error:
-        log.warning('cookies_file cannot be read: %s', error)
-        return None
-    site = '.'.join((urlsplit(url).hostname or '').split('.')[-2:])
-    rows = [re.sub('^#HttpOnly_', '', line) for line in lines]
-    kept = [row for row in rows if row.count('\t') == 6 and is_under(row.partition('\t')[0].lstrip('.'), (site,))]
-    return io.StringIO('\n'.join(['# Netscape HTTP Cookie File', *kept, '']))
+    expires = max(0, int(when[1]))
+    if expires > 10 ** 11:
+        expires //= 1000  # milliseconds
+    path = re.fullmatch('/[!-~]{0,1024}', str(path)) and path or '/'
+    secure = str(secure).lower() in ('true', '1')
+    return Cookie(domain, path, secure, expires, str(name), str(value))
+
+
+def parse_cookies(data: bytes) -> list[Cookie]:
+    """The cookies of a file as people have it: Netscape's cookies.txt (with tabs or blanks, BOM,
+    CRLF, UTF-16, #HttpOnly_) or a browser extension's JSON. What makes no sense is left out."""
+    # Without its NULs, UTF-16 of plain characters is plain text.
+    text = data.decode('utf-8-sig', 'replace').replace('\0', '').lstrip('\ufffd')
+    found, rows = None, []
+    with suppress(ValueError, RecursionError):
+        found = json.loads(text)
+    if isinstance(found, dict):
+        found = found.get('cookies')
+    for item in found if isinstance(found, list) else ():
+        if isinstance(item, dict):
+            item = {name.lower().partition(' raw')[0]: told for name, told in item.items()}
+            rows.append((item.get('domain') or item.get('host'), item.get('path'),
+                         item.get('secure'), item.get('expirationdate', item.get('expires')),
+                         item.get('name'), item.get('value', item.get('content'))))
+    for line in text.splitlines() if found is None else ():
+        line = re.sub('^#HttpOnly_', '', line.strip(' '))
+        fields = line.split('\t') if '\t' in line else line.split(None, 6)
+        if len(fields) in (6, 7) and line[0] != '#':  # an empty value may have lost its tab
+            domain, deep, path, secure, expires, name, value = (*fields, '')[:7]
+            if deep.upper() == 'TRUE' and domain[0] != '.':
+                domain = '.' + domain
+            rows.append((domain, path, secure, expires, name, value))
+    return [cookie for cookie in (make_cookie(*row) for row in rows) if cookie]
+
+
+def cookies_txt(cookies: Iterable[Cookie]) -> str:
+    """The same as yt-dlp reads it."""
+    lines = ['# Netscape HTTP Cookie File']
+    for one in cookies:
+        deep, secure = (str(fact).upper() for fact in (one.domain[0] == '.', one.secure))
+        lines.append('\t'.join((one.domain, deep, one.path, secure, str(one.expires), one.name,
+                                one.value)))
+    return '\n'.join([*lines, ''])
+
+
+class Cookies:
+    """The owner's cookies: cookies_file or, where that is empty, what the page has stored beside
+    the database. No value ever gets into a log or a message."""
+
+    def __init__(self, config: Config):
+        folder = config.database.path.parent
+        self.configured = bool(config.downloader.cookies_file)
+        self.file = config.downloader.cookies_file or folder / 'cookies.txt'
+        self.domains = config.security.allowed_domains
+        self._refused = folder / 'cookies.refused'  # JSON: site → what the file was like then
+
+    def read(self, data: bytes | None = None) -> dict[str, list[Cookie]]:
+        """The cookies for sites that are allowed, by site; `data`: in this, not in the file.
+        Raises OSError."""
+        if data is None:
+            with open(self.file, 'rb') as file:
+                data = file.read(COOKIE_LIMIT)
+        found: dict[str, list[Cookie]] = {}
+        for one in parse_cookies(data):
+            domain = one.domain.lstrip('.')
+            if self.domains == ('*',) or is_under(domain, self.domains):
+                found.setdefault('.'.join(domain.split('.')[-2:]), []).append(one)
+        return found
+
+    def jar(self, url: str) -> io.StringIO | None:
+        """What belongs to the site of `url`, for yt-dlp to read and write; None if there is
+        nothing, or the site no longer takes it."""
+        site = '.'.join(host_of(url).split('.')[-2:])
+        try:
+            cookies = self.read().get(site)
+        except OSError as error:
+            if self.configured:
+                log.warning('cookies_file cannot be read: %s', error.strerror)
+            return None
+        if not cookies or site in self.refused():
+            return None
+        return io.StringIO(cookies_txt(cookies))
+
+    def refused(self) -> list[str]:
+        """The sites that have refused the login of this very file."""
+        with suppress(OSError, ValueError, AttributeError):
+            told = json.loads(self._refused.read_text(encoding='utf-8'))
+            return [site for site, stamp in told.items() if stamp == self._stamp()]
+        return []
+
+    def refuse(self, url: str) -> None:
+        """The site of `url` no longer takes this login: not used until the file changes."""
+        site = '.'.join(host_of(url).split('.')[-2:])
+        with suppress(OSError):
+            told = {**dict.fromkeys(self.refused(), self._stamp()), site: self._stamp()}
+            write_whole(self._refused, json.dumps(told))
+
+    def _stamp(self) -> list[int]:
+        known = os.stat(self.file)
+        return [known.st_mtime_ns, known.st_size]
+
+    def report(self, now: float) -> list[tuple[bool, str]]:
+        """A sentence for each site, and whether all is well with it; none if there is no file."""
+        try:
+            found = self.read()
+        except OSError as error:
+            if not self.configured:
+                return []
+            return [(False, f'{self.file} cannot be read ({error.strerror}). Fix: put it where '
+                            'the server may read it; a service may not look into home folders')]
+        if not found:
+            return [(False, f'{self.file} has no cookies for {", ".join(self.domains)}. {EXPORT}')]
+        return [self._judge(site, cookies, now) for site, cookies in sorted(found.items())]
+
+    def _judge(self, site: str, cookies: list[Cookie], now: float) -> tuple[bool, str]:
+        login = [one for one in cookies if one.name == LOGIN_COOKIE]
+        end = max(one.expires for one in login or cookies)
+        what = f'{len(cookies)} cookies for {site}'
+        date = time.localtime(end)
+        day = f'{date.tm_mday} {time.strftime("%B %Y", date)}'
+        if site in self.refused():
+            return False, f'{site} no longer takes the login in {self.file}. {EXPORT}'
+        if 0 < end < now:
+            return False, f'{what}, expired on {day}. {EXPORT}'
+        if site in SITES and not login:
+            return False, f'{what}, but no login ({LOGIN_COOKIE}). {EXPORT}'
+        return True, f'{what}, valid till {day}' if end else what
+
+    def save(self, data: bytes) -> None:
+        """Keep what the page was given, only for sites that are allowed. Raises Refused, OSError."""
+        if self.configured:
+            raise Refused('cookies_file', f'The cookies are in {self.file}, as config.ini says.')
+        found = self.read(data)
+        if not found:
+            raise Refused('bad_cookies', f'No cookies for {", ".join(self.domains)} in this file.')
+        write_whole(self.file, cookies_txt(itertools.chain(*found.values())))
+
+    def remove(self) -> None:
+        """Forget what the page was given. Raises OSError."""
+        if not self.configured:
+            self.file.unlink(missing_ok=True)
 
 
 class Attempt:
@@ -2982,7 +3138,7 @@ class Attempt:
                 'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
                 'ratelimit': min(rates, default=None), 'retry_sleep_functions': pause,
                 'proxy': own.proxy or None,
-                'cookiefile': own_cookies(own.cookies_file, self.job.url),
+                'cookiefile': Cookies(self.config).jar(self.job.url),
                 'logger': SimpleNamespace(debug=chat, info=chat, warning=chat, error=chat),
                 'match_filter': self.choose, 'progress_hooks': [self._on_media],
                 'postprocessor_hooks': [self._on_step]}
@@ -7492,6 +7648,8 @@ class Health:
                          f'Fix: `{program(self.config)} cert`')
         if failing:
             found.append(f'Copies to the bucket fail: {failing}')
+        cookies = Cookies(self.config).report(time.time())
+        found += [f'Cookies: {told}' for fine, told in cookies if not fine]
         return [message for message in found if message]
 
     def report(self) -> dict[str, Any]:
@@ -7982,8 +8140,9 @@ def check_database(config: Config) -> Iterator[Finding]:
     yield finding(os.access(path, os.W_OK), 'database: writable by this user',
                   f'database: {path} is not writable by this user',
                   f'sudo chown {user_name()} {path}')
-    keys = [file for name, file in certificate_files(config).items() if name.endswith('.key')]
-    for file in (path, *keys):  # a group may be let in on purpose, as Debian's ssl-cert is
+    files = certificate_files(config).items()
+    keys = [file for name, file in files if name.endswith('.key')]
+    for file in (path, *keys, Cookies(config).file):  # a group may be let in on purpose
         with suppress(OSError):  # it is not there, or where this user may not look
             if file.stat().st_mode & 0o007:
                 yield (f'permissions: everybody on this machine may use {file}',
@@ -8046,11 +8205,9 @@ def check_downloads(config: Config) -> Iterator[Finding]:
                   'ffmpeg is missing: the best video cannot be merged with its sound',
                   'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
     yield from check_ytdlp(config)
-    if config.downloader.cookies_file:
-        yield finding(os.access(config.downloader.cookies_file, os.R_OK),
-                      f'cookies: {config.downloader.cookies_file}',
-                      f'cookies: {config.downloader.cookies_file} cannot be read',
-                      'export cookies.txt from your browser again')
+    for fine, told in Cookies(config).report(time.time()):
+        fault, _, remedy = told.partition(' Fix: ')
+        yield finding(fine, f'cookies: {told}', f'cookies: {fault}', remedy)
 
 
 def check_port(config: Config) -> Iterator[Finding]:
