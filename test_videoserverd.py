@@ -2269,6 +2269,149 @@ class TestSubmission(unittest.TestCase):
         json.dumps(item).encode('utf-8')
 
 
+OWN = 0  # what these see is the owner's, the system's or ours
+LARGEST = {  # the longest text that each pattern may see, by the name or the function that has it
+    OWN: 'only_python end_leftovers host_addresses machine_names mobileconfig operation_of setup_page setup_facts '
+         'BOOT_ID bucket_address COMPRESSIBLE queued_message file_setting delays domains http_url proxy_url url_prefix '
+         'HOST_NAME',
+    63: 'IGNORED', 128: 'UNSAFE whole escape_like', 255: 'forget_files content_disposition file_name',
+    300: 'SELECTORS GROUP format_spec', 1000: 'HOSTILE token', 2000: 'PATTERNS judge runs_here version_key',
+    4096: 'parse_size OPTION_ROWS upto rate version_in Vendor MAGIC',
+    8192: 'canonical_host LABEL WEB_LINK AUTHORITY split_url site_of',
+    16 << 10: 'B_PATH UUID_PATTERN REQUEST_LINE FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END body_length '
+              'check_signature compress_reply parse_range parse_submission',
+    64 << 10: 'JobFolder unpack Reach local_only own_cookies xml_texts',
+    1 << 20: 'LINK',
+}
+ASSIGNED = (ast.Assign, ast.AnnAssign)
+
+
+def with_pattern(tree: ast.Module) -> List[Tuple[str, str, Any]]:
+    """(name, method, pattern) of every use of the module re in the program; a name is a constant's or a function's."""
+    found, wrappers = [], {}
+    for node in tree.body:
+        name = getattr(node, 'name', None) or ast.unparse(getattr(node, 'targets', [node])[0])
+        inside = list(ast.walk(node))
+        calls = [call for call in inside if isinstance(call, ast.Call) and call.args]
+        if isinstance(node, ASSIGNED) and any(ast.unparse(call.func) == 're.compile' for call in calls):
+            used = {use.attr for use in ast.walk(tree) if isinstance(use, ast.Attribute) and
+                    ast.unparse(use.value) == name} & set(dir(re.compile('')))
+            rows = getattr(v, name) if isinstance(getattr(v, name), tuple) else [[getattr(v, name)]]
+            found += [(name, method, value) for row in rows for value in row if isinstance(value, re.Pattern)
+                      for method in used - {'pattern'} or {'search'}]
+            continue
+        for call in calls:
+            function = ast.unparse(call.func)
+            mine = function.startswith('re.') and function[3:].isidentifier() and function != 're.escape'
+            if mine and ast.unparse(call.args[0]) == 'pattern':
+                wrappers[name] = (function[3:], [arg.arg for arg in node.args.args].index('pattern'))
+            elif mine or function in wrappers:
+                flags = [ast.unparse(part) for part in [*call.args[1:], *(word.value for word in call.keywords)]
+                         if ast.unparse(part).startswith('re.')]
+                words = {**vars(v), 'tag': 'Key', 'name': 'a', 'fact': '', 'folder': 'a', 'url': urlsplit('http://a')}
+                method, place = wrappers.get(function, (function[3:], 0))
+                found.append((name, method, re.compile(eval(ast.unparse(call.args[place]), words),
+                                                       eval(' | '.join(flags) or '0', words))))
+    return found
+
+
+def pumps(pattern: 're.Pattern[Any]') -> List[str]:
+    """Texts that bring out what a pattern repeats: its letters, pairs of them, and what its parts match."""
+    letters, found, dice = set(), set(), random.Random(1)
+
+    def example(parsed):
+        text = ''
+        for op, value in parsed:
+            op = str(op)
+            if op in ('LITERAL', 'IN', 'NOT_LITERAL', 'ANY', 'RANGE', 'CATEGORY'):
+                options = value if op == 'IN' else [(op, value)]
+                kind, value = dice.choice([option for option in options if str(option[0]) != 'NEGATE'] or [('ANY', 0)])
+                letter = {'CATEGORY_SPACE': ' ', 'CATEGORY_DIGIT': '1', 'CATEGORY_WORD': 'a'}.get(str(value), 'x')
+                if str(kind) in ('LITERAL', 'RANGE'):
+                    letter = chr(value if str(kind) == 'LITERAL' else value[0])
+                letters.add(letter)
+                text += letter
+            elif op == 'BRANCH':
+                text += example(dice.choice(value[1]))
+            elif op in ('MAX_REPEAT', 'MIN_REPEAT'):
+                found.add(example(value[2]))
+                text += ''.join(example(value[2]) for _ in range(max(value[0], dice.randrange(min(value[1], 2) + 1))))
+            elif op == 'SUBPATTERN':
+                text += example(value[-1])
+        return text
+
+    parser = getattr(re, "_parser", None) or importlib.import_module("sre_parse")  # its name since 3.11, and before
+    parsed = parser.parse(pattern.pattern, pattern.flags)
+    for cut in range(len(parsed)):
+        found |= {example(parsed[cut:]), example(parsed[:cut])}
+    for _ in range(12):
+        found.add(example(parsed))
+    some = sorted(letters)[:9]
+    return sorted(found - {''} | {a + b for a in ['', *some] for b in some})
+
+
+def seconds_of(pattern: 're.Pattern[Any]', method: str, text: Any, limit: float) -> float:
+    """How long the pattern looks at the text; stops at the limit."""
+    def late(*_):
+        raise TimeoutError
+    old = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, limit)
+    began = time.perf_counter()
+    try:
+        if method in ('match', 'fullmatch', 'search'):
+            getattr(pattern, method)(text)
+        else:
+            collections.deque(pattern.finditer(text), 0)
+        return time.perf_counter() - began
+    except TimeoutError:
+        return limit
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+def times_of_reading(pattern: 're.Pattern[Any]', method: str, pump: str, size: int) -> float:
+    """How long the pattern takes for a text of this size, as a multiple of reading it once in plain Python."""
+    line, worst = 'x' * size, 0.0
+    began = time.perf_counter()
+    sum(letter == 'y' for letter in line)
+    once = time.perf_counter() - began + 1e-4
+    for begin, end in (('', '\0'), ('x', '!\n')):
+        text = begin + pump * ((size - 3) // len(pump)) + end
+        if isinstance(pattern.pattern, bytes):
+            text = text.encode('latin-1', 'replace')
+        worst = max(worst, min(seconds_of(pattern, method, text, 200 * once) for _ in range(2)) / once)
+    return worst
+
+
+def slowest(pattern: 're.Pattern[Any]', method: str, size: int) -> Tuple[float, str]:
+    """The worst text of this size: times_of_reading, and what it repeats."""
+    def rank(some, size):
+        return sorted(((times_of_reading(pattern, method, pump, size), pump) for pump in some), reverse=True)
+    return rank([pump for _, pump in rank(pumps(pattern), min(size, 8192))[:4]], size)[0]
+
+
+class TestPatterns(unittest.TestCase):
+    """No text from outside, however long it may be, makes a pattern take more than linear time."""
+
+    def test_every_pattern_is_linear_or_bounded(self):
+        limits = {name: size for size, names in LARGEST.items() for name in names.split()}
+        found = with_pattern(ast.parse(Path(v.__file__).read_text(encoding='utf-8')))
+        self.assertEqual({name for name, _, _ in found} - set(limits), set(), 'add these to LARGEST, with their size')
+        for name, method, pattern in found:
+            if limits[name]:
+                with self.subTest(name=name, pattern=pattern.pattern[:60]):
+                    self.assertLess(slowest(pattern, method, limits[name]), (30, ''))
+
+    def test_the_test_itself_sees_what_is_slow(self):
+        double = r'(?:\[ ?\w+ ?(?:=|<=) ?\?? ?\w+ ?\])+'
+        for text, method, size in ((double, 'fullmatch', 300), ('(a+)+b', 'search', 100),
+                                   (r'<meta .*?x', 'search', 16384), (r'^\s+|\s+$', 'sub', 16384),
+                                   (r'\s*;', 'search', 16384)):
+            with self.subTest(pattern=text):
+                self.assertGreater(slowest(re.compile(text, re.S), method, size), (30, ''))
+
+
 # Each option of OPTIONS at least once; what follows it is given to yt-dlp's own parser too.
 SAME_AS_YTDLP = [
     ['-f', 'bv*+ba/b'], ['-fmp4'], ['--format=bv*[height<=720][vcodec^=avc1]+ba/b[ext=mp4]'],
@@ -2327,6 +2470,39 @@ def ytdlp_says() -> Dict[str, Any]:
                           capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
+
+
+USE_YTDLP = '''
+import json, sys, time
+sys.path.insert(0, sys.argv[1])
+import yt_dlp
+from yt_dlp.utils import FormatSorter, PlaylistEntries, orderedSet_from_options
+given = json.load(sys.stdin)
+ydl = yt_dlp.YoutubeDL({'quiet': True}, auto_init=False)
+FormatSorter(ydl, [])
+kept = sorted(FormatSorter.settings)
+formats = [{'format_id': str(n), 'url': 'http://a', 'height': n, 'vcodec': 'h264', 'acodec': 'aac', 'ext': 'mp4',
+            'filesize': n, 'tbr': 1.5} for n in range(9)]
+worst = []
+def timed(what, work):
+    began = time.perf_counter()
+    work()
+    worst.append((time.perf_counter() - began, str(what)[:80]))
+for fields in given['sort']:
+    ydl.params['format_sort'] = fields
+    timed(fields, lambda: sorted(formats, key=FormatSorter(ydl, []).calculate_preference))
+strings = [name for name, row in FormatSorter.settings.items() if row.get('convert') == 'string']
+for items in given['items']:
+    ydl.params['playlist_items'] = items
+    timed(items, lambda: list(PlaylistEntries(ydl, {'id': 'x', 'entries': [{'id': str(n)} for n in range(5)]})
+                              .get_requested_items()))
+for langs in given['langs']:
+    timed(langs, lambda: orderedSet_from_options(langs, {'all': ['en', 'de']}, use_regex=True))
+for text in given['formats']:
+    timed(text, lambda: list(ydl.build_format_selector(text)({
+        'formats': formats, 'has_merged_format': False, 'incomplete_formats': False})))
+print(json.dumps({'worst': max(worst), 'same': kept == sorted(FormatSorter.settings) and strings == ['id']}))
+'''
 
 
 class TestOptions(unittest.TestCase):
@@ -2411,6 +2587,33 @@ class TestOptions(unittest.TestCase):
                       b'-x'):
             with self.subTest(value=str(value)[:20]):
                 self.assertEqual(refusal(v.parse_options, value), 'bad_field')
+
+    def test_what_is_accepted_does_no_harm_inside_ytdlp(self):
+        """No option takes long, and none stays in the process for the next download."""
+        names = 'hasvid lang quality source proto hdr id res height fps br size fs_approx codec ext vext acodec other'
+        fields = [plus + field + limit for plus in ('', '+') for field in names.split()
+                  for limit in ('', ':1', '~9', ':999999999', ':x', ':mp4', ':1k')]
+        numbers, steps = ('', '1', '-1', '+9999', '-9999', '9999'), ('', ':1', ':-1', ':9999', ':-9999')
+        items = [f'{start}{end}{step}' for start in numbers for step in steps
+                 for end in ('', *(f':{number}' for number in numbers), ':inf', '-infinite')]
+        given = {'sort': [[field] for field in fields], 'items': [*items, ','.join(['-9999:9999:-1'] * 30)],
+                 'langs': [['all'], ['-all', 'en'], ['en-US'] * 30],
+                 'formats': ['+'.join(['bv*[height>1]'] * 17), '/'.join(['(b/w)+ba'] * 30), '((((b+ba)+ba)+ba)+ba)+ba',
+                             '[a= b]' * 45 + '!', 'b' * 300]}
+        for name, option in (('sort', '-S'), ('items', '-I'), ('langs', '--sub-langs'), ('formats', '-f')):
+            kept = []
+            for value in given[name]:
+                with contextlib.suppress(v.Refused):
+                    found = dict(v.parse_options([option, ','.join(value) if isinstance(value, list) else value]))
+                    kept += [list(value) if isinstance(value, tuple) else value for value in found.values()]
+            given[name] = kept
+        self.assertGreater(min(map(len, given.values())), 2)
+        done = subprocess.run([sys.executable, '-I', '-c', USE_YTDLP, str(ytdlp_folder())], input=json.dumps(given),
+                              capture_output=True, text=True, timeout=60)
+        self.assertEqual(done.returncode, 0, done.stderr)
+        said = json.loads(done.stdout)
+        self.assertTrue(said['same'], 'FormatSorter.settings is as before')
+        self.assertLess(said['worst'][0], fair(1), said)
 
     def test_each_download_gets_params_of_its_own(self):
         options = v.parse_options('-S res -x --sub-langs en --user-agent a')

@@ -96,8 +96,8 @@ SIZE_UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
 
 def parse_size(text: str) -> int:
     """Bytes of '10MB', '1.5M', '500k' or '4096'; powers of 1024. Raises ValueError."""
-    pattern = r'(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?'
-    match = re.fullmatch(pattern, text.strip(), re.I | re.A)
+    match = re.fullmatch(r'(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?', text.strip(),
+                         re.I | re.A)
     if not match:
         raise ValueError('a size such as 500MB, 1.5G or 4096')
     return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
@@ -837,8 +837,8 @@ def rate(text: str) -> int:
 
 
 NUMBER = r'\d+(?:\.\d+)?(?:[kKmMgG]i?[Bb]?)?'
-FILTER = (rf'\[ ?[\w.-]+ ?(?:[<>]=? ?\?? ?{NUMBER}'
-          r"""|(?:!?=|!?[*^$]=) ?\?? ?(?:[\w.-]+|"[^"\\\n]+"|'[^'\\\n]+')) ?\]""")
+FILTER = (rf'\[ ?[\w.-]+ ?(?:[<>]=? ?(?:\? ?)?{NUMBER}'  # a space must match in one way only
+          r"""|(?:!?=|!?[*^$]=) ?(?:\? ?)?(?:[\w.-]+|"[^"\\\n]+"|'[^'\\\n]+')) ?\]""")
 SELECTOR = rf'(?:(?:~|[\w.*-]+)(?:{FILTER})*|(?:{FILTER})+)'  # ~ stands for a group
 SELECTORS = re.compile(rf' ?{SELECTOR}(?: ?[+/] ?{SELECTOR})* ?', re.A)
 GROUP = re.compile(rf'\({SELECTORS.pattern}\)', re.A)
@@ -857,7 +857,12 @@ def format_spec(text: str) -> str:
     return text
 
 
-SORT_FIELD = r'(?a:\+?\w{1,30}(?:[~:][\w.+-]{1,30}){0,5})'
+# Fields of yt-dlp's FormatSorter. It keeps what it does not know, or a limit that is no number,
+# for all later downloads of the process.
+SORT_FIELD = (r'(?a:\+?(?:(?:hasvid|hasaud|lang|quality|source|proto|hdr|id)'
+              r'|(?:res|height|width|fps|channels|br|tbr|vbr|abr|asr)(?:[~:]\d{1,9})?'
+              r'|(?:size|filesize|fs_approx)(?:[~:]\d{1,9}[KMGkmg]?)?'
+              r'|(?:codec|vcodec|acodec|ext|vext|aext)(?:[~:][\w.-]{1,30}){0,2}))')
 CONTAINERS = '(?:avi|flv|mkv|mov|mp4|webm)(?:/(?:avi|flv|mkv|mov|mp4|webm)){0,5}'
 LANGUAGE = '-?[A-Za-z0-9]{1,12}(?:[_-][A-Za-z0-9]{1,12}){0,4}'  # yt-dlp takes it for a regex
 AUDIO = ('best', 'aac', 'alac', 'flac', 'm4a', 'mp3', 'opus', 'vorbis', 'wav')
@@ -865,7 +870,7 @@ ITEM = (r'(?a:(?=[^,])(?:[+-]?\d{1,4})?'
         r'(?:[:-](?:[+-]?\d{1,4}|inf(?:inite)?)?(?::[+-]?[1-9]\d{0,3})?)?)')
 OPTION_ROWS = (  # spellings, yt-dlp's name of the parameter, the flag's value or the value's parser
     ('-f --format', 'format', format_spec),
-    ('-S --format-sort', 'format_sort', listing(SORT_FIELD, 'fields such as res:720,ext')),
+    ('-S --format-sort', 'format_sort', listing(SORT_FIELD, 'known fields such as res:720,ext')),
     ('--merge-output-format', 'merge_output_format', matching(CONTAINERS, 'mp4, mkv or webm')),
     ('--prefer-free-formats', 'prefer_free_formats', True),
     ('--no-prefer-free-formats', 'prefer_free_formats', False),
@@ -2182,7 +2187,7 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
         if reason:
             return Ending(reason)
     said = [str(getattr(link, 'orig_msg', link)) for link in links if is_a(link, 'YoutubeDLError')]
-    text = ' '.join(said) or str(error)
+    text = (' '.join(said) or str(error))[:2000]  # a site's words may be of any length
     told = re.search(r'HTTP Error (\d{3})', text)
     status = next((link.status for link in links if is_a(link, 'HTTPError')), told and int(told[1]))
     if in_page and status in STATUSES:
@@ -3204,13 +3209,15 @@ class BrokenRelease(Trouble):
 
 def version_key(version: str) -> tuple[int, ...]:
     """Orders versions; '2026.8.29' equals '2026.08.29'. () for what is no final release."""
-    return tuple(map(int, version.split('.'))) if re.fullmatch(r'\d+(\.\d+)*', version, re.A) else ()
+    if len(version) > 99 or not re.fullmatch(r'\d+(\.\d+)*', version, re.A):
+        return ()
+    return tuple(map(int, version.split('.')))
 
 
 def runs_here(requires: str, python: tuple[int, ...] = sys.version_info[:3]) -> bool:
     """Is this Python within the bounds of a Requires-Python such as '>=3.9,<4'? Whatever else stands there is left to
     trying the release out; yt-dlp has never had more than a lower bound."""
-    bounds = re.findall(r'(>=|<)\s*(\d+(?:\.\d+)*)', requires, re.A)
+    bounds = re.findall(r'(>=|<)\s*(\d+(?:\.\d+)*)', requires[:200], re.A)
     return all((python >= version_key(version)) == (sign == '>=') for sign, version in bounds)
 
 
@@ -5011,7 +5018,15 @@ def request_host(fields: dict[str, list[str]]) -> str:
     return match[1].strip('[]').lower().rstrip('.')
 
 
-STRICT_JSON = json.JSONDecoder(parse_constant=int)  # NaN and Infinity are no JSON: ValueError
+def json_integer(digits: str) -> int:
+    """A number in JSON. Raises ValueError: older versions of Python convert any length, slowly."""
+    if len(digits) > 4300:
+        raise ValueError('too long')
+    return int(digits)
+
+
+STRICT_JSON = json.JSONDecoder(parse_int=json_integer,
+                               parse_constant=int)  # NaN and Infinity are no JSON: ValueError
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 
 
