@@ -3020,7 +3020,8 @@ class TestWhoIsAnswered(DaemonTest):
             self.assertIn(client.get(path).status, (401, 418), path)
         self.assertEqual(client.post('/api/v1/download', {'url': tiktok_link(1)}).status, 401)
         self.assertEqual(client.get('/listDownloads').json['errorCode'], 'key_wanted')
-        self.assertEqual(set(client.get('/api/v1/health').json), {'status', 'version', 'uptime', 'queue_size'})
+        self.assertEqual(set(client.get('/api/v1/health').json),
+                         {'status', 'version', 'uptime', 'queue_size', 'message'})
         for path in ('/', '/setup', '/ca.crt', '/ca.mobileconfig', '/page.css', '/page.js'):
             self.assertEqual(client.get(path).status, 200, path)
         for key in ('first-key', 'zweiter-schlüssel'.encode().decode('latin-1')):
