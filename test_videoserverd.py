@@ -8503,6 +8503,14 @@ class OpenBucket(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
+class OtherSite(OpenBucket):
+    """A page of another site, which may do all that a browser lets it."""
+
+    def do_GET(self) -> None:
+        """An empty page."""
+        self.wfile.write(b'HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<body>')
+
+
 @unittest.skipUnless(CHROMIUM and shutil.which('chromedriver'), 'chromium and chromedriver are not installed')
 class TestPage(DaemonTest):
     """Every action of the page against the real daemon; nothing on the console, nothing asked of other hosts."""
@@ -8889,6 +8897,194 @@ class TestPage(DaemonTest):
         for words in (v.ca_fingerprint(self.daemon.config), 'Certificate Trust Settings', 'VPN & Device Management',
                       'Show in Share Sheet', 'Get Contents of URL', 'keep', 'Remove Profile'):
             self.assertIn(words, text)
+
+
+class TestShare(DaemonTest):
+    """The Shortcut of two actions: one sentence as text/plain, always, and only once the link is stored."""
+    settings = {'downloads': {'min_free_space': '9000GB'}}
+    env = {'VIDEOSERVER_API_KEYS': 'erster-schlüssel,second'}
+
+    def address(self, name: str, key: str = 'erster-schlüssel') -> str:
+        return f'/share/{quote(name, safe="")}.{v.sign_name(key, unicodedata.normalize("NFC", name))}'
+
+    def share(self, body: Any, kind: str = 'text/plain', name: str = 'phone', client: Any = None,
+              **headers: str) -> Tuple[int, str]:
+        data = body if isinstance(body, bytes) else body.encode()
+        status, fields, said = (client or self.daemon.client).post(
+            self.address(name), data, Content_Type=kind, **headers)
+        self.assertEqual(fields['Content-Type'], 'text/plain; charset=utf-8')
+        return status, said.decode()
+
+    def test_each_form_in_which_a_phone_sends_is_stored(self):
+        form = '--b\r\nContent-Disposition: form-data; name="{}"\r\n\r\n{}\r\n--b--\r\n'
+        for number, (kind, body) in enumerate([
+                ('application/json', '{{"text": "{}"}}'), ('application/json; charset=utf-8', '{{"URL": "Look! {}"}}'),
+                ('application/x-www-form-urlencoded', 'Text=a+b%20{}'), ('text/plain', 'Größe 🐈 {}'),
+                ('multipart/form-data; boundary=b', form), ('multipart/form-data; boundary="b"', form),
+                ('', '{}'), ('application/octet-stream', '{}')]):
+            link, name = tiktok_link(number), f'Zoe\u0301s {number} %/'.rstrip('/')
+            text = body.format('uRl', link) if body is form else body.format(quote(link) if '%20' in body else link)
+            with self.subTest(kind):
+                status, said = self.share(text, kind, name)
+                self.assertEqual(status, 202, said)
+                self.assertRegex(said, r'^Saved. The queue is paused: .*\.$')
+                rows = self.daemon.rows('SELECT * FROM downloads WHERE client_id = ?', f'Zoés {number} %')
+                self.assertEqual([row['url'] for row in rows], [link])
+
+    def test_every_error_is_a_sentence(self):
+        json_type = {'Content_Type': 'application/json'}
+        for method, path, body, headers, status in (
+                ('POST', self.address('a'), b'no link', {}, 400), ('POST', self.address('a'), b'', {}, 400),
+                ('POST', self.address('a'), b'https://example.com/', {}, 403),
+                ('POST', self.address('a'), b'{"txt": "https://vm.tiktok.com/Z"}', json_type, 400),
+                ('POST', self.address('a'), b'{', json_type, 400), ('POST', self.address('a'), b'x' * 20000, {}, 413),
+                ('POST', self.address('x' * 65), b'', {}, 400), ('POST', self.address('a\u2028b'), b'', {}, 400),
+                ('POST', '/share/a', b'', {}, 401), ('POST', self.address('a')[:-1], b'', {}, 401),
+                ('POST', self.address('a') + '/file', b'', {}, 404), ('GET', '/share', None, {}, 404),
+                ('GET', '/%73hare/', None, {}, 400), ('PUT', self.address('a'), b'', {}, 405),
+                ('GET', '/share/%zz', None, {}, 400), ('POST', self.address('a'), b'', {'Host': 'evil.example'}, 421),
+                ('POST', self.address('a') + '/video', b'no link', {}, 400),
+                ('GET', self.address('a') + '?within=x', None, {}, 400)):
+            with self.subTest(f'{method} {path} {body and body[:20]}'):
+                answer = self.daemon.client.request(method, path, body, **headers)
+                self.assertEqual((answer.status, answer.headers['Content-Type']), (status, 'text/plain; charset=utf-8'))
+                self.assertRegex(answer.json.decode(), r'^[A-Za-z][^{}<>]*\.$')
+
+    def test_the_address_is_good_for_sharing_only_and_under_any_current_key(self):
+        client = self.daemon.new_client(key='second')
+        status, _, body = client.post('/api/v1/share-address', {'name': 'My iPhone'})
+        self.assertEqual((status, urlsplit(body['address']).path), (200, self.address('My iPhone')))
+        self.assertTrue(body['message'])
+        self.assertEqual(self.daemon.client.post('/api/v1/share-address', {'name': 'a'}).status, 401)
+        for name in ('', 'a/b', '.', 'x' * 65, None, 5):
+            self.assertEqual(client.post('/api/v1/share-address', {'name': name}).status, 400, name)
+        link, path = tiktok_link(50).encode(), urlsplit(body['address']).path
+        statuses = []
+        for address in (path, self.address('My iPhone', 'second'), self.address('My iPhone', 'third'),
+                        path.replace('My', 'Your'), path.swapcase().replace('SHARE', 'share'),
+                        '/share/My%20iPhone.'):
+            statuses.append(self.daemon.client.post(address, link).status)
+        self.assertEqual(statuses, [202, 200, 401, 401, 401, 401])
+        signature = path.rpartition('.')[2]
+        for other in ('/api/v1/history', '/metrics', f'/api/v1/status/{self.daemon.rows()[-1]["id"]}'):
+            self.assertEqual(self.daemon.client.get(other, X_API_Key=signature).status, 401)
+        for odd in (f'/nowhere/a.{signature}', f'/share/a%2E{signature}', f'/share/a.{signature}/x',
+                    '/share/a.' + ''.join(f'%{ord(letter):02x}' for letter in signature)):
+            self.daemon.client.get(odd)
+        wait_until(lambda: '"GET /share/a.…' in self.daemon.log(), 5)
+        self.assertNotIn(signature, self.daemon.log())
+        self.assertNotIn(f'%{ord(signature[0]):02x}%', self.daemon.log())
+
+    def test_whether_the_first_link_of_this_name_has_come(self):
+        address, ask = self.address('asks'), self.daemon.client.get
+        self.assertEqual(ask(address).status, 202)
+        self.share(tiktok_link(60), name='asks')
+        self.assertEqual((ask(address).status, ask(address).json.decode()),
+                         (200, 'It works: a link to tiktok.com has come from asks.'))
+        self.assertEqual(ask(self.address('asks too')).status, 202)
+        self.assertEqual(ask('/share/asks').status, 401)
+
+    def test_the_same_link_within_ten_minutes_is_the_phone_trying_again(self):
+        short, count = 'https://vm.tiktok.com/ZMagain/', lambda: len(self.daemon.rows())
+        daemon, client = self.daemon, self.daemon.new_client(key='second')
+        before = count()
+        self.assertEqual([self.share(text)[0] for text in (short, f'Look: {short}')], [202, 200])
+        self.assertEqual(self.share(short, name='another')[0], 202)
+        daemon.restart()
+        client.port = daemon.port
+        self.assertEqual((self.share(short)[0], count()), (200, before + 2))
+        first = daemon.rows("SELECT id FROM downloads WHERE client_id = 'phone' AND url = ?", short)[0]['id']
+        client.post(f'/api/v1/download/{first}/cancel')
+        self.assertEqual(daemon.row(first)['status'], 'failed')
+        self.assertEqual((self.share(short)[0], daemon.row(first)['status']), (200, 'queued'))
+        daemon.terminate()
+        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db, db:
+            db.execute('UPDATE downloads SET created_at = created_at - 601')
+        daemon.start()
+        asked = [daemon.client.get(self.address('another') + f'?within={seconds}').status for seconds in (600, 900)]
+        self.assertEqual(asked, [202, 200])
+        self.assertEqual((self.share(short)[0], count()), (202, before + 3))
+
+    def test_several_links_are_all_saved(self):
+        text = ' '.join(map(tiktok_link, (70, 71, 72)))
+        self.assertRegex(self.share(text)[1], '^3 videos saved')
+        self.assertEqual(self.share(text + ' https://example.com/x'), (200, '3 videos saved, 1 refused.'))
+        self.assertEqual(len(self.daemon.rows("SELECT 1 FROM downloads WHERE url LIKE '%/video/7_'")), 3)
+
+    def test_pages_of_other_sites_share_nothing(self):
+        for headers in ({'Origin': 'https://evil.example'}, {'Origin': 'null'}, {'Sec_Fetch_Site': 'cross-site'}):
+            for kind in ('text/plain', 'application/json', 'multipart/form-data; boundary=b'):
+                self.assertEqual(self.share(tiktok_link(80), kind, **headers)[0], 403)
+
+    @unittest.skipUnless(CHROMIUM and shutil.which('chromedriver'), 'chromium and chromedriver are not installed')
+    def test_a_browser_on_another_site_shares_nothing(self):
+        here, before = f'https://127.0.0.1:{self.daemon.port}', len(self.daemon.rows())
+        other, browser = ThreadingHTTPServer(('127.0.0.1', 0), OtherSite), Browser()
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        self.addCleanup(other.server_close)
+        self.addCleanup(other.shutdown)
+        self.addCleanup(browser.close)
+        target = here + self.address('browser')
+        form = ('const form = document.createElement("form"); form.method = "POST"; form.enctype = arguments[1];'
+                'form.action = arguments[0]; form.innerHTML = `<input name=text value="${arguments[2]}">`;'
+                'document.body.append(form); form.submit()')
+        fetch = ('return fetch(arguments[0], {method: "POST", mode: "no-cors", credentials: "include",'
+                 'headers: {"Content-Type": arguments[1]}, body: arguments[2]}).then(() => 1, () => 0)')
+        for host in ('127.0.0.1', 'localhost'):
+            for script, kind in ((fetch, 'text/plain'), (form, 'text/plain'), (form, 'multipart/form-data')):
+                browser.open(f'http://{host}:{other.server_port}/')
+                browser.run(script, target, kind, tiktok_link(90))
+        wait_until(lambda: self.daemon.log().count('"POST /share/browser.…" 403') == 6, 10, self.daemon.tail)
+        self.assertEqual(len(self.daemon.rows()), before)
+        browser.open(here + '/setup')
+        browser.run(fetch, target, 'text/plain', tiktok_link(90))
+        wait_until(lambda: len(self.daemon.rows()) == before + 1, 5)
+
+
+class TestShareVideo(DaemonTest):
+    """The finished file itself is the answer; or a sentence, when it takes too long."""
+    hurry = {'VIDEO_SECONDS': 4.0}
+
+    def video(self, post: str, name: str = 'phone') -> Answer:
+        return self.daemon.new_client().post(f'/share/{name}/video', post.encode())
+
+    def test_the_file_itself_with_its_type_and_name(self):
+        post = self.site.tiktok(title='Ein Kätzchen', size=70_000)
+        answer = self.video(post)
+        self.assertEqual((answer.status, answer.headers['Content-Type'], len(answer.json)), (200, 'video/mp4', 70_000))
+        name = self.daemon.rows()[-1]['filename']
+        self.assertEqual(answer.headers['Content-Disposition'], v.content_disposition(name))
+        self.assertEqual(answer.json, (self.daemon.output / name).read_bytes())
+        again = self.daemon.client.post('/share/phone', post.encode())
+        self.assertEqual((again.status, again.json), (200, b'You have this video already.'))
+
+    def test_a_failed_one_is_502_with_its_sentence(self):
+        answer = self.video(self.site.tiktok(state='gone'))
+        self.assertEqual((answer.status, answer.headers['Content-Type']), (502, 'text/plain; charset=utf-8'))
+        self.assertEqual(answer.json.decode(), self.daemon.rows()[-1]['error_message'])
+
+    def test_eight_wait_and_the_ninth_is_told_at_once(self):
+        post = self.site.tiktok(hold_at=20_000)
+        answers: List[Tuple[float, int]] = []
+
+        def ask() -> None:
+            began = time.monotonic()
+            status = self.video(post).status
+            answers.append((time.monotonic() - began, status))
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        post.media[0].wait_held()
+        wait_until(lambda: self.daemon.threads() > 12, 5)
+        ask()
+        self.assertEqual((len(answers), answers[0][1]), (1, 202))
+        self.assertLess(answers[0][0], 3)
+        for thread in threads:
+            thread.join()
+        self.assertEqual([status for _, status in answers], [202] * 9)
+        self.assertTrue(all(3.9 < took < fair(6) for took, _ in answers[1:]), answers)
+        post.media[0].release()
+        self.assertEqual(self.video(post).status, 200)
 
 
 class TestSetupPage(unittest.TestCase):

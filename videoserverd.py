@@ -297,6 +297,13 @@ def http_url(text: str) -> str:
     return text.rstrip('/')
 
 
+def icloud_url(text: str) -> str:
+    """A Shortcut that was shared by iCloud link."""
+    if not re.fullmatch(r'https://www\.icloud\.com/shortcuts/\w{1,100}/?', text, re.A):
+        raise ValueError('an address such as https://www.icloud.com/shortcuts/0123abcd')
+    return text
+
+
 def proxy_url(text: str) -> str:
     """A proxy that yt-dlp understands."""
     if not re.fullmatch(r'(http|socks4a?|socks5h?)://[^\s/]+/?', text):
@@ -365,6 +372,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         'max_url_length': Setting('2048', whole(64, 8192), 'longest link taken, in characters'),
         'max_request_size': Setting('16KB', parse_size, 'longest request body'),
         'allow_private_targets': Setting('off', on_off, 'may videos come from private addresses?'),
+    },
+    'phone': {
+        'shortcut_url': Setting('', optional(icloud_url), 'iCloud link of your Shortcut, offered on /setup'),
     },
     's3': {
         'endpoint': Setting('', optional(http_url),
@@ -1213,6 +1223,7 @@ ALTER TABLE downloads ADD COLUMN import_id TEXT;         -- the import it came w
 CREATE INDEX idx_post ON downloads(site, media_id) WHERE media_id IS NOT NULL;
 '''
 MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts those that have run
+REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
 CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked in full
 
@@ -1556,6 +1567,27 @@ class Store:
         last = db.execute(HOUR_FULL, hour).fetchone()
         raise RateLimited(max(1, last['created_at'] + 3600 - now), self.links_per_hour)
 
+    def share(self, submissions: Sequence[Submission], now: int) -> list[Any]:
+        """Like `add_many`, for phones that send no timestamp: the same link from the same phone
+        within REPEAT_SECONDS is the phone trying again, and gets the id of the first."""
+        def work(db):
+            return [self._repeated(db, item, now) or self._insert_or_refusal(db, item, now)
+                    for item in submissions]
+        return self.write(work)
+
+    def _repeated(self, db: sqlite3.Connection, item: Submission, now: int) -> Any:
+        row = db.execute(
+            'SELECT id FROM downloads WHERE client_id = ? AND created_at > ? AND created_at <= ? '
+            'AND url = ? ORDER BY created_at DESC LIMIT 1',
+            (item.client_id, now - REPEAT_SECONDS, now, item.url)).fetchone()
+        return row and (row['id'], False)
+
+    def first_of(self, client_id: str, since: int) -> Record | None:
+        """The first link of a phone since then, None if there is none."""
+        rows = self.read('SELECT * FROM downloads WHERE client_id = ? AND created_at >= ? '
+                         'ORDER BY created_at LIMIT 1', (client_id, since))
+        return Record.of(rows[0]) if rows else None
+
     # -- the way of a download
 
     def _move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
@@ -1800,10 +1832,9 @@ class Lock:
 # ---------- board -------------------------------------------------------------------------
 # Owns what is volatile: progress of running downloads and a version number that grows with
 # every change anybody could want to see. Lock: `_changed` guards all of it; those who watch
-# wait on it, at most WATCHERS at once. Called by scheduler (writes) and http (reads, waits).
+# wait on it. Called by scheduler (writes) and http (reads, waits, limits how many wait).
 
 ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)  # seconds; the PRD allows 0.5
-WATCHERS = 8  # threads that may wait for news; on a Pi a thread per open page is too many
 
 
 class Board:
@@ -1813,7 +1844,7 @@ class Board:
         self.version = first_version  # differs from run to run, so that no page takes a new run for the old one
         self._changed = threading.Condition()
         self._progress: dict[str, Progress] = {}
-        self._watchers = 0
+        self._released = False  # the server is stopping: nobody waits any more
         self.counters: dict[str, float] = {}  # of /metrics, since the start
         self._acks = [0] * (len(ACK_BUCKETS) + 1)  # acknowledgements by the first bucket that they fit into
         self._ack_seconds = 0.0
@@ -1855,24 +1886,16 @@ class Board:
             return self._progress.get(download_id)
 
     def wait(self, version: int, seconds: float) -> bool:
-        """Wait until there is news since `version`; False if there is no room to wait."""
+        """Wait until there is news since `version`; False when the server is stopping."""
         with self._changed:
-            if self.version != version:
-                return True
-            if self._watchers >= WATCHERS:
-                return False
-            self._watchers += 1
-            try:
-                self._changed.wait_for(lambda: self.version != version, seconds)
-            finally:
-                self._watchers -= 1
-            return True
+            self._changed.wait_for(lambda: self.version != version or self._released, seconds)
+            return not self._released
 
     def release(self) -> None:
-        """Send all who wait home: the server is stopping."""
+        """Let all go on who wait: the server is stopping."""
         with self._changed:
             self.version += 1
-            self._watchers += WATCHERS
+            self._released = True
             self._changed.notify_all()
 
 
@@ -4860,7 +4883,7 @@ def mobileconfig(config: Config) -> bytes:
 
 # ---------- http --------------------------------------------------------------------------
 # Owns the TLS server and its limits, the strict reading of requests, ROUTES (dispatch and
-# OpenAPI both come from that one table), two dialects, files with Range. Lock: `Server._guard`
+# OpenAPI both come from that one table), both dialects and /share, files. Lock: `Server._guard`
 # guards the table of connections. Handlers validate, call one verb and reply; trouble is raised
 # and becomes a reply in one place, App.respond. Called by daemon and `phone`.
 
@@ -4880,6 +4903,13 @@ LINE_LIMIT = 8 << 10     # bytes of a request line
 CONNECTIONS = 128        # a thread each
 PER_ADDRESS = 16         # a browser opens 6
 BLOCK = 256 << 10        # bytes read and sent at a time: large enough for TLS to be the limit
+WATCHERS = 8             # pages that may wait for news; on a Pi a thread for each is too many
+VIDEO_WAITERS = 8        # phones that may wait for a video
+VIDEO_SECONDS = 50.0     # for that; a phone itself gives up after 60
+LONGEST_NAME = 64        # characters of a phone's name
+SHARE_PATH = re.compile(r'/share(/|$)')
+SIGNED_NAME = re.compile(r'(.+)\.([A-Za-z0-9_-]{43})', re.S)
+SIGNATURE = re.compile(r'(?:\.|%2e)[\w%-]{40,}', re.I | re.A)  # of a share address, as it is sent
 B_PATH = re.compile(r'/(initiateDownload|listDownloads|getVideoDownloadPublicURL)(/|$)')
 UUID_PATTERN = re.compile(r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}')
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
@@ -4899,7 +4929,6 @@ SAME_HEADERS = ('Server: videoserverd\r\nX-Content-Type-Options: nosniff\r\n'
                 'X-Frame-Options: DENY\r\nReferrer-Policy: no-referrer')
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 LOOPBACK = networks('127.0.0.0/8,::1')
-LONGEST_SHOWN_PATH = 200  # characters of a path in the log
 REFUSAL_STATUS = {'domain_not_allowed': 403}  # the other codes of Refused are 400
 STORED_FIELDS = ('url', 'status', 'filename', 'file_size', 'error_message', 'next_attempt_at',
                  'client_id', 'created_at', 'started_at', 'completed_at')
@@ -5040,12 +5069,18 @@ class Request:
         self.path = ''  # decoded, below our base
         self.query: dict[str, Any] = {}
         self.params: dict[str, str] = {}
+        self.shown_path = excerpt(SIGNATURE.sub('.…', self.raw_path), 200)  # for the log
         self.unread: int | None = None  # bytes of the body; None: the connection cannot go on
         self.note = ''  # client_id and URL, for the log
 
     def field(self, name: str) -> str:
         """A header field, '' if it is absent; several are joined as RFC 9110 has it."""
         return ', '.join(self.head.fields.get(name, ()))
+
+    def content_type(self) -> tuple[str, str]:
+        """The media type of the body in lower case, and its parameters as they are written."""
+        media, _, parameters = self.field('content-type').partition(';')
+        return media.strip().lower(), parameters
 
     def body(self) -> bytes:
         """The whole body. Raises HTTPError, ClientGone."""
@@ -5065,7 +5100,7 @@ class Request:
 
     def json(self) -> dict[str, Any]:
         """The body as a JSON object. Raises HTTPError, ClientGone."""
-        if self.field('content-type').split(';')[0].strip().lower() != 'application/json':
+        if self.content_type()[0] != 'application/json':
             raise HTTPError(
                 415, 'not_json', 'Send JSON, with the header Content-Type: application/json.')
         if 'content-length' not in self.head.fields:
@@ -5094,7 +5129,8 @@ class Param:
 
 @named_tuple
 class Route:
-    """A row of ROUTES. `access`: key (X-API-Key where keys are on), link (or a signature), open."""
+    """A row of ROUTES. `access`: key (X-API-Key where keys are on), link or share (or a
+    signature), open."""
     method: str
     path: str
     handler: Callable[['App', Request], Reply]
@@ -5136,6 +5172,33 @@ def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> 
     """A JSON answer that nobody keeps."""
     data = COMPACT_JSON.encode(body).encode('utf-8', 'replace')
     return Reply(status, data, headers=(('Cache-Control', 'no-store'), *headers))
+
+
+def text_reply(status: int, sentence: str, *headers: tuple[str, str]) -> Reply:
+    """One sentence, which a Shortcut can show as it is."""
+    return Reply(status, sentence.encode('utf-8', 'replace'), 'text/plain; charset=utf-8',
+                 (('Cache-Control', 'no-store'), *headers))
+
+
+def parse_name(given: Any) -> str:
+    """The name of a phone, composed (NFC). Raises Refused."""
+    import unicodedata
+    name = ''
+    if isinstance(given, str) and len(given) <= 4 * LONGEST_NAME:
+        name = unicodedata.normalize('NFC', given).strip()
+    bad = len(name) > LONGEST_NAME or UNSAFE.search(name) or re.search(r'[/\\]|^\.', name)
+    if not name or bad:
+        raise Refused('bad_name', 'The name of a phone has 1 to 64 characters, no slash among '
+                      'them, and does not start with a dot.')
+    return name
+
+
+def sign_name(key: str, name: str) -> str:
+    """What gives the right to share under this name: HMAC-SHA256 in base64url."""
+    import base64
+    import hmac
+    digest = hmac.new(key.encode(), name.encode(), 'sha256').digest()
+    return base64.urlsafe_b64encode(digest).decode().rstrip('=')
 
 
 def compress_reply(reply: Reply, accepted: str) -> Reply:
@@ -5198,6 +5261,11 @@ def status_message(record: Record, percent: int, now: float) -> str:
     return record['error_message'] or 'Waiting for its turn.'
 
 
+KEY_WANTED = {
+    'key': 'Send a valid key in the header X-API-Key.',
+    'share': 'This address is not valid any more. Make a new one on the set-up page.'}
+
+
 class App:
     """All that handlers need; what is not handed in by name comes from the daemon in `more`."""
 
@@ -5216,6 +5284,8 @@ class App:
         self.gauges: Callable[[], list[tuple[str, float]]] = more.get('gauges', list)
         self.routes: tuple[Route, ...] = more.get('routes', ())
         self.prefix = urlsplit(config.server.public_base_url or '').path
+        self.watchers = threading.BoundedSemaphore(WATCHERS)
+        self.video_waiters = threading.BoundedSemaphore(VIDEO_WAITERS)
 
     # -- links and rows
 
@@ -5274,7 +5344,7 @@ class App:
         except Exception as error:
             reply = self.refuse(request.raw_path, self._as_http_error(request, error))
         log.info('%s "%s %s" %d %.1fms%s', request.client, request.head.method,
-                 excerpt(request.raw_path, LONGEST_SHOWN_PATH), reply.status,
+                 request.shown_path, reply.status,
                  (time.monotonic() - started) * 1000, request.note)
         if self.config.api_keys and 'json' in reply.type:
             return reply  # signed links beside titles of strangers: no BREACH
@@ -5293,7 +5363,7 @@ class App:
             return HTTPError(503, 'cannot_store', 'The server cannot store links at the moment; '
                              'keep this one and send it again.', Retry_After='30')
         log.exception('request: %s %s failed inside', request.head.method,
-                      excerpt(request.raw_path, LONGEST_SHOWN_PATH))
+                      request.shown_path)
         return HTTPError(500, 'internal', 'The server made a mistake; its log tells more.')
 
     def _pass_gates(self, request: Request) -> Reply:
@@ -5357,8 +5427,20 @@ class App:
             raise HTTPError(403, 'foreign_origin', 'Pages of other sites may not use this server.')
 
     def _check_key(self, request: Request, route: Route) -> None:
-        if route.access == 'key' and not self.has_key(request):
-            raise HTTPError(401, 'key_wanted', 'Send a valid key in the header X-API-Key.')
+        if route.access == 'share' and self._may_share(request):
+            return
+        if route.access in ('key', 'share') and not self.has_key(request):
+            raise HTTPError(401, 'key_wanted', KEY_WANTED[route.access])
+
+    def _may_share(self, request: Request) -> bool:
+        """Whether the signature in the path is right; leaves the name alone in its params."""
+        signed = SIGNED_NAME.fullmatch(request.params['who'])
+        if signed:
+            request.params['who'] = signed[1]
+        name = request.params['who'] = parse_name(request.params['who'])
+        import hmac
+        return bool(signed) and any([hmac.compare_digest(sign_name(key, name), signed[2])
+                                     for key in self.config.api_keys])
 
     def has_key(self, request: Request) -> bool:
         """Whether the request carries one of the keys, compared in constant time; always true
@@ -5412,8 +5494,12 @@ class App:
         return given
 
     def refuse(self, raw_path: str, error: HTTPError) -> Reply:
-        """Trouble in the dialect of the path. Document B: always 418 and errorCode."""
-        if B_PATH.match(self._below_base(raw_path)):
+        """Trouble in the dialect of the path: document B has always 418 and errorCode, below
+        /share it is one sentence."""
+        path = self._below_base(unquote(raw_path))
+        if SHARE_PATH.match(path):
+            return text_reply(error.status, error.message, *error.headers)
+        if B_PATH.match(path):
             body = {'errorCode': error.code, 'errorMessage': error.message}
             return json_reply(418, body, *error.headers)
         body = {'status': 'error', 'error': error.message, 'message': error.message,
@@ -5465,6 +5551,9 @@ SCHEMAS = {
     'ErrorB': object_schema('errorCode! errorMessage!'),
     'Submission': object_schema(
         'url! client_id:ClientId timestamp:Timestamp ytdlp_cli_parameters:Options'),
+    'Name': object_schema('name!'),
+    'Address': object_schema('address! message!'),
+    'Shared': {**object_schema('text url'), 'description': 'one of them, in any capitals'},
     'Batch': object_schema('text! client_id:ClientId timestamp:Timestamp'),
     'Queued': object_schema('status:=queued! download_id! message! timestamp:integer!'),
     'BatchRow': object_schema('url! download_id error'),
@@ -5524,7 +5613,9 @@ def responses_of(route: Route, keys: bool) -> dict[str, Any]:
         errors.add(404)
     for status in sorted(errors):
         found[str(status)] = response_of('Error', status)
-        if status < 400:
+        if route.access == 'share':
+            found[str(status)] = response_of('text/plain', status)
+        elif status < 400:
             found[str(status)] = response_of(route.answer, status)
     return found
 
@@ -5540,6 +5631,8 @@ def operation_of(route: Route, keys: bool) -> dict[str, Any]:
         'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_')}
     if route.body:
         content = {'application/json': {'schema': schema_of(route.body)}}
+        if route.access == 'share':
+            content['text/plain'] = {'schema': {'type': 'string'}}
         found['requestBody'] = {'required': True, 'content': content}
     if keys and route.access == 'key':
         found['security'] = [{'key': []}]
@@ -5627,8 +5720,14 @@ def get_status(app: App, request: Request) -> Reply:
 def get_history(app: App, request: Request) -> Reply:
     """GET /api/v1/history; with `since` it waits for news."""
     query, poll_after = request.query, 0
-    if query['since'] is not None and not app.board.wait(query['since'], query['wait']):
+    if query['since'] == app.board.version:
         poll_after = 3
+        if app.watchers.acquire(blocking=False):
+            poll_after = 0
+            try:
+                app.board.wait(query['since'], query['wait'])
+            finally:
+                app.watchers.release()
     version = app.board.version
     total, records = app.store.page(query['limit'], query['offset'], query['status'], query['q'])
     return json_reply(200, {
@@ -5697,6 +5796,15 @@ def get_thumbnail(app: App, request: Request) -> Reply:
     except OSError:
         raise HTTPError(404, 'not_found', 'There is no picture of it.') from None
     return Reply(200, data, 'image/jpeg', (('Cache-Control', 'private, max-age=86400'),))
+
+
+def post_share_address(app: App, request: Request) -> Reply:
+    """POST /api/v1/share-address: where the phone of that name shares to."""
+    name = parse_name(request.json().get('name'))
+    address = f'{public_base(app.config, app.port)}/share/{quote(name, safe="")}'
+    for key in app.config.api_keys[:1]:
+        address += '.' + sign_name(key, name)
+    return json_reply(200, {'address': address, 'message': f'The address for {name}'})
 
 
 def get_metrics(app: App, request: Request) -> Reply:
@@ -5869,12 +5977,126 @@ def get_file(app: App, request: Request) -> Reply:
     signed = check_signature(app.link_secret, path, request.query, time.time())
     if not signed and not app.has_key(request):
         if 'signature' not in request.query:
-            raise HTTPError(401, 'key_wanted', 'Send a valid key in the header X-API-Key.')
+            raise HTTPError(401, 'key_wanted', KEY_WANTED['key'])
         raise HTTPError(403, 'bad_link', 'This link has expired or is cut short; copy it again.')
     for file in app.record(request)['files']:
         if file.name == request.params['name']:
             return reply_with_file(app, request, file)
     raise HTTPError(404, 'not_found', 'There is no such file.')
+
+
+# -- handlers, the Shortcut of two actions
+
+
+def form_fields(body: bytes, boundary: str) -> dict[str, str]:
+    """The fields of a form as multipart/form-data (RFC 7578)."""
+    fields = {}
+    for part in body.split(b'--' + boundary.strip('"').encode('latin-1'))[1:-1]:
+        head, _, content = part.partition(b'\r\n\r\n')
+        name = re.search(rb'\bname="([^"]*)"', head)
+        if name:
+            fields[name[1].decode('utf-8', 'replace')] = content[:-2].decode('utf-8', 'replace')
+    return fields
+
+
+def read_shared_text(request: Request) -> str:
+    """What a phone sends: JSON or a form with the field text or url, else plain text."""
+    media, parameters = request.content_type()
+    if media == 'application/json':
+        fields = request.json()
+    elif media == 'application/x-www-form-urlencoded':
+        form = request.body().decode('utf-8', 'replace')
+        fields = dict(parse_qsl(form, keep_blank_values=True))
+    elif media == 'multipart/form-data':
+        fields = form_fields(request.body(), parameters.partition('boundary=')[2])
+    else:
+        return request.body().decode('utf-8', 'replace')
+    for name, content in fields.items():
+        if name.lower() in ('text', 'url') and isinstance(content, str):
+            return content
+    raise Refused('bad_field', 'There is no field "text" in what was sent.')
+
+
+def tell_shared(app: App, saved: list[tuple[str, bool]], wanted: int) -> Reply:
+    """The sentence for the phone, and 202 if anything is new."""
+    sentence = f'{len(saved)} videos saved'
+    if len(saved) == 1:
+        sentence = 'Saved'
+    if wanted > len(saved):
+        sentence += f', {wanted - len(saved)} refused'
+    if any(fresh for _, fresh in saved):
+        return text_reply(202, queued_message(app, sentence) + '.')
+    if wanted == 1 and app.store.get(saved[0][0])['status'] == 'completed':
+        sentence = 'You have this video already'
+    return text_reply(200, sentence + '.')
+
+
+def store_shared(app: App, request: Request) -> tuple[str, Reply]:
+    """Store every link that was shared: the first one's id, and what the phone is told.
+
+    Raises HTTPError, Refused, RateLimited, StoreDown."""
+    now, started = int(time.time()), time.monotonic()
+    fields = {'text': read_shared_text(request), 'client_id': request.params['who']}
+    request.note = f' client_id={fields["client_id"]}'
+    items = [item for _, item in parse_batch(fields, app.config.security)]
+    links = [item for item in items if isinstance(item, Submission)]
+    if not links:
+        raise items[0]
+    request.note += f' links={len(links)} url={links[0].url}'
+    results = app.store.share(links, now)
+    saved = [result for result in results if isinstance(result, tuple)]
+    if not saved:
+        raise results[0]
+    for download_id, fresh in saved:
+        if fresh or app.store.get(download_id)['status'] == 'failed' and app.store.retry(
+                download_id, now):
+            app.scheduler.push(download_id)
+    app.board.observe(time.monotonic() - started)
+    return saved[0][0], tell_shared(app, saved, len(items))
+
+
+def post_share(app: App, request: Request) -> Reply:
+    """POST /share/{who}"""
+    return store_shared(app, request)[1]
+
+
+def wait_for_end(app: App, download_id: str, seconds: float) -> Record:
+    """The download once it is completed or failed, or as it is after `seconds`."""
+    end = time.monotonic() + seconds
+    while True:
+        version, record = app.board.version, app.store.get(download_id)
+        left = end - time.monotonic()
+        over = record['status'] in ('completed', 'failed') or left <= 0
+        if over or not app.board.wait(version, left):
+            return record
+
+
+def post_share_video(app: App, request: Request) -> Reply:
+    """POST /share/{who}/video: the finished file itself, if it does not take too long."""
+    download_id, told = store_shared(app, request)
+    seconds = 0.0
+    waits = app.video_waiters.acquire(blocking=False)
+    try:
+        if waits:
+            seconds = VIDEO_SECONDS
+        record = wait_for_end(app, download_id, seconds)
+    finally:
+        if waits:
+            app.video_waiters.release()
+    if record['status'] == 'completed':
+        return reply_with_file(app, request, record['files'][0])
+    if record['status'] == 'failed':
+        return text_reply(502, record['error_message'])
+    return text_reply(202, told.body.decode() + ' It is not here yet; look at the page later.')
+
+
+def get_share(app: App, request: Request) -> Reply:
+    """GET /share/{who}: whether a link of this phone has come, `within` seconds."""
+    name = request.params['who']
+    record = app.store.first_of(name, int(time.time()) - request.query['within'])
+    if record is None:
+        return text_reply(202, f'Nothing has come from {name} yet.')
+    return text_reply(200, f'It works: a link to {site_of(record["url"])} has come from {name}.')
 
 
 # -- the table of routes
@@ -5898,6 +6120,15 @@ ROUTES = (
           errors=(409,)),
     Route('DELETE', '/api/v1/download/{id}', delete_download, 'Forget it and delete its files',
           answer='Deleted', errors=(409,)),
+    Route('POST', '/api/v1/share-address', post_share_address, 'Where a phone shares to',
+          body='Name', answer='Address'),
+    Route('POST', '/share/{who}', post_share, 'Share from a phone', 'share', 'text/plain',
+          body='Shared', errors=(200, 429), status=202),
+    Route('POST', '/share/{who}/video', post_share_video, 'Share, and get the file', 'share',
+          'application/octet-stream', body='Shared', errors=(202, 429, 502)),
+    Route('GET', '/share/{who}', get_share, "Whether this phone's first link has come", 'share',
+          'text/plain', query=(number_param('within', 999999999, 1, 999999999),),
+          errors=(202,)),
     Route('GET', '/files/{id}/{name}', get_file, 'A finished file', 'link',
           'application/octet-stream', errors=(206, 304, 416)),
     Route('GET', '/metrics', get_metrics, 'Figures for Prometheus', answer='text/plain'),
