@@ -8372,7 +8372,8 @@ class TestLittleOfEverything(DaemonTest):
 
 CHROMIUM = shutil.which('chromium') or shutil.which('chromium-browser') or shutil.which('google-chrome')
 BROWSER_ARGUMENTS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-                     '--disable-background-networking', '--disable-component-update', '--disable-sync')
+                     '--disable-background-networking', '--disable-component-update', '--disable-sync',
+                     '--host-resolver-rules=MAP *.local 127.0.0.1')
 AXE_CORE = Path(os.environ.get('AXE_CORE') or HERE / 'axe.min.js')
 AXE_RULES = ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']
 FIRST_PAINT_BYTES = 100 * 1024
@@ -8537,13 +8538,16 @@ class TestPage(DaemonTest):
     def tearDown(self) -> None:
         self.browser.offline(False)
         places = {urlsplit(request['url']) for request in self.browser.requests()}
-        foreign = [place for place in places if place.hostname != '127.0.0.1' and place.scheme not in ('blob', 'data')]
+        ours = v.known_hosts(self.daemon.config)
+        foreign = [place for place in places if place.hostname not in ours and place.scheme not in ('blob', 'data')]
         self.assertEqual(foreign, [])
         self.assertEqual([line for line in self.browser.log('browser') if not re.search(self.expected, line)], [])
 
     def visit(self, path: str = '/', daemon: Any = None) -> None:
         """Opens a page; the list is drawn then, or the key asked for."""
         self.browser.open(f'https://127.0.0.1:{(daemon or self.daemon).port}{path}')
+        if path.startswith('/setup'):
+            self.expected += '|check.svg'  # asked for at an address at which these daemons do not listen
         if path[:2] in ('/', '/?'):
             self.browser.wait('return document.querySelector("#door").open || list.ariaBusy === "false"')
 
@@ -8884,19 +8888,54 @@ class TestPage(DaemonTest):
             self.assertEqual((path, dark, before, found), (path, dark, before, []))
 
     def test_setup_works_without_javascript_and_copies_with_it(self):
-        self.visit('/setup')
-        self.browser.click('[data-copy=one]')
-        self.browser.until('[data-copy=one]', 'textContent.includes("✓")')
-        self.assertEqual(self.clipboard(), self.browser.get('#one', 'value'))
-        self.assertTrue(self.browser.get('.check', 'naturalWidth'))
-        self.assertRegex(self.browser.get('#bookmarklet', 'getAttribute("href")'), r"^javascript:void\(open\('https://")
+        self.expected = 'share-address'
+        self.visit('/setup#share')
+        self.browser.click('[data-copy]')
+        self.browser.until('[data-copy]', 'textContent.includes("✓")')
+        self.assertEqual(self.clipboard(), self.browser.get('#address', 'value'))
+        self.assertRegex(self.browser.get('#bookmarklet', 'getAttribute("href")'),
+                         r"^javascript:void\(open\('https://")
         self.browser.devtools('Emulation.setScriptExecutionDisabled', value=True)
         self.addCleanup(self.browser.devtools, 'Emulation.setScriptExecutionDisabled', value=False)
         self.visit('/setup')
-        text = self.browser.get('main')
-        for words in (v.ca_fingerprint(self.daemon.config), 'Certificate Trust Settings', 'VPN & Device Management',
-                      'Show in Share Sheet', 'Get Contents of URL', 'keep', 'Remove Profile'):
+        text = self.browser.get('main', 'textContent')
+        for words in (v.ca_fingerprint(self.daemon.config), 'Certificate Trust Settings', 'Local Network',
+                      'VPN & Device Management', 'Show in Share Sheet', 'Get Contents of URL', 'AirDrop'):
             self.assertIn(words, text)
+
+    def test_setup_moves_on_by_itself_and_the_console_tells_how_far_the_phone_is(self):
+        self.expected = 'check.svg|share-address'
+        phone = subprocess.Popen(self.daemon.command_line('phone', '--port', '0'), env=self.daemon.env,
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+        self.addCleanup(lambda: (phone.terminate(), phone.wait(), phone.stdout.close()))
+        said = (words for line in phone.stdout for words in re.findall(r'http://\S+|(?<=:\d\d  ).*', line))
+        address = re.sub('//[^:]*', '//127.0.0.1', next(said))
+        self.browser.devtools('Network.setBlockedURLs', urls=['*check.svg*'])  # as if it were not trusted
+        self.browser.open(address)
+        self.assertRegex(next(said), 'opened the page')
+        shown = 'return [...document.querySelectorAll(".step")].map(step => step.checkVisibility() && step.id)'
+        self.assertEqual(self.browser.run(shown), ['profile', False, False])
+        self.assertEqual(fetch(address + 'ca.mobileconfig')[1]['Content-Type'], 'application/x-apple-aspen-config')
+        self.assertRegex(next(said), 'downloaded the profile')
+        for step in ('install', 'trust'):
+            self.browser.run('scrollTo(0, 1000)')
+            self.browser.click(f'.go [href="#{step}"]')
+            self.assertEqual(self.browser.run('return [document.body.dataset.at, scrollY]'), [step, 0])
+        self.browser.devtools('Network.setBlockedURLs', urls=[])
+        self.browser.until('#trusted', 'textContent.startsWith("✓")')
+        self.assertRegex(next(said), 'trusts the server')
+        self.browser.wait('return location.protocol === "https:" && document.body.dataset.at === "share"')
+        self.daemon.submit(tiktok_link(5))
+        self.assertRegex(next(said), f'It works: {tiktok_link(5)}')
+
+    def test_the_four_screens_have_fewer_than_350_words(self):
+        self.visit('/setup')
+        words = self.browser.run(
+            'const words = [...document.querySelectorAll(".lead, .step")].map(step => step.cloneNode(true));'
+            'for (const step of words) for (const node of step.querySelectorAll("details, .desk")) node.remove();'
+            'return words.map(step => step.textContent.trim().split(/\\s+/).length)')
+        self.assertEqual(len(words), 5)
+        self.assertLess(sum(words), 350)
 
 
 class TestShare(DaemonTest):
@@ -9089,8 +9128,9 @@ class TestShareVideo(DaemonTest):
 
 class TestSetupPage(unittest.TestCase):
     """The set-up page for each way to come to it."""
-    facts = {'base_url': 'https://pi.local:8443', 'addresses': '', 'fingerprint': 'AB:CD', 'host': '<pi>',
-             'has_keys': 'yes', 'qr_svg': '<svg/>', 'secure': 'yes'}
+    facts = {'base_url': 'https://pi.local:8443', 'addresses': 'https://192.168.1.5:8443', 'has_keys': 'yes',
+             'fingerprint': 'AB:CD', 'host': '<pi>', 'qr_svg': '<svg/>', 'secure': 'yes',
+             'shortcut_url': 'https://www.icloud.com/shortcuts/1'}
 
     def test_facts_are_escaped_and_every_mark_is_filled_in(self):
         for change in ({}, {'secure': ''}, {'fingerprint': ''}, {'has_keys': ''}):
@@ -9100,8 +9140,8 @@ class TestSetupPage(unittest.TestCase):
 
     def test_never_a_key_over_plain_http(self):
         page = v.setup_page({**self.facts, 'secure': ''})
-        self.assertNotRegex(page, 'X-API-Key|copy-key|<svg')
-        self.assertIn('src="https://pi.local:8443/setup/check.svg"', page)
+        self.assertNotRegex(page, 'id="(key|share)"')
+        self.assertIn('"https://pi.local:8443/setup/check.svg"', page)
         self.assertIn('ca.mobileconfig', page)
 
     def test_an_owners_own_certificate_needs_no_profile(self):

@@ -30,6 +30,7 @@ alone writes the database; `schedule` alone pops the heap; each download has a `
 """
 from __future__ import annotations
 
+import binascii
 import bisect
 import errno
 import fcntl
@@ -6458,15 +6459,22 @@ ICON_SVG = r'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 512 512">
 '''
 
 # Launchers cut a maskable icon to a circle of 80 %: colour to the edges, the drawing inside.
-ICON_MASKABLE_SVG = ICON_SVG.replace(' rx="116"', '').replace('<g ', '<g transform="translate(92 92) scale(.64)" ')
+ICON_MASKABLE_SVG = ICON_SVG.replace(' rx="116"', '').replace(
+    '<g ', '<g transform="translate(92 92) scale(.64)" ')
+ICON_PNG = binascii.a2b_base64(  # iPhones take no SVG for the Home Screen: 180 pixels, six colours
+    'iVBORw0KGgoAAAANSUhEUgAAALQAAAC0BAMAAADP4xsBAAAAElBMVEULbl88i39tqJ+dxb/O4t////+kLk3bAAACFk'
+    'lEQVR42u3YN9qdMBCF4VGgv4nakdpRtSP1n+7sfysuHdERX+M0b48eGI7CyH6TEEIIIYQQQjh2GWfPveujYRcXPhjl'
+    'kkHVpffGzC7dGdNcejBmden6bw/Na/0bEvIbcp1cOhjUeKmViZdayS68NGzlqVZE/O6NKzx6SuLRkxqPnlK949YEHr'
+    '/H1iesPHrKzKeiUnj0JB49aeHRUyqPnpJ49KSVR0+ZefSUwncBSUaPW1T0uKqmIpdk9LimosdNKnpcltHjVtV5cYs6'
+    'gHBVRY9LcipyTUWPm1T0uCyjx60qetysoscVFT0uyehxTe0CXFXR47LcBbhVTUVultHT0rEbv43oHQ8mnd0fDvYLve'
+    'il5v7KhLz5zUsnesvI7102159p++xbRn5C2o5u3o7ePDJLSydgbbMe68haO3WWzbxZ0KE+Ye6tQPnz58e9tetODA0m'
+    'c/7tQ5MlOcXQMXQMHUPHyvcP1XoijVAZ2nar6in4Q4Ucz+ehT82kqWhDPyjJVog/Axq4Otiptv1n/2WwiPPuiqTRzq'
+    'yKiugndBN3PdiQtA43faLJ79xL7eiYX9mA847+enIx9sbIfrvrwubTk3SwTelwervvlnV15Gra7MidadmRx/BOWXsY'
+    '3DQkfDXc6EtrBb+01uhLaxnHQ7v4Lh/APbvAbqMaLrTW8MjaMx/y2oD01qVPB4OOT7uO9o0QQgghhBDCF1FLoYin14'
+    'cNAAAAAElFTkSuQmCC')
 
-# Seen only by a phone that trusts the certificate; elsewhere the alt text of its <img> says what is missing.
-CHECK_SVG = r'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 320 72" width="320" height="72">
-<rect width="320" height="72" rx="16" fill="#0b6e5f"/>
-<path d="M26 37l10 10 18-22" fill="none" stroke="#fff" stroke-width="5" stroke-linecap="round" stroke-linejoin="round"/>
-<text x="72" y="43" fill="#fff" font-family="system-ui,sans-serif" font-size="19">This phone trusts it</text>
-</svg>
-'''
+# Nobody sees it: whoever can load it trusts the certificate.
+CHECK_SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
 
 MANIFEST = r'''{
   "name": "Video inbox", "short_name": "Videos", "id": "./", "start_url": "./", "scope": "./",
@@ -6606,7 +6614,7 @@ input, textarea { padding: .6rem .9rem; border: 1px solid var(--edge); border-ra
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 code { padding: .1em .35em; border-radius: .35em; background: #8882; font: .875em ui-monospace, Menlo, monospace; }
 small { display: block; }
-small, #pulse, .hint, .trust::before { color: var(--soft); font-size: .8125rem; }
+small, #pulse, .hint { color: var(--soft); font-size: .8125rem; }
 
 .sprite { position: absolute; width: 0; height: 0; }
 header { display: flex; align-items: center; gap: .8rem; padding: 1.25rem 0 1rem; }
@@ -6693,23 +6701,41 @@ dialog::backdrop { background: #000b; }
 #door { max-width: 26rem; }
 #door form { display: grid; gap: 1rem; padding: .5rem; }
 
-.setup main { gap: 0; max-width: 40rem; width: 100%; margin: 0 auto; }
-.step { display: flex; flex-direction: column; gap: 1rem; padding: 2.5rem 0 1.5rem; min-height: 100vh;
-  min-height: 100svh; }
-.step + .step { border-top: 1px solid var(--line); }
-.trust { counter-increment: trust; }
-.trust::before { content: 'Step ' counter(trust) ' of 4'; }
-.step :is(h1, h2) { font-size: 1.75rem; letter-spacing: -.02em; }
-dt { font-weight: 600; margin-top: .6rem; }
+.setup main { gap: 1rem; max-width: 34rem; width: 100%; margin: 0 auto; padding: 1.5rem 0 3rem; }
+.lead, .step { display: flex; flex-direction: column; gap: 1rem; }
+.setup :is(h1, h2) { font-size: 1.5rem; letter-spacing: -.02em; }
+.setup h2:focus { outline: 0; }
+#way { display: flex; gap: .5rem; padding: 0; counter-reset: step; list-style: none;
+  font-size: .875rem; }
+#way li { flex: 1 0 auto; border-top: 4px solid var(--line); counter-increment: step; }
+#way li::before { content: counter(step) '\a0'; color: var(--soft); }
+#way .done::before { content: '✓\a0'; color: var(--accent); }
+#way :is(.done, [aria-current]) { border-color: var(--accent); }
+#way a { display: inline-block; padding: .7rem 0; color: inherit; text-decoration: none; }
+#way [aria-current] { font-weight: 700; }
+.shot { width: 100%; max-width: 24rem; height: auto; align-self: center; color: var(--soft); }
+.shot text { fill: var(--ink); stroke: none; font-size: 13px; text-anchor: middle; }
+.shot .l { text-anchor: start; }
+.shot .r { text-anchor: end; }
+.shot .do { fill: var(--accent); font-weight: 600; }
+.shot .box { fill: var(--card); stroke: var(--line); }
+.shot .tap { fill: var(--tint); stroke: var(--accent); }
+.shot .on { fill: var(--accent); stroke: none; }
+.shot .knob { fill: #fff; stroke: none; }
+dt { font-weight: 600; margin-top: .9rem; }
 dd, #empty p { color: var(--soft); }
-.go { margin-top: auto; padding-top: 1rem; display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; }
-.go .button { min-width: 10rem; min-height: 3.25rem; }
-.go a:not(.button) { padding: .7rem 0; }
+.go { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; }
+.go .button { min-height: 3.25rem; }
+.go a:not(.button), .step li a { padding: .7rem 0; }
 .qr svg { width: 12rem; height: 12rem; padding: .5rem; border-radius: .8rem; background: #fff; stroke: none; }
 .print { display: block; margin-top: .4rem; padding: .6rem .8rem; }
-.check { max-width: 100%; height: auto; min-height: 4.5rem; border-radius: 1rem; font-weight: 600; }
-.field { display: flex; gap: .5rem; margin: .4rem 0; }
-.field input { flex: 1; min-width: 0; }
+.field { display: flex; flex-wrap: wrap; gap: .5rem; }
+.field input { flex: 1 1 12rem; min-width: 0; }
+label { display: grid; gap: .3rem; font-weight: 600; }
+details { border-top: 1px solid var(--line); }
+summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--accent); }
+.good { padding: .8rem 1rem; border-radius: .8rem; background: var(--tint); font-weight: 600; }
+@media (max-width: 49.99rem) { [data-at]:not([data-at="profile"]) .lead { display: none; } }
 
 @media (min-width: 50rem) {
   :root { --gap: 2rem; }
@@ -6733,7 +6759,6 @@ dd, #empty p { color: var(--soft); }
   .many .tools { grid-area: 3 / 2 / auto / -1; align-items: start; }
   .many .files { flex: 1; }
   .act:hover { background: var(--tint); color: var(--accent); }
-  .step { min-height: 0; padding: 3rem 0; }
 }
 @media (min-width: 120rem) { html { font-size: 112.5%; } body { max-width: 96rem; } }
 @media (prefers-reduced-motion: no-preference) {
@@ -7284,183 +7309,253 @@ SETUP_HTML = r'''<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<title>Set up a phone</title>
+<title>Set up an iPhone</title>
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
 <link rel="icon" href="icon.svg" type="image/svg+xml">
+<link rel="apple-touch-icon" href="apple-touch-icon.png">
 <link rel="stylesheet" href="page.css">
 <script type="module" src="setup.js"></script>
 </head>
 <body class="setup">
-<main>
-<section class="step">
-  <img class="mark" src="icon.svg" alt="" width="72" height="72">
-  <h1>Save videos from your iPhone</h1>
-  <p>The phone gets a <i>Save video</i> button in its share sheet that sends links to <b>{{HOST}}</b>. It takes two
-    minutes, in Safari, at home in your Wi&#8209;Fi.</p>
-  <!--qr_svg--><div class="desk"><p>On a computer now? Point the phone's camera at this, or type
-    <b>{{SETUP_URL}}</b></p>
-    <div class="qr" role="img" aria-label="QR code of this page">{{QR_SVG}}</div></div><!--/qr_svg-->
-  <p class="go"><!--fingerprint--><a class="button" href="#get">Start</a><!--/fingerprint-->
-    <!--secure--><a href="#shortcut">On to the Shortcut</a><!--/secure--></p>
-</section>
+<main data-check="{{CHECK}}" data-next="{{BASE_URL}}/setup#share">
+<div class="lead">
+  <h1>Tap Share on your iPhone, and the video is saved on {{HOST}}.</h1>
+  <p>Set it up once, at home, in about four minutes.</p>
+  <!--qr_svg--><div class="desk"><p>On a computer? Point the phone’s camera at this, or open
+    <b>{{BASE_URL}}/setup</b> in Safari.</p>
+    <div class="qr" role="img" aria-label="QR code of it">{{QR_SVG}}</div></div><!--/qr_svg-->
+</div>
 <!--fingerprint-->
-<section class="step trust" id="get">
-  <h2>Download the profile</h2>
-  <ol><li>Tap the button below, in Safari.</li>
-    <li>Safari says that the site wants to download a configuration profile: <b>Allow</b>, then <b>Close</b>.</li></ol>
-  <p class="hint">It holds one certificate. That can vouch only for private addresses and for this machine's own
-    names, never for another website.</p>
-  <p class="go"><a class="button" href="ca.mobileconfig">Download the profile</a> <a href="#install">Next</a></p>
+<nav aria-label="Steps"><ol id="way">
+  <li><a href="#profile">Profile</a></li> <li><a href="#install">Install</a></li>
+  <li><a href="#trust">Trust</a></li> <li><a href="#share">Share</a></li></ol></nav>
+
+<section class="step" id="profile">
+  <h2 tabindex="-1">Get the profile</h2>
+  <svg class="shot" viewBox="0 0 300 124" role="img" aria-label="Safari asks. Tap Allow.">
+    <rect class="box" x="30" y="6" width="240" height="112" rx="18"/>
+    <text x="150" y="34">This website is trying to download</text>
+    <text x="150" y="52">a configuration profile.</text>
+    <path d="M30 72h240M150 72v46"/><text x="90" y="101">Ignore</text>
+    <rect class="tap" x="158" y="78" width="104" height="34" rx="10"/>
+    <text class="do" x="210" y="101">Allow</text></svg>
+  <p>Tap the button, then <b>Allow</b>, then <b>Close</b>. Your iPhone can then trust this server.
+    It stays at home: the profile is good for nothing outside your network.</p>
+  <p class="go"><a id="get" class="button" href="ca.mobileconfig">Get the profile</a>
+    <a href="#install">Next</a></p>
 </section>
 
-<section class="step trust" id="install">
-  <h2>Install it</h2>
-  <ol><li>Open <b>Settings</b> and tap <b>Profile Downloaded</b>, near the top. Not there? <b>General</b> → <b>VPN &amp;
-      Device Management</b>.</li>
-    <li>Tap <b>More Details</b>, then the certificate. Its SHA-256 fingerprint has to be the one that the server
-      printed on its console:<code class="print">{{FINGERPRINT}}</code></li>
-    <li>Go back, tap <b>Install</b>, enter the passcode, tap <b>Install</b> until it says <b>Done</b>.</li></ol>
-  <p class="hint">A profile that is not installed within 8 minutes vanishes: then download it again.</p>
+<section class="step" id="install">
+  <h2 tabindex="-1">Install it</h2>
+  <svg class="shot" viewBox="0 0 300 124" role="img"
+    aria-label="Settings shows Profile Downloaded near the top. Then tap Install.">
+    <rect class="tap" x="16" y="8" width="268" height="40" rx="12"/>
+    <text class="do l" x="32" y="33">Profile Downloaded</text><path d="M262 22l6 6-6 6"/>
+    <rect class="box" x="16" y="62" width="268" height="54" rx="12"/>
+    <text class="l" x="32" y="94">Install Profile</text>
+    <rect class="tap" x="206" y="72" width="70" height="34" rx="10"/>
+    <text class="do" x="241" y="94">Install</text></svg>
+  <p>Open <b>Settings</b>. Tap <b>Profile Downloaded</b>, near the top, then <b>Install</b>. Enter
+    your passcode, and tap <b>Install</b> until it says <b>Done</b>.</p>
+  <p class="hint">Not there? <b>General</b> → <b>VPN &amp; Device Management</b> (iOS 18, 26
+    and 27).</p>
+  <details><summary>Is it really from your server?</summary><p>Tap <b>More Details</b> before you
+    install. The SHA-256 fingerprint of the certificate must be the one in the server’s terminal:
+    <code class="print">{{FINGERPRINT}}</code></p></details>
   <p class="go"><a class="button" href="#trust">Next</a></p>
 </section>
 
-<section class="step trust" id="trust">
-  <h2>Switch the trust on</h2>
-  <p>This is the step that is forgotten most.</p>
-  <ol><li><b>Settings</b> → <b>General</b> → <b>About</b> → at the very bottom <b>Certificate Trust Settings</b>.</li>
-    <li>Switch on the one that names <b>{{HOST}}</b>, and tap <b>Continue</b>.</li></ol>
-  <p class="go"><a class="button" href="#check">Next</a></p>
-</section>
-
-<section class="step trust" id="check">
-  <h2>Check it</h2>
-  <p><img class="check" src="{{CHECK_ORIGIN}}setup/check.svg" width="320" height="72" alt="Not trusted yet"></p>
-  <p>A green sign has to stand above. If not: is the switch of step 3 on? Is it not even listed there? Then step 2 is
-    missing. Is it on? Then the server does not run.</p>
-  <!--plain--><p class="go"><a class="button" href="{{BASE_URL}}/setup#shortcut">On to the Shortcut</a>
-    <a href="setup#check">Check again</a></p><!--/plain-->
-  <!--secure--><p>Did Safari warn you of this page, and did you tap <b>visit this website</b>? Then step 2 or 3 is still
-    missing, whatever the sign says: other apps do not take that exception.</p>
-  <p class="go"><a class="button" href="#shortcut">On to the Shortcut</a></p><!--/secure-->
-  <p class="hint">Addresses of the server: {{BASE_URL}} {{ADDRESSES}}</p>
+<section class="step" id="trust">
+  <h2 tabindex="-1">Turn on trust</h2>
+  <svg class="shot" viewBox="0 0 300 124" role="img"
+    aria-label="Certificate Trust Settings, with the switch turned on.">
+    <text class="do" x="150" y="26">Certificate Trust Settings</text>
+    <rect class="box" x="16" y="44" width="268" height="58" rx="12"/>
+    <text class="l" x="32" y="78">videoserverd on {{HOST}}</text>
+    <rect class="on" x="220" y="58" width="50" height="30" rx="15"/>
+    <circle class="knob" cx="255" cy="73" r="12"/></svg>
+  <p>In <b>Settings</b>: <b>General</b> → <b>About</b> → at the very bottom <b>Certificate Trust
+    Settings</b>. Turn on the switch and tap <b>Continue</b>. Then come back here.</p>
+  <p id="trusted" role="status">This page moves on by itself as soon as your iPhone trusts the
+    server.</p>
+  <p class="go"><a href="{{BASE_URL}}/setup#share">Go on without waiting</a></p>
 </section>
 <!--/fingerprint--><!--secure-->
-<section class="step" id="shortcut">
-  <h2>Make the Shortcut</h2>
-  <ol><li>Open the app <b>Shortcuts</b> and tap <b>+</b>.</li>
-    <li>Tap the name at the top → <b>Rename</b>: <b>Save video</b>.</li>
-    <li>Tap <b>ⓘ</b>, switch on <b>Show in Share Sheet</b>, tap <b>Done</b>.</li>
-    <li>In <b>Receive … from Share Sheet</b> tap the kinds, then <b>Clear</b>, and choose <b>URLs</b> and <b>Text</b>.
-      <b>If there's no input</b>: <b>Get Clipboard</b>.</li></ol>
-  <p class="go"><a class="button" href="#send">Next: the simple form</a>
-    <a href="#careful">Or the careful one, which keeps links while you are away</a></p>
-</section>
+<!--has_keys--><form class="step" id="unlock">
+  <h2 tabindex="-1">Enter the key</h2>
+  <p id="why" role="alert">This server asks for a key, once.</p>
+  <label>Key <input id="key" type="password" required autocomplete="off"></label>
+  <p class="go"><button class="button">Next</button></p>
+</form><!--/has_keys-->
 
-<section class="step" id="send">
-  <h2>Make it send</h2>
-  <ol><li>Add the action <b>Get Contents of URL</b> with this address:
-      <span class="field"><input id="one" readonly value="{{BASE_URL}}/api/v1/download" aria-label="Address">
-        <button class="button quiet" data-copy="one" hidden>Copy</button></span></li>
-    <li>Open it with <b>›</b>. <b>Method</b>: <b>POST</b>. <b>Request Body</b>: <b>JSON</b>, with two fields of the kind
-      Text: <b>url</b>: <b>Shortcut Input</b>, and <b>client_id</b>: a name for this phone.</li>
-    <!--has_keys--><li><b>Headers</b>: add this one. Its value is your key.
-      <span class="field"><input id="header" readonly value="X-API-Key" aria-label="Name of the header">
-        <button class="button quiet" data-copy="header" hidden>Copy</button></span>
-      <button id="copy-key" class="button quiet" hidden>Copy the key of this browser</button></li><!--/has_keys-->
-    <li>Add <b>Get Dictionary Value</b>: <b>Value</b> for <b>message</b> in <b>Contents of URL</b>.</li>
-    <li>Add <b>Show Notification</b>: <b>Dictionary Value</b>. Tap <b>Done</b>.</li></ol>
-  <p>Now share a video: <b>Share</b> → <b>More</b> → <b>Save video</b>. The first time, tap <b>Always Allow</b>.</p>
-  <p class="go"><a class="button" href="#answers">What it answers</a></p>
-</section>
-
-<section class="step" id="answers">
-  <h2>What it answers</h2>
-  <dl><dt>“… queued …”</dt><dd>The link is stored, and will be downloaded whatever happens to the server.</dd>
-    <dt>“… paused …”</dt><dd>Stored as well. The server says what it waits for, such as disk space.</dd>
-    <dt>Any other sentence</dt><dd>The link was not taken, and why: no link in it, a site that is not allowed, a
-      missing key.</dd>
-    <dt>An error of Shortcuts</dt><dd>The phone did not reach the server. Another network? Is step 3 missing? The
-      careful form has kept the link.</dd></dl>
-  <p class="go"><a class="button" href="./">To the videos</a> <a href="#careful">The careful form</a></p>
-</section>
-
-<section class="step" id="careful">
-  <h2>The careful form: no link is lost</h2>
-  <p>It writes each link to a file in iCloud Drive first, and takes it out after the server's answer. Its actions:</p>
-  <ol><li><b>If</b> <b>Shortcut Input</b> <b>has any value</b>: <b>Append to Text File</b>, Shortcut Input to
-      <b>videos.txt</b>, <b>Make New Line</b> on. <b>End If</b>. At the top, <b>If there's no input</b> is
-      <b>Continue</b>.</li>
-    <li><b>Get File from Folder</b> Shortcuts: <b>videos.txt</b>, <b>Error If Not Found</b> off. <b>Get Text from
-      Input</b>.</li>
-    <li><b>If</b> <b>Text</b> <b>contains</b> <b>http</b>. All that follows goes inside.</li>
-    <li><b>Get Contents of URL</b>: POST, JSON with the Text fields <b>text</b>: <b>Text</b>, and
-      <b>client_id</b>: a name for this phone<!--has_keys-->; the header <b>X-API-Key</b> with your key<!--/has_keys-->.
-      <span class="field"><input id="many" readonly value="{{BASE_URL}}/api/v1/downloads" aria-label="Address for many">
-        <button class="button quiet" data-copy="many" hidden>Copy</button></span></li>
-    <li><b>Get Dictionary Value</b> for <b>downloads</b>. <b>If</b> it <b>has any value</b>: <b>Get Dictionary Value</b>
-      for <b>keep</b> in <b>Contents of URL</b>; <b>Text</b>: that value and an empty line; <b>Save File</b> to
-      Shortcuts: <b>videos.txt</b>, <b>Ask Where to Save</b> off, <b>Overwrite If File Exists</b> on; <b>End If</b></li>
-    <li><b>Get Dictionary Value</b> for <b>message</b> in <b>Contents of URL</b>. <b>Show Notification</b>.
-      <b>End If</b>.</li></ol>
-  <p class="hint"><b>keep</b> has the links to send again, one a line; it is empty when all have been answered for.</p>
-  <p class="go"><a class="button" href="#home">Send them on arriving home</a></p>
-</section>
-
-<section class="step" id="home">
-  <h2>Send them on arriving home</h2>
-  <ol><li><b>Shortcuts</b> → <b>Automation</b> → <b>+</b> → <b>Wi-Fi</b>: choose your network. (Or <b>Arrive</b>: choose
-      your home.)</li>
-    <li><b>Run Immediately</b>, <b>Next</b>, and choose <b>Save video</b>.</li></ol>
-  <p class="go"><a class="button" href="#others">Other devices</a></p>
-</section>
-
-<section class="step" id="others">
-  <h2>Other devices</h2>
-  <p><b>A browser on a desk:</b> drag this into its bookmarks bar. A click on it brings the page you are on here.</p>
-  <p><a id="bookmarklet" class="button quiet"
-    href="javascript:void(open('{{BASE_URL}}/?url='+encodeURIComponent(location.href)))">Save video</a></p>
-  <p><b>Android:</b> <!--fingerprint-->install <a href="ca.crt">the certificate</a> (Settings → Security → Install a
-    certificate → CA certificate), <!--/fingerprint-->open {{BASE_URL}} in Chrome, menu → <b>Add to Home screen</b>:
-    then it is in the share sheet.</p>
-  <!--fingerprint--><p><b>Macs and PCs:</b> open <a href="ca.crt">the certificate</a> and have it trusted for
-    websites.</p><!--/fingerprint-->
-  <p class="go"><a class="button" href="#remove">How to remove it all</a></p>
+<section class="step" id="share">
+  <h2 tabindex="-1">Make the Shortcut</h2>
+  <label>Name of this phone <input id="name" value="My iPhone" maxlength="64"></label>
+  <p class="field"><input id="address" readonly value="{{ADDRESS}}" aria-label="Address">
+    <button class="button" data-copy="address" hidden>Copy</button></p>
+  <!--shortcut_url--><a class="button" href="{{SHORTCUT_URL}}">Get the Shortcut</a>
+  <p>Tap <b>Add Shortcut</b>. If it asks for the address, paste it. Or make it yourself:</p
+  ><!--/shortcut_url-->
+  <svg class="shot" viewBox="0 0 300 196" role="img" aria-label="The Shortcut has two actions.">
+    <rect class="box" x="10" y="6" width="280" height="124" rx="14"/>
+    <text class="l" x="24" y="31">Get contents of</text>
+    <rect class="tap" x="130" y="14" width="80" height="25" rx="7"/>
+    <text class="do" x="170" y="31">address</text><path d="M10 46h280"/>
+    <text class="l" x="24" y="68">Method</text><text class="do r" x="276" y="68">POST</text>
+    <text class="l" x="24" y="93">Request Body</text><text class="do r" x="276" y="93">JSON</text>
+    <text class="l" x="24" y="118">text</text>
+    <text class="do r" x="276" y="118">Shortcut Input</text>
+    <path d="M150 130v16"/><rect class="box" x="10" y="146" width="280" height="44" rx="14"/>
+    <text class="l" x="24" y="173">Show notification</text>
+    <rect class="tap" x="140" y="155" width="128" height="26" rx="7"/>
+    <text class="do" x="204" y="173">Contents of URL</text></svg>
+  <ol><li>Copy the address. <a href="shortcuts://create-shortcut">Open a new Shortcut</a>.</li>
+    <li>Add <b>Get Contents of URL</b> and paste the address. Tap <b>›</b>. <b>Method</b>:
+      <b>POST</b>. <b>Add new field</b> → <b>Text</b>: <b>text</b> is <b>Shortcut Input</b>.</li>
+    <li>Add <b>Show Notification</b>. Its text is <b>Contents of URL</b>.</li>
+    <li>Tap <b>ⓘ</b>, turn on <b>Show in Share Sheet</b>, tap <b>Done</b>. Rename it
+      <b>Save video</b>.</li></ol>
+  <p>Now share a video: <b>Share</b> → <b>Save video</b> → <b>Always Allow</b>.</p>
+  <p id="works" role="status">Waiting for the first link from this phone…</p>
+  <p class="go"><a class="button" href="./">To the videos</a></p>
 </section>
 <!--/secure-->
-<section class="step" id="remove">
-  <h2>How to remove it all</h2>
-  <ol><li>The trust: <b>Settings</b> → <b>General</b> → <b>VPN &amp; Device Management</b> → the profile that names
-      <b>{{HOST}}</b> → <b>Remove Profile</b>.</li>
-    <li>The Shortcut: hold <b>Save video</b> in <b>Shortcuts</b>, tap <b>Delete</b>; likewise the automation.</li>
-    <li>The careful form's list: <b>videos.txt</b> in <b>Files</b> → iCloud Drive → Shortcuts.</li></ol>
-  <!--secure--><p class="go"><a class="button" href="./">To the videos</a></p><!--/secure-->
-</section>
+<details><summary>Something does not work</summary><dl>
+  <!--fingerprint--><dt>Safari does not offer the profile</dt>
+  <dd>Open <b>{{BASE_URL}}/ca.mobileconfig</b> on a computer, and send the file to the iPhone by
+    AirDrop. Or save it to iCloud Drive and tap it in <b>Files</b>. (iOS 27 may take a profile only
+    this way, or over https.)</dd>
+  <dt>Profile Downloaded is not there</dt>
+  <dd>A profile that is not installed within 8 minutes disappears. Get it again.</dd>
+  <dt>It is never trusted</dt>
+  <dd>Is the switch of step 3 on? Is the phone in the same Wi-Fi? Does the server run?</dd>
+  <dt>Safari warned about this page</dt>
+  <dd>“Visit this website” counts in Safari only. Do steps 1 to 3.</dd><!--/fingerprint-->
+  <dt>“Could not connect to the server”</dt>
+  <dd><b>Settings</b> → <b>Privacy &amp; Security</b> → <b>Local Network</b>: turn on
+    <b>Safari</b> and <b>Shortcuts</b>. Turn off the VPN, or let it reach the local network.</dd>
+  <dt>The name is not found</dt>
+  <dd>Some routers do not pass on names that end in <b>.local</b>. Use an address by number instead:
+    {{ADDRESSES}}</dd></dl></details>
+<!--secure--><details><summary>Photos, away from home, other devices</summary><dl>
+  <dt>The video straight into Photos</dt>
+  <dd>Add <b>/video</b> to the address, and use <b>Save to Photo Album</b> (Recents) instead of
+    <b>Show Notification</b>.</dd>
+  <dt>Away from home</dt>
+  <dd>Open <a href="./">the videos</a> in Safari: <b>Share</b> → <b>Add to Home Screen</b>. That
+    page opens without the server too. Links that you paste there wait on the phone until you are
+    home and open it again.</dd>
+  <dt>A browser on a computer</dt>
+  <dd>Drag this into its bookmarks: <a id="bookmarklet"
+    href="javascript:void(open('{{BASE_URL}}/?url='+encodeURIComponent(location.href)))">Save
+    video</a> A click on it brings the page you are on here.</dd>
+  <dt>Android</dt>
+  <dd><!--fingerprint-->Install <a href="ca.crt">the certificate</a>: Settings → Security →
+    Install a certificate → CA certificate. <!--/fingerprint-->Open {{BASE_URL}}
+    in Chrome, menu → <b>Add to Home screen</b>. It is in the share sheet then.</dd>
+  <!--fingerprint--><dt>Macs and PCs</dt>
+  <dd>Open <a href="ca.crt">the certificate</a> and trust it for websites.</dd>
+  <dt>Remove it all</dt>
+  <dd><b>Settings</b> → <b>General</b> → <b>VPN &amp; Device Management</b> → <b>videoserverd on
+    {{HOST}}</b> → <b>Remove Profile</b>. Delete the Shortcut and the Home Screen page.</dd
+  ><!--/fingerprint--></dl></details><!--/secure-->
 </main>
 </body>
 </html>
 '''
 
-SETUP_JS = r'''
-// Copy buttons; without JavaScript the fields are marked and copied by hand.
-async function copy(button, text) {
-  await navigator.clipboard.writeText(text);
-  button.append(' ✓');
-  setTimeout(() => button.lastChild.remove(), 2000);
+SETUP_JS = r'''// Shows one step at a time, and moves on by itself. Without JavaScript all steps are shown.
+const $ = id => document.getElementById(id);
+const main = document.querySelector('main'), steps = [...document.querySelectorAll('.step')];
+const plain = location.protocol === 'http:';
+// Safari may have been told to visit this very host anyway, so ask for another name of the server.
+const check = main.dataset.check.split(' ').find(place => new URL(place).host !== location.host);
+let known = '', trusted = !$('trust'), heard = false;
+
+function go(id) {
+  if (id === 'share' && $('unlock') && !known) id = 'unlock';
+  const at = steps.findIndex(step => step.id === id);
+  if (at < 0) return;
+  for (const step of steps) step.hidden = step.id !== id;
+  document.body.dataset.at = id;
+  [...document.querySelectorAll('#way li')].forEach((item, i) => {
+    item.classList.toggle('done', i < at || (trusted && i < 3));
+    item.ariaCurrent = i === Math.min(at, 3) ? 'step' : null;
+  });
+  scrollTo(0, 0);
+  steps[at].querySelector('h2').focus({preventScroll: true});
+  if (id === 'share') showAddress().catch(() => null);
+}
+const start = () => go(location.hash.slice(1) || (trusted ? 'share' : 'profile'));
+
+// Only an iPhone that trusts the CA can load the picture. No CORS, so nothing can be read.
+function probe() {
+  if (trusted || !check || document.hidden) return;
+  const picture = new Image();
+  picture.onload = arrive;
+  picture.src = `${check}?${Date.now()}`;
+}
+async function arrive() {
+  if (trusted) return;
+  trusted = true;
+  $('trusted').textContent = '✓ Your iPhone trusts the server.';
+  if (plain) await fetch('seen/trusted').catch(() => null);
+  if (document.body.dataset.at !== 'profile') await new Promise(done => setTimeout(done, 1200));
+  if (plain) location.href = main.dataset.next;
+  else go('share');
+}
+
+// ---- the last screen ----
+const saved = () => JSON.parse(localStorage.getItem('videoserverd.key')) ?? '';
+const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
+async function showAddress(key = saved()) {
+  const answer = await fetch('api/v1/share-address', {
+    method: 'POST', body: JSON.stringify({name: $('name').value}),
+    headers: {'Content-Type': 'application/json', ...(key && {'X-API-Key': octets(key)})},
+  });
+  const {address, message} = await answer.json();
+  if (!answer.ok) throw Error(message);
+  known = $('address').value = address;
+}
+async function unlock(event) {
+  event.preventDefault();
+  const key = $('key').value.trim();
+  try {
+    await showAddress(key);
+    localStorage.setItem('videoserverd.key', JSON.stringify(key));
+    go('share');
+  } catch (error) {
+    $('why').textContent = error.message;
+  }
+}
+async function listen() {
+  if (heard || document.hidden || document.body.dataset.at !== 'share' || !known) return;
+  const answer = await fetch(known.replace(/^https:..[^/]*/, ''));
+  heard = answer.status === 200;
+  if (heard) $('works').textContent = await answer.text();
+  $('works').classList.toggle('good', heard);
+}
+async function copy(button) {
+  await navigator.clipboard.writeText($(button.dataset.copy).value);
+  button.textContent = 'Copied ✓';
+  setTimeout(() => { button.textContent = 'Copy'; }, 2000);
 }
 for (const button of document.querySelectorAll('[data-copy]')) {
-  const field = document.getElementById(button.dataset.copy);
   button.hidden = !navigator.clipboard;
-  button.ariaLabel = 'Copy: ' + field.ariaLabel;
-  button.onclick = () => copy(button, field.value);
+  button.onclick = () => copy(button);
 }
-const key = JSON.parse(localStorage.getItem('videoserverd.key')), keyButton = document.getElementById('copy-key');
-if (key && keyButton) {
-  keyButton.hidden = false;
-  keyButton.onclick = () => copy(keyButton, key);
-}
-document.getElementById('bookmarklet')?.addEventListener('click', event => event.preventDefault());  // to be dragged
+$('get')?.addEventListener('click', () => setTimeout(go, 3000, 'install'));
+$('bookmarklet')?.addEventListener('click', event => event.preventDefault());  // to be dragged
+$('unlock')?.addEventListener('submit', unlock);
+$('name')?.addEventListener('change', () => showAddress().catch(() => null));
+addEventListener('hashchange', start);
+document.addEventListener('visibilitychange', probe);
+setInterval(() => { probe(); listen().catch(() => null); }, 2000);
+if (saved() && $('unlock')) await showAddress().catch(() => null);
+start();
+probe();
 '''
 
 
@@ -7471,14 +7566,21 @@ def fact_as_html(name: str, facts: dict[str, str]) -> str:
 
 
 def setup_page(facts: dict[str, str]) -> str:
-    """The set-up page for `facts`: base_url, addresses (further ones), fingerprint ('' where the certificate is
-    the owner's own), host, has_keys, qr_svg (markup from qrencode), secure ('' over plain HTTP: no Shortcut then)."""
-    secure, base = facts['secure'], facts['base_url']
-    facts = {**facts, 'plain': '' if secure else 'yes', 'setup_url': f'{base}/setup',
-             'check_origin': '' if secure else f'{base}/', 'qr_svg': facts['qr_svg'] if secure else ''}
+    """The set-up page, filled in.
+
+    `facts`: base_url; addresses (by number); fingerprint ('' where the certificate is the owner's
+    own); host; has_keys; shortcut_url; qr_svg (markup from qrencode); secure ('' over plain HTTP,
+    which has no last screen)."""
+    base = facts['base_url']
+    places = [base]
+    if facts['secure']:
+        places = [*facts['addresses'].split(), base]
+    facts = {**facts, 'check': ' '.join(f'{place}/setup/check.svg' for place in places),
+             'address': f'{base}/share/My%20iPhone'}
     page = SETUP_HTML
     for name, fact in facts.items():
-        page = re.sub(f'<!--{name}-->(.*?)<!--/{name}-->', r'\1' if fact else '', page, flags=re.S)
+        kept = r'\1' if fact else ''
+        page = re.sub(f'<!--{name}-->(.*?)<!--/{name}-->', kept, page, flags=re.S)
     return re.sub(r'{{(\w+)}}', lambda mark: fact_as_html(mark[1].lower(), facts), page)
 
 
@@ -7492,8 +7594,10 @@ ASSETS = {
     '/manifest.webmanifest': ('application/manifest+json', MANIFEST),
     '/icon.svg': ('image/svg+xml', ICON_SVG),
     '/icon-maskable.svg': ('image/svg+xml', ICON_MASKABLE_SVG),
+    '/apple-touch-icon.png': ('image/png', ICON_PNG),
 }
-PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.svg')  # what the `phone` command serves of them
+# What the `phone` command serves of them.
+PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.svg', '/apple-touch-icon.png')
 
 # ---------- daemon ------------------------------------------------------------------------
 # Owns three classes: Daemon (wiring, order of start and stop, signals, sd_notify, re-execution),
@@ -7689,15 +7793,19 @@ def qr_code(text: str, kind: str) -> str:
 def setup_facts(config: Config, port: int, secure: bool) -> dict[str, str]:
     """What the set-up page is filled in with."""
     base = public_base(config, port)
-    hosts = [ipaddress.ip_address(ip) for ip in host_addresses()]
-    addresses = [f'https://{f"[{ip}]" if ip.version == 6 else ip}:{port}'
-                 for ip in hosts if not ip.is_loopback]
-    return {
-        'base_url': base, 'addresses': ' '.join(addresses),
-        'fingerprint': ca_assets(config) and ca_fingerprint(config) or '',
-        'qr_svg': re.sub(r'^.*?(?=<svg)', '', qr_code(f'{base}/setup', 'SVG'), flags=re.S),
-        'host': socket.gethostname().split('.')[0],
-        'has_keys': 'yes' * bool(config.api_keys), 'secure': 'yes' * secure}
+    addresses = [f'https://{ip}:{port}' for ip in host_addresses()
+                 if ':' not in ip and not ip.startswith('127.')]  # a policy for pages takes no IPv6
+    facts = {'base_url': base, 'addresses': ' '.join(addresses), 'fingerprint': '', 'has_keys': '',
+             'secure': '', 'qr_svg': '', 'host': socket.gethostname().split('.')[0],
+             'shortcut_url': config.phone.shortcut_url}
+    if ca_assets(config):
+        facts['fingerprint'] = ca_fingerprint(config)
+    if config.api_keys:
+        facts['has_keys'] = 'yes'
+    if secure:
+        picture = re.sub(r'^.*?(?=<svg)', '', qr_code(f'{base}/setup', 'SVG'), flags=re.S)
+        facts.update(secure='yes', qr_svg=picture)
+    return facts
 
 
 def welcome(config: Config, port: int, ytdlp: str | None) -> str:
@@ -8030,9 +8138,13 @@ class Daemon:
         for path, (kind, _) in assets.items():
             kind = kind.split(';')[0]
             routes.append(Route('GET', path, get_asset, 'Part of the page', 'open', kind))
+        # The set-up page asks for a picture by another name: Safari may have been told to visit the
+        # name that is in the address bar although nothing vouches for it.
+        facts = setup_facts(config, port, secure=True)
         app = App(config, self.store, self.board, self.scheduler, assets=assets,
                   routes=tuple(routes), health=self.health.report, forget=self._forget,
                   bucket=self.bucket, thumbs=self.care.thumbs,
+                  image_origin=f' {facts["base_url"]} {facts["addresses"]}',
                   gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
@@ -8512,6 +8624,34 @@ def first_address(port: int) -> str:
 
 # -- first contact
 
+PHONE_NEWS = {  # what the console says when the phone asks for it the first time
+    '/': 'The phone has opened the page.', '/ca.mobileconfig': 'It has downloaded the profile.',
+    '/seen/trusted': 'It trusts the server. Next: make the Shortcut.'}
+
+
+def told_once(news: str, content: Any) -> Callable[[], Any]:
+    """An asset's content that says `news` on the console when it is first asked for."""
+    told = []
+
+    def answer() -> Any:
+        if not told:
+            told.append(news)
+            print(f'{time.strftime("%H:%M:%S")}  {news}', flush=True)
+        return content() if callable(content) else content
+    return answer
+
+
+def tell_first_link(config: Config, since: int) -> None:
+    """Say on the console when the first link arrives, made at `since` or later."""
+    store, records = Store(config.database.path), []
+    while not records or records[0]['created_at'] < since:
+        time.sleep(1)
+        with suppress(StoreDown):
+            records = config.database.path.exists() and store.page(1)[1]
+    print(f'{time.strftime("%H:%M:%S")}  It works: {records[0]["url"]} from '
+          f'{records[0]["client_id"]}.', flush=True)
+
+
 def cmd_phone(config: Config, options: Any) -> int:
     """for a new iPhone: the CA and the steps over plain HTTP, for some minutes"""
     if not config.server.tls:
@@ -8524,6 +8664,11 @@ def cmd_phone(config: Config, options: Any) -> int:
     assets = {**{path: ASSETS[path] for path in PHONE_ASSETS}, **ca_assets(config)}
     facts = setup_facts(config, port, secure=False)
     assets['/'] = assets['/setup'] = ('text/html; charset=utf-8', lambda: setup_page(facts))
+    assets['/seen/trusted'] = ('text/plain', '')
+    for path, news in PHONE_NEWS.items():
+        kind, content = assets[path]
+        assets[path] = (kind, told_once(news, content))
+    assets['/setup'] = assets['/']
     routes = tuple(Route('GET', path, get_asset, 'Set-up', 'open') for path in assets)
     origin = f' {public_base(config, port)}'
     app = App(config, assets=assets, routes=routes, image_origin=origin)
@@ -8538,8 +8683,10 @@ def cmd_phone(config: Config, options: Any) -> int:
         print(f'The server does not run yet: start it with  {program(config)}')
     print(f'This page goes away in {options.minutes} minutes; Ctrl-C ends it at once.', flush=True)
     timer = threading.Timer(options.minutes * 60, server.shutdown)
-    timer.daemon = True
-    timer.start()
+    watch = threading.Thread(target=tell_first_link, args=(config, int(time.time())))
+    for thread in (timer, watch):
+        thread.daemon = True
+        thread.start()
     with suppress(KeyboardInterrupt):
         server.serve_forever(0.5)
     return 0
