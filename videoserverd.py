@@ -7790,14 +7790,18 @@ def qr_code(text: str, kind: str) -> str:
         return ''
 
 
+def bases_by_number(port: int) -> str:
+    """Addresses of this server by number. A Content-Security-Policy takes no IPv6."""
+    return ' '.join(f'https://{ip}:{port}' for ip in host_addresses()
+                    if ':' not in ip and not ip.startswith('127.'))
+
+
 def setup_facts(config: Config, port: int, secure: bool) -> dict[str, str]:
     """What the set-up page is filled in with."""
     base = public_base(config, port)
-    addresses = [f'https://{ip}:{port}' for ip in host_addresses()
-                 if ':' not in ip and not ip.startswith('127.')]  # a policy for pages takes no IPv6
-    facts = {'base_url': base, 'addresses': ' '.join(addresses), 'fingerprint': '', 'has_keys': '',
-             'secure': '', 'qr_svg': '', 'host': socket.gethostname().split('.')[0],
-             'shortcut_url': config.phone.shortcut_url}
+    facts = {'base_url': base, 'addresses': bases_by_number(port), 'fingerprint': '',
+             'has_keys': '', 'secure': '', 'qr_svg': '', 'shortcut_url': config.phone.shortcut_url,
+             'host': socket.gethostname().split('.')[0]}
     if ca_assets(config):
         facts['fingerprint'] = ca_fingerprint(config)
     if config.api_keys:
@@ -8140,11 +8144,11 @@ class Daemon:
             routes.append(Route('GET', path, get_asset, 'Part of the page', 'open', kind))
         # The set-up page asks for a picture by another name: Safari may have been told to visit the
         # name that is in the address bar although nothing vouches for it.
-        facts = setup_facts(config, port, secure=True)
+        origins = f' {public_base(config, port)} {bases_by_number(port)}'
         app = App(config, self.store, self.board, self.scheduler, assets=assets,
                   routes=tuple(routes), health=self.health.report, forget=self._forget,
                   bucket=self.bucket, thumbs=self.care.thumbs,
-                  image_origin=f' {facts["base_url"]} {facts["addresses"]}',
+                  image_origin=origins,
                   gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
