@@ -26,6 +26,7 @@ import json
 import logging
 import os
 import plistlib
+import py_compile
 import random
 import re
 import resource
@@ -150,14 +151,8 @@ def hurried_program(constants: Tuple[Tuple[str, str], ...]) -> Path:
         text, times = re.subn(f'(?m)^{name} = [^#\n]*', f'{name} = {value}  ', text)
         assert times == 1, name
     program.write_text(text, encoding='utf-8')
+    py_compile.compile(str(program), doraise=True)
     return program
-
-
-@functools.lru_cache(maxsize=None)
-def compiled(program: Path) -> str:
-    """The compiled form of a copy of the program, as it finds or makes it itself."""
-    with unittest.mock.patch.object(v, 'PROGRAM', program):
-        return v.compiled_form()
 
 
 def clean_environment() -> Dict[str, str]:
@@ -317,8 +312,9 @@ class Daemon:
         return [*self.prefix, sys.executable, str(self.program), '--config', str(self.file), *words]
 
     def line_behind(self) -> List[str]:
-        """What that goes on as: the compiled form. Tests begin there, as what comes before is half of a start."""
-        return [*self.prefix, sys.executable, *v.ALONE, compiled(self.program), str(self.file)]
+        """What that goes on as: imported. Tests begin there, as what comes before is half of a start."""
+        with unittest.mock.patch.object(v, 'PROGRAM', self.program):
+            return [*self.prefix, *v.apart(v.SERVE, str(self.file))]
 
     def run(self, *words: str, seconds: float = 30, **options: Any) -> Any:
         """Runs a command (`add URL`, `doctor`…) beside it; .returncode, .stdout (both channels)."""
@@ -339,7 +335,7 @@ class Daemon:
         self.exit_code = None
         line, env = self.command_line(), self.env
         if not from_source:
-            line, env = self.line_behind(), {'MALLOC_ARENA_MAX': '1', **env, 'VIDEOSERVERD_PROGRAM': str(self.program)}
+            line, env = self.line_behind(), {'MALLOC_ARENA_MAX': '1', **env}
         with (self.folder / 'console.txt').open('ab') as console:
             self.process = subprocess.Popen(line, env=env, cwd=str(self.folder), stdout=console,
                                             stderr=console, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -670,6 +666,30 @@ class TestLaw(unittest.TestCase):
         wrong = [line for name, line in imported(TREE) if name == 'yt_dlp'
                  and not (begin.get('download', 0) < line < end and line in inside)]
         self.assertEqual(wrong, [])
+
+    def test_an_old_or_reduced_python_gets_one_sentence(self):
+        ast.parse(SOURCE, feature_version=(3, 7))  # so that one of 3.7 gets as far as reading its own version
+        for script, said in (('sys.version_info = (3, 8, 1)', 'needs Python 3.9 or newer, and this is 3.8. Fix: '),
+                             ('sys.modules["_sqlite3"] = None', 'this one has no _sqlite3 .*Fix: '),
+                             ('sys.modules["_ssl"] = None', 'this one has no _ssl .*Fix: '),
+                             ('sys.modules["json"] = None', 'this one has no json .*Fix: ')):
+            script = f'import runpy, sys\n{script}\nrunpy.run_path(sys.argv[1], run_name="__main__")'
+            done = subprocess.run([sys.executable, '-c', script, str(HERE / 'videoserverd.py')],
+                                  stderr=subprocess.PIPE, encoding='utf-8')
+            self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1), done.stderr)
+            self.assertRegex(done.stderr, said)
+
+    def test_files_beside_the_program_are_not_taken_for_pythons_own(self):
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        for name in ('email', 'calendar', 'http', 'json', 'ssl', 'argparse', 'configparser'):
+            (folder / f'{name}.py').write_text('raise SystemExit("taken")')
+        shutil.copy(HERE / 'videoserverd.py', folder)
+        program = folder / 'videoserverd.py'
+        with unittest.mock.patch.object(v, 'PROGRAM', program):
+            imported = v.apart('print(v.VERSION)')
+        for line in ([sys.executable, str(program), '--version'], imported):
+            done = subprocess.check_output(line, cwd=str(folder), encoding='utf-8')
+            self.assertIn(v.VERSION, done)
 
     def test_syntax_of_python_3_9(self):
         ast.parse(SOURCE, feature_version=(3, 9))
@@ -2849,6 +2869,65 @@ class TestKill9(DaemonTest):
         self.assertIn('The server ended 3 times', row['error_message'])
 
 
+class TestFreeze(DaemonTest):
+    """What holds the interpreter is ended by the watchdog, and costs nobody else anything."""
+    settings = None
+    PAGES = [b'<html><title>x</title>' + piece * (100_000 // len(piece)) for piece in (b'<meta ', b'<video ')]
+
+    def freezing(self, page: bytes = PAGES[0], **behaviour: Any) -> str:
+        """The link of a page that yt-dlp reads for a minute without letting anybody else have a turn."""
+        path = f'/freeze-{uuid.uuid4().hex}'
+        self.site.add('127.0.0.1', path, page, **behaviour)
+        return f'{self.site.http}{path}'
+
+    def test_a_page_that_freezes_yt_dlp_costs_one_freeze_and_no_link(self):
+        daemon = self.new_daemon(start=False, hurry={'FREEZE_SECONDS': 2.0}, security=ANYWHERE, site=None)
+        daemon.launch(from_source=True)  # with its parent
+        for number, page in enumerate(self.PAGES, 1):
+            wait_until(daemon.listens, 20)
+            daemon.client = daemon.poller = daemon.new_client()
+            links = [self.freezing(page), *(self.site.direct() for _ in range(3))]
+            answer, pid = daemon.client.post('/api/v1/downloads', {'text': '\n'.join(links)}).json, daemon.pid
+            bad, *good = [row['download_id'] for row in answer['downloads']]
+            wait_until(lambda pid=pid: not os.path.exists(f'/proc/{pid}'), 30, 'the watchdog ends it')
+            wait_until(daemon.listens, 20)
+            daemon.client = daemon.poller = daemon.new_client()
+            self.assertIn('server freeze for a minute', daemon.wait_status(bad, 'failed')['error_message'])
+            for id in good:
+                daemon.wait_status(id, 'completed')
+            self.assertEqual(len(re.findall('ended by its watchdog: Timeout .*yt_dlp', daemon.log())), number)
+        for number in (signal.SIGHUP, signal.SIGTERM):  # passed on
+            os.kill(daemon.process.pid, number)
+            wait_until(lambda: daemon.log().count('stopping to start anew') == 1)
+        self.assertEqual(daemon.wait_exit(), 0)
+        self.assertFalse(list(daemon.database.parent.glob('*.freeze.last')))
+
+    def test_of_several_that_ran_each_is_tried_again_alone(self):
+        daemon = self.new_daemon(hurry={'FREEZE_SECONDS': 2.0}, security=ANYWHERE, site=None,
+                                 downloads={'max_concurrent': 3, 'max_retries': 0})
+        post = self.site.direct(size=300_000, hold_at=200_000)
+        held = daemon.half_way(post)
+        bad = daemon.submit(self.freezing())
+        for wanted in (2, 1):  # together, then alone
+            self.assertEqual(daemon.wait_exit(30), 1)
+            running = daemon.rows("SELECT id FROM downloads WHERE status = 'downloading'")
+            self.assertEqual(len(running), wanted)
+            post.media[0].release()
+            daemon.start()
+        self.assertIn('freeze', daemon.wait_status(bad, 'failed')['error_message'])
+        self.assertEqual(daemon.wait_status(held, 'completed')['retry_count'], 0)
+
+    def test_a_freeze_that_is_not_yt_dlps_counts_as_a_crash(self):
+        daemon = self.new_daemon(security=ANYWHERE, site=None)
+        post = self.site.direct(hold_at=20_000)
+        id = daemon.half_way(post)
+        daemon.kill()
+        v.dump_file(daemon.config).write_text('Timeout (0:01:00)!\nThread 0x1 (most recent call first):\n  File "x"')
+        daemon.start()
+        self.assertEqual(daemon.row(id)['crashes'], 1)
+        self.assertRegex(daemon.log(), 'watchdog: Timeout')
+
+
 class KillTally:
     """Posts to a daemon that is killed again and again, and counts from outside what became of it."""
 
@@ -3248,17 +3327,6 @@ class TestCommands(DaemonTest):
             done = daemon.run('add', tiktok_link(1))
             self.assertEqual(done.returncode, 0, done.stdout)
 
-    def test_a_compiled_form_of_another_python_is_made_anew(self):
-        program = Path(tempfile.mkdtemp(dir=RUN)) / 'program.py'
-        program.write_text('')
-        with unittest.mock.patch.object(v, 'PROGRAM', program):
-            compiled = Path(v.compiled_form())
-            fine = compiled.read_bytes()
-            compiled.write_bytes(b'\0\0\r\n' + fine[4:])  # a Python 3.14 of before its release
-            self.assertEqual(Path(v.compiled_form()).read_bytes(), fine)
-            before = compiled.stat().st_mtime_ns
-            self.assertEqual((v.compiled_form(), compiled.stat().st_mtime_ns), (str(compiled), before))
-
     def test_a_config_before_or_after_the_command(self):
         daemon = self.new_daemon(start=False)
         for words in (['--config', str(daemon.file), 'setup'], ['setup', '--config', str(daemon.file)]):
@@ -3288,6 +3356,7 @@ class TestSignals(DaemonTest):
             daemon.kill()
             return [words, sorted(environment)]
         daemon = self.new_daemon(start=False)
+        daemon.change_env({'PWD': str(daemon.folder)})  # as a shell has it
         whole, short = life(daemon, True), life(daemon, False)
         self.assertEqual(whole[0][:-1], [os.fsencode(word) for word in daemon.line_behind()])
         self.assertEqual(whole, short)
@@ -3489,10 +3558,10 @@ class TestSignalsBetweenTwoLives(DaemonTest):
     def test_a_sigterm_just_before_the_next_life_stops_that(self):
         daemon = self.new_daemon(hurry={'DRAIN_SECONDS': 5.0})
         text = daemon.program.read_text(encoding='utf-8')
-        begin = '        arguments = [\'--config\', str(self.config.file)] if self.config.file else []\n'
+        begin = '        compile_program()\n'
         self.assertEqual(text.count(begin), 1)
-        daemon.program.write_text(text.replace(begin, begin + (
-            "        os.kill(os.getpid(), signal.SIGTERM)\n")), encoding='utf-8')
+        daemon.program.write_text(text.replace(begin, f'{begin}        os.kill(os.getpid(), signal.SIGTERM)\n'),
+                                  encoding='utf-8')
         daemon.signal(signal.SIGHUP)  # takes up that program
         wait_until(lambda: daemon.log().count('listening on') == 2, 20)
         daemon.signal(signal.SIGHUP)
@@ -9416,7 +9485,7 @@ def prepare() -> None:
     """What every child would otherwise make for itself."""
     for make in (vendored, certificates, path_without_ffmpeg, standin_certificates):
         make()
-    compiled(HERE / 'videoserverd.py')
+    v.compile_program()
 
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: Optional[str]) -> unittest.TestSuite:

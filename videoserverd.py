@@ -27,40 +27,53 @@ Threads: main waits for signals; `accept` takes connections, and breaks off thos
 `request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp; `commit`
 alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`; `upload`
 (with [s3] only) feeds the bucket; `care` does what is due daily (certificate, copies, yt-dlp).
+faulthandler's ends the process when no thread has got a turn for a minute.
 """
 from __future__ import annotations
 
+import os
+import sys
+
+if sys.version_info < (3, 9):
+    sys.exit('videoserverd needs Python 3.9 or newer, and this is %d.%d. Fix: sudo apt-get install '
+             'python3 (a Mac: brew install python)' % sys.version_info[:2])
+if __name__ == '__main__':  # an email.py or http.py beside this file is not Python's own
+    sys.path[:] = [path for path in sys.path if os.path.abspath(path) != os.path.dirname(
+        os.path.abspath(__file__))]
+try:
+    import json
+    import shlex
+    import sqlite3
+    import ssl
+    from http import HTTPStatus
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+except ImportError as error:
+    sys.exit('videoserverd needs all of Python, and this one has no %s (%s). Fix: sudo apt-get '
+             'install python3 (a Mac: brew install python)' % (error.name, sys.executable))
 import binascii
 import bisect
 import errno
+import faulthandler
 import fcntl
 import functools
 import heapq
 import io
 import ipaddress
 import itertools
-import json
 import logging
 import math
-import os
 import re
 import select
-import shlex
 import signal
 import socket
-import sqlite3
-import ssl
 import stat
 import struct
-import sys
 import threading
 import time
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
-from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
@@ -71,7 +84,7 @@ from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 VERSION = '1.0.0'
 BUILT = 1795219200  # 2026-11-21, epoch seconds: a clock that shows less is wrong
-PROGRAM = Path(os.environ.get('VIDEOSERVERD_PROGRAM', __file__)).absolute()  # also as .pyc
+PROGRAM = Path(__file__).absolute()
 log = logging.getLogger('videoserverd')
 Any = object  # in annotations only; the module typing takes 0.4 MB
 
@@ -1226,6 +1239,8 @@ CREATE INDEX idx_post ON downloads(site, media_id) WHERE media_id IS NOT NULL;
 MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts those that have run
 REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
+FROZE = 'This page made the whole server freeze for a minute; it is not tried again.'
+SUSPECT = 'The server froze while it downloaded this and others; each is tried again alone.'
 CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked in full
 
 # The link whose hour has to pass before the client may send another. A row of the future (the
@@ -1269,6 +1284,12 @@ class Record(dict):
         record = cls(zip(row.keys(), row))
         record['files'] = tuple(MediaFile(*file) for file in json.loads(record['files'] or '[]'))
         return record
+
+
+def job_of(row: sqlite3.Row) -> Job:
+    """The try at this download that comes next."""
+    options = tuple((name, value) for name, value in json.loads(row['options'] or '[]'))
+    return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1)
 
 
 def full_sync(file: str) -> None:
@@ -1615,10 +1636,7 @@ class Store:
             return taken and db.execute('SELECT * FROM downloads WHERE id = ?',
                                         (download_id,)).fetchone()
         row = self.write(work)
-        if not row:
-            return None
-        options = tuple((name, value) for name, value in json.loads(row['options'] or '[]'))
-        return Job(download_id, row['url'], options, (row['retry_count'] or 0) + 1)
+        return job_of(row) if row else None
 
     def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int,
                upload: bool) -> bool:
@@ -1665,40 +1683,58 @@ class Store:
             "DELETE FROM downloads WHERE id = ? AND status <> 'downloading'",
             (download_id,)).rowcount == 1)
 
-    def recover(self, now: int, retry_delays: Sequence[int], max_retries: int) -> int:
-        """After a start: what was being downloaded is queued again; how many.
+    def recover(self, now: int, retry_delays: Sequence[int], max_retries: int,
+                frozen: bool) -> list[tuple[Job, Outcome]]:
+        """After a start: what was being downloaded is queued again; those given up, and why.
 
-        An unclean end counts towards CRASH_LIMIT, and only that many in a row cost an attempt."""
+        An unclean end counts towards CRASH_LIMIT, and only that many in a row cost an attempt.
+        `frozen`: a freeze in yt-dlp ended the last life. If one download ran, it is given up; if
+        several did, each is a suspect."""
+        over: list[tuple[Job, Outcome]] = []
+
         def work(db):
-            rows = db.execute('SELECT id, retry_count, crashes FROM downloads '
-                              "WHERE status = 'downloading'").fetchall()
+            rows = db.execute("SELECT * FROM downloads WHERE status = 'downloading'").fetchall()
             for row in rows:
-                self._recover_row(db, row, now, retry_delays, max_retries)
-            return len(rows)
-        return self.write(work)
+                status, failed, due, crashes, reason, message = self._after_crash(
+                    row, now, retry_delays, max_retries, frozen and len(rows))
+                db.execute('UPDATE downloads SET status = ?, retry_count = ?, next_attempt_at = ?, '
+                           'crashes = ?, reason = ?, error_message = ?, last_updated = ? '
+                           'WHERE id = ?', (status, failed, due, crashes, reason, message, now,
+                                            row['id']))
+                if status == 'failed':
+                    over.append((job_of(row), Outcome('give_up', reason, message)))
+        self.write(work)
+        return over
+
+    def _after_crash(self, row: sqlite3.Row, now: int, retry_delays: Sequence[int],
+                     max_retries: int, suspects: int) -> tuple[Any, ...]:
+        """Status, failed attempts, due time, crashes, reason and message of what was running."""
+        crashes, failed = row['crashes'] + 1, row['retry_count'] or 0
+        if suspects == 1:
+            log.error('download %s: yt-dlp froze on it: given up', row['id'])
+            return 'failed', failed, None, 0, 'freeze', FROZE
+        if suspects:
+            return 'queued', failed, None, 0, 'freeze', SUSPECT
+        if crashes < CRASH_LIMIT:
+            return 'queued', failed, None, crashes, row['reason'], row['error_message']
+        log.error('download %s: the server ended %d times while it ran: a failed attempt',
+                  row['id'], crashes)
+        message = f'The server ended {crashes} times while downloading this.'
+        if failed < max_retries:
+            due = now + backoff(failed + 1, retry_delays)
+            return 'queued', failed + 1, due, 0, 'crash', message
+        return 'failed', failed, None, 0, 'crash', message
+
+    def suspects(self) -> set[str]:
+        """Those that were running when yt-dlp froze, until it is known which it was."""
+        return {row['id'] for row in self.read(
+            "SELECT id FROM downloads WHERE status = 'queued' AND reason = 'freeze'")}
 
     def pull_in(self, now: int, longest: int) -> None:
         """The clock was ahead and is not any more: nothing waits longer than the longest delay."""
         self.write(lambda db: db.execute(
             "UPDATE downloads SET next_attempt_at = ? "
             "WHERE status = 'queued' AND next_attempt_at > ?", (now + longest, now + longest)))
-
-    def _recover_row(self, db: sqlite3.Connection, row: sqlite3.Row, now: int,
-                     retry_delays: Sequence[int], max_retries: int) -> None:
-        crashes, failed = row['crashes'] + 1, (row['retry_count'] or 0)
-        if crashes < CRASH_LIMIT:
-            db.execute("UPDATE downloads SET status = 'queued', crashes = ?, last_updated = ? "
-                       'WHERE id = ?', (crashes, now, row['id']))
-            return
-        log.error('download %s: the server ended %d times while it ran: a failed attempt',
-                  row['id'], crashes)
-        columns = ('failed', failed, None)
-        if failed < max_retries:
-            columns = ('queued', failed + 1, now + backoff(failed + 1, retry_delays))
-        db.execute('UPDATE downloads SET status = ?, retry_count = ?, next_attempt_at = ?, '
-                   'crashes = 0, reason = ?, error_message = ?, last_updated = ? WHERE id = ?',
-                   (*columns, 'crash', f'The server ended {crashes} times while downloading this.',
-                    now, row['id']))
 
     # -- copies in the bucket
 
@@ -3321,10 +3357,15 @@ print(__version__)
 '''
 
 
+ALONE = ('-I', '-S', '-X', 'no_debug_ranges', '-X', 'utf8')  # no packages, no columns: 4 MB less
+
+
 def apart(script: str, *words: str) -> tuple[str, ...]:
-    """The command line of `script` in a bare Python, which knows this program as `v`; its words begin at argv[3]."""
-    begin = 'import pathlib, sys\nsys.path.insert(0, sys.argv[1])\nv = __import__(sys.argv[2])\n'
-    return sys.executable, '-I', '-S', '-B', '-c', begin + script, str(PROGRAM.parent), PROGRAM.stem, *words
+    """The command line of `script` in a bare Python that knows this program as `v`; its words
+    begin at argv[3]. Python's own modules come before what lies beside the program."""
+    begin = 'import pathlib, sys\nsys.path.append(sys.argv[1])\nv = __import__(sys.argv[2])\n'
+    place = str(PROGRAM.parent), PROGRAM.stem
+    return (sys.executable, *ALONE, '-c', begin + script, *place, *words)
 
 
 def try_out(folder: Path, version: str) -> str:
@@ -4144,6 +4185,7 @@ class Scheduler:
         self.new_attempt, self.preflight = new_attempt, preflight
         self.on_outcome, self.on_hang = on_outcome, on_hang
         self.ready = False  # whether what an earlier life left has been queued again
+        self.frozen = False  # whether that life ended because yt-dlp froze
         self.paused: str | None = None  # why nothing starts, a sentence
         self.beat = time.monotonic()  # when the loop last came round: for the watchdog
         self._pause_until, self._pause_message = -math.inf, ''  # monotonic
@@ -4153,6 +4195,7 @@ class Scheduler:
         self._due: dict[str, float] = {}  # by id: the entry that counts; others are stale
         self._seq = 0
         self._running: dict[str, Run] = {}
+        self._alone: set[str] = set()  # those that nothing may run beside
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -4165,9 +4208,13 @@ class Scheduler:
     def _recover(self, now: int) -> None:
         """Once: queue again what an earlier life left, as soon as the disk lets us."""
         downloads = self.config.downloads
-        self.store.recover(now, downloads.retry_delays, downloads.max_retries)
+        over = self.store.recover(now, downloads.retry_delays, downloads.max_retries, self.frozen)
+        self.frozen = False
+        self._alone = self.store.suspects()
         self._rebuild(now)
         self.ready = True
+        for job, outcome in over:
+            self.on_outcome(job, outcome, True)
 
     def _rebuild(self, now: int) -> None:
         """Fill the heap from SQLite. Raises StoreDown."""
@@ -4311,6 +4358,8 @@ class Scheduler:
         with self._changed:
             if self.paused or self._stopping.is_set() or not self._heap or self._heap[0][0] > now:
                 return False
+            if self._running and self._alone & {self._heap[0][2], *self._running}:
+                return False
             return len(self._running) < self.config.downloads.max_concurrent
 
     def _take_due(self, now: float) -> list[str]:
@@ -4398,6 +4447,9 @@ class Scheduler:
                 log.error('download %s: its end cannot be stored yet: %s', job.id, error)
                 if self._stopping.wait(STORE_NAP):
                     return  # the next start finds it 'downloading', with its files
+        if outcome.kind not in ('stopped', 'pause'):
+            with self._changed:
+                self._alone.discard(job.id)
         self.on_outcome(job, outcome, over)
 
     def _store_outcome(self, job: Job, outcome: Outcome, now: float) -> bool:
@@ -7607,8 +7659,9 @@ PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.svg', '/apple-touch-icon.png')
 INSTALLED = Path('/opt/videoserver/videoserverd.py')  # where install.sh puts this file
 CARE_SECONDS = 60.0       # between looks at what is due
 DRAIN_SECONDS = 5.0       # for requests under way when the server stops
-ALONE = ('-I', '-S', '-X', 'no_debug_ranges')  # no environment, packages, columns: 4 MB less
 INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a re-execution
+FREEZE_SECONDS = 60.0     # without a turn of the interpreter, after which the watchdog ends us
+PULSE_SECONDS = 15.0      # between two turns of main
 OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 STALE_SECONDS = 120.0     # a thread that has not come round for this long is stuck
 CERTIFICATE_WARNING_DAYS = 14
@@ -7718,6 +7771,36 @@ def listen(host: str, port: int) -> socket.socket:
         raise Trouble(f'port {port} on {host}: {error.strerror}; stop what uses it or set '
                       '[server] port.') from None
     return sock
+
+
+SERVE = 'sys.exit(v.serve(sys.argv[3]))'  # the running server, imported: parsing costs 15 MB
+
+# The parent of a server that no service manager looks after: it passes signals on, and starts the
+# server again when the watchdog has ended it (exit code 1, and a dump in the file $0).
+KEEPER = '''
+exec 3<&0
+trap 'told=1 ended=1; kill -TERM $server' TERM INT
+trap 'told=1; kill -HUP $server' HUP
+while :; do
+    "$@" <&3 3<&- &
+    server=$!
+    [ -z "$ended" ] || kill -TERM $server
+    while told=; wait $server; code=$?; [ "$told" ]; do :; done
+    [ $code = 1 ] && [ -s "$0" ] && [ -z "$ended" ] || exit $code
+    mv -f "$0" "$0.last"
+done
+'''
+
+
+def dump_file(config: Config) -> Path:
+    """Where the watchdog leaves its last words."""
+    return Path(f'{config.database.path}.freeze')
+
+
+def compile_program() -> None:
+    """Have Python leave its compiled form beside the program, where it may write there."""
+    from importlib.machinery import SourceFileLoader
+    SourceFileLoader(PROGRAM.stem, str(PROGRAM)).get_code(PROGRAM.stem)
 
 
 def user_name() -> str:
@@ -8067,6 +8150,7 @@ class Daemon:
         self.lock = Lock(config.database.path)
         self.server: Server | None = None
         self.next_socket: socket.socket | None = None  # where the next life listens, if elsewhere
+        self._dump: Any = None  # the file for the watchdog's last words
         self.wish = ''  # 'stop' or 'restart', once somebody has asked
         # A signal handler may write into a pipe; an Event's lock could be held by its own thread.
         self._wishes = os.pipe()
@@ -8080,6 +8164,7 @@ class Daemon:
             self.lock.fd = inherited[1]
         self.lock.take()
         self.store.open()
+        self._set_watchdog()
         self._handle_signals()
         context = self._make_context()
         if self.wish == 'stop':
@@ -8088,6 +8173,20 @@ class Daemon:
         self._start_threads(sock, context)
         self._announce()
         return self._stop(self._wait())
+
+    def _set_watchdog(self) -> None:
+        """Read what the watchdog of the last life has left, and begin a new file for this one's."""
+        file, found = dump_file(self.config), ''
+        for old in (file, Path(f'{file}.last')):
+            with suppress(OSError):
+                found += old.read_text(errors='replace')
+                old.unlink()
+        if found:
+            log.error('the server froze and was ended by its watchdog: %s', found[:4000])
+        vendor = str(self.config.downloader.ytdlp_directory)
+        self.scheduler.frozen = vendor.encode('ascii', 'backslashreplace').decode() in found
+        with suppress(OSError):  # a full disk; the service manager's own watchdog is left
+            self._dump = open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), 'w')
 
     def _make_context(self) -> ssl.SSLContext | None:
         if not self.config.server.tls:
@@ -8182,11 +8281,15 @@ class Daemon:
         os.write(self._wishes[1], b'.')
 
     def _wait(self) -> bool:
-        """Until somebody wants an end; whether to start anew. The watchdog is fed only while
-        every thread comes round."""
-        interval = int(os.environ.get('WATCHDOG_USEC', 0)) / 2e6 or None
+        """Until somebody wants an end; whether to start anew. systemd's watchdog is fed only while
+        every thread comes round; faulthandler's by this thread, which never waits for a disk. It
+        needs no interpreter, which one regular expression of yt-dlp can hold for minutes."""
+        pulse = min(int(os.environ.get('WATCHDOG_USEC', 0)) / 2e6 or PULSE_SECONDS, PULSE_SECONDS,
+                    FREEZE_SECONDS / 4)
         while True:
-            if select.select([self._wishes[0]], [], [], interval)[0]:
+            if self._dump:
+                faulthandler.dump_traceback_later(FREEZE_SECONDS, exit=True, file=self._dump)
+            if select.select([self._wishes[0]], [], [], pulse)[0]:
                 os.read(self._wishes[0], 1 << 10)
                 wish, self.wish = self.wish, ''
                 if wish == 'stop' or wish and self._may_restart():
@@ -8262,8 +8365,8 @@ class Daemon:
         for fd in (sock.fileno(), self.lock.fd):
             os.set_inheritable(fd, True)
         os.environ[INHERIT] = f'{sock.fileno()} {self.lock.fd}'
-        arguments = ['--config', str(self.config.file)] if self.config.file else []
-        os.execv(sys.executable, [sys.executable, *ALONE, str(PROGRAM), *arguments])
+        compile_program()
+        os.execv(sys.executable, apart(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for
 
@@ -8752,34 +8855,18 @@ def make_parser() -> Any:
     return parser
 
 
-def compiled_form() -> str:
-    """The .pyc of this file: the one that is there, if it is of today's source by Python's own
-    rule (install.sh leaves one where the service may not write), or a new one. Raises OSError."""
-    import importlib.util
-    import py_compile
-    compiled, source = Path(importlib.util.cache_from_source(str(PROGRAM))), PROGRAM.stat()
-    numbers = 0, int(source.st_mtime), source.st_size
-    stamp = b''.join(number.to_bytes(8, 'little')[:4] for number in numbers)
-    with suppress(FileNotFoundError):
-        if compiled.read_bytes()[:16] == importlib.util.MAGIC_NUMBER + stamp:
-            return str(compiled)
-    return py_compile.compile(str(PROGRAM), doraise=True)
-
-
-def run_compiled(config: Config) -> None:
-    """Go on in this file's compiled form, as a new program in the same process. Parsing it at
-    each start leaves 15 MB behind that never come back; where no .pyc can be written, so be it."""
-    try:
-        compiled = compiled_form()
-        os.environ['VIDEOSERVERD_PROGRAM'] = str(PROGRAM)
-        os.environ.setdefault('MALLOC_ARENA_MAX', '1')  # else glibc keeps a heap per thread
-        os.execv(sys.executable, [sys.executable, *ALONE, compiled, str(config.file or '')])
-    except OSError as error:
-        log.debug('running from source: %s', error)
+def go_on(config: Config) -> None:
+    """Become the server proper; in the foreground, as the child of a small parent."""
+    compile_program()
+    os.environ.setdefault('MALLOC_ARENA_MAX', '1')  # else glibc keeps a heap per thread
+    line = apart(SERVE, str(config.file or ''))
+    if 'NOTIFY_SOCKET' not in os.environ and os.getppid() != 1:
+        line = ('/bin/sh', '-c', KEEPER, str(dump_file(config)), *line)
+    os.execv(line[0], line)
 
 
 def act(file: Path | None, options: Any) -> int:
-    """Load the configuration and do what is asked; `options` None: serve, in the compiled form."""
+    """Load the configuration and do what is asked; `options` None: serve."""
     with suppress(AttributeError):  # None where it is closed
         sys.stdout.reconfigure(errors='backslashreplace')  # a terminal of Latin-1 lacks letters
     try:
@@ -8788,8 +8875,7 @@ def act(file: Path | None, options: Any) -> int:
             return cmd_run(config, None)
         if options.command:
             return COMMANDS[options.command](config, options)
-        run_compiled(config)
-        return cmd_run(config, options)
+        go_on(config)
     except Trouble as error:
         print(f'videoserverd: {error}', file=sys.stderr)
         return error.exit_code
@@ -8799,7 +8885,12 @@ def act(file: Path | None, options: Any) -> int:
         return 0
     except (StoreDown, OSError) as error:  # a full disk, a folder of somebody else
         print(f'videoserverd: {error}', file=sys.stderr)
-        return 1
+    return 1
+
+
+def serve(file: str) -> int:
+    """Run the server with this config.ini, '' for none."""
+    return act(Path(file) if file else None, None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -8813,6 +8904,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == '__main__':
-    if __file__.endswith('.pyc'):
-        sys.exit(act(sys.argv[1] and Path(sys.argv[1]) or None, None))
     sys.exit(main())

@@ -896,7 +896,7 @@ FAULT_PLACES = (('log', '/logs/'), ('database', '/data/'), ('partial', '/.incomp
 # as strace counts, in each thread; +: and all after
 FAULT_MOMENTS = (*map(str, range(1, 9)), '12', '20', '40', '1+', '2+', '3+', '5+')
 REHEARSAL_SECONDS = 12.0  # in which the thread that commits makes more than 40 calls of each kind
-IDLE_THREADS = 5  # main, commit, schedule, accept, care
+IDLE_THREADS = 6  # main, commit, schedule, accept, care, faulthandler's
 
 
 class FaultSweep(KillTally):
