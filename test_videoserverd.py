@@ -8,12 +8,15 @@ Nothing here leaves this machine: the sites are a stand-in on 127.0.0.1 (see `St
 through [downloader] proxy, in the shapes that yt-dlp's own extractors parse. Only a missing
 vendored yt-dlp is fetched once, from PyPI.
 """
+import _socket
+import _thread
 import ast
 import atexit
 import base64
 import collections
 import configparser
 import contextlib
+import ctypes
 import dis
 import errno
 import functools
@@ -48,10 +51,12 @@ import tokenize
 import unicodedata
 import unittest
 import unittest.mock
+import urllib.request
 import uuid
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,6 +69,9 @@ HERE = Path(v.__file__).absolute().parent
 logging.getLogger('videoserverd').addHandler(logging.NullHandler())  # what it says in this process is not shown
 RUN = Path(tempfile.mkdtemp(prefix='videoserverd-test-'))  # everything of this run; removed at its end
 atexit.register(shutil.rmtree, RUN, ignore_errors=True)
+CONNECTED: List[Tuple[str, int]] = []  # where anything in this process has connected to, past the guard
+v.watch_process()
+sys.addaudithook(lambda event, args: CONNECTED.append(args[1][:2]) if event == 'socket.connect' else None)
 
 
 def fair(seconds: float) -> float:
@@ -3997,10 +4005,10 @@ class TestFormats(DownloadTest):
 
     def test_aes_is_left_to_openssl(self):
         v.import_ytdlp(ytdlp_folder())
-        v.here.reach = self.attempt('https://www.tiktok.com/@a/video/1').reach
         key, iv, text = os.urandom(16), os.urandom(16), os.urandom(4096)
         data = run_openssl('enc', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex(), data=text)
-        self.assertEqual(v.openssl_decrypt(data, key, iv), text)
+        with v.within(self.attempt('https://www.tiktok.com/@a/video/1').reach):
+            self.assertEqual(v.openssl_decrypt(data, key, iv), text)
         with self.assertRaises(v.Ending):  # yt-dlp's own would take half a minute to find out
             v.openssl_decrypt(data, b'no key', iv)
 
@@ -4081,7 +4089,6 @@ class TestFailures(DownloadTest):
 
     def test_an_mp4_tells_by_itself_and_ffprobe_tells_of_the_others(self):
         v.import_ytdlp(ytdlp_folder())
-        v.here.reach = self.attempt('https://www.tiktok.com/@a/video/1').reach
         file = self.folder / 'x.mp4'
         kinds = {'plain': movie(300_000), 'sound': sound(100_000, 'x'), 'cut': movie(300_000)[:-1], 'text': b'x' * 500,
                  'no track': TINY_MP4.replace(b'vide', b'hint').replace(b'soun', b'hint'), 'longer': TINY_MP4 + b'1234',
@@ -4432,16 +4439,23 @@ class TestStop(DownloadTest):
                        lambda post=post, options=options: sum(route.hits for route in post.media) > len(options))
 
     def test_while_names_are_looked_up_or_a_host_does_not_answer(self):
-        asked = threading.Event()
+        asked, never = threading.Event(), threading.Event()
 
         def nobody(*args, **more):
             asked.set()
-            time.sleep(5)
+            never.wait(5)
             raise OSError('no answer')
-        for where in ('socket.getaddrinfo', 'socket.socket.connect'):
-            asked.clear()
-            with unittest.mock.patch(where, nobody):
-                self.stops(self.attempt(self.site.tiktok()), asked.is_set)
+        with unittest.mock.patch('_socket.getaddrinfo', nobody):
+            self.stops(self.attempt(self.site.tiktok()), asked.is_set)
+        with socket.socket() as full, socket.socket() as first, socket.socket() as second:
+            full.bind(('127.0.0.1', 0))
+            full.listen(0)
+            for client in (first, second):
+                client.setblocking(False)
+                client.connect_ex(full.getsockname())
+            CONNECTED.clear()
+            config = self.config(downloader={'proxy': 'http://127.0.0.1:%d' % full.getsockname()[1]})
+            self.stops(self.attempt(self.site.tiktok(), config=config), lambda: CONNECTED)
 
     def test_between_two_tries_and_under_a_rate_limit(self):
         post = self.site.tiktok(fail=[503] * 9)
@@ -4653,7 +4667,6 @@ class TestHostileSites(DownloadTest):
         v.import_ytdlp(ytdlp_folder())
         for options in ([], ['--restrict-filenames']):
             attempt = self.attempt('https://www.tiktok.com/@a/video/1', options=options)
-            v.here.reach = attempt.reach
             began = time.thread_time()
             self.assertLessEqual(len(attempt._result(info, file, '')['title']), v.LONGEST_TITLE)
             self.assertLess(time.thread_time() - began, 0.5, options)
@@ -4666,22 +4679,18 @@ class TestGuard(DownloadTest):
 
     def setUp(self) -> None:
         super().setUp()
-        self.connected: List[str] = []
-        real = socket.socket.connect
-        patch = unittest.mock.patch('socket.socket.connect', lambda sock, address: (
-            self.connected.append(address[:2]), real(sock, address))[1])
-        patch.start()
-        self.addCleanup(patch.stop)
+        self.connected = CONNECTED
+        CONNECTED.clear()
         self.open_config = self.config(proxy=False, security={'allowed_domains': '*'})
 
     def resolve(self, *addresses: str) -> Any:
         """Patches the name service: every name has these addresses."""
-        real = socket.getaddrinfo
+        real = _socket.getaddrinfo
 
         def look_up(host, *args, **more):
             hosts = addresses if host.endswith('.com') else [host]
             return [found for address in hosts for found in real(address, *args, **more)]
-        return unittest.mock.patch('socket.getaddrinfo', look_up)
+        return unittest.mock.patch('_socket.getaddrinfo', look_up)
 
     def named(self, name: str) -> str:
         """http://name:port of the stand-in, without a proxy."""
@@ -4690,7 +4699,8 @@ class TestGuard(DownloadTest):
     def trust(self, *addresses: str) -> Any:
         """Patches is_public: these are the Internet for now."""
         real = v.is_public
-        return unittest.mock.patch.object(v, 'is_public', lambda address: address in addresses or real(address))
+        return unittest.mock.patch.multiple(v, own_networks=lambda: [], is_public=lambda address: (
+            address in addresses or real(address)))
 
     def test_addresses_that_are_not_public_are_never_connected_to(self):
         for address in self.PRIVATE:
@@ -4751,12 +4761,12 @@ class TestGuard(DownloadTest):
     def test_ffmpeg_and_others_are_never_given_a_url(self):
         v.import_ytdlp(ytdlp_folder())
         from yt_dlp.utils import Popen
-        v.here.reach = self.attempt('https://www.tiktok.com/@a/video/1').reach
         for args in (['ffmpeg', '-i', 'http://127.0.0.1/x'], ['ffprobe', 'tcp://127.0.0.1:1'], ['rtmpdump', '-r', 'x'],
                      ['phantomjs', 'x.js'], ['/usr/bin/curl', 'x'], ['sh', '-c', 'true'],
-                     ['ffmpeg', '-i', 'concat:a|b']):
+                     ['ffmpeg', '-i', 'concat:a|b'], [f'{self.output}/.incomplete/job1/ffmpeg']):
             with self.subTest(args=args), self.assertRaises(FileNotFoundError):
-                Popen(args)
+                with v.within(self.attempt('https://www.tiktok.com/@a/video/1', 'job1').reach):
+                    Popen(args)
 
     @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
     def test_a_playlist_that_calls_itself_a_video_is_not_followed(self):
@@ -4777,6 +4787,71 @@ class TestGuard(DownloadTest):
         self.assert_ends(self.fetch(post), 'retry', 'crash')
         self.assertEqual([route.hits for route in parts], [0, 1, 1])
         self.assertEqual(self.finished(), {})
+
+    def test_what_no_download_needs_is_refused_in_each_of_its_threads(self):
+        attempt = self.attempt('https://www.tiktok.com/@a/video/1', config=self.open_config)
+        attempt.folder.open()
+        inside, outside = attempt.folder.path, self.folder / 'kept'
+        outside.write_text('kept')
+        (inside / 'there').write_text('')
+        (inside / 'folder').mkdir()
+        link, plain = inside / 'link', socket.socket()
+        self.addCleanup(plain.close)
+        refused = {
+            'open': lambda: open(outside, 'w'), 'append': lambda: open(outside, 'a'),
+            'os.open': lambda: os.open(outside, os.O_RDWR),
+            'relative': lambda: open(inside / '../../../kept', 'w'),
+            'rename': lambda: os.rename(outside, inside / 'x'),
+            'replace': lambda: os.replace(inside / 'there', outside),
+            'remove': lambda: os.remove(outside), 'rmtree': lambda: shutil.rmtree(self.output),
+            'mkdir': lambda: (self.folder / 'new').mkdir(), 'rmdir': lambda: os.rmdir(self.output),
+            'link': lambda: os.link(outside, link), 'symlink': lambda: os.symlink(outside, link),
+            'truncate': lambda: os.truncate(outside, 0), 'chmod': lambda: os.chmod(outside, 0),
+            'utime': lambda: os.utime(outside), 'chdir': lambda: os.chdir(inside),
+            'sqlite': lambda: sqlite3.connect(str(self.folder / 'db')),
+            'run': lambda: subprocess.run(['true']),
+            'shell': lambda: subprocess.run('ffmpeg -version', shell=True),
+            'other name': lambda: subprocess.run(['ffmpeg', '-version'], executable='/bin/sh'),
+            'system': lambda: os.system('true'), 'fork': os.fork,
+            'spawn': lambda: os.posix_spawn('/bin/true', ['true'], {}),
+            'exec': lambda: os.execv('/bin/true', ['true']), 'kill': lambda: os.kill(os.getpid(), 0),
+            'library': lambda: ctypes.CDLL('libm.so.6'), 'bind': lambda: plain.bind(('127.0.0.1', 0)),
+            'datagram': lambda: plain.sendto(b'', ('192.0.2.1', 9)),
+            'connect': lambda: plain.connect(('127.0.0.1', 9)),
+            'by name': lambda: plain.connect(('localhost', 9)),
+            'mapped': lambda: plain.connect_ex(('::ffff:127.0.0.1', 9)),
+            'unix': lambda: socket.socket(socket.AF_UNIX).connect('/run/x'),
+            'ftp': lambda: urllib.request.urlopen('ftp://8.8.8.8/'),
+            'file': lambda: urllib.request.urlopen('file:///etc/passwd'),
+            'http': lambda: http.client.HTTPConnection('127.0.0.1').request('GET', '/')}
+
+        def try_all(allowed):
+            for name, call in refused.items():
+                try:
+                    call()
+                    found.append(name)
+                except (OSError, v.Ending):
+                    pass
+            try:
+                open(inside / 'there', 'w').close()
+                os.replace(inside / 'there', inside / 'folder' / 'new')
+                os.replace(inside / 'folder' / 'new', inside / 'there')
+            except OSError:
+                allowed or found.append('')
+
+        def raw_thread(allowed):
+            done = threading.Event()
+            _thread.start_new_thread(lambda: (try_all(allowed), done.set()), ())
+            done.wait(20)
+        for run, allowed in (
+                (try_all, True), (lambda yes: ThreadPoolExecutor(1).submit(try_all, yes).result(), True),
+                (raw_thread, False)):
+            found: List[str] = []
+            with v.within(attempt.reach):
+                run(allowed)
+            self.assertEqual(found, [''] * (not allowed))
+        self.assertEqual((outside.read_text(), outside.stat().st_mode & 0o777, link.exists(), self.connected),
+                         ('kept', 0o644, False, []))
 
     def test_a_live_stream_is_not_handed_to_ffmpeg(self):
         post = self.site.direct('hls')
@@ -5286,20 +5361,42 @@ class TestVendor(unittest.TestCase):
         compiled = list((self.folder / '9999.1.1/yt_dlp').rglob(f'*.{sys.implementation.cache_tag}.pyc'))
         self.assertEqual(len(compiled), len(files))
 
-    def test_a_release_that_does_not_fit_this_program_is_broken(self) -> None:
+    def test_a_release_with_which_a_guard_does_not_hold_is_broken(self) -> None:
         root, version = self.folder / 'copy', '9999.1.1'
         unpack_compiled(version, some_files(), root)
-        for name, there, then, why in (
-                ('networking/_urllib.py', 'hc._create_connection = create_connection', 'pass',
-                 'http://127.0.0.1:1/ ends with network'),  # it gets around the guard of private addresses
-                ('downloader/fragment.py', '_write_ytdl_file', '_write_state', "no attribute '_write_ytdl_file'"),
-                ('extractor/tiktok.py', 'class TikTokVMIE', 'class TikTokShortIE', 'tiktok.com/@a/video/1 ends with')):
+        urllib, fragment = 'networking/_urllib.py', 'downloader/fragment.py'
+        for name, changes, why in (
+                (urllib, {  # three imports by other names: the hook sees what they do all the same
+                    r'(\n    )(FTPHandler|create_connection),': r'\1\2 as other_\2,',
+                    r'([ =])(create_connection|FTPHandler)\(': r'\1other_\2(',
+                    '(= )(create_connection)\n': r'\1other_\2\n', r'\bselect_proxy\b(?!,)': 'choose',
+                    'normalize_url, choose': 'normalize_url, select_proxy as choose'}, ''),
+                (urllib, {r'zlib\.decompress\(data, wbits=(.*)\)':
+                          r'zlib.decompressobj(wbits=\1).decompress(data)'}, '/packed ends with'),
+                (urllib, {r'self\.fp\.read\(amt\)':
+                          'b"".join(iter(lambda: self.fp.read(9999), b""))'}, '/page ends with'),
+                (fragment, {'_write_ytdl_file': '_write_state'}, 'ends with ytdlp'),
+                (fragment, {r'self\._write_ytdl_file': 'self._write_state',
+                            r'def _write_ytdl_file': 'def _write_ytdl_file(self, ctx):\n        pass\n\n'
+                                                     '    def _write_state'}, "'extra_state': {}"),
+                (fragment, {r'unpad_pkcs7\(aes_': 'unpad_pkcs7(__import__("yt_dlp.aes").aes.aes_'},
+                 "{'sleep'}"),
+                ('downloader/hls.py', {'FFmpegFD(?=[.(])': '__import__("yt_dlp").downloader.FFmpegFD'},
+                 'ends with crash'),
+                ('utils/_utils.py', {r'time\.sleep\(delay\)': 'threading.Event().wait(delay)',
+                                     '\nimport time\n': '\nimport time\nimport threading\n'},
+                 "{'openssl'}"),
+                ('extractor/tiktok.py', {'class TikTokVMIE': 'class TikTokShortIE'},
+                 'tiktok.com/@a/video/1 ends with')):
             file = root / 'yt_dlp' / name
-            before = file.read_text('utf-8')
-            self.assertIn(there, before)
-            file.write_text(before.replace(there, then), 'utf-8')
-            with unittest.mock.patch.object(v, 'TRY_OUT', REAL_TRY_OUT):
-                self.assertIn(why, v.try_out(root, version))
+            before = text = file.read_text('utf-8')
+            for there, then in changes.items():
+                self.assertRegex(text, there)
+                text = re.sub(there, then, text)
+            file.write_text(text, 'utf-8')
+            with self.subTest(name=name, why=why), unittest.mock.patch.object(v, 'TRY_OUT', REAL_TRY_OUT):
+                found = v.try_out(root, version)
+                self.assertTrue(why in found if why else not found, found)
             file.write_text(before, 'utf-8')
 
 

@@ -70,6 +70,7 @@ import stat
 import struct
 import threading
 import time
+import weakref
 from collections import deque, namedtuple
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -693,14 +694,19 @@ NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (  # some versions c
     'fec0::/10'))
 
 
-def is_public(address: str) -> bool:
-    """Is the address on the Internet: not private, loopback, link-local, multicast or reserved?
-
-    An IPv6 address that wraps an IPv4 one counts as that one. Raises ValueError."""
+def unwrap_address(address: str) -> Any:
+    """The IP address; of an IPv6 one that wraps an IPv4 one, that. Raises ValueError."""
     ip = ipaddress.ip_address(address.partition('%')[0])
     for network, bits in WRAPPED_IPV4:
         if ip in network:
-            return is_public(str(ipaddress.IPv4Address(int(ip) >> (96 - bits) & 0xffffffff)))
+            return ipaddress.IPv4Address(int(ip) >> (96 - bits) & 0xffffffff)
+    return ip
+
+
+def is_public(address: str) -> bool:
+    """Is the address on the Internet: not private, loopback, link-local, multicast or reserved?
+    Raises ValueError."""
+    ip = unwrap_address(address)
     reserved = any(ip in network for network in NEVER_PUBLIC)
     return ip.is_global and not ip.is_multicast and not reserved
 
@@ -1937,8 +1943,10 @@ class Board:
 
 
 # ---------- guard -------------------------------------------------------------------------
-# Owns how an attempt ends (ENDINGS), how it is stopped, and what its threads may reach and run.
-# Lock: Stopper._changed guards what stop() has to end. Called by download.
+# Owns how an attempt ends (ENDINGS), how it is stopped, and what its threads may connect to, run
+# and write: one audit hook (PEP 578) sees it all, whatever yt-dlp calls its functions. Threads
+# that our own threads start are free; those that an attempt starts are the attempt's; all others
+# may do nothing. Lock: Stopper._changed guards what stop() has to end. Called by download, vendor.
 
 ENDINGS: dict[str, tuple[str, int | None, str]] = {
     'cancelled': ('cancelled', None, 'Cancelled'),
@@ -1963,6 +1971,8 @@ ENDINGS: dict[str, tuple[str, int | None, str]] = {
     'geo': ('give_up', None, 'This post is not shown in the country of this server: '
                              'only a proxy elsewhere helps'),
     'unsupported': ('give_up', None, 'There is no video behind this link that can be downloaded'),
+    'filtered': ('retry', None, 'The name service of your network hides the site: allow it in the '
+                 'DNS filter, the router or the VPN'),
     'refused_address': ('give_up', None, 'The link leads to an address that is not on the Internet'),
     'ffmpeg': ('give_up', None, 'Picture and sound come apart and need ffmpeg: '
                                 'install it, then retry'),
@@ -1994,7 +2004,7 @@ class Stopper:
         self.reason = ''  # of the first stop
         self.stopped_at: float | None = None  # monotonic
         self.children: list[Any] = []
-        self._sockets: dict[int, socket.socket] = {}  # by thread: a second handle on its connection
+        self._sockets = weakref.WeakSet()
         self._changed = threading.Condition()
 
     def stop(self, reason: str) -> None:
@@ -2003,9 +2013,9 @@ class Stopper:
             if self.reason:
                 return
             self.reason, self.stopped_at = reason, time.monotonic()
-            for sock in self._sockets.values():
+            for sock in list(self._sockets):
                 with suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's, which lets go first
             for child in self.children:
                 child.kill()
             self._changed.notify_all()
@@ -2048,30 +2058,41 @@ class Stopper:
                 child.kill()
 
     def hold(self, sock: socket.socket) -> None:
-        """A connection of this thread that is to end with a stop."""
-        thread = threading.get_ident()
+        """A new socket that is to end with a stop. Raises Ending."""
         with self._changed:
-            old, self._sockets[thread] = self._sockets.get(thread), sock.dup()
-        if old:
-            old.close()
-        if self.reason:
-            sock.shutdown(socket.SHUT_RDWR)
-
-    def release(self) -> None:
-        """The attempt is over."""
-        with self._changed:
-            for sock in self._sockets.values():
-                sock.close()
-            self._sockets.clear()
+            self.go_on()
+            self._sockets.add(sock)
 
 
 # -- what it may reach
 
-here = threading.local()  # .reach: that of the attempt whose work this thread does
+LARGEST_PAGE = 8 << 20  # bytes, unpacked; pages, manifests and keys are held in memory
+LARGEST_FRAGMENT = 128 << 20  # bytes; those of HLS and DASH, too
+FAKE = tuple(map(ipaddress.ip_network, ('0.0.0.0/32', '198.18.0.0/15')))  # what filters answer with
 PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
 LOCAL_FILES = (  # the last: demuxers by name, so that a playlist that calls itself a video is not followed
     '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
     'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata')
+
+
+def own_networks() -> list[Any]:
+    """The networks in which this machine has an address, by getifaddrs(3)."""
+    import ctypes
+    libc, first, found = ctypes.CDLL(None), ctypes.c_void_p(), []
+    if libc.getifaddrs(ctypes.byref(first)):
+        return []
+    at = first.value
+    while at:
+        # struct ifaddrs: the next one, name, flags, address, mask
+        at, _, _, address, mask = (ctypes.c_void_p * 5).from_address(at)
+        family = ctypes.string_at(address, 2) if address else b''  # BSD puts a length before it
+        for kind, start, size in ((socket.AF_INET, 4, 4), (socket.AF_INET6, 8, 16)):
+            if kind in family and address and mask:
+                bits = int.from_bytes(ctypes.string_at(mask + start, size), 'big')
+                packed = ctypes.string_at(address + start, size)
+                found.append(ipaddress.ip_network((packed, f'{bits:b}'.count('1')), strict=False))
+    libc.freeifaddrs(first)
+    return found
 
 
 def host_of(url: str) -> str:
@@ -2080,55 +2101,6 @@ def host_of(url: str) -> str:
         return split_url(url)[1]
     except ValueError:
         return 'localhost'
-
-
-class Reach:
-    """What one attempt may connect to."""
-
-    def __init__(self, config: Config, stopper: Stopper):
-        self.security, self.stopper = config.security, stopper
-        self._proxies = set()  # hosts of the owner's choice
-
-    def connect(self, connect: Callable[..., Any], address: tuple[str, int], *args: Any,
-                **more: Any) -> Any:
-        """A connection to `address`, only to public hosts: checked is what is really connected
-        to. Raises Ending."""
-        create = more.pop('_create_socket_func', connect.__kwdefaults__['_create_socket_func'])
-        free = self.security.allow_private_targets or address[0] in self._proxies
-        refused = []
-
-        def checked(found, *rest):
-            if not free and not is_public(found[4][0]):
-                refused.append(found[4][0])
-                raise PermissionError(errno.EACCES, 'not on the Internet')
-            return create(found, *rest)
-        try:
-            sock = self.stopper.unless_stopped(connect, address, *args,
-                                               _create_socket_func=checked, **more)
-        except OSError:
-            if refused:
-                raise Ending('refused_address', f'{address[0]} is {refused[0]}') from None
-            raise
-        self.stopper.hold(sock)
-        return sock
-
-    def allow_proxied(self, url: str, proxy: str | None) -> str | None:
-        """`proxy`, once the host of `url` has been judged by its spelling: the proxy looks it up.
-        Raises Ending."""
-        if not proxy:
-            return None
-        self._proxies.add(urlsplit(proxy).hostname)
-        if not self.security.allow_private_targets:
-            host = host_of(url)
-            if is_private_host(host) or re.fullmatch(r'[\d.]+|\[.*', host):
-                raise Ending('refused_address', excerpt(urlsplit(url).netloc))
-        return proxy
-
-    def allow_link(self, url: str) -> None:
-        """Raise Ending unless the page, asked for or led to, is of an allowed domain."""
-        domains = self.security.allowed_domains
-        if domains != ('*',) and not is_under(host_of(url), domains):
-            raise Ending('unsupported', f'it leads to {excerpt(url)}')
 
 
 def die_with_us() -> Callable[[], None] | None:
@@ -2150,12 +2122,257 @@ def die_with_us() -> Callable[[], None] | None:
 def local_only(args: Sequence[str]) -> list[str]:
     """A command line that reads nothing but files, even if a file names an address; with a URL
     in it, or of another program, it is as if the program was not installed. Raises OSError."""
-    name = os.path.basename(args[0])
-    if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', arg) for arg in args):
-        raise FileNotFoundError(errno.ENOENT, 'not to be run', args[0])
-    if name == 'ffprobe':
-        return [args[0], *LOCAL_FILES, *args[1:]]
-    return [word for arg in args for word in ((*LOCAL_FILES, arg) if name == 'ffmpeg' and arg == '-i' else (arg,))]
+    words = [os.fsdecode(word) for word in args]
+    name, count, line = os.path.basename(words[0]), len(LOCAL_FILES), [words[0]]
+    if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', word) for word in words):
+        raise FileNotFoundError(errno.ENOENT, 'not to be run', words[0])
+    for word in words[1:]:
+        asked = name == 'ffmpeg' and word == '-i' or name == 'ffprobe' and len(line) == 1
+        if asked and tuple(line[-count:]) != LOCAL_FILES and tuple(words[1:count + 1]) != LOCAL_FILES:
+            line += LOCAL_FILES
+        line.append(word)
+    return line
+
+
+class Reach:
+    """What the threads of one attempt may connect to, run and write."""
+
+    def __init__(self, config: Config, folder: Path, stopper: Stopper):
+        self.security, self.stopper = config.security, stopper
+        self.folder = os.path.abspath(folder)  # nothing is written outside of it
+        self.largest = LARGEST_FRAGMENT  # bytes of one answer
+        proxy = urlsplit(config.downloader.proxy or '')
+        self.proxy = proxy.hostname  # everything goes through it
+        self._ports = (proxy.port,) if proxy.port else (80, 443, 1080)
+        self._resolves = proxy.scheme != 'socks4'
+        self._doors: set[tuple[str, int]] = set()  # addresses of the proxy
+
+    def is_proxy(self, host: str, port: int) -> bool:
+        """Is this the proxy of the configuration?"""
+        return bool(self.proxy) and host.lower() == self.proxy and port in self._ports
+
+    def allows(self, address: str, port: int) -> bool:
+        """May it be connected to? Only what is on the Internet; behind a proxy, only that."""
+        if self.proxy:
+            return (address, port) in self._doors
+        if self.security.allow_private_targets:
+            return True
+        try:
+            ip = unwrap_address(address)
+        except ValueError:  # a name: what it stands for is not known yet
+            return False
+        return is_public(address) and not any(ip in network for network in own_networks())
+
+    def look_up(self, real: Callable[..., Any], host: str, port: int, *args: Any,
+                **more: Any) -> list[Any]:
+        """socket.getaddrinfo that ends with a stop; those of the addresses that may be connected
+        to. Raises Ending if there are none, OSError."""
+        found = self.stopper.unless_stopped(real, host, port, *args, **more)
+        if self.is_proxy(host, port):
+            self._doors.update(entry[4][:2] for entry in found)
+        allowed = [entry for entry in found if self.allows(*entry[4][:2])]
+        if found and not allowed and (self._resolves or not self.proxy):
+            raise self._refusal(host, found[0][4][0])
+        return allowed or found
+
+    def _refusal(self, host: str, address: str) -> Ending:
+        """A name service that hides a site says so with an address that no site can have."""
+        listed = is_under(host, (*SITES, *self.security.allowed_domains))
+        if address != host and (listed or any(unwrap_address(address) in net for net in FAKE)):
+            return Ending('filtered', f'{host} is {address}')
+        return Ending('refused_address', f'{host} is {address}')
+
+    def allow_link(self, url: str) -> None:
+        """Raise Ending unless the page, asked for or led to, is of an allowed domain."""
+        domains = self.security.allowed_domains
+        if domains != ('*',) and not is_under(host_of(url), domains):
+            raise Ending('unsupported', f'it leads to {excerpt(url)}')
+
+    # -- what the hook asks; each raises Ending or OSError
+
+    def may_connect(self, sock: socket.socket, address: Any) -> None:
+        """Is the very address that a socket connects to allowed?"""
+        self.stopper.go_on()
+        if sock.family not in (socket.AF_INET, socket.AF_INET6) or not self.allows(*address[:2]):
+            raise PermissionError(errno.EACCES, f'no connection to {address} is allowed')
+
+    def may_look_up(self, host: Any, *_: Any) -> None:
+        """Behind a proxy, names are its to resolve."""
+        self.stopper.go_on()
+        if self.proxy and self._resolves and str(host).lower() != self.proxy:
+            raise Ending('refused_address', excerpt(str(host)))
+
+    def may_request(self, url: str, *_: Any) -> None:
+        """Each hop of a request: behind a proxy, hosts are judged by their spelling."""
+        scheme, host = url.partition(':')[0].lower(), host_of(url)
+        if scheme not in ('http', 'https', 'data'):
+            raise Ending('unsupported', f'it leads to {excerpt(url)}')
+        literal = re.fullmatch(r'[\d.]+|\[.*', host)
+        if self.proxy and scheme != 'data' and not self.security.allow_private_targets and (
+                literal or is_private_host(host)):
+            raise Ending('refused_address', excerpt(urlsplit(url).netloc))
+
+    def may_run(self, executable: Any, args: Any, *_: Any) -> None:
+        """Only PROGRAMS, and of these only command lines that read and write files."""
+        self.stopper.go_on()
+        if local_only(args) != list(args) or os.path.basename(executable) not in PROGRAMS \
+                or self._inside(args[0]):
+            raise FileNotFoundError(errno.ENOENT, 'not to be run', executable)
+
+    def may_kill(self, pid: int, *_: Any) -> None:
+        """Only its own children."""
+        if pid not in [child.pid for child in self.stopper.children]:
+            self.refuse(pid)
+
+    def may_open(self, path: Any, _: Any, flags: int) -> None:
+        """A file, for reading or writing."""
+        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
+            self.may_write(path)
+
+    def may_write(self, *paths: Any) -> None:
+        """Make, change or remove these: only in the folder of the download."""
+        for path in paths:
+            if isinstance(path, (str, bytes, os.PathLike)) and not self._inside(path):
+                raise PermissionError(errno.EACCES, 'outside the folder of the download',
+                                      os.fsdecode(path))
+
+    def _inside(self, path: Any) -> bool:
+        path = os.path.abspath(os.fsdecode(path))
+        return path in (self.folder, os.devnull) or path.startswith(self.folder + '/')
+
+    def refuse(self, *what: Any) -> None:
+        """What no download needs."""
+        raise PermissionError(errno.EPERM, f'not for a download: {excerpt(str(what))}')
+
+
+WATCHED: list[bool] = []  # [True] once the hook is installed
+NOWHERE = Reach(SimpleNamespace(security=None, downloader=SimpleNamespace(proxy='')),
+                Path(os.devnull, 'nowhere'), Stopper())
+NOWHERE.stopper.stop('stopped')
+
+
+class Here(threading.local):
+    """`reach`: that of the attempt this thread works for, None in the program's own threads."""
+
+    def __init__(self):
+        super().__init__()
+        unknown = NOWHERE if WATCHED else None
+        self.reach = vars(threading.current_thread()).get('reach', unknown)
+
+
+here = Here()
+
+
+@contextmanager
+def within(reach: Reach) -> Iterator[None]:
+    """This thread works for an attempt."""
+    before, here.reach = here.reach, reach
+    try:
+        yield
+    finally:
+        here.reach = before
+
+
+CHECKS: dict[str, Callable[..., None]] = {
+    'socket.__new__': lambda reach, sock, *_: reach.stopper.hold(sock),
+    'socket.connect': Reach.may_connect, 'socket.getaddrinfo': Reach.may_look_up,
+    'socket.gethostbyname': Reach.may_look_up, 'urllib.Request': Reach.may_request,
+    'subprocess.Popen': Reach.may_run, 'os.kill': Reach.may_kill, 'open': Reach.may_open,
+    'os.rename': lambda reach, source, target, *_: reach.may_write(source, target),
+    'ctypes.dlopen': lambda reach, name: name is None or reach.refuse(name),
+    **dict.fromkeys((f'os.{name}' for name in (
+        'remove rmdir mkdir truncate chmod chown chflags lchflags lchmod utime setxattr '
+        'removexattr').split()), lambda reach, path, *_: reach.may_write(path)),
+    'sqlite3.connect': Reach.may_write,
+    **dict.fromkeys((
+        'os.link os.symlink os.chdir os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty '
+        'os.killpg pty.spawn signal.pthread_kill socket.bind socket.sendto socket.sendmsg '
+        'socket.gethostbyaddr socket.getnameinfo socket.sethostname webbrowser.open').split(),
+        Reach.refuse)}
+
+
+def audit(event: str, args: tuple[Any, ...]) -> None:
+    """The hook: all that Python code opens, in any thread, passes here first."""
+    check = CHECKS.get(event)
+    if check is not None and here.reach is not None:
+        check(here.reach, *args)
+
+
+# -- what ends with a stop, and what memory it may take
+
+
+
+def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """owner.name becomes make(what it was). Raises AttributeError if there is no such name."""
+    setattr(owner, name, make(getattr(owner, name)))
+
+
+def for_attempts(owner: Any, name: str, guarded: Callable[..., Any]) -> None:
+    """What an attempt's threads call as owner.name becomes guarded(reach, the old one, …)."""
+    def make(real):
+        @functools.wraps(real)
+        def choose(*args, **more):
+            reach = here.reach
+            return real(*args, **more) if reach is None else guarded(reach, real, *args, **more)
+        return choose
+    replace(owner, name, make)
+
+
+def small_page(page: bytes) -> bytes:
+    """The page, if it can be held in memory. Raises Ending."""
+    if len(page) > LARGEST_PAGE:
+        raise Ending('unsupported', f'a page has more than {format_size(LARGEST_PAGE)}')
+    return page
+
+
+def read_answer(reach: Reach, real: Callable[..., bytes], answer: Any, size: Any = None) -> bytes:
+    """HTTPResponse.read with limits. Raises Ending."""
+    if size is None and (answer.length is None or answer.length > LARGEST_PAGE):
+        return small_page(real(answer, LARGEST_PAGE + 1))
+    data = real(answer, size)
+    answer.brought = getattr(answer, 'brought', 0) + len(data)
+    if answer.brought > reach.largest:
+        raise Ending('unsupported', f'a fragment has more than {format_size(reach.largest)}')
+    return data
+
+
+def start_process(reach: Reach, real: Callable[..., None], process: Any, args: Any, *rest: Any,
+                  **more: Any) -> None:
+    """Popen.__init__ for a child that reads only files, and ends with us and with a stop."""
+    real(process, local_only(args), *rest, **{**more, 'preexec_fn': die_with_us()})
+    reach.stopper.adopt(process)
+
+
+def decompress(_: Reach, __: Any, data: bytes, wbits: int = 15) -> bytes:
+    """zlib.decompress with a limit. Raises Ending."""
+    import zlib
+    return small_page(zlib.decompressobj(wbits).decompress(data, LARGEST_PAGE + 1))
+
+
+def watch_process() -> None:
+    """Install the hook, once. All threads there are by then are the program's own."""
+    if WATCHED:
+        return
+    import http.client
+    import subprocess
+    import zlib
+
+    def inherit(start):
+        def start_thread(thread):
+            thread.reach = here.reach
+            start(thread)
+        return start_thread
+    replace(threading.Thread, 'start', inherit)
+    for thread in threading.enumerate():
+        vars(thread).setdefault('reach', None)
+    WATCHED.append(True)
+    for_attempts(time, 'sleep', lambda reach, _, seconds: reach.stopper.nap(seconds))
+    for_attempts(socket, 'getaddrinfo', Reach.look_up)
+    for_attempts(socket.socket, 'connect', lambda reach, *call: reach.stopper.unless_stopped(*call))
+    for_attempts(subprocess.Popen, '__init__', start_process)
+    for_attempts(http.client.HTTPResponse, 'read', read_answer)
+    for_attempts(zlib, 'decompress', decompress)
+    sys.addaudithook(audit)
 
 
 # ---------- download ----------------------------------------------------------------------
@@ -2263,116 +2480,61 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
     return judge_words(links, text)
 
 
-# -- what yt-dlp may do
+# -- yt-dlp, imported and held
 
 LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
-LARGEST_PAGE = 8 << 20  # bytes, unpacked; pages, manifests and keys are held in memory
-LARGEST_FRAGMENT = 128 << 20  # bytes; those of HLS and DASH, too
 IMPORT_LOCK = threading.Lock()
 IMPORTED: dict[str, Any] = {}  # 'Session': the class made below, once yt-dlp is imported
 
 
-def guard_network() -> None:
-    """Every connection goes through the attempt it is for; every sleep ends with a stop."""
-    from yt_dlp.downloader import common
-    from yt_dlp.extractor import common as extractor
-    from yt_dlp.networking import _urllib
-    from yt_dlp.utils import _utils
-    connect, select = _urllib.create_connection, _urllib.select_proxy
-    _urllib.create_connection = lambda *args, **more: here.reach.connect(connect, *args, **more)
-    _urllib.select_proxy = lambda url, proxies: here.reach.allow_proxied(url, select(url, proxies))
-    _urllib.FTPHandler = _urllib.UnknownHandler  # ftplib would connect by itself
-    clock = SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: here.reach.stopper.nap(seconds)})
-    common.time = extractor.time = _utils.time = clock
-
-
-def guard_memory() -> None:
-    """No page, packed or not, is read beyond LARGEST_PAGE bytes, and no fragment of more than LARGEST_FRAGMENT."""
-    import zlib
-
-    from yt_dlp.downloader.fragment import FragmentFD
-    from yt_dlp.networking import _urllib
-    handler = _urllib.HTTPHandler
-    decode, read_whole = handler.http_response, FragmentFD._read_fragment
-
-    def small(page):
-        if len(page) > LARGEST_PAGE:
-            raise Ending('unsupported', f'a page has more than {format_size(LARGEST_PAGE)}')
-        return page
-
-    def http_response(self, req, answer):
-        read, unsure = answer.read, answer.length is None or answer.length > LARGEST_PAGE
-        answer.read = lambda size=None: small(read(LARGEST_PAGE + 1)) if size is None and unsure else read(size)
-        return decode(self, req, answer)
-    handler.http_response = handler.https_response = http_response
-    _urllib.zlib = SimpleNamespace(**{**vars(zlib), 'decompress': lambda data, wbits=15: small(
-        zlib.decompressobj(wbits).decompress(data, LARGEST_PAGE + 1))})
-
-    def read_fragment(self, ctx):
-        with suppress(TypeError, OSError):  # there is none: as yt-dlp has it
-            if os.path.getsize(ctx['fragment_filename_sanitized']) > LARGEST_FRAGMENT:
-                raise Ending('unsupported', f'a fragment has more than {format_size(LARGEST_FRAGMENT)}')
-        return read_whole(self, ctx)
-    FragmentFD._read_fragment = read_fragment
-
-
-def guard_processes() -> None:
-    """What is run reads only files, and dies with us and with a stop."""
-    from yt_dlp.utils import Popen
-    start, arrange = Popen.__init__, die_with_us()
-
-    def guarded(self, args, *rest, **more):
-        stopper = here.reach.stopper
-        start(self, local_only(args), *rest, preexec_fn=arrange, **more)
-        stopper.adopt(self)
-    Popen.__init__ = guarded
-
-
 def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
-    """AES-128 by the openssl command, empty if that cannot; yt-dlp's own takes ten seconds per MB, deaf to a stop."""
+    """AES-128 by the openssl command, empty if that fails; yt-dlp's own takes ten seconds per MB
+    and hears no stop."""
     if len(key) != 16 or len(iv) != 16:  # which openssl would refuse
         raise Ending('bad_media')
     import subprocess
-
-    from yt_dlp.utils import Popen
+    line = ['openssl', 'enc', '-d', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()]
     with suppress(OSError):
-        with Popen(['openssl', 'enc', '-d', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()],
-                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
-            return child.communicate_or_kill(data)[0]
+        with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL) as child:
+            return child.communicate(data)[0]
     return b''
 
 
-def spare() -> None:
-    """Spare time (all CAs are read once) and memory (no large blocks). A new yt-dlp without these does as well."""
-    with suppress(ImportError, AttributeError):
-        from yt_dlp.downloader.common import FileDownloader
-        from yt_dlp.networking import common
-        common.make_ssl_context = functools.lru_cache(2)(common.make_ssl_context)
-        best = FileDownloader.best_block_size
-        FileDownloader.best_block_size = staticmethod(lambda *measured: min(best(*measured), LARGEST_BLOCK))
-
-
-def guard_fragments() -> None:
-    """HLS and DASH stay with yt-dlp's own downloaders, which can be stopped, guarded and resumed."""
-    from yt_dlp.downloader import fragment, hls
-
-    class NoFFmpeg(hls.FFmpegFD):
+def no_ffmpeg(base: Any) -> Any:
+    """HLS stays with yt-dlp's own downloader, which is stopped and resumed as all else."""
+    class NoFFmpeg(base):
         """ffmpeg would fetch by itself."""
         available = classmethod(lambda cls, path=None: False)
 
         def real_download(self, filename, info_dict):
             raise Ending('unsupported', 'it is live or protected')
-    hls.FFmpegFD = NoFFmpeg
-    decrypt = fragment.aes_cbc_decrypt_bytes
+    return NoFFmpeg
 
-    def write_index(self, ctx):  # as yt-dlp does, but whole at any moment and with the size that belongs to it
-        index, part = self.ytdl_filename(ctx['filename']), ctx['tmpfilename']
-        note = {'current_fragment': {'index': ctx['fragment_index']}, 'extra_state': {
-            **ctx.get('extra_state', {}), 'size': os.path.getsize(part) if os.path.exists(part) else 0}}
-        write_whole(Path(index), json.dumps({'downloader': note}), durable=False)
-    if fragment.FragmentFD._write_ytdl_file is not write_index:  # AttributeError where a new yt-dlp has renamed it
-        fragment.FragmentFD._write_ytdl_file = write_index
-    fragment.aes_cbc_decrypt_bytes = lambda *args: openssl_decrypt(*args) or decrypt(*args)
+
+def write_index(_: Reach, __: Any, downloader: Any, ctx: dict[str, Any]) -> None:
+    """FragmentFD._write_ytdl_file as yt-dlp has it, but whole at any moment and with the size that
+    belongs to it."""
+    index, part = downloader.ytdl_filename(ctx['filename']), ctx['tmpfilename']
+    size = os.path.getsize(part) if os.path.exists(part) else 0
+    note = {'current_fragment': {'index': ctx['fragment_index']},
+            'extra_state': {**ctx.get('extra_state', {}), 'size': size}}
+    write_whole(Path(index), json.dumps({'downloader': note}), durable=False)
+
+
+def adapt_ytdlp() -> None:
+    """The five names of yt-dlp that are replaced; all else is held by the guard. Raises
+    AttributeError or ImportError where a release does not have them."""
+    from yt_dlp.downloader import fragment, hls
+    from yt_dlp.downloader.common import FileDownloader
+    from yt_dlp.networking import common
+    replace(hls, 'FFmpegFD', no_ffmpeg)
+    replace(common, 'make_ssl_context', functools.lru_cache(2))  # all CAs are read once
+    replace(FileDownloader, 'best_block_size', lambda best: staticmethod(
+        lambda *measured: min(best(*measured), LARGEST_BLOCK)))
+    for_attempts(fragment.FragmentFD, '_write_ytdl_file', write_index)
+    for_attempts(fragment, 'aes_cbc_decrypt_bytes', lambda _, decrypt, *args: (
+        openssl_decrypt(*args) or decrypt(*args)))
 
 
 def session_class(base: Any) -> Any:
@@ -2391,12 +2553,14 @@ def session_class(base: Any) -> Any:
             return super().process_ie_result(self.attempt.without_photos(ie_result), *args, **more)
 
         def dl(self, name, info, subtitle=False, test=False):
+            attempt = self.attempt
             if not test:
-                self.attempt.begin_file(name, info)
+                attempt.begin_file(name, info)
+            attempt.reach.largest = math.inf if attempt.folder.current else LARGEST_FRAGMENT
             try:
                 return super().dl(name, info, subtitle, test)
             finally:
-                self.attempt.folder.current = ''
+                attempt.folder.current, attempt.reach.largest = '', LARGEST_FRAGMENT
     return Session
 
 
@@ -2424,8 +2588,7 @@ def import_ytdlp(folder: Path) -> Any:
             sys.path.insert(0, str(folder))
             try:
                 import yt_dlp
-                for guard in (guard_network, guard_memory, guard_processes, guard_fragments, spare):
-                    guard()
+                adapt_ytdlp()
                 IMPORTED['Session'] = session_class(yt_dlp.YoutubeDL)
             except BaseException:
                 for name in [name for name in sys.modules if name.partition('.')[0] == 'yt_dlp']:
@@ -2980,7 +3143,7 @@ class Attempt:
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
         self.stopper = Stopper()
-        self.reach = Reach(config, self.stopper)
+        self.reach = Reach(config, self.folder.path, self.stopper)
         self._writer, self._begun = threading.Thread(), 0.0  # how much of this file the disk has begun with
         self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; then bytes, last write, steps
 
@@ -3011,7 +3174,6 @@ class Attempt:
 
     def fetch(self, urlopen: Callable[[Any], Any], request: Any) -> Any:
         """What `request` brings; all of the file where a part would be one of another file."""
-        here.reach = self.reach  # yt-dlp fetches fragments in threads of its own
         self.stopper.go_on()
         try:
             response = urlopen(request)
@@ -3091,15 +3253,12 @@ class Attempt:
 
     def run(self) -> Outcome:
         """Download it. In the worker's thread; never raises."""
-        here.reach = self.reach
         try:
             outcome = self._run()
         except Ending as ending:
             outcome = ending.outcome
         except BaseException as error:
             outcome = self._failed(error)
-        finally:
-            self.stopper.release()
         if outcome.kind in ('cancelled', 'give_up'):
             forget_files(self.config, self.job.id, ())
         return outcome
@@ -3125,7 +3284,9 @@ class Attempt:
         self.meter.enter('page')
         if not self.folder.complete(self.output):
             self.folder.results = []
-            self._collect(self._download())
+            watch_process()
+            with within(self.reach):
+                self._collect(self._download())
         self.meter.enter('file')
         for result in self.folder.results:
             if (self.folder.path / result['source']).exists():
@@ -3339,20 +3500,72 @@ def version_in(folder: Path) -> str:
     return find_line(folder / 'yt_dlp/version.py', r"^__version__ = '(\d[\d.]*)'")
 
 
-# A release is used as the daemon uses it, without a network: it has to find the sites' extractors, take the proxy that
-# it is told (nobody listens there), and must not get around the guard that refuses private addresses.
+# A release is used as the daemon uses it, without a network: it has to find the sites' extractors
+# and to take the proxy that it is told (nobody listens there). A site on 127.0.0.1, the Internet
+# for once, then sets a trap for each guard; what is out of reach is on 127.0.0.2.
 TRY_OUT = '''
-folder = pathlib.Path(sys.argv[3])
-v.import_ytdlp(folder)
-for url, proxy, reason in (('http://127.0.0.1:1/', '', 'refused_address'),
-                           ('https://www.tiktok.com/@a/video/1', 'http://127.0.0.1:1', 'network'),
-                           ('https://www.instagram.com/p/a/', 'http://127.0.0.1:1', 'network')):
-    config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': sys.argv[4],
-                                  'VIDEOSERVER_SECURITY_ALLOWED_DOMAINS': '*', 'VIDEOSERVER_DOWNLOADER_PROXY': proxy})
-    outcome = v.Attempt(v.Job('try', url, (), 1), config, folder, lambda progress: None).run()
-    if outcome.reason != reason:
+import gzip, http.server, json, threading
+folder, output, heard, reached = pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4]), [], set()
+public, nap, decrypt = v.is_public, v.Stopper.nap, v.openssl_decrypt
+v.own_networks, v.is_public = list, lambda ip: ip == '127.0.0.1' or public(ip)
+v.Stopper.nap = lambda *args: (heard.append('sleep'), nap(*args))[1]
+v.openssl_decrypt = lambda *args: (heard.append('openssl'), decrypt(*args))[1]
+v.LARGEST_PAGE = 100_000
+v.DEFAULTS.update(retries=1, fragment_retries=1)
+v.watch_process()
+sys.addaudithook(lambda event, args: event == 'socket.connect' and reached.add(args[1][0]))
+
+class Site(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        name, address = self.path[1:].partition('.')[0], f'http://{self.headers["Host"]}'
+        self.send_response(302 if name in ('http', 'ftp') else 503 if name == 'busy' else 200)
+        self.send_header('Location', f'{name}://127.0.0.2/x.mp4')
+        self.send_header('Content-Encoding', 'gzip' if name == 'packed' else 'identity')
+        self.end_headers()
+        away = 'http://127.0.0.2' if name in ('segment', 'key') else address
+        key = '' if name == 'segment' else f'#EXT-X-KEY:METHOD=AES-128,URI="{away}/secret.key"'
+        parts = ''.join(f'#EXTINF:1,\\n{part}\\n' for part in (
+            f'{address if name == "key" else away}/part.ts', f'{address}/busy.ts'))
+        text = f'#EXTM3U\\n#EXT-X-TARGETDURATION:1\\n{key}\\n{parts}#EXT-X-ENDLIST\\n'
+        page = b'<html>' * 20_000
+        body = {'page': page, 'packed': gzip.compress(page), 'secret': b'k' * 16, 'part': b'e' * 64}
+        if self.command == 'GET':
+            self.wfile.write(body.get(name, text.encode()))
+    do_HEAD = do_GET
+    log_message = lambda *args: None
+
+def ends(url, reason, proxy=''):
+    config = v.load_config(None, {
+        'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(output), 'VIDEOSERVER_DOWNLOADER_PROXY': proxy,
+        'VIDEOSERVER_SECURITY_ALLOWED_DOMAINS': '*', 'VIDEOSERVER_DOWNLOADS_MIN_FREE_SPACE': '0'})
+    attempt = v.Attempt(v.Job('try', url, (), 1), config, folder, lambda progress: None)
+    outcome = attempt.run()
+    if reason not in f'{outcome.reason} {outcome.message}':
         sys.exit(f'{url} ends with {outcome.reason}: {outcome.message}')
+    return attempt
+
+for site in 'tiktok.com/@a/video/1', 'instagram.com/p/a/':
+    ends(f'https://www.{site}', 'network', 'http://127.0.0.1:1')
+server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+address = 'http://127.0.0.1:%d' % server.server_port
+for path, reason in (('http.mp4', 'refused_address'), ('segment.m3u8', 'refused_address'),
+                     ('key.m3u8', 'refused_address'), ('ftp.mp4', 'unsupported'),
+                     ('page', 'a page has'), ('packed', 'a page has')):
+    ends(f'{address}/{path}', reason)
+attempt = ends(f'{address}/aes.m3u8', 'http')
+index = json.loads(next(attempt.folder.path.glob('*.ytdl')).read_text())
+from yt_dlp.utils import Popen
 from yt_dlp.version import __version__
+with v.within(attempt.reach):
+    try:
+        Popen(['sh', '-c', 'true'])
+        sys.exit('it runs any program')
+    except FileNotFoundError:
+        Popen(['openssl', 'version'], stdout=-3)
+if reached != {'127.0.0.1'} or set(heard) != {'sleep', 'openssl'} or not attempt.stopper.children \\
+        or 'size' not in index['downloader']['extra_state']:
+    sys.exit(f'a guard does not hold: {reached} {set(heard)} {index}')
 print(__version__)
 '''
 
