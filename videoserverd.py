@@ -57,6 +57,7 @@ import faulthandler
 import fcntl
 import functools
 import heapq
+import http.client
 import io
 import ipaddress
 import itertools
@@ -188,6 +189,82 @@ def free_space(folder: Path) -> int:
     """Bytes free for us on its disk. Raises OSError."""
     disk = os.statvfs(folder)
     return disk.f_bavail * disk.f_frsize
+
+
+CONNECT_SECONDS = 10.0  # for connecting, and again for the TLS handshake
+BLOCK_SECONDS = 60.0    # for a block of what is sent
+
+
+class TimedReader(io.RawIOBase):
+    """What a socket receives, until a moment of time.monotonic(), however slowly it drips."""
+
+    def __init__(self, connected: socket.socket, until: float):
+        super().__init__()
+        self.connected, self.until = connected, until
+
+    def readable(self) -> bool:
+        """It is there to be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As RawIOBase has it. Raises OSError."""
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise socket.timeout('timed out')
+        self.connected.settimeout(left)
+        return self.connected.recv_into(buffer)
+
+    def makefile(self, mode: str) -> Any:
+        """What http.client wants of a socket."""
+        return io.BufferedReader(self)
+
+
+class HttpClient:
+    """The program's own requests: to the index, the bucket, whoever wants to be notified, the
+    running server. One at a time; no redirects, no proxy. `hang_up` from any thread."""
+
+    def __init__(self):
+        self.halted = threading.Event()  # set: what is under way ends, and nothing begins
+        self._socket: socket.socket | None = None
+
+    def hang_up(self) -> None:
+        """End what is under way, and all that follows until `halted` is cleared."""
+        self.halted.set()
+        current = self._socket
+        if current:
+            with suppress(OSError):  # below TLS, whose goodbye could stall
+                socket.socket.shutdown(current, socket.SHUT_RDWR)
+
+    def call(self, method: str, url: str, headers: Any = (), body: Any = None,
+             answer_seconds: float = 60.0, limit: int = 1 << 20,
+             context: ssl.SSLContext | None = None) -> tuple[int, Any, bytes]:
+        """(status, headers, body) of the answer, of at most `limit` bytes, within
+        `answer_seconds` in all. `body` is bytes or an iterator of blocks. Raises OSError."""
+        parts, more = urlsplit(url), {}
+        kind = http.client.HTTPConnection
+        if parts.scheme == 'https':
+            kind, more = http.client.HTTPSConnection, {'context': context}
+        try:
+            with closing(kind(parts.hostname, parts.port, timeout=CONNECT_SECONDS, **more)) as line:
+                line.connect()
+                self._socket = line.sock
+                line.sock.settimeout(BLOCK_SECONDS)
+                if self.halted.is_set():
+                    raise ConnectionAbortedError('stopped')
+                target = parts._replace(scheme='', netloc='').geturl() or '/'
+                with suppress(ConnectionError):  # who refuses may hang up before it has read all
+                    line.request(method, target, body, dict(headers))
+                source = TimedReader(line.sock, time.monotonic() + answer_seconds)
+                answer = http.client.HTTPResponse(source, method=method)
+                answer.begin()
+                received = answer.read(limit + 1)
+                if answer.length or len(received) > limit:
+                    raise ConnectionError('the answer was cut short, or is too long')
+                return answer.status, answer.headers, received
+        except http.client.HTTPException as error:
+            raise ConnectionError(f'no HTTP: {error}') from None
+        finally:
+            self._socket = None
 
 
 # ---------- settings ----------------------------------------------------------------------
@@ -529,7 +606,6 @@ TRANSITIONS = {  # verb of the store: (statuses before, status after); nothing e
     'requeue': (('downloading',), 'queued'),  # stopped, paused or crashed: no attempt counted
     'cancel': (('queued',), 'failed'),  # a running one is stopped first, then given up
     'retry': (('failed', 'queued'), 'queued'),  # of a queued one: now instead of later
-    'uploaded': (('completed',), 'completed'),  # its files are in the bucket, or were gone too soon
 }
 
 
@@ -1242,7 +1318,23 @@ ALTER TABLE downloads ADD COLUMN starred INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE downloads ADD COLUMN import_id TEXT;         -- the import it came with
 CREATE INDEX idx_post ON downloads(site, media_id) WHERE media_id IS NOT NULL;
 '''
-MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts those that have run
+OUTBOX_SCHEMA = '''
+-- What another server is to be told: written with what gives reason to, deleted once it is done.
+CREATE TABLE outbox (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind TEXT NOT NULL,                -- upload|delete|notify
+    download_id TEXT,
+    payload TEXT NOT NULL,             -- of delete: JSON list of the objects' names
+    attempts INTEGER NOT NULL DEFAULT 0,
+    due INTEGER NOT NULL
+);
+CREATE INDEX idx_outbox ON outbox(kind, due);
+INSERT INTO outbox (kind, download_id, payload, attempts, due)
+    SELECT 'upload', id, '', s3_attempts, s3_due FROM downloads WHERE s3_due IS NOT NULL;
+DROP INDEX idx_s3_due;                 -- s3_due and s3_attempts are not used any more
+'''
+# user_version counts those that have run.
+MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA, OUTBOX_SCHEMA)
 REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
 FROZE = 'This page made the whole server freeze for a minute; it is not tried again.'
@@ -1357,6 +1449,7 @@ class Store:
     def __init__(self, path: Path, links_per_hour: int = 0):
         self.path, self.links_per_hour = path, links_per_hour
         self.error: str | None = None  # why the last commit failed, None when it did not
+        self.outgoing: dict[str, Sequence[str]] = {}  # verb: kinds of items that it puts out
         self._queue: deque = deque()
         self._tickets = threading.Condition()  # guards _queue and _closed
         self._closed = False
@@ -1625,10 +1718,13 @@ class Store:
         marks = ', '.join('?' * len(before))
 
         def work(db):
-            return db.execute(
+            moved = db.execute(
                 f'UPDATE downloads SET {sets} status = ?, last_updated = ? '
                 f'WHERE id = ? AND status IN ({marks})',
                 (*columns.values(), after, now, download_id, *before)).rowcount == 1
+            if moved:
+                self._post(db, verb, download_id, now)
+            return moved
         return self.write(work)
 
     def claim(self, download_id: str, now: int) -> Job | None:
@@ -1644,17 +1740,16 @@ class Store:
         row = self.write(work)
         return job_of(row) if row else None
 
-    def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int,
-               upload: bool) -> bool:
+    def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int) -> bool:
         """The files are on disk and synced: completed."""
-        s3_state, s3_due = (('waiting', now) if upload else (None, None))
+        s3_state = 'waiting' if 'upload' in self.outgoing.get('finish', ()) else None
         title = excerpt(' '.join(outcome.title.split()), 300)  # a lone surrogate cannot be stored
         return self._move(
             'finish', download_id, now, title=title or None,
             filename=outcome.files[0].name, file_path=str(folder / outcome.files[0].name),
             file_size=sum(file.size for file in outcome.files), files=json.dumps(outcome.files),
             completed_at=now, error_message=None, reason=None, crashes=0,
-            s3_state=s3_state, s3_due=s3_due)
+            s3_state=s3_state)
 
     def retry_later(self, download_id: str, attempt: int, due: int, outcome: Outcome,
                     now: int) -> bool:
@@ -1683,11 +1778,19 @@ class Store:
         return self._move('retry', download_id, now, retry_count=0, next_attempt_at=None,
                           error_message=None, reason=None, crashes=0)
 
-    def forget(self, download_id: str) -> bool:
-        """Delete the row unless it is being downloaded; whether it was deleted."""
-        return self.write(lambda db: db.execute(
-            "DELETE FROM downloads WHERE id = ? AND status <> 'downloading'",
-            (download_id,)).rowcount == 1)
+    def forget(self, download_id: str, copies: Sequence[str] = ()) -> bool:
+        """Delete the row unless it is being downloaded, and let its `copies` in the bucket be
+        deleted; whether it was deleted."""
+        def work(db):
+            deleted = db.execute("DELETE FROM downloads WHERE id = ? AND status <> 'downloading'",
+                                 (download_id,)).rowcount == 1
+            if deleted:
+                db.execute('DELETE FROM outbox WHERE download_id = ?', (download_id,))
+            if deleted and copies:
+                db.execute("INSERT INTO outbox (kind, payload, due) VALUES ('delete', ?, 0)",
+                           (json.dumps(copies),))
+            return deleted
+        return self.write(work)
 
     def recover(self, now: int, retry_delays: Sequence[int], max_retries: int,
                 frozen: bool) -> list[tuple[Job, Outcome]]:
@@ -1708,6 +1811,7 @@ class Store:
                            'WHERE id = ?', (status, failed, due, crashes, reason, message, now,
                                             row['id']))
                 if status == 'failed':
+                    self._post(db, 'give_up', row['id'], now)
                     over.append((job_of(row), Outcome('give_up', reason, message)))
         self.write(work)
         return over
@@ -1742,26 +1846,33 @@ class Store:
             "UPDATE downloads SET next_attempt_at = ? "
             "WHERE status = 'queued' AND next_attempt_at > ?", (now + longest, now + longest)))
 
-    # -- copies in the bucket
+    # -- the outbox
 
-    def uploads_due(self, now: int, latest: int, limit: int = 10) -> list[Record]:
-        """Finished downloads whose copy is due, or due after `latest`: the clock was ahead."""
-        return [Record.of(row) for row in self.read(
-            'SELECT * FROM downloads WHERE s3_due <= ? OR s3_due > ? ORDER BY s3_due LIMIT ?',
-            (now, latest, limit))]
+    def _post(self, db: sqlite3.Connection, event: str, download_id: str, now: int) -> None:
+        for kind in self.outgoing.get(event, ()):
+            db.execute('INSERT INTO outbox (kind, download_id, payload, due) VALUES (?, ?, ?, ?)',
+                       (kind, download_id, event, now))
 
-    def upload_done(self, download_id: str, now: int, lost: str | None = None) -> bool:
-        """All files of it are in the bucket; or never will be, for what is said in `lost`."""
-        state = 'gone' if lost else 'stored'
-        return self._move('uploaded', download_id, now, s3_state=state, s3_due=None, s3_error=lost)
+    def next_outgoing(self, kinds: Sequence[str], now: int, latest: int) -> sqlite3.Row | None:
+        """What of these kinds is due first, or due after `latest`: the clock was ahead."""
+        marks = ', '.join('?' * len(kinds))
+        rows = self.read(f'SELECT * FROM outbox WHERE kind IN ({marks}) AND (due <= ? OR due > ?) '
+                         'ORDER BY due, id LIMIT 1', (*kinds, now, latest))
+        return rows[0] if rows else None
 
-    def upload_later(self, download_id: str, due: int, error: str, now: int) -> bool:
-        """The copy failed; again then."""
+    def settle(self, item: sqlite3.Row, now: int, due: int | None, state: str = '',
+               error: str | None = None) -> bool:
+        """It was sent (`due` None), or is to be tried again then; an upload's row notes `state`
+        and `error`. Whether anybody still wanted it."""
         def work(db):
-            return db.execute(
-                "UPDATE downloads SET s3_state = 'failing', s3_attempts = s3_attempts + 1, "
-                's3_due = ?, s3_error = ?, last_updated = ? WHERE id = ?',
-                (due, error, now, download_id)).rowcount == 1
+            found = db.execute('UPDATE outbox SET attempts = attempts + 1, due = ? WHERE id = ?',
+                               (due or 0, item['id'])).rowcount
+            if due is None:
+                db.execute('DELETE FROM outbox WHERE id = ?', (item['id'],))
+            if found and item['kind'] == 'upload':
+                db.execute('UPDATE downloads SET s3_state = ?, s3_error = ?, last_updated = ? '
+                           'WHERE id = ?', (state, error, now, item['download_id']))
+            return found == 1
         return self.write(work)
 
     # -- copies of the database
@@ -3444,14 +3555,15 @@ def runs_here(requires: str, python: tuple[int, ...] = sys.version_info[:3]) -> 
 
 def fetch_url(url: str) -> bytes:
     """The body at `url`. Raises Trouble."""
-    import http.client
-    import urllib.request
+    host = urlsplit(url).hostname
     try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            return answer.read(DOWNLOAD_LIMIT)
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        getattr(error, 'close', bool)()  # an HTTPError is an open answer as well
-        raise Trouble(f'no answer from {urlsplit(url).hostname} ({error})') from None
+        status, _, body = HttpClient().call('GET', url, {'User-Agent': f'videoserverd/{VERSION}'},
+                                            answer_seconds=HELPER_TIMEOUT, limit=DOWNLOAD_LIMIT)
+    except OSError as error:
+        raise Trouble(f'no answer from {host} ({error})') from None
+    if status != 200:
+        raise Trouble(f'{host} answers with HTTP {status}')
+    return body
 
 
 def parse_index(body: bytes, base: str) -> list[Release]:
@@ -3869,30 +3981,32 @@ class Freshness:
 
 # ---------- publish -----------------------------------------------------------------------
 # Owns the ways to a finished file: links and their signatures, the bucket (AWS Signature 4,
-# parts, the thread `upload`), thumbnails. What it needs of the store is handed in. Lock:
-# `Uploader._changed` guards what is under way and the naps; never held across the network.
+# parts), the threads that empty the store's outbox (`upload`), thumbnails. Lock:
+# `Courier._changed` guards what is under way and the naps; never held across the network.
 # Called by http (links) and daemon.
 
-MARKER = '.videoserverd'  # in the output folder: an unplugged disk leaves an empty folder without it
+MARKER = '.videoserverd'  # in the output folder: an unplugged disk leaves a folder without it
 UPLOAD_BLOCK = 256 << 10         # bytes in memory at a time
 MULTIPART_ABOVE = 100 << 20      # where AWS advises parts
 PART_SIZE = 16 << 20             # the smallest part: what a lost connection costs at most
 MAX_PARTS = 10000                # the most that S3 takes
-S3_CONNECT_SECONDS = 10.0
-S3_SECONDS = 60.0                # without a sign of life; joining many parts takes a server long
-LONGEST_UPLOAD_DELAY = 6 * 3600  # seconds
-UPLOAD_NAP = 60.0                # seconds between looks when nothing is due, and after a failure
+JOIN_SECONDS = 300.0             # for an answer: joining many parts takes a server long
+LONGEST_DELAY = 6 * 3600         # seconds between tries
+COURIER_NAP = 60.0               # seconds between looks when nothing is due, and after a failure
 THUMBNAIL_SECONDS = 20.0         # a Pi needs two for a frame of a 4K video
-THUMBNAIL_FILTER = "crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',scale='min(120,iw)':-2"  # twice what the page shows
-THUMBNAIL_FORMATS = 'mov,matroska,flv,avi,mpegts,mp3,ogg'  # none that leads to other files, as a playlist does
+THUMBNAIL_FILTER = ("crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',"
+                    "scale='min(120,iw)':-2")  # twice what the page shows
+# None that leads to other files, as a playlist does.
+THUMBNAIL_FORMATS = 'mov,matroska,flv,avi,mpegts,mp3,ogg'
 
 
 # -- links
 
 def public_base(config: Config, port: int) -> str:
     """How others reach this server: scheme, host, port, perhaps a path; no final slash."""
-    scheme, host = 'https' if config.server.tls else 'http', socket.gethostname().split('.')[0].lower()
-    return config.server.public_base_url or f'{scheme}://{host or "localhost"}.local:{port}'
+    scheme = 'https' if config.server.tls else 'http'
+    host = socket.gethostname().split('.')[0].lower() or 'localhost'
+    return config.server.public_base_url or f'{scheme}://{host}.local:{port}'
 
 
 def file_path(download_id: str, name: str) -> str:
@@ -3910,7 +4024,8 @@ def link_secret(file: Path) -> bytes:
 def link_signature(secret: bytes, path: str, expires: str) -> str:
     """Signs what the path means, not how it is percent-encoded: players encode it anew."""
     import hmac
-    return hmac.new(secret, f'{expires}\n{unquote(path)}'.encode('utf-8', 'replace'), 'sha256').hexdigest()
+    signed = f'{expires}\n{unquote(path)}'.encode('utf-8', 'replace')
+    return hmac.new(secret, signed, 'sha256').hexdigest()
 
 
 def sign_path(secret: bytes, path: str, expires: int) -> str:
@@ -3919,19 +4034,22 @@ def sign_path(secret: bytes, path: str, expires: int) -> str:
 
 
 def check_signature(secret: bytes, path: str, query: dict[str, str], now: float) -> bool:
-    """Whether `query` opens `path` at `now`: not forged, not moved from another path, not expired."""
+    """Whether `query` opens `path` at `now`: not forged, not of another path, not expired."""
     import hmac
     expires, signature = query.get('expires', ''), query.get('signature', '')
     if not re.fullmatch(r'\d{1,12}', expires, re.A) or int(expires) < now:
         return False
-    return hmac.compare_digest(link_signature(secret, path, expires).encode(), signature.encode('utf-8', 'replace'))
+    wanted = link_signature(secret, path, expires)
+    return hmac.compare_digest(wanted.encode(), signature.encode('utf-8', 'replace'))
 
 
 def content_disposition(name: str) -> str:
-    """The header by RFC 6266: the real name as RFC 8187 has it, and ASCII for clients of old."""
-    ascii_name = re.sub(r'[^ !#-$&-\[\]-~]', '_', name)  # no quote, backslash or %: clients differ on them
+    """The header by RFC 6266: the real name as RFC 8187 has it, and ASCII for old clients."""
+    ascii_name = re.sub(r'[^ !#-$&-\[\]-~]', '_', name)  # clients differ on quotes, \ and %
     value = f'inline; filename="{ascii_name}"'
-    return value if ascii_name == name else f"{value}; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    if ascii_name == name:
+        return value
+    return f"{value}; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
 
 
 # -- AWS Signature 4 (docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html)
@@ -3963,49 +4081,57 @@ def canonical_query(query: Pairs) -> str:
     return '&'.join(f'{name}={value}' for name, value in encoded)
 
 
-def signature_v4(keys: Keys, stamp: str, method: str, path: str, query: Pairs, headers: Pairs, payload: str) -> str:
-    """`path` is encoded as it is sent, `headers` are in lower case and sorted, `payload` is the body's
-    SHA-256 in hex or UNSIGNED-PAYLOAD."""
+def signature_v4(keys: Keys, stamp: str, method: str, path: str, query: Pairs, headers: Pairs,
+                 payload: str) -> str:
+    """`path` is encoded as it is sent, `headers` are in lower case and sorted, `payload` is the
+    body's SHA-256 in hex or UNSIGNED-PAYLOAD."""
     import hashlib
     import hmac
     lines = [f'{name}:{value}' for name, value in headers]
-    request = '\n'.join([method, path, canonical_query(query), *lines, '', ';'.join(dict(headers)), payload])
-    to_sign = '\n'.join(['AWS4-HMAC-SHA256', stamp, keys.scope(stamp), hashlib.sha256(request.encode()).hexdigest()])
+    request = '\n'.join([method, path, canonical_query(query), *lines, '', ';'.join(dict(headers)),
+                         payload])
+    hashed = hashlib.sha256(request.encode()).hexdigest()
+    to_sign = '\n'.join(['AWS4-HMAC-SHA256', stamp, keys.scope(stamp), hashed])
     digest = f'AWS4{keys.secret}'.encode()
     for step in (*keys.scope(stamp).split('/'), to_sign):
         digest = hmac.new(digest, step.encode(), 'sha256').digest()
     return digest.hex()
 
 
-def sign_v4(keys: Keys, now: float, method: str, host: str, path: str, query: Pairs, headers: dict[str, str],
-            payload: str) -> dict[str, str]:
+def sign_v4(keys: Keys, now: float, method: str, host: str, path: str, query: Pairs,
+            headers: dict[str, str], payload: str) -> dict[str, str]:
     """`headers` and those that prove who asks."""
     stamp = amz_date(now)
     headers = {**headers, 'Host': host, 'X-Amz-Date': stamp}
     signed = sorted((name.lower(), ' '.join(value.split())) for name, value in headers.items())
+    signature = signature_v4(keys, stamp, method, path, query, signed, payload)
     headers['Authorization'] = (
-        f'AWS4-HMAC-SHA256 Credential={keys.access}/{keys.scope(stamp)}, SignedHeaders={";".join(dict(signed))}, '
-        f'Signature={signature_v4(keys, stamp, method, path, query, signed, payload)}')
+        f'AWS4-HMAC-SHA256 Credential={keys.access}/{keys.scope(stamp)}, '
+        f'SignedHeaders={";".join(dict(signed))}, Signature={signature}')
     return headers
 
 
 def presign_v4(keys: Keys, now: float, base: str, path: str, query: Pairs, seconds: int) -> str:
-    """A URL by which whoever has it may GET `base` + `path` for so many seconds (a week at most)."""
+    """A URL by which anybody may GET `base` + `path` for so many seconds (a week at most)."""
     stamp = amz_date(now)
-    query = [*query, ('X-Amz-Algorithm', 'AWS4-HMAC-SHA256'), ('X-Amz-Date', stamp), ('X-Amz-Expires', str(seconds)),
-             ('X-Amz-Credential', f'{keys.access}/{keys.scope(stamp)}'), ('X-Amz-SignedHeaders', 'host')]
+    query = [*query, ('X-Amz-Algorithm', 'AWS4-HMAC-SHA256'), ('X-Amz-Date', stamp),
+             ('X-Amz-Expires', str(seconds)), ('X-Amz-SignedHeaders', 'host'),
+             ('X-Amz-Credential', f'{keys.access}/{keys.scope(stamp)}')]
     headers = [('host', base.partition('://')[2])]
     signature = signature_v4(keys, stamp, 'GET', path, query, headers, 'UNSIGNED-PAYLOAD')
     return f'{base}{path}?{canonical_query(query)}&X-Amz-Signature={signature}'
 
 
 def bucket_address(endpoint: str, bucket: str, key: str = '') -> tuple[str, str]:
-    """('https://host', '/path') of an object: path-style, or virtual-host style where the endpoint
-    says {bucket} or its host starts with the bucket's name and a dot."""
+    """('https://host', '/path') of an object: path-style, or virtual-host style where the
+    endpoint says {bucket} or its host starts with the bucket's name and a dot."""
     url = urlsplit(endpoint.replace('{bucket}', bucket))
-    host = re.sub(':80$' if url.scheme == 'http' else ':443$', '', url.netloc.lower())  # as browsers send it
-    virtual = '{bucket}' in endpoint or host.startswith(bucket.lower() + '.')
-    return f'{url.scheme}://{host}', f'{url.path}{"" if virtual else "/" + quote(bucket)}/{quote(key)}'
+    port = {'http': ':80$', 'https': ':443$'}[url.scheme]  # left out, as browsers do
+    host = re.sub(port, '', url.netloc.lower())
+    folder = url.path
+    if '{bucket}' not in endpoint and not host.startswith(bucket.lower() + '.'):
+        folder += f'/{quote(bucket)}'
+    return f'{url.scheme}://{host}', f'{folder}/{quote(key)}'
 
 
 # -- the bucket
@@ -4019,9 +4145,8 @@ REFUSALS = {  # S3's words that somebody can do something about
     'AuthorizationHeaderMalformed': 'keeps this bucket in another region: check [s3] region',
     'PermanentRedirect': 'keeps this bucket elsewhere: check [s3] endpoint and region',
 }
-NOT_THERE = ('NoSuchKey', 'AccessDenied', 'InvalidRange')  # what GET says of no object, or of an empty one
-NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # who may put need not be allowed to list
-SPOILED = ('NoSuchUpload', 'InvalidPart', 'InvalidPartOrder', 'EntityTooSmall')  # an upload that cannot go on
+NOT_THERE = ('NoSuchKey', 'AccessDenied', 'InvalidRange')  # GET of no object, or an empty one
+NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may put, but not list
 
 
 class BucketError(Trouble):
@@ -4034,49 +4159,53 @@ class BucketError(Trouble):
 
 @named_tuple
 class Body:
-    """A stretch of an open file."""
+    """A stretch of an open file, read until somebody halts."""
     file: Any
     start: int
     size: int
+    halted: threading.Event
 
-    def blocks(self, halted: threading.Event) -> Iterator[bytes]:
-        """Its bytes, for as long as nobody halts. Raises BucketError."""
-        self.file.seek(self.start)
+    def blocks(self) -> Iterator[bytes]:
+        """Its bytes. Raises BucketError."""
         left = self.size
-        while left:
-            block = self.file.read(min(left, UPLOAD_BLOCK))
-            if halted.is_set() or not block:
-                raise BucketError('The upload was stopped' if block else 'The file became shorter during its upload')
-            left -= len(block)
-            yield block
+        try:
+            self.file.seek(self.start)
+            while left:
+                block = self.file.read(min(left, UPLOAD_BLOCK))
+                if self.halted.is_set():
+                    raise BucketError('The upload was stopped')
+                if not block:
+                    raise BucketError('The file became shorter during its upload')
+                left -= len(block)
+                yield block
+        except OSError as error:
+            raise BucketError(f'{self.file.name}: {error.strerror}') from None
 
-    def sha256(self, halted: threading.Event) -> str:
+    def digest(self, kind: str) -> str:
         """Of its bytes, in hex. Raises BucketError."""
         import hashlib
-        digest = hashlib.sha256()
-        for block in self.blocks(halted):
+        digest = hashlib.new(kind, usedforsecurity=False)
+        for block in self.blocks():
             digest.update(block)
         return digest.hexdigest()
-
-
-NO_BODY = Body(io.BytesIO(), 0, 0)
 
 
 def xml_texts(answer: bytes, tag: str) -> list[str]:
     """The texts of all <tag> in S3's XML."""
     import html
-    return [html.unescape(text) for text in re.findall(f'<{tag}>([^<]*)</{tag}>', answer.decode('utf-8', 'replace'))]
+    found = re.findall(f'<{tag}>([^<]*)</{tag}>', answer.decode('utf-8', 'replace'))
+    return [html.unescape(text) for text in found]
 
 
 class Bucket:
-    """The bucket of [s3]; one request at a time. `hang_up` and `presign` from any thread."""
+    """The bucket of [s3]; one request at a time. `presign` from any thread."""
 
-    def __init__(self, config: Config, multipart_above: int = MULTIPART_ABOVE, part_size: int = PART_SIZE):
+    def __init__(self, config: Config, multipart_above: int = MULTIPART_ABOVE,
+                 part_size: int = PART_SIZE):
         self.s3 = config.s3
         self.keys = Keys(config.aws_access_key_id, config.aws_secret_access_key, config.s3.region)
         self.multipart_above, self.part_size = multipart_above, part_size
-        self.halted = threading.Event()  # set: what is under way ends
-        self._socket: socket.socket | None = None
+        self.client = HttpClient()
 
     def key(self, download_id: str, name: str) -> str:
         """The object's name: with the id in it, so that two downloads of one name never meet."""
@@ -4084,29 +4213,32 @@ class Bucket:
 
     def presign(self, key: str, name: str, seconds: int, now: float) -> str:
         """A link to an object, saved as `name`; at the public endpoint where there is one."""
-        base, path = bucket_address(self.s3.public_endpoint or self.s3.endpoint, self.s3.bucket, key)
+        endpoint = self.s3.public_endpoint or self.s3.endpoint
+        base, path = bucket_address(endpoint, self.s3.bucket, key)
         query = [('response-content-disposition', content_disposition(name))]
         return presign_v4(self.keys, now, base, path, query, seconds)
 
-    def put(self, path: Path, key: str, media_type: str, state: Path) -> None:
-        """Store the file as `key`, unless it is there already. A large one goes in parts; in the file
-        `state` a later call, after a crash too, finds where to go on. Raises BucketError."""
+    def put(self, path: Path, key: str, media_type: str) -> None:
+        """Store the file as `key`, unless it is there already. A large one goes in parts; those
+        that an earlier try has left in the bucket are not sent again. Raises BucketError."""
         try:
-            with open(path, 'rb') as file:
-                info = os.fstat(file.fileno())
-                mtime = '%d.%09d' % divmod(info.st_mtime_ns, 10 ** 9)  # as rclone writes it
-                headers = {'Content-Type': media_type, 'X-Amz-Meta-Mtime': mtime}
-                body = Body(file, 0, info.st_size)
-                # This also tells a wrong key or bucket before an upload is spent on it.
-                found, _ = self._call('GET', key, (), {'Range': 'bytes=0-0'}, fine=NOT_THERE)
-                if (found.get('Content-Range'), found.get('X-Amz-Meta-Mtime')) == (f'bytes 0-0/{body.size}', mtime):
-                    return
-                if body.size > self.multipart_above:
-                    self._put_parts(body, key, headers, state)
-                else:
-                    self._call('PUT', key, (), headers, body)
+            file = open(path, 'rb')
         except OSError as error:
-            raise BucketError(f'{error.filename or path}: {error.strerror or error}') from None
+            raise BucketError(f'{path}: {error.strerror}') from None
+        with file:
+            info = os.fstat(file.fileno())
+            mtime = '%d.%09d' % divmod(info.st_mtime_ns, 10 ** 9)  # as rclone writes it
+            headers = (('Content-Type', media_type), ('X-Amz-Meta-Mtime', mtime))
+            body = self._body(file, 0, info.st_size)
+            # This also tells a wrong key or bucket before an upload is spent on it.
+            found, _ = self._call('GET', key, (), [('Range', 'bytes=0-0')], fine=NOT_THERE)
+            there = found.get('Content-Range'), found.get('X-Amz-Meta-Mtime')
+            if there == (f'bytes 0-0/{body.size}', mtime):
+                return
+            if body.size > self.multipart_above:
+                self._put_parts(body, key, headers)
+            else:
+                self._call('PUT', key, (), headers, body)
 
     def delete(self, key: str) -> None:
         """Remove an object and its unfinished uploads. Raises BucketError."""
@@ -4114,243 +4246,214 @@ class Bucket:
         self._call('DELETE', key, fine=('NoSuchKey',))
 
     def abort(self, key: str) -> None:
-        """Remove the unfinished uploads of an object, whose parts would cost money. Raises BucketError."""
-        _, answer = self._call('GET', '', (('uploads', ''), ('prefix', key)), fine=NOT_LISTED)
-        for found, upload in zip(xml_texts(answer, 'Key'), xml_texts(answer, 'UploadId')):
-            if found == key:
-                self._call('DELETE', key, (('uploadId', upload),), fine=SPOILED)
+        """Remove an object's unfinished uploads: their parts cost money. Raises BucketError."""
+        for upload in self._unfinished(key):
+            self._call('DELETE', key, [('uploadId', upload)], fine=('NoSuchUpload',))
 
-    def hang_up(self) -> None:
-        """End what is under way, and all that follows until `halted` is cleared."""
-        self.halted.set()
-        current = self._socket
-        if current:
-            with suppress(OSError):
-                socket.socket.shutdown(current, socket.SHUT_RDWR)  # below TLS, whose goodbye could stall
+    def _body(self, file: Any, start: int, size: int) -> Body:
+        return Body(file, start, size, self.client.halted)
 
-    def _put_parts(self, whole: Body, key: str, headers: dict[str, str], state: Path) -> None:
-        part = max(self.part_size, -(-whole.size // MAX_PARTS))
-        upload = self._begin_upload({'bucket': self.s3.bucket, 'key': key, 'size': whole.size, 'part': part, **headers},
-                                    headers, state)
-        which = ('uploadId', upload['id'])
-        try:
-            for start in range(part * len(upload['etags']), whole.size, part):
-                body = Body(whole.file, start, min(part, whole.size - start))
-                answer, _ = self._call('PUT', key, (('partNumber', str(start // part + 1)), which), {}, body)
-                upload['etags'].append(answer['ETag'])
-                write_whole(state, json.dumps(upload))
-            parts = ''.join(f'<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>'
-                            for number, etag in enumerate(upload['etags'], 1))
-            manifest = f'<CompleteMultipartUpload>{parts}</CompleteMultipartUpload>'.encode()
-            self._call('POST', key, (which,), {}, Body(io.BytesIO(manifest), 0, len(manifest)))
-        except BucketError as error:
-            if error.code in SPOILED:
-                state.unlink()
-            raise
-        state.unlink()
+    def _unfinished(self, key: str) -> list[str]:
+        query = [('uploads', ''), ('prefix', key)]
+        _, answer = self._call('GET', '', query, fine=NOT_LISTED)
+        pairs = zip(xml_texts(answer, 'Key'), xml_texts(answer, 'UploadId'))
+        return [upload for found, upload in pairs if found == key]
 
-    def _begin_upload(self, wanted: dict[str, Any], headers: dict[str, str], state: Path) -> dict[str, Any]:
-        """The upload that `state` tells of, if it is of this very file; else a new one."""
-        with suppress(OSError, ValueError):
-            upload = json.loads(state.read_bytes())
-            if {name: upload.get(name) for name in wanted} == wanted:
-                return upload
-        self.abort(wanted['key'])
-        _, answer = self._call('POST', wanted['key'], (('uploads', ''),), headers)
-        upload = {**wanted, 'id': ''.join(xml_texts(answer, 'UploadId')), 'etags': []}
-        write_whole(state, json.dumps(upload))
-        return upload
+    def _put_parts(self, whole: Body, key: str, headers: Pairs) -> None:
+        """What is there already is trusted by its MD5 only: it may be of an older file."""
+        size, stored = max(self.part_size, -(-whole.size // MAX_PARTS)), {}
+        upload = next(iter(self._unfinished(key)), '')
+        if upload:
+            _, answer = self._call('GET', key, [('uploadId', upload)])
+            stored = dict(zip(xml_texts(answer, 'PartNumber'), xml_texts(answer, 'ETag')))
+        else:
+            _, answer = self._call('POST', key, [('uploads', '')], headers)
+            upload = ''.join(xml_texts(answer, 'UploadId'))
+        listed = ''
+        for number, start in enumerate(range(0, whole.size, size), 1):
+            part = self._body(whole.file, start, min(size, whole.size - start))
+            etag = stored.get(str(number), '')
+            if not etag or etag.strip('"') != part.digest('md5'):
+                query = [('partNumber', str(number)), ('uploadId', upload)]
+                found, _ = self._call('PUT', key, query, (), part)
+                etag = found['ETag']
+            listed += f'<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>'
+        manifest = f'<CompleteMultipartUpload>{listed}</CompleteMultipartUpload>'.encode()
+        body = self._body(io.BytesIO(manifest), 0, len(manifest))
+        self._call('POST', key, [('uploadId', upload)], (), body)
 
-    def _call(self, method: str, key: str, query: Pairs = (), headers: dict[str, str] | None = None,
-              body: Body = NO_BODY, fine: Sequence[str] = ()) -> tuple[Any, bytes]:
-        """(headers, body) of S3's answer to one signed request; nothing where its error code is `fine`.
-        Raises BucketError."""
-        import http.client
+    def _call(self, method: str, key: str, query: Pairs = (), headers: Pairs = (),
+              body: Body | None = None, fine: Sequence[str] = ()) -> tuple[Any, bytes]:
+        """(headers, body) of S3's answer to one signed request; nothing where its error code is
+        `fine`. Raises BucketError."""
         base, path = bucket_address(self.s3.endpoint, self.s3.bucket, key)
-        host = base.partition('://')[2]
-        payload = 'UNSIGNED-PAYLOAD' if base.startswith('https:') else body.sha256(self.halted)
-        headers = {**(headers or {}), 'X-Amz-Content-Sha256': payload}
-        headers = sign_v4(self.keys, time.time(), method, host, path, query, headers, payload)
-        headers['Content-Length'] = str(body.size)  # not signed: some proxies drop a zero
+        host, body = base.partition('://')[2], body or self._body(io.BytesIO(), 0, 0)
+        payload = 'UNSIGNED-PAYLOAD' if base.startswith('https:') else body.digest('sha256')
+        signed = sign_v4(self.keys, time.time(), method, host, path, query,
+                         {**dict(headers), 'X-Amz-Content-Sha256': payload}, payload)
+        signed['Content-Length'] = str(body.size)  # not signed: some proxies drop a zero
+        url = f'{base}{path}?{canonical_query(query)}'
         try:
-            response, answer = self._exchange(base, method, f'{path}?{canonical_query(query)}', headers, body)
-        except (OSError, http.client.HTTPException) as error:
-            hint = ': name its CA in SSL_CERT_FILE' if isinstance(error, ssl.SSLCertVerificationError) else ''
-            words = excerpt(' '.join(str(error).split()), 200) or type(error).__name__
-            raise BucketError(f'The S3 server {host} cannot be reached or was lost: {words}{hint}') from None
-        if response.status < 300 and b'<Error' not in answer:  # joining parts may fail after its 200
-            return response.headers, answer
-        code, text = (excerpt(''.join(xml_texts(answer, tag)[:1]), 200) for tag in ('Code', 'Message'))
+            status, found, answer = self.client.call(method, url, signed, body.blocks(),
+                                                     answer_seconds=JOIN_SECONDS)
+        except OSError as error:
+            untrusted = isinstance(error, ssl.SSLCertVerificationError)
+            hint = ': name its CA in SSL_CERT_FILE' * untrusted
+            raise BucketError(f'The S3 server {host} cannot be reached or was lost: '
+                              f'{excerpt(" ".join(str(error).split()), 200)}{hint}') from None
+        if status < 300 and b'<Error' not in answer:  # joining parts may fail after its 200
+            return found, answer
+        code, text = (excerpt(''.join(xml_texts(answer, tag)[:1]), 200)
+                      for tag in ('Code', 'Message'))
         if code in fine:
             return {}, b''
-        meaning = REFUSALS.get(code) or f'answers: {text or http.client.responses.get(response.status)}'
+        meaning = REFUSALS.get(code) or f'answers: {text or http.client.responses.get(status)}'
         raise BucketError(f'The S3 server {host}, asked for bucket {self.s3.bucket}, {meaning} '
-                          f'({" ".join([str(response.status), code]).strip()})', code)
-
-    def _exchange(self, base: str, method: str, target: str, headers: dict[str, str], body: Body) -> tuple[Any, bytes]:
-        import http.client  # with the e-mail parser that it brings: 1 MB that only a bucket needs
-        url = urlsplit(base)
-        kind = http.client.HTTPSConnection if url.scheme == 'https' else http.client.HTTPConnection
-        with closing(kind(url.hostname, url.port, timeout=S3_CONNECT_SECONDS)) as connection:
-            connection.connect()
-            self._socket = connection.sock
-            connection.sock.settimeout(S3_SECONDS)
-            if self.halted.is_set():
-                raise ConnectionAbortedError('the upload was stopped')
-            connection.putrequest(method, target, skip_host=True, skip_accept_encoding=True)
-            for name, value in headers.items():
-                connection.putheader(name, value)
-            connection.endheaders()
-            with suppress(ConnectionError):  # who refuses may hang up before it has read all; its answer counts
-                for block in body.blocks(self.halted):
-                    connection.send(block)
-            response = connection.getresponse()
-            return response, response.read(1 << 20)
+                          f'({" ".join([str(status), code]).strip()})', code)
 
 
-# -- the thread `upload`
+# -- the outbox
 
-class Uploader:
-    """The thread `upload`: puts finished files into the bucket till each is stored, lost or forgotten.
+class Courier:
+    """A thread that sends what the store's outbox has for another server, one thing at a time.
 
-    `store` is asked what is due and told how it went; `folder` holds what is begun, and notes of what
-    is to be deleted."""
+    `kinds` are those it takes; `send(item, now)` does it and gives what Store.settle is to note,
+    or raises Trouble."""
+    kinds: tuple[str, ...] = ()
 
-    def __init__(self, config: Config, bucket: Bucket, folder: Path, store: Any):
-        self.error: str | None = None  # why copies fail at present, a sentence; for health
-        self.bucket, self.folder, self.store = bucket, folder, store
-        self.output, self.delays = config.downloads.output_directory, config.downloads.retry_delays
+    def __init__(self, name: str, client: HttpClient, store: Any, delays: Sequence[int]):
+        self.error: str | None = None  # why it fails at present, a sentence; for health
+        self.client, self.store, self.delays = client, store, delays
         self._changed = threading.Condition()
         self._current, self._stopping, self._woken = '', False, False
         self._pause_until = 0.0
-        self._thread = threading.Thread(target=self._run, name='upload', daemon=True)
-        folder.mkdir(parents=True, exist_ok=True)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
         """Begin."""
         self._thread.start()
 
-    def wake(self) -> None:
-        """There may be something to do."""
+    def wake(self, forgotten: str = '') -> None:
+        """There may be something to do; what is under way for the download `forgotten` ends."""
         with self._changed:
+            if forgotten and self._current == forgotten:
+                self.client.hang_up()
             self._woken = True
             self._changed.notify_all()
 
     def stop(self, seconds: float = 0.8) -> bool:
-        """End, wherever it is; whether that came in time (a name that is being looked up does not)."""
+        """End, wherever it is; whether that came in time (looking up a name can take longer)."""
         with self._changed:
             self._stopping = True
-        self.bucket.hang_up()
+        self.client.hang_up()
         self.wake()
         self._thread.join(seconds)
         return not self._thread.is_alive()
-
-    def note(self, download_id: str, names: Sequence[str]) -> None:
-        """Once its row is gone, its copies are deleted as soon as the bucket answers, be it after a restart.
-        Raises OSError."""
-        keys = [self.bucket.key(download_id, name) for name in names]
-        write_whole(self.folder / f'{download_id}.delete', json.dumps(keys))
-
-    def forget(self, download_id: str) -> None:
-        """Its row is gone."""
-        with self._changed:
-            if self._current == download_id:
-                self.bucket.hang_up()
-        self.wake()
 
     def _run(self) -> None:
         while not self._stopping:
             try:
                 nap = self.step(time.time())
             except Exception:
-                log.exception('upload: going on after')
-                nap = UPLOAD_NAP
+                log.exception('%s: going on after', self._thread.name)
+                nap = COURIER_NAP
             with self._changed:
                 self._changed.wait_for(lambda: self._woken or self._stopping, nap)
                 self._woken = False
 
     def step(self, now: float) -> float:
-        """Do one thing that is due at `now`; seconds until there may be another. After a failure
-        comes a pause, so that a server that is down is not asked once for every file."""
-        if 0 < self._pause_until - now <= UPLOAD_NAP:  # more: the clock was set back
+        """Send one thing that is due at `now`; seconds until there may be another. After a failure
+        comes a pause, so that a server that is down is not asked once for each of many."""
+        if 0 < self._pause_until - now <= COURIER_NAP:  # more: the clock was set back
             return self._pause_until - now
-        rows = self.store.uploads_due(int(now), int(now) + LONGEST_UPLOAD_DELAY)
-        note = None if rows else next(self._notes(), None)
-        if not rows and not note:
-            return UPLOAD_NAP
+        item = self.store.next_outgoing(self.kinds, int(now), int(now) + LONGEST_DELAY)
+        if not item:
+            return COURIER_NAP
         with self._changed:
-            self._current = rows[0]['id'] if rows else note.stem
+            self._current = item['download_id']
             if not self._stopping:
-                self.bucket.halted.clear()
+                self.client.halted.clear()
         try:
-            self._upload(rows[0], int(now)) if rows else self._delete(note)
-        except BucketError as error:
-            if self.bucket.halted.is_set():
+            noted = self.send(item, int(now))
+        except Trouble as error:
+            if self.client.halted.is_set():
                 return 0
-            pause = self._postpone(rows[0], str(error), int(now)) if rows else UPLOAD_NAP
+            pause = self._postpone(item, str(error), int(now))
             self.error, self._pause_until = str(error) if pause else None, now + pause
             return pause
         finally:
             self._current = ''
+        self.store.settle(item, int(now), None, *noted)
         self.error = None
         return 0
 
-    def _upload(self, row: Any, now: int) -> None:
-        begun, lost = self.folder / f'{row["id"]}.upload', []
+    def send(self, item: Any, now: int) -> tuple[Any, ...]:
+        """What a kind of courier is for."""
+        raise NotImplementedError
+
+    def _postpone(self, item: Any, error: str, now: int) -> float:
+        """Seconds of pause; none if nobody wants it any more. The next try comes after the
+        scheduler's delays, then after twice as long each time, up to six hours."""
+        beyond = item['attempts'] + 1 - len(self.delays)
+        delay = max(1, self.delays[min(beyond, 0) - 1]) << min(max(0, beyond), 20)
+        delay = min(LONGEST_DELAY, delay)
+        if not self.store.settle(item, now, now + delay, 'failing', error):
+            return 0
+        log.warning('%s %s: next try in %d s: %s', item['kind'], item['download_id'], delay, error)
+        return min(delay, COURIER_NAP)
+
+
+class Uploader(Courier):
+    """Puts finished files into the bucket until each is stored, lost or forgotten."""
+    kinds = ('upload', 'delete')
+
+    def __init__(self, config: Config, bucket: Bucket, store: Any):
+        super().__init__('upload', bucket.client, store, config.downloads.retry_delays)
+        self.bucket, self.output = bucket, config.downloads.output_directory
+
+    def send(self, item: Any, now: int) -> tuple[Any, ...]:
+        """Its copy is stored, or deleted. Raises BucketError."""
+        if item['kind'] == 'upload':
+            return self._upload(self.store.get(item['download_id']))
+        for key in json.loads(item['payload']):
+            self.bucket.delete(key)
+        return ()
+
+    def _upload(self, row: Any) -> tuple[str, str | None]:
+        lost = []
         for file in row['files']:
             path, key = self.output / file.name, self.bucket.key(row['id'], file.name)
-            if os.path.exists(self.output / MARKER) and not os.path.exists(path):  # removed by hand
-                lost.append(file.name)
-                if begun.exists():
+            if os.path.exists(self.output / MARKER) and not os.path.exists(path):
+                lost.append(file.name)  # removed by hand
+                if file.size > self.bucket.multipart_above:
                     self.bucket.abort(key)
-                    begun.unlink()
             else:
-                self.bucket.put(path, key, file.type, begun)
-                begun.unlink(missing_ok=True)  # left when the answer to its last request was lost
-        error = f'No longer in the output folder, so not in the bucket either: {", ".join(lost)}' if lost else None
-        self.store.upload_done(row['id'], now, error)
-        log.log(logging.WARNING if lost else logging.INFO, 'download %s: %s', row['id'],
-                error or f'stored in bucket {self.bucket.s3.bucket}')
-
-    def _postpone(self, row: Any, error: str, now: int) -> float:
-        """Seconds of pause; none if the download is forgotten meanwhile. The next try comes after the scheduler's
-        delays, then after twice as long each time, up to six hours."""
-        beyond = row['s3_attempts'] + 1 - len(self.delays)
-        delay = min(LONGEST_UPLOAD_DELAY, max(1, self.delays[min(beyond, 0) - 1]) << min(max(0, beyond), 20))
-        if not self.store.upload_later(row['id'], now + delay, error, now):
-            return 0
-        log.warning('download %s: not in the bucket yet, next try in %d s: %s', row['id'], delay, error)
-        return min(delay, UPLOAD_NAP)
-
-    def _notes(self) -> Iterator[Path]:
-        """Of downloads that are gone; a row that is still there is about to go, or a kill came between the two."""
-        for note in sorted(self.folder.glob('*.delete')):
-            try:
-                self.store.get(note.stem)
-            except LookupError:
-                yield note
-
-    def _delete(self, note: Path) -> None:
-        for key in json.loads(note.read_bytes()):
-            self.bucket.delete(key)
-        note.with_suffix('.upload').unlink(missing_ok=True)
-        note.unlink()
+                self.bucket.put(path, key, file.type)
+        if lost:
+            names = ', '.join(lost)
+            error = f'No longer in the output folder, so not in the bucket either: {names}'
+            log.warning('download %s: %s', row['id'], error)
+            return 'gone', error
+        log.info('download %s: stored in bucket %s', row['id'], self.bucket.s3.bucket)
+        return 'stored', None
 
 
 # -- thumbnails
 
 def make_thumbnail(video: Path, picture: Path) -> bool:
-    """A small JPEG of `video`; whether there is one to be had. Slow: seconds of a Pi's processor."""
+    """A small JPEG of `video`; whether there is one to be had. Slow: seconds of a Pi's time."""
     import subprocess
     fresh = picture.with_name(f'.{picture.name}.new')
     for second in ('1', '0'):  # a clip may be shorter than a second
-        command = ['nice', 'ffmpeg', '-nostdin', '-v', 'quiet', '-threads', '1', '-protocol_whitelist', 'file',
-                   '-format_whitelist', THUMBNAIL_FORMATS, '-ss', second, '-i', f'file:{video}', '-frames:v', '1',
+        command = ['nice', 'ffmpeg', '-nostdin', '-v', 'quiet', '-threads', '1',
+                   '-protocol_whitelist', 'file', '-format_whitelist', THUMBNAIL_FORMATS,
+                   '-ss', second, '-i', f'file:{video}', '-frames:v', '1',
                    '-vf', THUMBNAIL_FILTER, '-q:v', '5', '-f', 'mjpeg', '-y', f'file:{fresh}']
         try:
             picture.parent.mkdir(exist_ok=True)
-            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                           timeout=THUMBNAIL_SECONDS, preexec_fn=die_with_us())
+            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL, timeout=THUMBNAIL_SECONDS,
+                           preexec_fn=die_with_us())
             if fresh.stat().st_size:
                 os.replace(fresh, picture)
                 return True
@@ -4359,6 +4462,7 @@ def make_thumbnail(video: Path, picture: Path) -> bool:
     with suppress(OSError):
         fresh.unlink()
     return False
+
 
 # ---------- scheduler ---------------------------------------------------------------------
 # Owns the heap (due, seq, id), an index of what SQLite knows to be queued, and the workers.
@@ -4673,8 +4777,7 @@ class Scheduler:
         log.log(level, 'download %s: attempt %d ends: %s %s %s', job.id, job.attempt, step,
                 outcome.reason, outcome.message or ', '.join(file.name for file in outcome.files))
         if step == 'finish':
-            return self.store.finish(job.id, outcome, downloads.output_directory, int(now),
-                                     bool(self.config.s3.endpoint))
+            return self.store.finish(job.id, outcome, downloads.output_directory, int(now))
         if step == 'retry_later':
             due = int(now + delay)
             self.store.retry_later(job.id, job.attempt, due, outcome, int(now))
@@ -8433,8 +8536,8 @@ class Daemon:
         signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
         self.care.ytdlp = self.care.vendor.current()
         if self.bucket:
-            notes = self.config.database.path.parent / 'uploads'
-            self.uploader = Uploader(self.config, self.bucket, notes, self.store)
+            self.store.outgoing['finish'] = ['upload']
+            self.uploader = Uploader(self.config, self.bucket, self.store)
             self.uploader.start()
         self.server = Server(sock, self._make_app(sock.getsockname()[1]), context)
         self.scheduler.start()
@@ -8599,18 +8702,17 @@ class Daemon:
         self.care.heard(job, outcome)
 
     def _forget(self, record: Record) -> bool:
-        """Delete a download, its files and copies; whether that could be. The note for the bucket
-        comes first: nothing else would know of the copies once the row is gone. Raises OSError."""
-        names = [file.name for file in record['files']]
-        if self.uploader and names:
-            self.uploader.note(record['id'], names)
-        if not self.store.forget(record['id']):
+        """Delete a download, its files and copies; whether that could be."""
+        names, copies = [file.name for file in record['files']], []
+        if self.bucket:
+            copies = [self.bucket.key(record['id'], name) for name in names]
+        if not self.store.forget(record['id'], copies):
             return False
         forget_files(self.config, record['id'], names)
         with suppress(OSError):
             (self.care.thumbs / f'{record["id"]}.jpg').unlink()
         if self.uploader:
-            self.uploader.forget(record['id'])
+            self.uploader.wake(record['id'])
         self.board.post(record['id'])
         return True
 
@@ -8683,11 +8785,13 @@ def cmd_update(config: Config, options: Any) -> int:
     return 0
 
 
-def server_url(config: Config, facts: dict[str, Any]) -> tuple[str, int]:
-    """Host and port at which the running server is reached from here."""
+def server_url(config: Config, facts: dict[str, Any]) -> str:
+    """Where the running server is reached from here."""
+    scheme = 'https' if config.server.tls else 'http'
     host = facts.get('host', config.server.host)
     host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
-    return host, facts.get('port', config.server.port)
+    host = f'[{host}]' if ':' in host else host
+    return f'{scheme}://{host}:{facts.get("port", config.server.port)}'
 
 
 def local_context(config: Config) -> ssl.SSLContext:
@@ -8701,21 +8805,18 @@ def local_context(config: Config) -> ssl.SSLContext:
 
 def call_server(config: Config, method: str, path: str, body: Any = None) -> dict[str, Any]:
     """The running server's JSON answer; `body`, if any, goes as JSON. Raises Trouble."""
-    import http.client
-    host, port = server_url(config, Lock(config.database.path).running())
+    address, context = server_url(config, Lock(config.database.path).running()), None
     headers = {'Content-Type': 'application/json'}
     if config.api_keys:
         headers['X-API-Key'] = config.api_keys[0]
     try:
-        connection = http.client.HTTPConnection(host, port, timeout=30)
         if config.server.tls:
             context = local_context(config)
-            connection = http.client.HTTPSConnection(host, port, timeout=30, context=context)
-        with closing(connection):
-            connection.request(method, path, body and json.dumps(body), headers)
-            return json.loads(connection.getresponse().read())
-    except (OSError, http.client.HTTPException, ValueError) as error:
-        raise Trouble(f'The server on port {port} does not answer ({error}).') from None
+        answer = HttpClient().call(method, address + path, headers,
+                                   body and json.dumps(body).encode(), context=context)
+        return json.loads(answer[2])
+    except (OSError, ValueError) as error:
+        raise Trouble(f'The server at {address} does not answer ({error}).') from None
 
 
 def add_by_hand(config: Config, lock: Lock, urls: Sequence[str]) -> list[dict[str, Any]]:

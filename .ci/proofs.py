@@ -486,7 +486,7 @@ def cmd_upload(args: List[str]) -> int:
     for what, above in (('in one piece', size), ('in parts', v.MULTIPART_ABOVE)):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         begun = time.monotonic()
-        v.Bucket(config, above).put(path, 'large.mp4', 'video/mp4', config.folder / 'state')
+        v.Bucket(config, above).put(path, 'large.mp4', 'video/mp4')
         seconds = time.monotonic() - begun
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         print(f'{size >> 20} MB {what}: {seconds:.1f} s, {size / seconds / 1e6:.0f} MB/s, RSS grew by {grown} KB')
