@@ -2984,6 +2984,55 @@ class KillTally:
         return faults if named == visible else [*faults, f'files: {set(named) ^ set(visible)}']
 
 
+class TestLog(unittest.TestCase):
+    """One writer: lines cost a request no system call, and what matters is on disk before anything may end."""
+
+    def setUp(self):
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.file = folder / 'logs/server.log'
+        self.writer = v.LogWriter(SimpleNamespace(file=self.file, max_size=0, backup_count=0))
+        self.addCleanup(self.writer.close)
+        self.writes: List[bytes] = []
+
+        def write(fd, data, real=os.write):
+            if fd == self.writer.fd:
+                self.writes.append(data)
+            return real(fd, data)
+        patch = unittest.mock.patch.object(os, 'write', write)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def say(self, message, level=logging.INFO):
+        self.writer.handle(logging.LogRecord('x', level, '', 0, message, (), None))
+
+    def test_lines_are_written_in_batches_and_in_order(self):
+        began = time.monotonic()
+        for number in range(500):
+            self.say(f'line {number}')
+        batches = (time.monotonic() - began) / v.LOG_NAP + 2
+        self.assertLessEqual(len(self.writes), batches)
+        wait_until(lambda: b'line 499\n' in b''.join(self.writes), 1)
+        lines = self.file.read_text().splitlines()
+        self.assertEqual([line.partition('INFO ')[2] for line in lines], [f'line {number}' for number in range(500)])
+        self.assertRegex(lines[0], r'^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ')
+
+    def test_a_warning_is_on_disk_at_once_with_all_before_it(self):
+        self.say('before')
+        self.say('trouble', logging.WARNING)
+        self.assertRegex(self.file.read_text(), r'(?s)before\n.*WARNING trouble\n$')
+
+    def test_a_line_is_bounded_whatever_was_sent(self):
+        self.say('\u2028\0' * 100_000, logging.WARNING)
+        self.assertLess(len(self.file.read_text()), 10 * v.LONGEST_MESSAGE)
+        self.assertEqual(len(self.file.read_text().splitlines()), 1)
+
+    def test_a_full_disk_is_nobodys_fault_and_is_got_over(self):
+        with unittest.mock.patch.object(os, 'write', side_effect=OSError(errno.ENOSPC, 'full')):
+            self.say('lost', logging.ERROR)
+        self.say('back', logging.ERROR)
+        self.assertRegex(self.file.read_text(), 'ERROR back\n$')
+
+
 class TestPhone(DaemonTest):
     """What a phone sends, sends again, sends in one go."""
     settings = {'downloads': {'min_free_space': '9000GB'}}
@@ -3404,9 +3453,13 @@ class TestSignals(DaemonTest):
 
     def test_log_rotates_by_size(self):
         daemon = self.new_daemon(logging={'max_size': '4k', 'backup_count': '2'})
-        for _ in range(150):
-            daemon.poller.get(f'/api/v1/status/{uuid.uuid4()}')
-        wait_until(lambda: sorted(os.listdir(daemon.folder / 'logs')) == ['server.log', 'server.log.1', 'server.log.2'])
+        names = ['server.log', 'server.log.1', 'server.log.2']
+
+        def rotated() -> bool:
+            for _ in range(50):
+                daemon.poller.get(f'/api/v1/status/{uuid.uuid4()}')
+            return sorted(os.listdir(daemon.folder / 'logs')) == names
+        wait_until(rotated)
 
 
 # ---------- accidents ---------------------------------------------------------------------

@@ -26,7 +26,8 @@ The map. One law: a name is used only below the line that defines it; calls poin
 Threads: main waits for signals; `accept` takes connections, and breaks off those that are late;
 `request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp; `commit`
 alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`; `upload`
-(with [s3] only) feeds the bucket; `care` does what is due daily (certificate, copies, yt-dlp).
+(with [s3] only) feeds the bucket; `care` does what is due daily (certificate, copies, yt-dlp);
+`log` writes the lines of the log.
 faulthandler's ends the process when no thread has got a turn for a minute.
 """
 from __future__ import annotations
@@ -6581,26 +6582,28 @@ class Peer:
                 pass  # unread bytes would make the kernel reset the connection, with our answer
 
 
-@functools.lru_cache(maxsize=1)
-def http_date(now: int) -> str:
-    """'Fri, 24 May 2013 00:00:00 GMT' (RFC 9110 section 5.6.7) for epoch seconds."""
-    return formatdate(now, usegmt=True)
+@functools.lru_cache(maxsize=64)  # nearly all answers of a second begin alike
+def fixed_head(status: int, media: str, headers: Pairs, keep: bool, csp: str, now: int) -> bytes:
+    """Status line and header fields but for the length; nothing in a value can end its line."""
+    lines = [f'HTTP/1.1 {status} {REASONS[status]}', f'Date: {formatdate(now, usegmt=True)}', SAME_HEADERS]
+    lines += [f'{name}: {LINE_END.sub("", text)}' for name, text in headers]
+    if status != 304:
+        lines.append(f'Content-Type: {media}')
+    if not any(name == 'Cross-Origin-Resource-Policy' for name, _ in headers):
+        lines.append('Cross-Origin-Resource-Policy: same-origin')
+    lines.append(f'Content-Security-Policy: {csp}')
+    lines.append('Connection: keep-alive' if keep else 'Connection: close')
+    return '\r\n'.join(lines).encode('latin-1', 'replace')
 
 
 def format_head(reply: Reply, keep: bool, csp: str) -> bytes:
-    """Status line and header fields; nothing in a value can end its line."""
-    lines = [f'HTTP/1.1 {reply.status} {REASONS[reply.status]}',
-             f'Date: {http_date(int(time.time()))}', SAME_HEADERS]
-    lines += [f'{name}: {LINE_END.sub("", text)}' for name, text in reply.headers]
-    if reply.status != 304:
-        lines.append(f'Content-Length: {reply.size()}\r\nContent-Type: {reply.type}')
-    if not any(name == 'Cross-Origin-Resource-Policy' for name, _ in reply.headers):
-        lines.append('Cross-Origin-Resource-Policy: same-origin')
+    """The head of an answer."""
     if reply.content or not reply.type.startswith(('text/html', 'image/svg')):
         csp = FILE_CSP
-    lines.append(f'Content-Security-Policy: {csp}')
-    lines.append('Connection: keep-alive\r\n\r\n' if keep else 'Connection: close\r\n\r\n')
-    return '\r\n'.join(lines).encode('latin-1', 'replace')
+    head = fixed_head(reply.status, reply.type, reply.headers, keep, csp, int(time.time()))
+    if reply.status == 304:
+        return head + b'\r\n\r\n'
+    return head + b'\r\nContent-Length: %d\r\n\r\n' % reply.size()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -7979,82 +7982,120 @@ INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a r
 FREEZE_SECONDS = 60.0     # without a turn of the interpreter, after which the watchdog ends us
 PULSE_SECONDS = 15.0      # between two turns of main
 OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+LOG_NAP = 0.05            # seconds that a line of the log may be late
+LONGEST_MESSAGE = 3000    # characters of it: a link has 2048
 STALE_SECONDS = 120.0     # a thread that has not come round for this long is stuck
 CERTIFICATE_WARNING_DAYS = 14
 
 
-class EscapingFormatter(logging.Formatter):
-    """One line a record, whatever a client has sent: control characters are escaped."""
+class OneLine(logging.Formatter):
+    """One line a record, of bounded length, whatever a client has sent."""
 
     def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()
+        message = record.getMessage()[:LONGEST_MESSAGE]
         if not message.isprintable():
             message = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         record.message = message
-        record.asctime = self.formatTime(record, self.datefmt)
+        record.asctime = f'{log_time(int(record.created))},{int(record.msecs):03d}'
         text = self.formatMessage(record)
         if record.exc_info:
             text += '\n    ' + self.formatException(record.exc_info).replace('\n', '\n    ')
-        return text
+        return text + '\n'
 
 
-class LogFile(logging.FileHandler):
-    """A log that is moved aside when it is full, `copies` of it kept. The one of logging.handlers
-    brings pickle along: 0.6 MB for good."""
+@functools.lru_cache(maxsize=1)
+def log_time(now: int) -> str:
+    """'2026-11-27 09:16:04' for epoch seconds, by the clock on the wall."""
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
 
-    def __init__(self, file: Path, limit: int, copies: int):
-        super().__init__(file, encoding='utf-8', errors='backslashreplace')
-        self.limit, self.copies = limit, copies
 
-    def _open(self) -> Any:
+class LogWriter(logging.Handler):
+    """The log file, moved aside when it is full, and stderr where systemd or a terminal (or
+    nothing else) takes it.
+
+    The thread `log` writes lines in batches, at most LOG_NAP late, so that a request pays no
+    system call for its line. A warning is written at once, with all that came before it."""
+
+    def __init__(self, settings: Any):
+        super().__init__()
+        self.file, self.limit, self.copies = (
+            settings.file, settings.max_size, settings.backup_count)
+        self.fd, self.size = -1, 0
+        self.lines: deque = deque(maxlen=10000)  # where stderr takes nothing, the oldest go
+        self.wake = threading.Event()
+        self.writing = threading.Lock()  # guards fd and size, and the order of lines
+        by_systemd = 'INVOCATION_ID' in os.environ
+        if self.file:
+            self._open()
+        self.to_stderr = self.fd < 0 or by_systemd or sys.stderr.isatty()
+        when = '%(asctime)s ' * (not by_systemd)  # the journal has its own clock
+        self.setFormatter(OneLine(f'{when}%(levelname)s %(message)s'))
+        threading.Thread(target=self._loop, name='log', daemon=True).start()
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Without the lock that a Handler takes: whoever waits for it hands the interpreter on."""
+        self.lines.append(self.format(record))
+        if record.levelno >= logging.WARNING:
+            self.flush()
+        elif not self.wake.is_set():
+            self.wake.set()
+        return True
+
+    def flush(self) -> None:
+        """Write what waits. Trouble with a disk or terminal is no trouble of a request's."""
+        with self.writing:
+            text = ''.join([self.lines.popleft() for _ in range(len(self.lines))])
+            data = text.encode('utf-8', 'backslashreplace')
+            if self.to_stderr:
+                with suppress(OSError):
+                    os.write(2, data)
+            with suppress(OSError):
+                if self.fd < 0 < len(data) and self.file:
+                    self._open()
+                if self.fd >= 0:
+                    self.size += os.write(self.fd, data)
+                if 0 < self.limit <= self.size:
+                    self._move_aside()
+
+    def _loop(self) -> None:
+        while True:
+            self.wake.wait()
+            time.sleep(LOG_NAP)
+            self.wake.clear()
+            self.flush()
+
+    def _open(self) -> None:
         """Private to us: it tells who shared which link."""
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        fd = os.open(self.baseFilename, flags, 0o600)
-        return open(fd, 'a', encoding=self.encoding, errors=self.errors)
-
-    def emit(self, record: logging.LogRecord) -> None:
         try:
-            super().emit(record)
-            if self.stream and 0 < self.limit <= self.stream.tell():
-                self._move_aside()
-        except (OSError, ValueError):
-            self.handleError(record)
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            self.fd = os.open(self.file, flags, 0o600)
+            self.size = os.lseek(self.fd, 0, os.SEEK_END)
+        except OSError as error:
+            os.write(2, f'{self.file}: cannot be written ({error.strerror})\n'.encode())
 
     def _move_aside(self) -> None:
-        """server.log becomes server.log.1 and so on; the next record opens a new one."""
-        full, self.stream = self.stream, None
-        full.close()
-        old = [f'{self.baseFilename}.{number}' for number in range(1, self.copies + 1)]
-        names = [self.baseFilename, *old]
+        """server.log becomes server.log.1 and so on; the next batch opens a new one."""
+        os.close(self.fd)
+        self.fd, self.size = -1, 0
+        names = [str(self.file), *(f'{self.file}.{n}' for n in range(1, self.copies + 1))]
         for newer, older in reversed(list(zip(names, names[1:]))):
             with suppress(FileNotFoundError):
                 os.replace(newer, older)
         if not self.copies:
-            os.unlink(self.baseFilename)
+            os.unlink(self.file)
 
 
 def set_up_logging(config: Config) -> None:
-    """Into the file, and to stderr when systemd or a terminal (or nothing else) takes it."""
-    logging.raiseExceptions = False  # a full disk must not turn each request into a traceback
+    """All goes through one LogWriter; records are made without what no line shows."""
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None  # docs.python.org/3/howto/logging.html#optimization
     log.setLevel(config.logging.level)
     log.propagate = False
-    log.handlers.clear()
-    handlers: list[logging.Handler] = []
-    if config.logging.file:
-        try:
-            config.logging.file.parent.mkdir(parents=True, exist_ok=True)
-            handlers.append(LogFile(config.logging.file, config.logging.max_size,
-                                    config.logging.backup_count))
-        except OSError as error:
-            print(f'{config.logging.file}: cannot be written ({error.strerror}); logging to stderr',
-                  file=sys.stderr)
-    by_systemd = 'INVOCATION_ID' in os.environ
-    if not handlers or sys.stderr.isatty() or by_systemd:
-        handlers.append(logging.StreamHandler())
-    when = '' if by_systemd else '%(asctime)s '  # the journal has its own clock
-    for handler in handlers:
-        handler.setFormatter(EscapingFormatter(f'{when}%(levelname)s %(message)s'))
-        log.addHandler(handler)
+    for old in log.handlers[:]:
+        old.close()
+        log.removeHandler(old)
+    log.addHandler(LogWriter(config.logging))
 
 
 def sd_notify(text: str) -> None:
@@ -8682,6 +8723,7 @@ class Daemon:
             os.set_inheritable(fd, True)
         os.environ[INHERIT] = f'{sock.fileno()} {self.lock.fd}'
         compile_program()
+        logging.shutdown()
         os.execv(sys.executable, apart(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for
