@@ -2300,15 +2300,16 @@ class TestSubmission(unittest.TestCase):
 
 OWN = 0  # what these see is the owner's, the system's or ours
 LARGEST = {  # the longest text that each pattern may see, by the name or the function that has it
-    OWN: 'only_python end_leftovers host_addresses machine_names mobileconfig operation_of icloud_url setup_page setup_facts '
-         'BOOT_ID bucket_address COMPRESSIBLE queued_message file_setting delays domains http_url proxy_url url_prefix '
-         'HOST_NAME',
+    OWN: 'only_python end_leftovers host_addresses machine_names mobileconfig operation_of icloud_url '
+         'setup_page setup_facts BOOT_ID bucket_address COMPRESSIBLE queued_message file_setting delays domains '
+         'http_url proxy_url url_prefix HOST_NAME',
     63: 'IGNORED', 128: 'parse_name UNSAFE whole escape_like', 255: 'forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec', 1000: 'HOSTILE token', 2000: 'PATTERNS judge runs_here version_key',
     4096: 'parse_size OPTION_ROWS upto rate version_in Vendor MAGIC',
     8192: 'canonical_host LABEL WEB_LINK AUTHORITY split_url site_of',
-    16 << 10: 'B_PATH SHARE_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END body_length '
-              'check_signature compress_reply parse_range parse_submission',
+    16 << 10: 'B_PATH SHARE_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
+              'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END body_length check_signature '
+              'compress_reply parse_range parse_submission',
     64 << 10: 'JobFolder unpack Reach local_only own_cookies xml_texts',
     1 << 20: 'LINK',
 }

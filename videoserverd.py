@@ -7988,6 +7988,12 @@ STALE_SECONDS = 120.0     # a thread that has not come round for this long is st
 CERTIFICATE_WARNING_DAYS = 14
 
 
+@functools.lru_cache(maxsize=1)
+def log_time(now: int) -> str:
+    """'2026-11-27 09:16:04' for epoch seconds, by the clock on the wall."""
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
+
+
 class OneLine(logging.Formatter):
     """One line a record, of bounded length, whatever a client has sent."""
 
@@ -8001,12 +8007,6 @@ class OneLine(logging.Formatter):
         if record.exc_info:
             text += '\n    ' + self.formatException(record.exc_info).replace('\n', '\n    ')
         return text + '\n'
-
-
-@functools.lru_cache(maxsize=1)
-def log_time(now: int) -> str:
-    """'2026-11-27 09:16:04' for epoch seconds, by the clock on the wall."""
-    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
 
 
 class LogWriter(logging.Handler):
