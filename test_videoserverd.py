@@ -7507,6 +7507,15 @@ class TestDailyCare(unittest.TestCase):
             config.server.key_file.write_bytes(key)
             care.renew_certificate(time.time())
 
+    def test_a_certificate_that_expired_meanwhile_is_renewed_once_the_clock_is_right(self):
+        config, now = new_config(), time.time()
+        v.ensure_certificate(config, now)
+        care = v.Daemon(config).care
+        care.server = SimpleNamespace(app=SimpleNamespace())
+        for moment in (now, now + 500 * v.DAY):
+            care.renew_certificate(moment)
+            self.assertGreater(care.certificate.not_after, moment + 300 * v.DAY)
+
 
 class TestStopAtTheStart(DaemonTest):
     """It can be stopped while it waits for the clock."""

@@ -88,6 +88,7 @@ from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 VERSION = '1.0.0'
 BUILT = 1795219200  # 2026-11-21, epoch seconds: a clock that shows less is wrong
 PROGRAM = Path(__file__).absolute()
+CLOCK_STEP = 30  # seconds; what is less nobody minds
 log = logging.getLogger('videoserverd')
 Any = object  # in annotations only; the module typing takes 0.4 MB
 
@@ -266,6 +267,18 @@ class HttpClient:
             raise ConnectionError(f'no HTTP: {error}') from None
         finally:
             self._socket = None
+
+
+class ClockWatch:
+    """Notices that the wall clock was set: a Pi has none of its own and starts with an old time."""
+
+    def __init__(self):
+        self._gap = time.time() - time.monotonic()
+
+    def was_set(self, now: float, monotonic: float) -> bool:
+        """Whether it has moved by more than CLOCK_STEP since the last call, either way."""
+        gap, self._gap = self._gap, now - monotonic
+        return abs(self._gap - gap) > CLOCK_STEP
 
 
 # ---------- settings ----------------------------------------------------------------------
@@ -1842,7 +1855,7 @@ class Store:
             "SELECT id FROM downloads WHERE status = 'queued' AND reason = 'freeze'")}
 
     def pull_in(self, now: int, longest: int) -> None:
-        """The clock was ahead and is not any more: nothing waits longer than the longest delay."""
+        """The clock may have been ahead: no attempt waits longer than the longest delay."""
         self.write(lambda db: db.execute(
             "UPDATE downloads SET next_attempt_at = ? "
             "WHERE status = 'queued' AND next_attempt_at > ?", (now + longest, now + longest)))
@@ -4504,6 +4517,8 @@ class Scheduler:
         self.on_outcome, self.on_hang = on_outcome, on_hang
         self.ready = False  # whether what an earlier life left has been queued again
         self.frozen = False  # whether that life ended because yt-dlp froze
+        self._clock = ClockWatch()
+        self._stale = False  # whether the heap has to be filled anew: the clock was set
         self.paused: str | None = None  # why nothing starts, a sentence
         self.beat = time.monotonic()  # when the loop last came round: for the watchdog
         self._pause_until, self._pause_message = -math.inf, ''  # monotonic
@@ -4542,6 +4557,7 @@ class Scheduler:
             self._due.clear()
         for download_id, due in self.store.due_times():
             self.push(download_id, due)
+        self._stale = False
 
     def push(self, download_id: str, due: float = 0) -> None:
         """It is queued and may start at `due`, epoch seconds; claim decides if that is true."""
@@ -4627,9 +4643,10 @@ class Scheduler:
         if monotonic - self._looked >= WATCH_NAP or self._may_take(now):
             self._looked = monotonic
             self._refresh_pause(monotonic)
+        self._stale |= self._clock.was_set(now, monotonic)
         if not self.ready:
             self._recover(int(now))
-        if self._far_ahead(now):
+        if self._stale:
             self._rebuild(int(now))
         for download_id in self._take_due(now):
             self._employ(download_id)
@@ -4651,12 +4668,6 @@ class Scheduler:
         if not self._heap:
             return MAX_NAP
         return min(max(self._heap[0][0] - now, 0.0), MAX_NAP)
-
-    def _far_ahead(self, now: float) -> bool:
-        """Whether the next is due later than any delay can put it: the clock was set back."""
-        latest = now + max(self.config.downloads.retry_delays) + MAX_NAP
-        with self._changed:
-            return bool(self._heap) and self._heap[0][0] > latest
 
     def _refresh_pause(self, monotonic: float) -> None:
         message = self.preflight()
@@ -8305,6 +8316,7 @@ class Care:
         self._due = threading.Event()  # something may be due now
         self._tidy = False
         self._certificate_seen = (0, 0)  # when the one in use was written, the day it was read
+        self._clock = ClockWatch()
         self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of videos without picture
 
     def start(self, scheduler: Scheduler, server: Server) -> None:
@@ -8351,10 +8363,12 @@ class Care:
         self._tidy = True
 
     def renew_certificate(self, now: float) -> None:
-        """Daily a new leaf if names, addresses or time ask for one. Whoever has changed the file,
-        new connections get the new one."""
+        """Daily, and when the clock was set, a new leaf if names, addresses or time ask for one.
+        Whoever has changed the file, new connections get the new one."""
         if not self.config.server.tls:
             return
+        if self._clock.was_set(now, time.monotonic()):
+            self._certificate_seen = (0, 0)
         file, day = self.config.server.cert_file, int(time.monotonic() // DAY)  # never jumps
         if (file.stat().st_mtime_ns, day) != self._certificate_seen:
             self.certificate, _ = ensure_certificate(self.config, now)
