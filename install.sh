@@ -159,12 +159,12 @@ check_system() {
     fi
 }
 
-# The Debian packages whose commands are missing.
+# The Debian packages whose commands are missing; python3-minimal has a command, but not its library.
 missing_packages() {
+    python3 -c 'import shlex, sqlite3, ssl' 2>/dev/null || printf 'python3 '
     while read -r tool package; do
         command -v "$tool" >/dev/null 2>&1 || printf '%s ' "$package"
     done <<END
-python3 python3
 openssl openssl
 ffmpeg ffmpeg
 qrencode qrencode
@@ -209,7 +209,7 @@ ensure_python() {
 python_serves() {
     # On a Mac without the command line tools this file only opens a dialogue.
     [ "$system $python" != 'Darwin /usr/bin/python3' ] || xcode-select -p >/dev/null 2>&1 || return 1
-    set -- "$python" -I -c "import sqlite3, ssl, sys; sys.exit(sys.version_info < (3, $1))"
+    set -- "$python" -I -c "import shlex, sqlite3, ssl, sys; sys.exit(sys.version_info < (3, $1))"
     if [ "$dry" ]; then "$@" 2>/dev/null; else as_user "$@" 2>/dev/null; fi
 }
 
@@ -234,11 +234,11 @@ ensure_user() {
         --comment 'videoserverd, added by install.sh' "$user"
 }
 
-# ensure_folder DIR: there, and the user's.
-ensure_folder() {
-    [ -d "$1" ] || doing write "$1"
-    [ "$dry" ] || mkdir -p "$1"
-    [ "$dry" ] || [ "$(owner_of "$1")" = "$user" ] || chown -R "$user:$(id -gn "$user")" "$1"
+# The folder for data: there, and the user's. Below it root makes nothing: a link there leads anywhere.
+ensure_state() {
+    [ -d "$state" ] || doing write "$state"
+    [ "$dry" ] || mkdir -p "$state"
+    [ "$dry" ] || [ "$(owner_of "$state")" = "$user" ] || chown -R "$user:$(id -gn "$user")" "$state"
 }
 
 ensure_config() {
@@ -247,7 +247,7 @@ ensure_config() {
     else
         sed -E "s#^(cert_file|key_file|ca_file|path|ytdlp_directory|file) = #&$state/#" "$here/config.ini" |
             with_setting downloads output_directory "$(default_output)" |
-            with_setting logging file "$(default_log)" | put "$config" 600
+            with_setting logging file "$(default_log)" | put "$config" 640
     fi
     [ ! "$output" ] || change_config downloads output_directory "$output"
     [ ! "$port" ] || change_config server port "$port"
@@ -258,7 +258,10 @@ ensure_config() {
 #AWS_ACCESS_KEY_ID=
 #AWS_SECRET_ACCESS_KEY=
 END
-    [ "$dry" ] || chown "$user" "$config" "$secrets"
+    [ "$dry" ] && return
+    chown "$user" "$secrets"
+    chown "root:$(id -gn "$user")" "$config"  # what root acts on is not the user's to change
+    chmod 640 "$config"
 }
 
 # On a Mac ~/Movies: a background service is not let into ~/Downloads, ~/Documents and ~/Desktop.
@@ -274,7 +277,6 @@ change_config() {
     doing set "$2 = $3 in $config"
     [ "$dry" ] && return
     with_setting "$@" <"$config" >"$config.new"
-    chmod 600 "$config.new"
     mv -f "$config.new" "$config"
 }
 
@@ -304,14 +306,18 @@ except videoserverd.Trouble as trouble:
 $1" "$program" "$config" "$secrets" </dev/null
 }
 
-# The folder for the videos: made for the user if it is new, else left as it is.
+# The folder for the videos: made by the user if it is new, and by root only where --output says so.
 ensure_output() {
+    asked=$output
     if [ "$dry" ]; then
         output=${output:-$(default_output)}
     else
         output=$(ask_config 'print(config.downloads.output_directory)') || exit 1
     fi
-    [ -d "$output" ] || ensure_folder "$output"
+    [ -d "$output" ] || doing write "$output"
+    [ "$dry" ] || [ -d "$output" ] || as_user mkdir -p "$output" 2>/dev/null || {
+        [ "$asked" ] && mkdir -p "$output" && chown -h "$user:$(id -gn "$user")" "$output"
+    } || die "$user cannot make $output: run  sudo install -d -o $user '$output'"
     [ "$dry" ] || as_user test -w "$output" || die "$user cannot write to $output: \
 choose another --output or --user, or run  sudo chown $user '$output'"
 }
@@ -423,7 +429,7 @@ stop_launchd() {
 }
 
 install_launchd() {
-    ensure_folder "$state/logs"
+    [ "$dry" ] || as_user mkdir -p "$state/logs"
     sed "/<key>UserName</{n;s#>.*<#>$user<#;}" "$here/$label.plist" | put "$plist" 644
     stop_launchd
     ensure launchctl enable "system/$label"
@@ -463,7 +469,7 @@ do_install() {
     [ "$dry" ] || need openssl 'it makes the certificate'
     ensure_user
     ensure_python
-    ensure_folder "$state"
+    ensure_state
     install_program
     ensure_config
     ensure_output

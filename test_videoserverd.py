@@ -7855,6 +7855,17 @@ class TestInstallScript(unittest.TestCase):
         self.assertRegex(done.stdout, r'would set output_directory = /\S+/clips in ')
         self.assertEqual(before, {path: Path(path).exists() for path in before})
 
+    @unittest.skipUnless(sys.platform == 'linux', 'Linux')
+    def test_a_reduced_python_is_no_python(self):
+        text = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        (folder / 'python3').write_text('#!/bin/sh\ncase $* in *shlex*) exit 1;; esac\n')  # as python3-minimal
+        (folder / 'python3').chmod(0o755)
+        env = {**os.environ, 'PATH': f'{folder}:{os.environ["PATH"]}'}
+        for step, said in (('missing_packages', 'python3 '), ('python=python3 dry=y; python_serves 9 || say no', 'no')):
+            found = subprocess.check_output(['sh', '-c', text + step], env=env, encoding='utf-8')
+            self.assertTrue(found.startswith(said), found)
+
     def test_dry_run_on_a_mac(self):
         done = self.install('--dry-run', system='Darwin')
         self.assertEqual(done.returncode, 0, done.stdout)
@@ -7880,6 +7891,34 @@ class TestInstallScript(unittest.TestCase):
         done = subprocess.run(['sh', '-c', text + 'output=$1 python=/p user=u dry=yes; drop_in', 'sh', '/m/5%b "\\o'],
                               stdout=subprocess.PIPE, encoding='utf-8', check=True)
         self.assertIn('\nReadWritePaths="-/m/5%%b \\"\\\\o"\n', done.stdout)
+
+    @unittest.skipUnless(os.geteuid() == 0 and shutil.which('runuser'), 'takes root and runuser')
+    def test_run_again_root_makes_nothing_where_the_service_user_says(self):
+        text = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
+        with tempfile.TemporaryDirectory() as name:  # not below RUN, which is closed to others
+            folder = Path(name)
+            folder.chmod(0o755)
+            (folder / 'roots').mkdir()
+            (folder / 'state').mkdir()
+            shutil.chown(folder / 'state', 'nobody')
+            (folder / 'state/link').symlink_to(folder / 'roots')
+            (folder / 'config.ini').write_text('[server]\n')
+            shutil.chown(folder / 'config.ini', 'nobody')
+
+            def run(step: str, output: str = '') -> Any:
+                script = (f'{text} here="$1" user=nobody state="$1/state" config="$1/config.ini" secrets="$1/env" '
+                          f'python=x output="$3"; ask_config() {{ say "$2"; }}; set -- "$1" "$2"; {step}')
+                script = script.replace('say "$2"', f'say "{folder}/$WANTED"')
+                return subprocess.run(['sh', '-c', script, 'sh', name, '', output], encoding='utf-8',
+                                      env={**os.environ, 'WANTED': output or 'state/link/new'},
+                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            self.assertIn('nobody cannot make', run('ensure_output').stdout)
+            self.assertEqual(os.listdir(folder / 'roots'), [])
+            done = run('ensure_output', 'roots/videos')  # --output: root's own word
+            self.assertEqual((done.returncode, (folder / 'roots/videos').owner()), (0, 'nobody'), done.stdout)
+            self.assertEqual(run('ensure_config').returncode, 0)
+            facts = (folder / 'config.ini').stat()
+            self.assertEqual((facts.st_uid, stat.S_IMODE(facts.st_mode)), (0, 0o640))
 
     def test_other_systems_are_told_to_run_the_file(self):
         done = self.install('--dry-run', system='FreeBSD')
