@@ -67,6 +67,7 @@ from urllib.parse import parse_qs, quote, urlsplit
 import videoserverd as v
 
 HERE = Path(v.__file__).absolute().parent
+LIBRESSL = re.match(r'LibreSSL ([\d.]+)', ssl.OPENSSL_VERSION)  # a Mac's own Python has it
 logging.getLogger('videoserverd').addHandler(logging.NullHandler())  # what it says in this process is not shown
 RUN = Path(tempfile.mkdtemp(prefix='videoserverd-test-'))  # everything of this run; removed at its end
 atexit.register(shutil.rmtree, RUN, ignore_errors=True)
@@ -164,6 +165,25 @@ def hurried_program(constants: Tuple[Tuple[str, str], ...]) -> Path:
     return program
 
 
+@functools.lru_cache(maxsize=None)
+def judge() -> str:
+    """The command of OpenSSL: LibreSSL's, a Mac's own, knows too little to judge by. Skips where there is none."""
+    for folder in (*os.get_exec_path(), '/opt/homebrew/bin', '/usr/local/bin'):
+        file = shutil.which('openssl', path=folder)
+        if file and subprocess.check_output([file, 'version']).startswith(b'OpenSSL'):
+            return file
+    raise unittest.SkipTest('the openssl command of OpenSSL is not installed')
+
+
+def trusting(ca: Path) -> ssl.SSLContext:
+    """A client's context. LibreSSL before 3.2.2 refuses our CA's addresses, and trusts the leaf beside it instead."""
+    if LIBRESSL and [*map(int, LIBRESSL[1].split('.'))] < [3, 2, 2] and ca.with_name('server.crt').exists():
+        context = ssl.create_default_context(cafile=str(ca.with_name('server.crt')))
+        context.verify_flags |= v.PARTIAL_CHAIN
+        return context
+    return ssl.create_default_context(cafile=str(ca))
+
+
 def clean_environment() -> Dict[str, str]:
     """This environment without what configures the daemon, yt-dlp or Python."""
     return {name: text for name, text in os.environ.items() if not name.upper().startswith(OWN_VARIABLES)}
@@ -192,7 +212,7 @@ class Client:
     def __init__(self, port: int, ca: Optional[Path], key: str = '', keep_alive: bool = False, host: str = '127.0.0.1',
                  timeout: float = 20):
         self.port, self.host, self.key, self.keep_alive, self.timeout = port, host, key, keep_alive, timeout
-        self.context = ssl.create_default_context(cafile=str(ca)) if ca else None
+        self.context = trusting(ca) if ca else None
         self.kept: Any = None
 
     def connection(self) -> Any:
@@ -836,7 +856,8 @@ class TestMainJob(DaemonTest):
             with self.subTest(post):
                 row = self.daemon.wait_status(id, 'completed')
                 same_bytes(self.daemon, row, post.media[0])
-                self.assertEqual((row['retry_count'], row['error_message']), (2, None))
+                self.assertIn(row['retry_count'], (1, 2) if LIBRESSL else (2,))  # there a reset is an early end
+                self.assertIsNone(row['error_message'])
 
     def test_passing_failure_of_the_media_is_got_over(self):
         posts = {name: self.site.tiktok(size=200_000, fail=[name, name] if name == 503 else [name])
@@ -1210,7 +1231,7 @@ def fragments(stream: str, number: int) -> Tuple[bytes, List[bytes]]:
 
 def run_openssl(*args: Any, data: bytes = b'') -> bytes:
     """What the openssl command prints."""
-    return subprocess.run(['openssl', *map(str, args)], input=data, check=True,
+    return subprocess.run([judge(), *map(str, args)], input=data, check=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
 
 
@@ -3377,9 +3398,11 @@ class TestCommands(DaemonTest):
             certs = daemon.folder / 'certs'
             shutil.rmtree(certs)
             certs.mkdir()
-            v.make_key(certs, 'server.key', Path(), fresh=True)
-            v.sign(certs, 'server.crt', 'server.key', 'pi', 'basicConstraints = CA:FALSE\n',
-                   (time.time() - 9 * v.DAY, time.time() + days * v.DAY), '-selfsign', '-keyfile', 'server.key')
+            key = v.make_key(certs / 'server.key', Path(), fresh=True)
+            nameless = v.OPENSSL_CONFIG.replace('subjectAltName = @listed', '')
+            with unittest.mock.patch.object(v, 'OPENSSL_CONFIG', nameless):
+                v.sign_certificate(certs / 'server.crt', key, 'pi', (), time.time() - 9 * v.DAY,
+                                   time.time() + days * v.DAY, '-selfsign', '-keyfile', key)
             daemon.launch()
             wait_until(daemon.listens, 20)
             done = daemon.run('add', tiktok_link(1))
@@ -6061,7 +6084,7 @@ def swift() -> Swift:
 
 def own_certificate(folder: Path) -> Tuple[Path, ssl.SSLContext]:
     """(file, context) of a self-signed certificate for 127.0.0.1."""
-    subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
+    subprocess.run([judge(), 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
                     '-days', '2', '-subj', '/CN=S3', '-addext', 'subjectAltName=IP:127.0.0.1',
                     '-keyout', str(folder / 'key.pem'), '-out', str(folder / 'cert.pem')],
                    check=True, stderr=subprocess.DEVNULL)
@@ -7075,7 +7098,7 @@ def new_config(folder: Optional[Path] = None, **server: str) -> Any:
 
 def openssl(*words: Any, text: str = '', check: bool = True) -> str:
     """What the openssl command says on both channels; AssertionError if it fails."""
-    done = subprocess.run(['openssl', *map(str, words)], input=text, encoding='utf-8', stdout=subprocess.PIPE,
+    done = subprocess.run([judge(), *map(str, words)], input=text, encoding='utf-8', stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT)
     if check and done.returncode:
         raise AssertionError(f'openssl {words}: {done.stdout}')
@@ -7129,7 +7152,7 @@ def contents(config: Any) -> Dict[str, bytes]:
 
 def handshake(context: ssl.SSLContext, ca: Path, **client: Any) -> Tuple[Any, ...]:
     """(version, cipher, ALPN, compression) over real sockets; keywords are set on the client's context."""
-    other = ssl.create_default_context(cafile=str(ca))
+    other = trusting(ca)
     ciphers = client.pop('ciphers', None)
     if ciphers:
         other.set_ciphers(ciphers)
@@ -7759,13 +7782,14 @@ class TestServerContext(unittest.TestCase):
 
     def test_speaks_tls_1_3_and_1_2_with_forward_secrecy(self):
         found = handshake(self.context, self.ca)
-        self.assertEqual((found[0], found[2:]), ('TLSv1.3', ('http/1.1', None)))
+        newest = 'TLSv1.2' if LIBRESSL and LIBRESSL[1] < '3' else 'TLSv1.3'
+        self.assertEqual((found[0], found[2:]), (newest, ('http/1.1', None)))
         for cipher in ('ECDHE-ECDSA-AES128-GCM-SHA256', 'ECDHE-ECDSA-AES256-GCM-SHA384',
                        'ECDHE-ECDSA-CHACHA20-POLY1305'):
             found = handshake(self.context, self.ca, maximum_version=ssl.TLSVersion.TLSv1_2, ciphers=cipher)
             self.assertEqual(found, ('TLSv1.2', cipher, 'http/1.1', None))
-        self.assertEqual({each['kea'] for each in self.context.get_ciphers()}, {'kx-ecdhe', 'kx-any'})
-        self.assertTrue(all(each['aead'] for each in self.context.get_ciphers()))
+        for cipher in self.context.get_ciphers():  # AEAD- is LibreSSL's name for those of 1.3
+            self.assertRegex(cipher['name'], r'^(TLS_|AEAD-|ECDHE-)(\w+-)*\w*(GCM|POLY1305)')
 
     def test_refuses_what_is_older_or_weaker(self):
         with warnings.catch_warnings():
