@@ -877,7 +877,7 @@ class TestMainJob(DaemonTest):
                  (self.site.tiktok(state='private'), 'private|permission|log'),
                  (self.site.instagram(state='deleted'), 'deleted|not exist|gone|removed|not there'),
                  (self.site.instagram(state='geo'), 'country'),
-                 (self.site.instagram('photo'), 'video')]
+                 (self.site.tiktok(state='sound'), 'photo post')]
         for (post, words), id in [(case, self.daemon.submit(case[0])) for case in cases]:
             with self.subTest(post):
                 row = self.daemon.wait_status(id, 'failed')
@@ -1171,6 +1171,17 @@ TINY_TS = zlib.decompress(base64.b85decode(
     'ZEyec$=^Qw_Z00YB41GKz~lvlV@K9XLlH!}U`hzLk_<zZm<_`m#Z&4*o6C8Z0O@`x0brrbKW-`8p5LT6T)xnAy8zpiD@$#iBlk~{HK?c{9HUM>lZ'
     'C$Cg%Q*Ii2fXaDG^G()js=43-UgYG~PPJ>B{k~>r_^w?C%&Ug!4s_3}oX@C|R~dwdaC#RW!s*?(SAc<$OKGswO-LDyS7aw@rKG|afAZ<4|LZ-Ue)'
     '?JK08H;jMGgbuzyl2SkdojFxk(=YVf(#B'))
+
+
+TINY_JPEG = zlib.decompress(base64.b85decode(
+    'c-s4a<NpH&0WUXCHwH!~1_nkTWcYuZ!I^=>&d$@$GZYL`VpB3QGE#s5NEH+mG&eT`Nf5K9rn$L)a({b!bNl4UvuDrVwQJL+n>Qc)2ZAFEz6^{'
+    '&(@+2#BO|&PE4u)?Dh5Fek^cu61UVQa7zCIZl^B==8JGnb{@-HYVP*t!fNXn)nT(P18<_v!1OOL*F;M'))
+
+
+def picture(seed: Any) -> bytes:
+    """A JPEG of its own: a comment tells it from others."""
+    comment = str(seed).encode()
+    return TINY_JPEG[:2] + struct.pack('>HH', 0xfffe, 2 + len(comment)) + comment + TINY_JPEG[2:]
 
 
 def padding(size: int, seed: Any) -> bytes:
@@ -1628,15 +1639,20 @@ class Standin:
 
     def tiktok(self, id: str = '', title: str = 'A cat jumps', size: int = 100_000, state: str = 'fine',
                formats: Sequence[str] = ('h264_540p',), user: str = 'tester', known_size: bool = True,
-               codecs: bool = False, page: Optional[Dict[str, Any]] = None, **media: Any) -> Post:
+               codecs: bool = False, page: Optional[Dict[str, Any]] = None, pictures: int = 0,
+               **media: Any) -> Post:
         """A TikTok post. `formats`: such as h264_540p, bytevc1_1080p, bytevc2_720p; a media SiteRoute each, in order.
 
         state: fine, private, private_post, blocked, unavailable, server_error (status codes), gone (404),
         login, classified, challenge (fine after a JavaScript puzzle), changed (a page of another make),
-        sound (a slide show: nothing but the music). codecs: H.265 really is H.265. page, media: behaviour."""
+        sound (a slide show: nothing but the music). codecs: H.265 really is H.265. page, media: behaviour.
+        pictures: a photo post of so many, with the music; a route each, the sound last."""
         id = id or str(self.number())
-        routes = {form: self.tiktok_media(id, form, size, codecs, media) for form in formats if state != 'sound'}
+        routes = {form: self.tiktok_media(id, form, size, codecs, media) for form in formats
+                  if state != 'sound' and not pictures}
         struct_ = self.tiktok_item(id, title, user, routes, known_size)
+        if pictures:
+            routes, struct_['imagePost'] = self.tiktok_pictures(id, pictures)
         detail = {'statusCode': TIKTOK_STATUS.get(state, 0), 'statusMsg': ''}
         if state == 'classified':
             struct_ = {'id': id, 'isContentClassified': True}
@@ -1649,7 +1665,18 @@ class Standin:
             self.routes['www.tiktok.com', f'/@{name}/video/{id}'] = route
         if state == 'gone':
             route.status = 404
-        return Post.of(f'https://www.tiktok.com/@{user}/video/{id}', id, route, list(routes.values()))
+        kind = 'photo' if pictures else 'video'
+        self.add('www.tiktok.com', f'/@{user}/photo/{id}', html_page('A page without data'))
+        return Post.of(f'https://www.tiktok.com/@{user}/{kind}/{id}', id, route, list(routes.values()))
+
+    def tiktok_pictures(self, id: str, number: int) -> Any:
+        """(routes, imagePost) of a photo post: each picture at two addresses, the first of them gone."""
+        host, music = 'p16-sign.tiktokcdn.com', self.routes['v16-webapp-prime.us.tiktok.com', f'/music/{id}']
+        paths = [f'/{id}/{at}~tplv-photomode-image.jpeg' for at in range(number)]
+        routes = {path: self.add(host, path, picture((id, path)), 'image/jpeg') for path in paths}
+        images = [{'imageURL': {'urlList': [f'https://{host}/gone{path}?x=1', f'https://{host}{path}?x=1']},
+                   'imageWidth': 1080, 'imageHeight': 1440} for path in paths]
+        return {**routes, 'music': music}, {'images': images, 'cover': images[0], 'title': ''}
 
     def tiktok_media(self, id: str, form: str, size: int, codecs: bool, behaviour: Dict[str, Any]) -> SiteRoute:
         """The CDN's route of one format."""
@@ -1706,7 +1733,7 @@ class Standin:
     def instagram(self, *items: str, id: str = '', title: Optional[str] = None, size: int = 100_000,
                   state: str = 'fine', kind: str = 'reel', user: str = 'tester', dash: str = '',
                   page: Optional[Dict[str, Any]] = None, **media: Any) -> Post:
-        """An Instagram post; items: 'video' (left out: one), 'photo'; several are a carousel. A SiteRoute per video.
+        """An Instagram post; items: 'video' (left out: one), 'photo'; several are a carousel. A SiteRoute each.
 
         kind: reel, p, tv. dash: codec ('vp9', 'av1') of a better, video-only format beside the H.264 file.
         state: fine, private, login (redirect), restricted, geo, deleted (404), changed (no data in the page)."""
@@ -1743,9 +1770,10 @@ class Standin:
         """(media, SiteRoute or None) of one picture or video of a post."""
         host, code = 'scontent.cdninstagram.com', shortcode(number)
         item = {'pk': str(number), 'code': code, 'media_type': 1, 'image_versions2': {
-            'candidates': [{'url': f'https://{host}/{code}.jpg', 'width': 640, 'height': 1136}]}}
+            'candidates': [{'url': f'https://{host}/{code}-{width}.jpg', 'width': width, 'height': width * 2}
+                           for width in (320, 1080, 640)]}}
         if kind == 'photo':
-            return item, None
+            return item, self.add(host, f'/{code}-1080.jpg', type='image/jpeg', **{'body': picture(code), **behaviour})
         body = behaviour.get('body') or movie(size, code)
         route = self.add(host, f'/o1/{code}.mp4', type='video/mp4', **{**behaviour, 'body': body})
         item.update(media_type=2, video_duration=1.0, has_audio=True, video_versions=[
@@ -1802,7 +1830,7 @@ class Standin:
     def instagram_node(self, product: Dict[str, Any]) -> Dict[str, Any]:
         """A product in the words of 2025's GraphQL."""
         node = {'id': product['pk'], 'shortcode': product['code'], 'title': product.get('title'), 'is_video': False,
-                'display_url': product.get('image_versions2', {}).get('candidates', [{}])[0].get('url'),
+                'display_url': product.get('image_versions2', {}).get('candidates', [{}] * 2)[1].get('url'),
                 'edge_media_to_caption': {'edges': [{'node': {'text': 'A caption'}}]},
                 'owner': {'id': '42', **product.get('user', {})}, 'dimensions': {'width': 640, 'height': 1136},
                 'edge_media_preview_like': {'count': 5}}
@@ -3521,13 +3549,13 @@ class TestAccidents(unittest.TestCase):
 
     def test_one_that_is_not_due_after_all_keeps_its_place(self):
         self.store.claim(self.download_id, 2)
-        self.store.retry_later(self.download_id, 1, 1 << 40, v.Outcome('retry'), 3)
+        self.store.retry_later(self.download_id, 1, 1 << 40, v.Outcome('retry'), 3, Path())
         self.scheduler._attempt(self.download_id, v.Run())
         self.assertTrue(self.in_heap())
 
     def test_a_retry_that_was_stored_before_is_in_the_heap_all_the_same(self):
         job = self.store.claim(self.download_id, 2)
-        self.store.retry_later(self.download_id, 1, 99, v.Outcome('retry'), 3)
+        self.store.retry_later(self.download_id, 1, 99, v.Outcome('retry'), 3, Path())
         self.scheduler._store_outcome(job, v.Outcome('retry', 'network', 'x'), 4)
         self.assertTrue(self.in_heap())
 
@@ -3816,27 +3844,88 @@ class TestPosts(DownloadTest):
         v.forget_files(self.config(), 'an-id', ())
         self.assertEqual(os.listdir(self.output / '.incomplete'), [])
 
-    def test_a_carousel_gives_all_its_videos_and_a_photo_in_between_spoils_nothing(self):
+    def names(self, post: Any, *kinds: str, title: str = 'A caption') -> List[str]:
+        """How the files of a post of several are called."""
+        return [f'{title}_{post.id}_{at}.{kind}' for at, kind in enumerate(kinds, 1)]
+
+    def test_a_carousel_gives_all_its_videos_and_pictures_in_their_order(self):
         post = self.site.instagram('video', 'photo', 'video', 'video')
-        names = self.assert_done(self.fetch(post), *post.media)
-        self.assertEqual(len(set(names)), 3)
+        self.assertEqual(self.assert_done(self.fetch(post), *post.media), self.names(post, 'mp4', 'jpg', 'mp4', 'mp4'))
         self.assertLess(gap(self.told), 1e-9)
 
-    def test_a_failure_of_a_real_video_in_a_carousel_does_not_pass_silently(self):
+    def test_photo_posts_give_their_pictures_in_full_size_and_tiktok_the_sound(self):
+        post = self.site.tiktok(pictures=3, title='Three\nof them')
+        for url in (post, post.replace('/photo/', '/video/'), self.site.short(post)):
+            outcome = self.fetch(url)
+            names = self.assert_done(outcome, *post.media)
+            if url == post:
+                self.assertEqual(names, self.names(post, 'jpg', 'jpg', 'jpg', 'm4a', title='Three'))
+            self.assertEqual((outcome.title, outcome.note, outcome.files[0].type), ('Three', '', 'image/jpeg'))
+        for items in (('photo', 'photo'), ('photo',)):
+            post = self.site.instagram(*items)
+            names = self.assert_done(self.fetch(post), *post.media)
+            self.assertEqual(names, self.names(post, *['jpg'] * 2) if items[1:] else [f'A caption_{post.id}.jpg'])
+        sound = self.fetch(self.site.tiktok(pictures=2), options=['-f', 'ba'])
+        self.assertEqual([file.type for file in sound.files], ['audio/mp4'], sound)
+
+    def test_music_alone_is_no_post(self):
+        outcome = self.fetch(self.site.tiktok(state='sound'))
+        self.assert_ends(outcome, 'give_up', 'unsupported')
+        self.assertIn('photo post', outcome.message)
+        self.assertEqual(self.finished(), {})
+        self.assertEqual(self.fetch(self.site.tiktok(state='sound'), options=['-f', 'ba']).kind, 'done')
+
+    def test_what_is_no_picture_or_only_half_of_one_is_missing(self):
+        whole = {'png': b'\x89PNG\r\n\x1a\n data IEND\xaeB`\x82', 'jpg': picture(1), 'gif': b'GIF89a data;',
+                 'webp': b'RIFF' + struct.pack('<I', 12) + b'WEBPVP8 data',
+                 'heic': struct.pack('>I', 16) + b'ftypheic' + b'mif1' + struct.pack('>I', 12) + b'mdatdata'}
+        file = self.folder / 'x'
+        for ext, body in whole.items():
+            for cut in (body, body[:-3]):
+                file.write_bytes(cut)
+                self.assertEqual(v.picture_extension(file), ext if cut == body else None)
+        for body in (HTML, picture(1)[:-3], b'', movie(2000)):
+            post = self.site.tiktok(pictures=2)
+            post.media[1].set(body=body)
+            outcome = self.fetch(post, options=['-R', '0'])
+            self.assertEqual((outcome.kind, len(outcome.files)), ('retry', 2), outcome)
+            self.assertRegex(outcome.note, '^2 of 3: picture 2 is missing. The ')
+
+    def test_of_a_carousel_with_one_bad_item_the_others_come_at_once_and_only_that_one_again(self):
+        troubles = ({'status': 404}, {'status': 500}, {'body': HTML}, {'body': b''})
+        for trouble in troubles:
+            with self.subTest(trouble=trouble):
+                post = self.site.instagram('video', 'photo', 'video')
+                fine = dict(vars(post.media[2]))
+                post.media[2].set(**trouble)
+                first = self.fetch(post, post.id, ['-R', '0'])
+                self.assertEqual((first.kind, [file.name for file in first.files]),
+                                 ('retry', self.names(post, 'mp4', 'jpg')), first)
+                self.assertRegex(first.note, '^2 of 3: video 3 is missing. The (site|connection) .*[.]$')
+                post.media[2].set(status=200, body=fine['body'])
+                names = self.assert_done(self.fetch(post, post.id, ['-R', '0']), *post.media)
+                self.assertEqual((names, post.media[0].hits), (self.names(post, 'mp4', 'jpg', 'mp4'), 1))
+
+    def test_an_item_without_formats_is_named_and_one_that_comes_twice_comes_twice(self):
+        post = self.site.instagram('video', 'photo', 'video')
+        items = self.site.instagram_posts[post.id]['product']['carousel_media']
+        del items[2]['video_versions']
+        outcome = self.fetch(post)
+        self.assertEqual((outcome.kind, outcome.files[1:]), ('done', outcome.files[1:2]), outcome)
+        self.assertRegex(outcome.note, '^2 of 3: video 3 is missing. There is no video ')
+        items[2] = items[0]
+        self.assert_done(self.fetch(post), post.media[0], post.media[1], post.media[0])
+
+    def test_what_was_delivered_is_replaced_only_by_a_whole_set(self):
         post = self.site.instagram('video', 'video')
         post.media[1].set(status=500)
-        self.assert_ends(self.fetch(post, 'c', ['-R', '0']), 'retry', 'http')
-        self.assertEqual(self.finished(), {})
+        first = self.fetch(post, 'c', ['-R', '0'])
+        v.forget_files(self.config(), 'c', ())  # as after a cancel
+        attempt = self.attempt(post, 'c', ['-R', '0'])
+        attempt.job = attempt.job._replace(files=first.files)
         post.media[1].set(status=200)
-        self.assert_done(self.fetch(post, 'c'), *post.media)
-        self.assertEqual(post.media[0].hits, 1)
-
-    def test_photos_alone_are_no_video(self):
-        self.assert_ends(self.fetch(self.site.instagram('photo', 'photo')), 'give_up', 'unsupported')
-        self.assert_ends(self.fetch(self.site.instagram('photo')), 'give_up', 'unsupported')
-        photo = 'https://www.tiktok.com/@tester/photo/7320515129688109208'
-        self.site.add('www.tiktok.com', urlsplit(photo).path, html_page('photos'))
-        self.assert_ends(self.fetch(photo), 'give_up', 'unsupported')
+        self.assert_done(attempt.run(), *post.media)
+        self.assertEqual(len(self.finished()), 2)
 
     def test_every_form_of_link_leads_to_the_post(self):
         post, reel = self.site.tiktok(), self.site.instagram()
@@ -4246,8 +4335,9 @@ class TestFailures(DownloadTest):
         for name, body in (('0-x.mp4', TINY_MP4), ('0-x.en.vtt', b'WEBVTT')):
             (attempt.folder.path / name).write_bytes(body)
         path = str(attempt.folder.path)
-        attempt._collect({'title': 'Cat', 'id': 'x', 'requested_downloads': [{'filepath': path + '/0-x.mp4'}],
-                          'requested_subtitles': {'en': {'filepath': path + '/0-x.en.vtt'}}})
+        attempt.folder.post = v.post_facts({'title': 'Cat', 'id': 'x'}, attempt.job.url)
+        attempt._keep({'requested_downloads': [{'filepath': path + '/0-x.mp4'}],
+                       'requested_subtitles': {'en': {'filepath': path + '/0-x.en.vtt'}}}, 1)
         files = attempt.folder.move(self.output)
         self.assertEqual([file.name for file in files], ['Cat_x.mp4', 'Cat_x.en.vtt'])
         self.assertEqual(sorted(self.finished()), sorted(file.name for file in files))
@@ -8943,7 +9033,7 @@ class TestPage(DaemonTest):
         self.row(self.daemon.download(str(post))['download_id'])
         labels = self.browser.run('return [...document.querySelector("article").querySelectorAll(".play")]'
                                   '.map(node => node.ariaLabel)')
-        self.assertEqual([label[:13] for label in labels], ['Play: 1 of 2 ', 'Play: 2 of 2 '])
+        self.assertEqual([label[:13] for label in labels], ['Play: 1 of 3 ', 'Play: 2 of 3 ', 'Play: 3 of 3 '])
         tops = self.browser.run('return [...document.querySelectorAll("article:first-child :is(li:first-child, .acts)'
                                 ' .act:not([hidden])")].map(node => node.getBoundingClientRect().top)')
         self.assertEqual((len(tops), len(set(tops))), (4, 1))

@@ -417,6 +417,17 @@ def proxy_url(text: str) -> str:
     return text
 
 
+def name_pattern(text: str) -> str:
+    """How files are named: the fields title, id, uploader, site and date; / makes folders."""
+    plain_text = re.sub(r'%\((?:title|id|uploader|site|date)\)s', 'x', text)
+    part = r'[^\s/.%\\:*?"<>|~-][^/%\\:*?"<>|]*'
+    if not (re.fullmatch(f'{part}(?:/{part})*', plain_text) and plain_text.isprintable()
+            and len(plain_text) <= 100 and re.search(r'%\((?:title|id)\)s[^/]*$', text)):
+        raise ValueError('a pattern such as %(title)s_%(id)s or %(uploader)s/%(date)s_%(title)s '
+                         'of title, id, uploader, site and date, with title or id in the name')
+    return text
+
+
 def url_prefix(text: str) -> str:
     """An internal nginx location: starts and ends with a slash."""
     if text and not re.fullmatch(r'/[\w./-]*', text, re.A):
@@ -453,6 +464,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         'retry_delays': Setting('60,300,900', delays,
                                 'seconds to wait before each retry; the last repeats'),
         'min_free_space': Setting('500MB', parse_size, 'with less on the disk the queue pauses'),
+        'filename': Setting('%(title)s_%(id)s', name_pattern,
+                            'names of files: title, id, uploader, site, date; / makes folders'),
     },
     'downloader': {
         'ytdlp_directory': Setting('vendor', file_setting, 'where the vendored yt-dlp lives'),
@@ -645,11 +658,12 @@ class Progress:
 
 @named_tuple
 class Job:
-    """One try at one download: attempt 1 is the first."""
+    """One try at one download: attempt 1 is the first; `files` were delivered by earlier ones."""
     id: str
     url: str
     options: tuple[tuple[str, Any], ...]
     attempt: int
+    files: tuple[MediaFile, ...] = ()
 
 
 @named_tuple
@@ -657,13 +671,16 @@ class Outcome:
     """How a try ended: done, retry, give_up, cancelled, stopped or pause.
 
     `reason` is a stable word, `message` a sentence for a person, `tries` the attempts that this
-    reason is worth when fewer than the configured ones."""
+    reason is worth when fewer than the configured ones; `files` with a retry are those that came.
+    `note` says what is missing or unusual, `post` is what the site tells about it."""
     kind: str
     reason: str = ''
     message: str = ''
     title: str = ''
     files: tuple[MediaFile, ...] = ()
     tries: int | None = None
+    note: str = ''
+    post: dict[str, Any] = {}
 
 
 def backoff(attempt: int, delays: Sequence[int], jitter: float = 0) -> float:
@@ -681,14 +698,14 @@ def next_step(outcome: Outcome, attempt: int, max_retries: int,
               delays: Sequence[int]) -> tuple[str, float]:
     """The store's verb for how attempt `attempt` ended, and seconds to wait before the next.
 
-    Verbs: finish, retry_later, give_up, requeue."""
+    Verbs: finish (also without what cannot be had of a post), retry_later, give_up, requeue."""
     if outcome.kind != 'retry':
         return STEPS[outcome.kind], 0
     tries = max_retries + 1
     if outcome.tries is not None:
         tries = min(outcome.tries, tries)
     if attempt >= tries:
-        return 'give_up', 0
+        return 'finish' if outcome.files else 'give_up', 0
     return 'retry_later', backoff(attempt, delays)
 
 
@@ -1205,7 +1222,9 @@ def parse_batch(fields: dict[str, Any], security: Any) -> list[tuple[str, Any]]:
 MEDIA_TYPES = {  # what a download may consist of, and how it is served
     'mp4': 'video/mp4', 'm4v': 'video/x-m4v', 'mov': 'video/quicktime', 'webm': 'video/webm',
     'mkv': 'video/x-matroska', 'avi': 'video/x-msvideo', 'flv': 'video/x-flv', '3gp': 'video/3gpp',
-    'ts': 'video/mp2t', 'mpg': 'video/mpeg', 'm4a': 'audio/mp4', 'mp3': 'audio/mpeg',
+    'ts': 'video/mp2t', 'mpg': 'video/mpeg', 'jpg': 'image/jpeg', 'png': 'image/png',
+    'webp': 'image/webp', 'gif': 'image/gif', 'heic': 'image/heic', 'avif': 'image/avif',
+    'm4a': 'audio/mp4', 'mp3': 'audio/mpeg',
     'aac': 'audio/aac', 'opus': 'audio/ogg', 'ogg': 'audio/ogg', 'flac': 'audio/flac',
     'wav': 'audio/wav', 'weba': 'audio/webm', 'mka': 'audio/x-matroska', 'vtt': 'text/vtt',
     'srt': 'application/x-subrip', 'ass': 'text/x-ssa', 'ttml': 'application/ttml+xml'}
@@ -1246,19 +1265,32 @@ def token(text: str, size: int) -> str:
     return f'{cut(plain_text, size - 9)}-{digest[:8]}'
 
 
-def file_name(title: str, media_id: str, ext: str, part: str = '') -> str:
-    """'title_id.ext' within 255 bytes of UTF-8: the title is cut, id and extension stay.
+def file_name(title: str, media_id: str, ext: str, part: str = '', number: str = '',
+              pattern: str = '%(title)s_%(id)s', limit: int = NAME_BYTES, **fields: str) -> str:
+    """The name of a file by the owner's `pattern`, each part of it within `limit` bytes of UTF-8.
 
-    `part` tells files of one post apart, such as a subtitle's language: 'title_id.part.ext'."""
-    media_id, ext = token(media_id, 100), re.sub('[^A-Za-z0-9]', '', ext[:99])[:10] or 'bin'
-    room = NAME_BYTES - SUFFIX_BYTES - len(media_id.encode()) - 1
-    stem = cut(readable(title).lstrip('.-_~ '), room)
-    if stem or media_id.startswith(('.', '-')):
-        stem += '_'
-    stem += media_id
+    The title is cut; id, number and extension stay: 'title_id_number.ext'. `part` tells files of
+    one medium apart, such as a subtitle's language: 'title_id.part.ext'. `fields`: uploader, site,
+    date. A field that is empty goes with what joins it to the next. Nothing leads out of here."""
+    values = {name: cut(readable(text), 60) for name, text in fields.items()}
+    values['id'] = token(media_id, min(100, limit // 2))
+    ext = re.sub('[^A-Za-z0-9]', '', ext[:99])[:10] or 'bin'
+
+    def fill(pattern, size):
+        values['title'] = cut(readable(title).lstrip('.-_~ '), max(size, 0))
+        return re.sub(r'%\((\w+)\)s([ _.-]*)', lambda found: values.get(found[1]) and
+                      values[found[1]] + found[2] or '', pattern)
+    *folders, last = pattern.split('/')
+    folders = [cut(fill(folder, 60), 100).strip(' .-~') or 'unknown' for folder in folders]
+    if number:
+        last += '_' + number
+    stem = fill(last, limit - SUFFIX_BYTES - len(fill(last, 1).encode()))
+    if re.match('[ .~-]|$', stem):
+        stem = '_' + stem
     if part:
         stem += '.' + token(part, 16)
-    return f'{stem}.{ext}'
+    return '/'.join([*folders, f'{stem}.{ext}'])
+
 
 # ---------- store -------------------------------------------------------------------------
 # Owns the SQLite database: schema, migrations, the verbs of the domain, the group commit. One
@@ -1401,7 +1433,8 @@ class Record(dict):
 def job_of(row: sqlite3.Row) -> Job:
     """The try at this download that comes next."""
     options = tuple((name, value) for name, value in json.loads(row['options'] or '[]'))
-    return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1)
+    return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1,
+               Record.of(row)['files'])
 
 
 def full_sync(file: str) -> None:
@@ -1757,20 +1790,30 @@ class Store:
     def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int) -> bool:
         """The files are on disk and synced: completed."""
         s3_state = 'waiting' if 'upload' in self.outgoing.get('finish', ()) else None
-        title = excerpt(' '.join(outcome.title.split()), 300)  # a lone surrogate cannot be stored
         return self._move(
-            'finish', download_id, now, title=title or None,
-            filename=outcome.files[0].name, file_path=str(folder / outcome.files[0].name),
-            file_size=sum(file.size for file in outcome.files), files=json.dumps(outcome.files),
-            completed_at=now, error_message=None, reason=None, crashes=0,
-            s3_state=s3_state)
+            'finish', download_id, now, completed_at=now, error_message=None, reason=None,
+            crashes=0, s3_state=s3_state, **self._delivered(outcome, folder))
+
+    def _delivered(self, outcome: Outcome, folder: Path) -> dict[str, Any]:
+        """The columns of what is in place."""
+        def text(value, length):  # a lone surrogate cannot be stored
+            return str(value)[:length].encode('utf-8', 'replace').decode() if value else None
+        post, files = outcome.post, outcome.files
+        return {'title': excerpt(' '.join(outcome.title.split()), 300) or None,
+                'filename': files[0].name, 'file_path': str(folder / files[0].name),
+                'file_size': sum(file.size for file in files), 'files': json.dumps(files),
+                'note': excerpt(outcome.note, 500) or None, 'duration': post.get('duration'),
+                'uploader': text(post.get('uploader'), 200),
+                'description': text(post.get('description'), 5000),
+                'upload_date': text(post.get('upload_date'), 8)}
 
     def retry_later(self, download_id: str, attempt: int, due: int, outcome: Outcome,
-                    now: int) -> bool:
-        """The attempt failed; the next one is due then."""
+                    now: int, folder: Path) -> bool:
+        """The attempt failed; the next one is due then, for what is still missing."""
+        delivered = self._delivered(outcome, folder) if outcome.files else {}
         return self._move('retry_later', download_id, now, retry_count=attempt, next_attempt_at=due,
                           error_message=excerpt(outcome.message, 500), reason=outcome.reason,
-                          crashes=0)
+                          crashes=0, **delivered)
 
     def give_up(self, download_id: str, attempt: int, outcome: Outcome, now: int) -> bool:
         """No further attempt."""
@@ -2098,6 +2141,7 @@ ENDINGS: dict[str, tuple[str, int | None, str]] = {
     'unsupported': ('give_up', None, 'There is no video behind this link that can be downloaded'),
     'filtered': ('retry', None, 'The name service of your network hides the site: allow it in the '
                  'DNS filter, the router or the VPN'),
+    'no_post': ('give_up', None, 'Share the video or photo itself'),
     'refused_address': ('give_up', None, 'The link leads to an address that is not on the Internet'),
     'ffmpeg': ('give_up', None, 'Picture and sound come apart and need ffmpeg: '
                                 'install it, then retry'),
@@ -2605,6 +2649,140 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
     return judge_words(links, text)
 
 
+# -- posts
+
+# Forms of a link to a TikTok post; every yt-dlp takes the one with /video/.
+TIKTOK_POST = re.compile(r'https://(?:\w+\.)?tiktokv?\.com/(?:(@[\w.-]*)/(?:video|photo)'
+                         r'|embed(?:/v\d)?|share/video|v)/(\d+)')
+NO_POSTS = tuple((re.compile(rf'https://(?:\w+\.)?{site}\.com/{path}/?(?:[?#]|$)'), what)
+                 for site, path, what in (
+    ('tiktok', r'@[^/?#]+', 'a profile'),
+    ('tiktok', r'(?:@[^/?#]+/)?live(?:/.*)?', 'a live broadcast'),
+    ('tiktok', r'music/.*', 'a sound'),
+    ('tiktok', r'(?:tag|discover|@[^/?#]+/(?:collection|playlist))/.*', 'a collection'),
+    ('instagram', r'reels?/audio/.*', 'a sound'),
+    ('instagram', r'[\w.]+/live(?:/.*)?', 'a live broadcast'),
+    ('instagram', r'explore(?:/.*)?', 'a collection'),
+    ('instagram', r'(?!(?:share|p|tv|reels?|stories)(?:[/?#]|$))[\w.]+(?:/(?:reels|tagged))?',
+     'a profile')))
+
+
+def post_url(url: str) -> str:
+    """A link to a post in the form that every yt-dlp takes. Raises Ending if it is of no post."""
+    if urlsplit(url).hostname == 'l.instagram.com':  # its wrapper for links in messages
+        url = dict(parse_qsl(urlsplit(url).query)).get('u', url)
+    found = TIKTOK_POST.match(url)
+    if found:
+        return f'https://www.tiktok.com/{found[1] or "@_"}/video/{found[2]}'
+    for pattern, what in NO_POSTS:
+        if pattern.match(url):
+            raise Ending('no_post', f'this link leads to {what}')
+    return url
+
+
+def web_addresses(*found: Any) -> list[str]:
+    """Those of them that are web addresses: a site's data may have anything in their place."""
+    return [url for url in found if isinstance(url, str) and url.startswith('https://')]
+
+
+class Pictures:
+    """For Instagram's extractors: `pictures`, a list of the addresses of each, where is no video."""
+
+    def _extract_product_media(self, media, *args, **more):
+        info = super()._extract_product_media(media, *args, **more)
+        if media.get('media_type') == 2 or any(
+                media.get(key) for key in ('video_versions', 'video_dash_manifest')):
+            return info
+        sizes = [size for size in (media.get('image_versions2') or {}).get('candidates') or ()
+                 if isinstance(size, dict)]
+        sizes.sort(key=lambda size: size.get('width') or 0, reverse=True)
+        return self._picture(info, [size.get('url') for size in sizes], media.get('code'))
+
+    def _picture(self, info, urls, code):
+        urls = web_addresses(*urls)
+        formats = [{'url': url, 'format_id': 'picture', 'ext': 'jpg'} for url in urls]
+        return {**info, 'id': code or info.get('id'), 'pictures': [urls],
+                'formats': formats}  # without one yt-dlp takes it for a failure
+
+    def _extract_nodes(self, nodes, is_direct=False):  # what 2025's finds without a login
+        for node in nodes:
+            if node.get('is_video') or node.get('__typename') == 'GraphVideo':
+                yield from super()._extract_nodes([node], is_direct)
+            else:
+                urls = node.get('display_url'), node.get('display_src')
+                yield self._picture({}, urls, node.get('shortcode'))
+
+    def _download_json(self, *args, **more):
+        found = super()._download_json(*args, **more)
+        data = isinstance(found, dict) and found.get('data')
+        post = isinstance(data, dict) and data.get('xdt_shortcode_media')
+        if post and post.get('display_url') and not post.get('video_url'):  # a single picture
+            post.setdefault('edge_sidecar_to_children', {'edges': [{'node': dict(post)}]})
+        return found
+
+
+def post_extractors() -> list[Any]:
+    """yt-dlp's extractors of single posts, with `pictures`. As instances: yt-dlp looks up a class
+    among all extractors."""
+    from yt_dlp.extractor import instagram, tiktok
+
+    class TikTokIE(tiktok.TikTokIE):
+        def _parse_aweme_video_web(self, aweme_detail, *args, **more):
+            info = super()._parse_aweme_video_web(aweme_detail, *args, **more)
+            images = (aweme_detail.get('imagePost') or {}).get('images') or ()
+            info['pictures'] = [web_addresses(*(image.get('imageURL') or {}).get('urlList') or ())
+                                for image in images]
+            return info
+
+    class InstagramIE(Pictures, instagram.InstagramIE):
+        """Of one post."""
+
+    class InstagramStoryIE(Pictures, instagram.InstagramStoryIE):
+        """Of one story."""
+    return [TikTokIE(), tiktok.TikTokVMIE(), InstagramIE(), InstagramStoryIE()]
+
+
+def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
+    """What the site tells of a post: id, site, title, uploader, duration, description, upload_date.
+
+    The title of TikTok and Instagram is the first line of the caption: theirs is cut or made up."""
+    site, title = site_of(url), str(info.get('title') or '')
+    caption = str(info.get('description') or '')
+    if site in SITES and caption.strip():
+        title = caption.strip().splitlines()[0][:200]
+    uploader = info.get('channel') if site == 'instagram.com' else info.get('uploader')
+    made = re.fullmatch(r'(?:Post|Video|Story) by (.+)', str(info.get('title')))
+    date = info.get('upload_date') or ''
+    if info.get('timestamp') and not date:
+        date = time.strftime('%Y%m%d', time.gmtime(info['timestamp']))
+    return {'id': str(info.get('id') or ''), 'site': site, 'title': title[:LONGEST_TITLE],
+            'uploader': str(uploader or made and made[1] or info.get('uploader') or ''),
+            'duration': info.get('duration'), 'description': caption, 'upload_date': date,
+            'timestamp': info.get('timestamp')}
+
+
+def announced(info: dict[str, Any]) -> set[str]:
+    """Whether yt-dlp says that there is 'video' and 'audio' in a format, or in those it merges."""
+    kinds = set()
+    for part in info.get('requested_formats') or [info]:
+        sound_only = media_type(f'x.{part.get("ext")}').startswith('audio/')
+        if part.get('vcodec') != 'none' and not sound_only:
+            kinds.add('video')
+        if part.get('acodec') not in (None, 'none'):
+            kinds.add('audio')
+    return kinds
+
+
+def without_formats(formats: list[dict[str, Any]], got: dict[str, Any], lacking: str) -> list[Any]:
+    """The formats without those in `got` that should have had what is lacking; none if the rest
+    do not announce it."""
+    struck = {str(part.get(key)) for part in got.get('requested_formats') or [got]
+              if lacking in announced(part) for key in ('url', 'format_id')}
+    struck |= {re.sub(r'-\d+$', '', name) for name in struck}  # as the site had it
+    rest = [part for part in formats if not struck & {part.get('url'), part.get('format_id')}]
+    return rest if any(lacking in announced(part) for part in rest) else []
+
+
 # -- yt-dlp, imported and held
 
 LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
@@ -2671,11 +2849,14 @@ def session_class(base: Any) -> Any:
             return self.attempt.fetch(super().urlopen, req)
 
         def extract_info(self, url, *args, **more):
+            url = post_url(url)
             self.attempt.reach.allow_link(url)
             return super().extract_info(url, *args, **more)
 
-        def process_ie_result(self, ie_result, *args, **more):
-            return super().process_ie_result(self.attempt.without_photos(ie_result), *args, **more)
+        def process_ie_result(self, ie_result, download=True, extra_info=None):
+            process = super().process_ie_result
+            return self.attempt.take(lambda info: process(info, download, extra_info), ie_result,
+                                     extra_info or {})
 
         def dl(self, name, info, subtitle=False, test=False):
             attempt = self.attempt
@@ -2795,6 +2976,8 @@ class Meter:
 # What has to be equal for a partial file to be continued.
 SAME = ('format_id', 'filesize', 'vcodec', 'width', 'height', 'tbr', 'duration', 'protocol')
 NAMES_LOCK = threading.Lock()
+SHORT_NAME = 143  # bytes: the limit of eCryptfs
+BAD_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
 BOOT_ID = find_line(Path('/proc/sys/kernel/random/boot_id'), '(.+)')  # '' where there is none
 
 
@@ -2810,15 +2993,42 @@ def end_leftovers(folder: Path) -> None:
                 os.kill(int(pid), signal.SIGKILL)
 
 
-def free_name(output: Path, result: dict[str, Any]) -> str:
-    """A name for the result that nothing in `output` has."""
-    number, part = 1, result['part']
+def new_name(output: Path, result: dict[str, Any], limit: int, **other: str) -> str:
+    """A name for the result that nothing in `output` has, folders included."""
+    number, fields = 1, {**result['names'], **other}
+    part = result['part']
     while True:
-        name = file_name(result['title'], result['id'], result['ext'], part)
+        name = file_name(ext=result['ext'], part=part, limit=limit, **fields)
         if not os.path.lexists(output / name):
             return name
         number += 1
-        part = f'{result["part"]}-{number}' if result['part'] else str(number)
+        part = f'{result["part"]}-{number}'.lstrip('-')
+
+
+def plain_ascii(text: str) -> str:
+    """`text` for a folder that takes no other letters: accents go, the rest is left out."""
+    import unicodedata
+    return unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode()
+
+
+def rename_result(source: Path, output: Path, result: dict[str, Any],
+                  note: Callable[[], None]) -> None:
+    """Rename a result to a free name in `output`; result['name'] is noted before. Raises OSError.
+
+    Encrypted folders take 143 bytes, a share with an old character set plain letters only."""
+    names = result['names']
+    ways = [(NAME_BYTES, {}), (SHORT_NAME, {}),
+            (SHORT_NAME, {key: plain_ascii(text) for key, text in names.items()}),
+            (SHORT_NAME, {'title': '', 'pattern': '%(id)s'})]
+    for limit, other in ways:
+        result['name'] = new_name(output, result, limit, **other)
+        try:
+            (output / result['name']).parent.mkdir(parents=True, exist_ok=True)
+            note()
+            return os.rename(source, output / result['name'])
+        except OSError as error:
+            if error.errno not in BAD_NAME or other.get('pattern'):
+                raise
 
 
 def write_back(path: str, start: int, size: int) -> None:
@@ -2835,8 +3045,11 @@ class JobFolder:
     def __init__(self, path: Path):
         self.path, self.file = path, path / 'job.json'
         self.parts: dict[str, dict[str, Any]] = {}  # by file name: format, total and size if known
-        # finished files: source, title, id, part, ext, name, size
+        # finished files: source, item (of the post), part, ext, size, names, note; name once moved
         self.results: list[dict[str, Any]] = []
+        self.post: dict[str, Any] = {}  # post_facts() of what is behind the link
+        self.missing: list[int] = []    # the items that failed
+        self.total = 1                  # items of the post
         self.current = ''  # the part whose bytes a request brings, '' for others
 
     def open(self) -> None:
@@ -2848,8 +3061,12 @@ class JobFolder:
         end_leftovers(self.path)
         with suppress(OSError, ValueError, TypeError, KeyError):
             note = json.loads(self.file.read_text())
+            self.post, self.missing, self.total = note['post'], note['missing'], note['total']
+            self.results = note['results']
             if note['boot'] == BOOT_ID:
-                self.parts, self.results = note['parts'], note['results']
+                self.parts = note['parts']
+            else:  # a moved file was synced before
+                self.results = [result for result in self.results if 'name' in result]
         self.clear({result['source'] for result in self.results} | {self.file.name} | {
             name + end for name in self.parts for end in ('', '.part', '.ytdl')})
 
@@ -2858,20 +3075,22 @@ class JobFolder:
         for name in set(os.listdir(self.path)) - set(keep):
             (self.path / name).unlink()
 
-    def _drop(self, prefix: str) -> None:
+    def drop(self, prefix: str) -> None:
+        """Remove the files whose names begin so. Raises OSError."""
         self.clear(name for name in os.listdir(self.path) if not name.startswith(prefix))
 
     def save(self) -> None:
         """Write job.json, whole at any moment. Raises OSError."""
-        note = {'boot': BOOT_ID, 'parts': self.parts, 'results': self.results}
-        write_whole(self.file, json.dumps(note), durable=False)
+        note = {'boot': BOOT_ID, 'parts': self.parts, 'results': self.results,
+                'post': self.post, 'missing': self.missing, 'total': self.total}
+        write_whole(self.file, json.dumps(note), durable=bool(self.missing))
 
     def begin(self, name: str, info: dict[str, Any]) -> None:
         """yt-dlp is about to fetch file `name`: keep what is there only if it can be continued."""
         same = json.dumps([info.get(field) for field in SAME], default=str)
         plain_file = info.get('protocol') in ('http', 'https')
         if self.parts.get(name, {}).get('same') != same or not self._sound(name, plain_file):
-            self._drop(name)
+            self.drop(name)
             self.parts[name] = {'same': same}
             self.save()
         self.current = name if plain_file else ''
@@ -2895,7 +3114,7 @@ class JobFolder:
         if partial.stat().st_size < size:
             return False
         os.truncate(partial, size)
-        self._drop(name + '.part-')  # fragments begun
+        self.drop(name + '.part-')  # fragments begun
         return True
 
     def continues(self, response: Any) -> bool:
@@ -2936,13 +3155,17 @@ class JobFolder:
 
     # -- results
 
-    def complete(self, output: Path) -> bool:
-        """Are there results, each here or already in its final place?"""
+    def wanted(self, output: Path) -> list[int] | None:
+        """The items still to be fetched, [] for all; None if every file is here or in place."""
         def there(result):
             final = output / result.get('name', '.')
             moved = final.is_file() and final.stat().st_size == result['size']
             return moved or (self.path / result['source']).exists()
-        return bool(self.results) and all(map(there, self.results))
+        lost = {result['item'] for result in self.results if not there(result)}
+        self.results = [result for result in self.results if result['item'] not in lost]
+        if self.results and not lost and not self.missing:
+            return None
+        return sorted(lost.union(self.missing)) if self.results else []
 
     def move(self, output: Path) -> tuple[MediaFile, ...]:
         """Rename the results to free names in `output`. Raises OSError.
@@ -2952,24 +3175,33 @@ class JobFolder:
             source = self.path / result['source']
             with NAMES_LOCK:
                 if source.exists():
-                    result['name'] = free_name(output, result)
-                    self.save()
-                    os.rename(source, output / result['name'])
-        sync(output)
+                    rename_result(source, output, result, self.save)
+        for folder in {(output / result['name']).parent for result in self.results} | {output}:
+            sync(folder)
         return tuple(MediaFile(result['name'], result['size'], media_type(result['name']))
                      for result in self.results)
 
 
-def forget_files(config: Config, job_id: str, files: Sequence[str]) -> None:
-    """Remove the folder of a download, and its finished files by name."""
+def inside(output: Path, name: str) -> Path:
+    """A finished file by its name in the database: in `output`, or in folders there."""
+    parts = [part for part in name.split('/') if part not in ('', '.', '..')]
+    return output.joinpath(*parts)
+
+
+def forget_files(config: Config, job_id: str, files: Iterable[str]) -> None:
+    """Remove the folder of a download, and its finished files by name, with emptied folders."""
     output = config.downloads.output_directory
     if re.fullmatch(r'[\w-]+', job_id):  # else it could lead out of there
         remove_folder(output / '.incomplete' / job_id)
     for name in files:
+        file = inside(output, name)
         try:
-            (output / os.path.basename(name)).unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
+            for folder in list(file.parents)[:name.count('/')]:
+                folder.rmdir()
         except OSError as error:
-            log.warning('download %s: %s stays: %s', job_id, name, error)
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
+                log.warning('download %s: %s stays: %s', job_id, name, error)
 
 
 # -- is it media?
@@ -2990,6 +3222,15 @@ MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (
     (rb'\x47.{187}\x47', 'ts'),
     (rb'\x00\x00\x01\xba', 'mpg'),
 ))
+
+
+STILLS = {'.jpg': 'jpeg_pipe', '.png': 'png_pipe', '.webp': 'webp_pipe', '.gif': 'gif'}
+
+
+def still_format(path: Path) -> list[str]:
+    """For ffmpeg: the format of a picture. By itself it takes a % in the name for a series."""
+    kind = STILLS.get(path.suffix)
+    return ['-f', kind] if kind else []
 
 
 def magic_kinds(path: Path) -> list[str]:
@@ -3040,6 +3281,33 @@ def mp4_tracks(path: Path) -> set[str]:
     return {kind for kind, some in samples.items() if kind and some}
 
 
+PICTURES = (  # extension, how such a picture begins, what is near its end
+    ('jpg', re.compile(rb'\xff\xd8\xff'), b'\xff\xd9'),
+    ('png', re.compile(rb'\x89PNG\r\n\x1a\n'), b'IEND\xaeB`\x82'),
+    ('gif', re.compile(rb'GIF8[79]a'), b';'),
+    ('webp', re.compile(rb'RIFF.{4}WEBP', re.S), b''),
+    ('avif', re.compile(rb'.{4}ftypavi[fs]', re.S), b''),
+    ('heic', re.compile(rb'.{4}ftyp(?:hei[cx]|mif1|msf1)', re.S), b''))
+
+
+def picture_extension(path: Path) -> str | None:
+    """What kind of picture a file is; None if it is none, or not whole."""
+    size = path.stat().st_size
+    with path.open('rb') as file:
+        start = file.read(64)
+        file.seek(max(size - 1024, 0))
+        end = file.read()
+    ext = next((ext for ext, begin, last in PICTURES if begin.match(start) and last in end), None)
+    if ext == 'webp' and size < struct.unpack('<I', start[4:8])[0] + 8:
+        return None
+    if ext in ('avif', 'heic'):
+        with suppress(ValueError):
+            mp4_tracks(path)
+            return ext
+        return None
+    return ext
+
+
 def tracks(path: Path) -> set[str]:
     """Which of 'video' and 'audio' are in a file, by an mp4's own boxes or by ffprobe.
 
@@ -3073,6 +3341,8 @@ BEST = {  # best that an iPhone plays, then whatever there is; by whether ffmpeg
     False: f'b{PLAYABLE}/b'}
 PROTOCOLS = ('http', 'https', 'm3u8', 'm3u8_native', 'http_dash_segments',
              'http_dash_segments_generator', 'ism')
+PLAIN = {'picture': '.jpg', 'sound': '.m4a'}  # what is fetched as one file, and its usual kind
+LACKING = {'audio': 'sound', 'video': 'picture'}
 WRITE_BACK = 8 << 20  # bytes that the disk begins with at a time, while more is coming
 FEWEST_BYTES = 64 << 10  # to be gained within [downloader] timeout
 DEFAULTS = {  # that the caller may change
@@ -3267,6 +3537,8 @@ class Attempt:
         self.output = config.downloads.output_directory
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
+        self.session: Any = None  # yt-dlp at work
+        self.failures: dict[int, tuple[str, Outcome]] = {}  # by item: what it is, how it ended
         self.stopper = Stopper()
         self.reach = Reach(config, self.folder.path, self.stopper)
         self._writer, self._begun = threading.Thread(), 0.0  # how much of this file the disk has begun with
@@ -3314,15 +3586,6 @@ class Attempt:
         return response
 
     # -- what yt-dlp tells
-
-    def without_photos(self, result: dict[str, Any]) -> dict[str, Any]:
-        """The result without the photos of a carousel."""
-        def is_photo(entry):
-            return (isinstance(entry, dict) and entry.get('_type', 'video') == 'video'
-                    and not any(entry.get(key) for key in ('formats', 'url', 'duration')))
-        if isinstance(result.get('entries'), list):
-            result['entries'] = [entry for entry in result['entries'] if not is_photo(entry)]
-        return result
 
     def choose(self, info: dict[str, Any], incomplete: Any = False) -> None:
         """yt-dlp's match_filter; complete info comes just before the download. Raises Ending."""
@@ -3374,14 +3637,162 @@ class Attempt:
         if told['status'] == 'started' and told['postprocessor'] != 'MoveFiles':
             self.meter.enter('merge')
 
+    # -- the post, item by item
+
+    def take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
+        """What becomes of what an extractor found; None for an item of a post that failed."""
+        at = extra.get('playlist_index')
+        try:
+            return self._take(process, info, extra)
+        except (Exception, Ending) as error:
+            outcome = self._failed(error)
+            if not at or self.stopper.reason or outcome.kind not in ('retry', 'give_up'):
+                raise
+            self.failures[at] = info.get('kind', 'video'), outcome
+            return None
+
+    def _take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
+        single = info.get('_type', 'video') == 'video'
+        if not self.folder.post and (single or 'entries' in info):
+            self.folder.post = post_facts(info, self.job.url)
+        if not single:
+            return process(info)
+        self.folder.total = max(self.folder.total, extra.get('n_entries') or 1)
+        pictures = info.pop('pictures', None)
+        if pictures and not self._wants_sound():
+            info = self._album(info, pictures)
+            if 'entries' in info:
+                return process(info)
+        if 'addresses' in info:
+            got = self._fetch_plain(info, extra)
+        else:
+            got = self._fetch_video(process, info)
+        self._keep(got, extra.get('playlist_index') or 1)
+        return got
+
+    def _wants_sound(self) -> bool:
+        options = dict(self.job.options)
+        wanted = options.get('format') or self.config.downloader.format
+        return bool(options.get('extractaudio') or re.match(r'\(*(?:b|w|best|worst)a', wanted))
+
+    def _album(self, info: dict[str, Any], pictures: list[list[str]]) -> dict[str, Any]:
+        """A photo post as a playlist of its pictures and its sound; a single picture as it is."""
+        formats = info.pop('formats', None) or []
+        sounds = [part['url'] for part in formats if part.get('vcodec') == 'none']
+        if len(pictures) == 1 and not sounds:
+            info.update(kind='picture', addresses=pictures[0])
+            return info
+        items = [{**info, 'kind': 'picture', 'addresses': urls} for urls in pictures]
+        if sounds:
+            items.append({**info, 'kind': 'sound', 'addresses': sounds})
+        return {**info, '_type': 'playlist', 'entries': items}
+
+    def _fetch_plain(self, info: dict[str, Any], extra: Any) -> dict[str, Any]:
+        """A picture or a sound, from the first of its addresses that has it."""
+        kind, failure = info['kind'], Ending('bad_media')
+        for number, url in enumerate(info['addresses']):
+            part = {**extra, 'url': url, 'format_id': kind, 'protocol': urlsplit(url).scheme,
+                    'http_headers': {**self.session.params['http_headers'],
+                                     **(info.get('http_headers') or {})}}
+            name = f'{extra.get("playlist_index") or 0}-{kind}-{number}{PLAIN[kind]}'
+            path = self.folder.path / name
+            try:
+                self.choose(part)
+                self.session.dl(str(path), part)
+                if picture_extension(path) if kind == 'picture' else 'audio' in tracks(path):
+                    return {**info, 'requested_downloads': [{'filepath': str(path)}]}
+            except (Exception, Ending) as error:
+                self.stopper.go_on()
+                failure = error
+        raise failure
+
+    def _fetch_video(self, process: Callable[[Any], Any], info: dict[str, Any]) -> dict[str, Any]:
+        """A video with the picture and the sound that its format announces, else the next best.
+
+        What none of its formats has is missing from the post: then the best is taken as it is."""
+        formats, best = self._formats(info), None
+        while not best or formats:
+            if formats:
+                info = {**info, 'formats': [dict(part) for part in formats]}
+            try:
+                got = process(dict(info))
+            except Exception as error:
+                if best and self._failed(error).reason in ('unsupported', 'ffmpeg'):
+                    break
+                raise
+            lacking = self._lacking(got)
+            if not lacking:
+                return got
+            log.warning('download %s: format %s came without %s', self.job.id,
+                        got.get('format_id'), lacking)
+            if not best:
+                best = {**got, 'note': f'The site sent it without {LACKING[lacking]}.'}
+                file = Path(got['requested_downloads'][0]['filepath'])
+                spare = file.rename(file.with_name('spare-' + file.name))
+            formats = without_formats(formats, got, lacking)
+        self.folder.drop(file.name)
+        spare.rename(file)
+        return best
+
+    def _formats(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+        """The formats that may stand for the post: not the music alone. Raises Ending."""
+        formats = [part for part in info.get('formats') or () if part.get('format_id') != 'picture']
+        if site_of(self.job.url) not in SITES or self._wants_sound():
+            return formats
+        if formats and not any('video' in announced(part) for part in formats):
+            raise Ending('unsupported', 'it is a photo post, and yt-dlp tells only its music')
+        return [part for part in formats if part.get('format_id') != 'audio']  # TikTok's music
+
+    def _lacking(self, got: dict[str, Any] | None) -> str:
+        """'video' or 'audio' if it was announced and did not come. Raises Ending."""
+        files = (got or {}).get('requested_downloads')
+        if not files:
+            raise Ending('bad_media')
+        found = tracks(Path(files[0]['filepath']))
+        wanted = announced(got)
+        if dict(self.job.options).get('extractaudio'):
+            wanted = {'audio'}
+        if not found & {'video', 'audio'}:
+            self.folder.drop(Path(files[0]['filepath']).name)
+            raise Ending('bad_media')
+        return next(iter(sorted(wanted - found)), '')
+
+    def _keep(self, info: dict[str, Any], at: int) -> None:
+        """Note the files of item `at` as results, its subtitles after it. Raises Ending."""
+        post, number = self.folder.post, ''
+        if post['site'] not in SITES:
+            post = post_facts(info, self.job.url)
+        elif self.folder.total > 1:
+            number = str(at)
+        date = re.sub(r'(\d{4})(\d\d)(\d\d)', r'\1-\2-\3', post['upload_date'])
+        names = {'title': post['title'], 'media_id': post['id'] or self.job.id, 'number': number,
+                 'pattern': self.config.downloads.filename, 'uploader': post['uploader'],
+                 'site': post['site'], 'date': date}
+        if dict(self.job.options).get('restrictfilenames'):
+            from yt_dlp.utils import sanitize_filename
+            names['title'] = sanitize_filename(names['title'], restricted=True)
+        files = [(Path(got['filepath']), '') for got in info.get('requested_downloads') or ()]
+        files += [(Path(text['filepath']), language) for language, text
+                  in (info.get('requested_subtitles') or {}).items() if text.get('filepath')]
+        for path, part in files:
+            if not path.exists():  # it was embedded
+                continue
+            extension = picture_extension(path) or media_extension(path)
+            if part:
+                extension = path.suffix[1:]
+            if not extension:
+                self.folder.drop(path.name)
+                raise Ending('bad_media')
+            self.folder.results.append({
+                'source': path.name, 'item': at, 'part': part, 'ext': extension, 'names': names,
+                'size': path.stat().st_size, 'note': info.get('note', '')})
+
     # -- from the link to the files
 
     def run(self) -> Outcome:
         """Download it. In the worker's thread; never raises."""
         try:
             outcome = self._run()
-        except Ending as ending:
-            outcome = ending.outcome
         except BaseException as error:
             outcome = self._failed(error)
         if outcome.kind in ('cancelled', 'give_up'):
@@ -3389,6 +3800,8 @@ class Attempt:
         return outcome
 
     def _failed(self, error: BaseException) -> Outcome:
+        if isinstance(error, Ending):
+            return error.outcome
         if self.stopper.reason:
             return Ending(self.stopper.reason).outcome
         outcome = judge(error, self.output, self.meter.phase == 'page').outcome
@@ -3401,33 +3814,66 @@ class Attempt:
 
     def _run(self) -> Outcome:
         self.stopper.go_on()
+        folder = self.folder
         try:
-            self.folder.open()
+            folder.open()
         except OSError as error:
             log.warning('download %s: %s', self.job.id, error)
             raise Ending(system_reason(error, self.output) or 'output') from None
         self.meter.enter('page')
-        if not self.folder.complete(self.output):
-            self.folder.results = []
+        wanted = folder.wanted(self.output)
+        if wanted is not None:
             watch_process()
             with within(self.reach):
-                self._collect(self._download())
+                self._download(wanted)
+            came = {result['item'] for result in folder.results}
+            for at in set(wanted) - came - set(self.failures):
+                self.failures[at] = 'video', Ending('gone').outcome
+            folder.missing = sorted(self.failures)
+            if not came:
+                return self._worst() if self.failures else Ending('bad_media').outcome
+            folder.results.sort(key=lambda result: result['item'])
+            folder.save()
         self.meter.enter('file')
-        for result in self.folder.results:
-            if (self.folder.path / result['source']).exists():
-                self.stopper.unless_stopped(sync, self.folder.path / result['source'])
-        files = self.folder.move(self.output)
-        self.folder.clear({self.folder.file.name})  # which tells a second run that all is done
-        return Outcome('done', title=self.folder.results[0]['title'], files=files)
+        for result in folder.results:
+            if (folder.path / result['source']).exists():
+                self.stopper.unless_stopped(sync, folder.path / result['source'])
+        files = folder.move(self.output)
+        folder.clear({folder.file.name})  # which tells a second run that all is done
+        names = {file.name for file in files}
+        forget_files(self.config, '', [old.name for old in self.job.files if old.name not in names])
+        return self._outcome(files)
 
-    def _download(self) -> dict[str, Any]:
+    def _worst(self) -> Outcome:
+        """Of the items that failed one that can be tried again, if there is one."""
+        outcomes = [outcome for _, outcome in self.failures.values()]
+        return next((outcome for outcome in outcomes if outcome.kind == 'retry'), outcomes[0])
+
+    def _outcome(self, files: tuple[MediaFile, ...]) -> Outcome:
+        """How it ended, with `files` in place: done, or a retry for the items that are missing."""
+        outcome, notes = Outcome('done'), [result['note'] for result in self.folder.results]
+        if self.failures:
+            names = [f'{kind} {at}' for at, (kind, _) in sorted(self.failures.items())]
+            verb, total = 'is' if len(names) == 1 else 'are', self.folder.total
+            worst = self._worst()
+            notes.insert(0, f'{total - len(names)} of {total}: {" and ".join(names)} {verb} '
+                            f'missing. {worst.message}')
+            if worst.kind == 'retry':
+                outcome = worst._replace(message=notes[0])
+        return outcome._replace(title=self.folder.post['title'], files=files, post=self.folder.post,
+                                note=' '.join(dict.fromkeys(filter(None, notes))))
+
+    def _download(self, items: list[int]) -> None:
         try:
             Session = import_ytdlp(self.ytdlp)
         except Exception:
             log.exception('yt-dlp in %s cannot be used', self.ytdlp)
             raise Ending('ytdlp') from None
+        params = self._params()
+        if items:
+            params['playlist_items'] = ','.join(map(str, items))
         try:
-            session = Session(self._params(), auto_init=False)
+            session = self.session = Session(params, auto_init=False)
         except (SyntaxError, ValueError) as error:  # of yt-dlp's own little languages
             log.warning('download %s: yt-dlp does not take its options: %s', self.job.id, error)
             raise Ending('unsupported', 'not in the format asked for') from None
@@ -3437,19 +3883,16 @@ class Attempt:
         code = 1
         with closing(session):
             try:
-                result = session.extract_info(self._resolve(session))
+                session.extract_info(self._resolve(session))
                 code = session._download_retcode
             finally:
+                self.session = None
                 log.info('download %s: yt-dlp return code %d', self.job.id, code)
-        return result or {}
 
     def _sites(self) -> list[Any]:
         """The extractors that may be asked; for the sites only those of posts: it spares memory."""
         if is_under(host_of(self.job.url), SITES):
-            from yt_dlp.extractor.instagram import InstagramIE, InstagramStoryIE
-            from yt_dlp.extractor.tiktok import TikTokIE, TikTokVMIE
-            # instances: yt-dlp looks up a class among all extractors
-            return [TikTokIE(), TikTokVMIE(), InstagramIE(), InstagramStoryIE()]
+            return post_extractors()
         from yt_dlp.extractor import gen_extractor_classes
         anywhere = self.config.security.allowed_domains == ('*',)
         return [site for site in gen_extractor_classes()
@@ -3457,7 +3900,7 @@ class Attempt:
 
     def _resolve(self, session: Any) -> str:
         """The job's URL; where it leads if no extractor knows its form (share/, m., no www)."""
-        url = self.job.url
+        url = post_url(self.job.url)
         known = any(site.suitable(url) for site in session._ies.values())
         if known or not is_under(host_of(url), SITES):
             return url
@@ -3493,36 +3936,6 @@ class Attempt:
                 'logger': SimpleNamespace(debug=chat, info=chat, warning=chat, error=chat),
                 'match_filter': self.choose, 'progress_hooks': [self._on_media],
                 'postprocessor_hooks': [self._on_step]}
-
-    def _collect(self, result: dict[str, Any]) -> None:
-        """Check what came and note it as results: videos in their order, then subtitles. Raises Ending."""
-        videos, texts, waiting = [], [], [result]
-        while waiting:
-            info = waiting.pop(0)
-            waiting[:0] = [entry for entry in info.get('entries') or () if entry]
-            for got in info.get('requested_downloads') or ():
-                videos.append(self._result(info, Path(got['filepath']), ''))
-            texts += [self._result(info, Path(text['filepath']), language)
-                      for language, text in (info.get('requested_subtitles') or {}).items() if text.get('filepath')]
-        if not videos:
-            raise Ending('unsupported', 'only photos') if 'entries' in result else Ending('bad_media')
-        self.folder.results = videos + [text for text in texts if text]
-        self.folder.save()
-
-    def _result(self, info: dict[str, Any], path: Path, language: str) -> dict[str, Any] | None:
-        from yt_dlp.utils import sanitize_filename
-        if language and not path.exists():  # it was embedded
-            return None
-        extension = path.suffix[1:] if language else media_extension(path) if path.exists() else None
-        if not extension or not language and not tracks(path) & {'video', 'audio'}:
-            self.stopper.go_on()
-            self.folder.clear()
-            raise Ending('bad_media')
-        title = str(info.get('title') or '')[:LONGEST_TITLE]
-        if dict(self.job.options).get('restrictfilenames'):
-            title = sanitize_filename(title, restricted=True)
-        return {'source': path.name, 'title': title, 'id': str(info.get('id') or self.job.id), 'part': language,
-                'ext': extension, 'size': path.stat().st_size}
 
 
 # ---------- vendor ------------------------------------------------------------------------
@@ -4011,7 +4424,7 @@ THUMBNAIL_SECONDS = 20.0         # a Pi needs two for a frame of a 4K video
 THUMBNAIL_FILTER = ("crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',"
                     "scale='min(120,iw)':-2")  # twice what the page shows
 # None that leads to other files, as a playlist does.
-THUMBNAIL_FORMATS = 'mov,matroska,flv,avi,mpegts,mp3,ogg'
+THUMBNAIL_FORMATS = 'mov,matroska,flv,avi,mpegts,mp3,ogg,' + ','.join(STILLS.values())
 
 
 # -- links
@@ -4024,8 +4437,8 @@ def public_base(config: Config, port: int) -> str:
 
 
 def file_path(download_id: str, name: str) -> str:
-    """The path of a finished file below the base."""
-    return f'/files/{download_id}/{quote(name, safe="")}'
+    """The path of a finished file below the base: without its folders, so that no link has any."""
+    return f'/files/{download_id}/{quote(os.path.basename(name), safe="")}'
 
 
 def link_secret(file: Path) -> bytes:
@@ -4461,7 +4874,7 @@ def make_thumbnail(video: Path, picture: Path) -> bool:
     for second in ('1', '0'):  # a clip may be shorter than a second
         command = ['nice', 'ffmpeg', '-nostdin', '-v', 'quiet', '-threads', '1',
                    '-protocol_whitelist', 'file', '-format_whitelist', THUMBNAIL_FORMATS,
-                   '-ss', second, '-i', f'file:{video}', '-frames:v', '1',
+                   *still_format(video), '-ss', second, '-i', f'file:{video}', '-frames:v', '1',
                    '-vf', THUMBNAIL_FILTER, '-q:v', '5', '-f', 'mjpeg', '-y', f'file:{fresh}']
         try:
             picture.parent.mkdir(exist_ok=True)
@@ -4792,7 +5205,8 @@ class Scheduler:
             return self.store.finish(job.id, outcome, downloads.output_directory, int(now))
         if step == 'retry_later':
             due = int(now + delay)
-            self.store.retry_later(job.id, job.attempt, due, outcome, int(now))
+            self.store.retry_later(job.id, job.attempt, due, outcome, int(now),
+                                   downloads.output_directory)
             self.push(job.id, due)  # even if a commit that was reported as failed has stored it
         elif step == 'give_up':
             outcome = outcome._replace(message=last_words(outcome, job.attempt))
@@ -5312,7 +5726,8 @@ REASONS = {status.value: status.phrase for status in HTTPStatus}
 LOOPBACK = networks('127.0.0.0/8,::1')
 REFUSAL_STATUS = {'domain_not_allowed': 403}  # the other codes of Refused are 400
 STORED_FIELDS = ('url', 'status', 'filename', 'file_size', 'error_message', 'next_attempt_at',
-                 'client_id', 'created_at', 'started_at', 'completed_at')
+                 'client_id', 'created_at', 'started_at', 'completed_at', 'note', 'uploader',
+                 'duration', 'description', 'upload_date')
 PROGRESS_FIELDS = ('phase', 'downloaded', 'speed', 'eta')
 COMPRESSIBLE = re.compile('text/|application/(json|manifest)|image/svg')
 
@@ -5947,7 +6362,8 @@ SCHEMAS = {
         'completed_at:integer?! title:string? site filename:string? files:[File '
         'file_size:integer? phase:string? downloaded:integer? speed:number? eta:integer? '
         'retry_count:integer next_attempt_at:integer? client_id created_at:integer '
-        'started_at:integer? public_url:string? thumbnail:string? s3:Copy'),
+        'started_at:integer? public_url:string? thumbnail:string? s3:Copy note:string? '
+        'uploader:string? duration:number? description:string? upload_date:string?'),
     'History': object_schema(
         'total:integer! message! downloads:[Download! version:integer! counts:Counts! '
         'poll_after:integer!'),
@@ -6341,15 +6757,15 @@ def send_file(request: Request, path: Path, media: str, headers: list[tuple[str,
 
 def reply_with_file(app: App, request: Request, file: MediaFile) -> Reply:
     """A finished file: from the proxy where it can read the folder, else by us."""
-    headers = [('Content-Disposition', content_disposition(file.name)), ('Accept-Ranges', 'bytes'),
-               ('Cache-Control', 'private, no-cache'),
+    headers = [('Content-Disposition', content_disposition(os.path.basename(file.name))),
+               ('Accept-Ranges', 'bytes'), ('Cache-Control', 'private, no-cache'),
                ('Cross-Origin-Resource-Policy', 'same-origin')]
     server = app.config.server
     if server.accel_redirect and is_within(request.peer.address, server.trusted_proxies):
         inner = server.accel_redirect + quote(file.name)
         return Reply(200, b'', file.type, (*headers, ('X-Accel-Redirect', inner)))
-    folder = app.config.downloads.output_directory
-    return send_file(request, folder / file.name, file.type, headers)
+    path = inside(app.config.downloads.output_directory, file.name)
+    return send_file(request, path, file.type, headers)
 
 
 def get_file(app: App, request: Request) -> Reply:
@@ -6361,7 +6777,7 @@ def get_file(app: App, request: Request) -> Reply:
             raise HTTPError(401, 'key_wanted', KEY_WANTED['key'])
         raise HTTPError(403, 'bad_link', 'This link has expired or is cut short; copy it again.')
     for file in app.record(request)['files']:
-        if file.name == request.params['name']:
+        if os.path.basename(file.name) == request.params['name']:
             return reply_with_file(app, request, file)
     raise HTTPError(404, 'not_found', 'There is no such file.')
 
@@ -8753,7 +9169,7 @@ class Daemon:
         self.board.count('videoserverd_downloaded_bytes_total', size)
         if over:
             forget_files(self.config, job.id, ())
-        if outcome.kind == 'done' and self.uploader:
+        if over and outcome.files and self.uploader:
             self.uploader.wake()
         self.care.heard(job, outcome)
 
