@@ -25,6 +25,7 @@ import hashlib
 import http.client
 import importlib.util
 import io
+import ipaddress
 import itertools
 import json
 import logging
@@ -4210,6 +4211,59 @@ class TestFailures(DownloadTest):
         error = type('YoutubeDLError', (Exception,), {'orig_msg': 'No space left on device', 'expected': True})()
         self.assert_ends(v.judge(error, self.output, True).outcome, 'give_up', 'unsupported')
 
+    def test_no_connection_pauses_the_queue_whatever_number_its_error_has(self):
+        def answer(client, status, reply, linger):
+            with client:
+                client.recv(9999)
+                client.sendall(status + b'\r\n\r\n')
+                client.recv(9999)  # ClientHello
+                client.sendall(reply)
+                if linger:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        close_notify, fine, words = b'\x15\x03\x03\x00\x02\x01\x00', b'HTTP/1.1 200 OK', b'No space left on device'
+        for how in ((fine, close_notify, False), (fine, b'', True), (fine, b'', False), (words, b'', False),
+                    (b'HTTP/1.1 600 ' + words, b'', False)):
+            with socket.create_server(('127.0.0.1', 0)) as server:
+                def serve(server=server, how=how):
+                    with contextlib.suppress(OSError):
+                        while True:
+                            answer(server.accept()[0], *how)
+                threading.Thread(target=serve, daemon=True).start()
+                proxy = 'http://127.0.0.1:%d' % server.getsockname()[1]
+                with self.subTest(how=how):
+                    self.assert_ends(self.fetch(tiktok_link(1), config=self.config(downloader={'proxy': proxy})),
+                                     'retry', 'network')
+                server.shutdown(socket.SHUT_RDWR)
+        for number in ('EHOSTDOWN', 'ENETUNREACH', 'EIO', 'ENXIO', 'ENODEV', 'ESTALE', 'EROFS', 'ENOSPC', 'EDQUOT'):
+            error = OSError(getattr(errno, number), number)
+            with self.subTest(number=number), unittest.mock.patch('socket.socket.connect', side_effect=error):
+                self.assert_ends(self.fetch(tiktok_link(1)), 'retry', 'network')
+        for error in (ssl.SSLSyscallError(5, 'SSL SYSCALL'), ssl.SSLZeroReturnError(6, 'closed'),
+                      OSError(errno.EIO, 'of something else', '/dev/tty')):
+            self.assertIsNone(v.system_reason(error, self.output))
+
+    def test_our_own_files_do_pause_it(self):
+        for number, reason in ((errno.ENOSPC, 'disk'), (errno.EDQUOT, 'disk'), (errno.EIO, 'output'),
+                               (errno.EROFS, 'output')):
+            for error in (OSError(number, 'x', str(self.output / 'x')), OSError(number, 'x')):
+                with unittest.mock.patch.object(v.JobFolder, 'finished', side_effect=error):
+                    self.assert_ends(self.fetch(self.site.tiktok()), 'pause', reason)
+
+    def test_numbers_of_any_length_are_no_mistake_of_ours(self):
+        playlist = '#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:%s\n#EXTINF:1,\nx.ts\n#EXT-X-ENDLIST\n'
+        self.site.add('127.0.0.1', '/9.m3u8', (playlist % ('9' * 5000)).encode(), 'application/vnd.apple.mpegurl')
+        self.site.add('127.0.0.1', '/9.mp4', movie(), 'video/mp4', headers={'Content-Length': '9' * 5000})
+        for path, reason in (('/9.m3u8', 'site_changed'), ('/9.mp4', 'http')):
+            outcome = self.fetch(self.site.http + path, config=self.direct_config())
+            self.assert_ends(outcome, 'retry', reason)
+
+    def test_without_any_ca_it_says_so_and_goes_on_when_there_is_one(self):
+        nowhere = {'SSL_CERT_FILE': '/nowhere', 'SSL_CERT_DIR': '/nowhere'}
+        post = self.site.tiktok()
+        with unittest.mock.patch.dict(os.environ, nowhere):
+            self.assert_ends(self.fetch(post), 'pause', 'ca_store')
+        self.assert_done(self.fetch(post), post.media[0])
+
     def test_each_kind_of_failure_ends_as_it_should(self):
         tiktok = {'private': ('give_up', 'private'), 'private_post': ('give_up', 'private'),
                   'blocked': ('retry', 'blocked', 2), 'unavailable': ('give_up', 'gone'),
@@ -4906,6 +4960,44 @@ class TestGuard(DownloadTest):
             outcome = self.fetch(self.named('both.example.com') + '/x.mp4', config=self.open_config)
         self.assertEqual(outcome.kind, 'done', outcome)
         self.assertEqual({host for host, _ in self.connected}, {'127.0.0.1'})
+
+    def test_what_a_dns_filter_hides_is_passing_and_never_connected_to(self):
+        for address, host, reason in (
+                ('0.0.0.0', 'www.tiktok.com', 'filtered'), ('::', 'www.tiktok.com', 'filtered'),
+                ('198.18.0.7', 'cdn.example.com', 'filtered'), ('192.168.1.1', 'www.instagram.com', 'filtered'),
+                ('192.168.1.1', 'cdn.example.com', 'refused_address')):
+            with self.subTest(address=address, host=host), self.resolve(address):
+                outcome = self.fetch(f'http://{host}/x.mp4', config=self.open_config)
+                self.assert_ends(outcome, 'give_up' if reason == 'refused_address' else 'retry', reason)
+                self.assertIn(f'{host} is {address}', outcome.message)
+        self.assertEqual(self.connected, [])
+
+    def test_this_machine_and_its_neighbours_are_refused_by_their_global_addresses_too(self):
+        self.assertIn(ipaddress.ip_network('127.0.0.0/8'), v.own_networks())
+        own = [ipaddress.ip_network('11.22.33.0/24'), ipaddress.ip_network('2a01:4f8:1:2::/64')]
+        for address, refused in (
+                ('11.22.33.44', True), ('11.22.34.1', False), ('::ffff:11.22.33.1', True), ('64:ff9b::b16:2101', True),
+                ('2a01:4f8:1:2::9', True), ('2a01:4f8:1:3::9', False)):
+            reach = self.attempt(tiktok_link(1), config=self.open_config).reach
+            with unittest.mock.patch.object(v, 'own_networks', lambda: own):
+                self.assertEqual(reach.allows(address, 443), not refused, address)
+                self.assertEqual(v.is_on_link(address), address == '2a01:4f8:1:2::9', address)
+
+    def test_the_proxy_is_the_one_of_the_configuration_and_nothing_beside_it(self):
+        post = self.site.direct()
+        environment = {name: 'http://127.0.0.1:1' for name in ('http_proxy', 'https_proxy', 'ALL_PROXY')}
+        with unittest.mock.patch.dict(os.environ, environment):
+            self.assertEqual(self.fetch(post, config=self.direct_config()).kind, 'done')
+        port = int(self.site.proxy.rpartition(':')[2])
+        attempt = self.attempt(tiktok_link(1), config=self.config(downloader={'proxy': f'http://localhost:{port}'}))
+        with socket.create_server(('127.0.0.1', 0)) as other, v.within(attempt.reach):
+            socket.create_connection(('localhost', port)).close()
+            for address in (other.getsockname(), ('127.0.0.1', 22), ('8.8.8.8', port), ('127.0.0.2', port)):
+                with self.assertRaises((v.Ending, OSError)), socket.socket() as plain:
+                    plain.connect(address)
+                with self.assertRaises((v.Ending, OSError)):
+                    socket.create_connection(address)
+        self.assertEqual({port for _, port in self.connected}, {port, int(self.site.http.rpartition(':')[2])})
 
     def test_with_a_proxy_address_literals_and_bare_names_are_refused_at_each_hop(self):
         config = self.config(security={'allowed_domains': '*'})
@@ -8482,6 +8574,10 @@ class TestForeignPages(DaemonTest):
             answer = self.daemon.client.post(f'/api/v1/download/{id}/cancel', **headers)
             self.assertEqual(answer.status, status, headers)
         self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{id}', Origin='https://evil.example').status, 403)
+        answer = self.daemon.client.post(f'/api/v1/download/{id}/cancel', Origin='https://videos.example',
+                                         X_Forwarded_For='10.0.0.1')  # its own page, through a proxy that sets no Host
+        self.assertIn('https://videos.example is its own page behind a proxy, set [server] public_base_url',
+                      answer.json['message'])
         answer = self.daemon.client.post('/initiateDownload', {'videoURL': tiktok_link(2)}, Origin='null')
         self.assertEqual(answer.status, 418)
 

@@ -2122,6 +2122,8 @@ ENDINGS: dict[str, tuple[str, int | None, str]] = {
     'disk': ('pause', None, 'The disk is nearly full: delete videos, and the downloads go on'),
     'output': ('pause', None, 'The output folder is missing or read-only: mount or fix it'),
     'ytdlp': ('pause', None, 'yt-dlp is missing or damaged: the command "update" fetches it'),
+    'ca_store': ('pause', None, 'This machine has no CA certificates, so that no site can be '
+                 'verified: install ca-certificates (a Mac: Install Certificates.command)'),
     'timeout': ('retry', None, 'Nothing more came from the site'),
     'network': ('retry', None, 'The connection to the site failed'),
     'http': ('retry', None, 'The site answered with an error'),
@@ -2262,6 +2264,12 @@ def own_networks() -> list[Any]:
                 found.append(ipaddress.ip_network((packed, f'{bits:b}'.count('1')), strict=False))
     libc.freeifaddrs(first)
     return found
+
+
+def is_on_link(address: str) -> bool:
+    """Is it in an IPv6 network of this machine's own, which at home is global, too?"""
+    ip = ipaddress.ip_address(address)
+    return any(ip in net for net in own_networks() if net.version == 6 and net.prefixlen >= 64)
 
 
 def host_of(url: str) -> str:
@@ -2568,6 +2576,7 @@ CLASSES = {'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported',
 STATUSES = {401: 'login', 403: 'blocked', 404: 'gone', 410: 'gone', 451: 'geo'}  # of a page
 PASSING_STATUSES = (408, 425, 429)  # and 5xx
 OUTPUT_ERRORS = (errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
+NETWORKING = re.compile(r'(?:/http/|/urllib/|/networking/|(?:^|/)(?:socket|ssl|socks)\.py)')
 
 
 # -- what went wrong
@@ -2590,17 +2599,37 @@ def is_a(error: BaseException, *names: str) -> bool:
     return any(kind.__name__ in names for kind in type(error).__mro__)
 
 
+def has_ca_store() -> bool:
+    """Are there CAs by which a site can be verified?"""
+    paths = ssl.get_default_verify_paths()
+    return bool(paths.cafile or paths.capath and os.listdir(paths.capath))
+
+
+def where_raised(error: BaseException) -> list[str]:
+    """The files of the code that an error came through, the innermost last."""
+    files, step = [], error.__traceback__
+    while step:
+        files.append(step.tb_frame.f_code.co_filename)
+        step = step.tb_next
+    return files
+
+
 def system_reason(error: BaseException, output: Path) -> str | None:
-    """'disk' or 'output' if this is what an error of the system tells."""
-    number = getattr(error, 'errno', None)
-    if number in (errno.ENOSPC, errno.EDQUOT):
+    """'disk' or 'output' if this is an error of our own files: by the path it names, else by where
+    it was raised. TLS's numbers are its own (5 is not EIO), a connection's tell of no disk."""
+    number, path, files = error.errno, error.filename, where_raised(error)
+    if path is not None:
+        ours = str(path).startswith(str(output))
+    else:
+        ours = files and not any(NETWORKING.search(file) for file in files)
+    if not output.is_dir() or ours and number in OUTPUT_ERRORS:
+        return 'output'
+    if ours and number in (errno.ENOSPC, errno.EDQUOT):
         return 'disk'
-    file = str(getattr(error, 'filename', ''))
-    denied = number in (errno.EACCES, errno.EPERM) and file.startswith(str(output))
-    return 'output' if denied or number in OUTPUT_ERRORS or not output.is_dir() else None
+    return 'output' if ours and path and number in (errno.EACCES, errno.EPERM) else None
 
 
-def judge_words(links: Sequence[BaseException], text: str) -> Ending:
+def judge_words(links: Sequence[BaseException], text: str, output: Path) -> Ending:
     """What yt-dlp says in words only."""
     if 'Requested format is not available' in text:
         if which('ffmpeg'):
@@ -2608,18 +2637,23 @@ def judge_words(links: Sequence[BaseException], text: str) -> Ending:
         return Ending('ffmpeg')
     reasons = [reason for link in links for name, reason in CLASSES.items() if is_a(link, name)]
     extraction = [link for link in links if hasattr(link, 'orig_msg')]
-    reasons += [reason for reason, pattern in PATTERNS if pattern.search(text)
-                and not (extraction and reason == 'disk')]  # a site's disk is not ours
+    helper = any(is_a(link, 'PostProcessingError') for link in links)
+    full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
+    reasons += [reason for reason, pattern in PATTERNS
+                if pattern.search(text) and (reason != 'disk' or full)]
     if reasons:
         return Ending(reasons[0])
     if extraction and extraction[0].expected:
         return Ending('unsupported')
     if extraction:
         return Ending('site_changed')
-    if any(is_a(link, 'PostProcessingError') for link in links):
+    if helper:
         return Ending('crash')
     if is_a(links[0], 'DownloadError'):
         return Ending('network')
+    came_through = where_raised(links[0])
+    if came_through and '/yt_dlp/' in came_through[-1]:  # it trips over what the site sent
+        return Ending('site_changed')
     return Ending('internal')
 
 
@@ -2644,9 +2678,11 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
     transport = [link for link in links if is_a(
         link, 'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeout', 'SSLError',
         'HTTPException')]
+    if not has_ca_store() and any(is_a(link, 'SSLCertVerificationError') for link in links):
+        return Ending('ca_store')
     if transport:
         return Ending('network')
-    return judge_words(links, text)
+    return judge_words(links, text, output)
 
 
 # -- posts
@@ -2825,6 +2861,12 @@ def write_index(_: Reach, __: Any, downloader: Any, ctx: dict[str, Any]) -> None
     write_whole(Path(index), json.dumps({'downloader': note}), durable=False)
 
 
+def cache_context(make: Callable[..., Any]) -> Callable[..., Any]:
+    """All CAs are read once, and again when somebody has installed them."""
+    cached = functools.lru_cache(2)(lambda _, *args, **more: make(*args, **more))
+    return lambda *args, **more: cached(has_ca_store(), *args, **more)
+
+
 def adapt_ytdlp() -> None:
     """The five names of yt-dlp that are replaced; all else is held by the guard. Raises
     AttributeError or ImportError where a release does not have them."""
@@ -2832,7 +2874,7 @@ def adapt_ytdlp() -> None:
     from yt_dlp.downloader.common import FileDownloader
     from yt_dlp.networking import common
     replace(hls, 'FFmpegFD', no_ffmpeg)
-    replace(common, 'make_ssl_context', functools.lru_cache(2))  # all CAs are read once
+    replace(common, 'make_ssl_context', cache_context)
     replace(FileDownloader, 'best_block_size', lambda best: staticmethod(
         lambda *measured: min(best(*measured), LARGEST_BLOCK)))
     for_attempts(fragment.FragmentFD, '_write_ytdl_file', write_index)
@@ -3578,6 +3620,9 @@ class Attempt:
             if getattr(error, 'status', 0) != 416 or not self.folder.current or 'Range' not in request.headers:
                 raise
             response = error.response
+        for name in ('Content-Length', 'Content-Range'):
+            if re.search(r'\d{16}', response.headers.get(name) or ''):
+                raise Ending('http', 'it states a size that cannot be')
         if not self.folder.continues(response):
             response.close()
             del request.headers['Range']
@@ -3931,7 +3976,7 @@ class Attempt:
         return {**params, **FORCED,
                 'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
                 'ratelimit': min(rates, default=None), 'retry_sleep_functions': pause,
-                'proxy': own.proxy or None,
+                'proxy': own.proxy or '',  # and none of the environment's
                 'cookiefile': Cookies(self.config).jar(self.job.url),
                 'logger': SimpleNamespace(debug=chat, info=chat, warning=chat, error=chat),
                 'match_filter': self.choose, 'progress_hooks': [self._on_media],
@@ -6195,7 +6240,10 @@ class App:
                 raise HTTPError(
                     400, 'bad_request', 'X-Forwarded-For names no address.') from None
         request.client = client
-        if not is_within(client, self.config.security.allowed_clients):
+        security = self.config.security
+        at_home = (self.config.server.host == '::' and is_on_link(client)
+                   and security.allowed_clients == PRIVATE_NETWORKS)
+        if not at_home and not is_within(client, security.allowed_clients):
             raise HTTPError(
                 403, 'client_not_allowed', 'This server does not answer your network.')
         if not self.config.server.tls and not is_within(request.peer.address, PRIVATE_NETWORKS):
@@ -6220,7 +6268,11 @@ class App:
         base = urlsplit(self.config.server.public_base_url or '').netloc.lower()
         ours = scheme in ('https', 'http') and host in (request.field('host').lower(), base)
         if (origin and not ours) or site not in ('', 'same-origin', 'none'):
-            raise HTTPError(403, 'foreign_origin', 'Pages of other sites may not use this server.')
+            message = 'Pages of other sites may not use this server.'
+            if request.field('x-forwarded-for'):
+                message += (f' If {excerpt(origin)} is its own page behind a proxy, set [server] '
+                            'public_base_url to that.')
+            raise HTTPError(403, 'foreign_origin', message)
 
     def _check_key(self, request: Request, route: Route) -> None:
         if route.access == 'share' and self._may_share(request):
@@ -9456,6 +9508,12 @@ def check_downloads(config: Config) -> Iterator[Finding]:
                   'ffmpeg is missing: the best video cannot be merged with its sound',
                   'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
     yield from check_ytdlp(config)
+    yield finding(has_ca_store(), 'CA certificates: installed',
+                  'CA certificates are missing: no site can be verified',
+                  'sudo apt-get install ca-certificates (a Mac: Install Certificates.command)')
+    ignored = [name for name in os.environ if re.fullmatch('(?i)(?:https?|all)_proxy', name)]
+    if ignored:
+        yield f'proxy: downloads ignore {", ".join(ignored)}; [downloader] proxy is theirs', ''
     for fine, told in Cookies(config).report(time.time()):
         fault, _, remedy = told.partition(' Fix: ')
         yield finding(fine, f'cookies: {told}', f'cookies: {fault}', remedy)
