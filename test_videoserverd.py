@@ -2360,8 +2360,8 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     16 << 10: 'B_PATH SHARE_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
               'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END body_length check_signature '
               'compress_reply parse_range parse_submission',
-    64 << 10: 'JobFolder unpack Reach local_only own_cookies xml_texts',
-    1 << 20: 'LINK',
+    64 << 10: 'JobFolder unpack Reach local_only xml_texts',
+    1 << 20: 'LINK make_cookie',
 }
 ASSIGNED = (ast.Assign, ast.AnnAssign)
 
@@ -2388,7 +2388,8 @@ def with_pattern(tree: ast.Module) -> List[Tuple[str, str, Any]]:
             elif mine or function in wrappers:
                 flags = [ast.unparse(part) for part in [*call.args[1:], *(word.value for word in call.keywords)]
                          if ast.unparse(part).startswith('re.')]
-                words = {**vars(v), 'tag': 'Key', 'name': 'a', 'fact': '', 'folder': 'a', 'url': urlsplit('http://a')}
+                words = {**vars(v), 'tag': 'Key', 'name': 'a', 'fact': '', 'folder': 'a', 'port': ':80$',
+                         'url': urlsplit('http://a')}
                 method, place = wrappers.get(function, (function[3:], 0))
                 found.append((name, method, re.compile(eval(ast.unparse(call.args[place]), words),
                                                        eval(' | '.join(flags) or '0', words))))

@@ -3451,7 +3451,7 @@ def parse_cookies(data: bytes) -> list[Cookie]:
                          item.get('secure'), item.get('expirationdate', item.get('expires')),
                          item.get('name'), item.get('value', item.get('content'))))
     for line in text.splitlines() if found is None else ():
-        line = re.sub('^#HttpOnly_', '', line.strip(' '))
+        line = line.strip(' ').removeprefix('#HttpOnly_')
         fields = line.split('\t') if '\t' in line else line.split(None, 6)
         if len(fields) in (6, 7) and line[0] != '#':  # an empty value may have lost its tab
             domain, deep, path, secure, expires, name, value = (*fields, '')[:7]
