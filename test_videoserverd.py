@@ -18,10 +18,12 @@ import configparser
 import contextlib
 import ctypes
 import dis
+import email.header
 import errno
 import functools
 import gzip
 import hashlib
+import hmac
 import http.client
 import importlib.util
 import io
@@ -6749,6 +6751,129 @@ class TestHostileServer(unittest.TestCase):
                                         answer_seconds=0.5, limit=1000)
                 self.assertLess(time.monotonic() - begun, fair(2))
                 gone.set()
+
+
+class Listener(ThreadingHTTPServer):
+    """Who is notified: keeps what is POSTed, answers with the statuses in `answers`, then 200."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers['Content-Length']))
+            self.server.told.append((self.path, self.headers, body))
+            self.send_response(self.server.answers.pop(0) if self.server.answers else 200)
+            self.end_headers()
+
+        def log_message(self, *args: Any) -> None:
+            """Says nothing."""
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), self.Handler)
+        self.told: List[Any] = []
+        self.answers: List[int] = []
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        """Its address."""
+        return f'http://127.0.0.1:{self.server_port}'
+
+
+class TestNotify(DaemonTest):
+    """Whoever is to be notified is told at least once, and nobody waits for it."""
+    settings = None
+    together = 'notify'
+
+    def setUp(self) -> None:
+        self.listener = Listener()
+        self.addCleanup(self.listener.server_close)
+        self.addCleanup(self.listener.shutdown)
+        self.told = self.listener.told
+
+    def started(self, url: str, hurry: Any = None, **env: str) -> Daemon:
+        env = {'VIDEOSERVER_NOTIFY_URL': url, **env}
+        return self.new_daemon(env=env, hurry=hurry, downloads={'max_retries': 0, 'retry_delays': 1})
+
+    def test_an_ntfy_topic_gets_title_sentence_link_and_a_high_priority_for_failures(self):
+        daemon = self.started('ntfy+' + self.listener.url + '/videos')
+        done = daemon.download(self.site.tiktok(title='Größe 🐈'))
+        failed = daemon.fails(str(self.site.tiktok(state='private')))
+        wait_until(lambda: len(self.told) == 2)
+        (path, headers, body), (_, other, reason) = self.told
+        title = str(email.header.make_header(email.header.decode_header(headers['Title'])))
+        self.assertEqual((path, title, headers['Priority'], body.decode()),
+                         ('/videos', 'Video saved: Größe 🐈', 'default', done['message']))
+        self.assertEqual((headers['Click'], headers['Tags']), (done['public_url'], 'white_check_mark'))
+        self.assertEqual((other['Priority'], reason.decode()), ('high', failed['error_message']))
+        wait_until(lambda: daemon.rows('SELECT * FROM outbox') == [])
+
+    def test_a_webhook_gets_the_download_as_signed_json_again_until_it_takes_it(self):
+        self.listener.answers[:] = 500, 404
+        daemon = self.started(self.listener.url + '/hook?a=b', VIDEOSERVER_NOTIFY_SECRET='s3cret',
+                              hurry={'COURIER_NAP': 0.2})
+        row = daemon.download(self.site.tiktok())
+        wait_until(lambda: len(self.told) == 3, 20)
+        for path, headers, body in self.told:
+            self.assertEqual(path, '/hook?a=b')
+            self.assertEqual(headers['X-Signature'],
+                             'sha256=' + hmac.new(b's3cret', body, 'sha256').hexdigest())
+            told = json.loads(body)
+            self.assertEqual(told, {**told, 'event': 'completed', 'url': row['url'], 'title': row['title'],
+                                    'download_id': row['download_id'], 'public_url': row['public_url']})
+
+    def test_told_though_kill_9_came_and_the_listener_was_away_and_nothing_waited(self):
+        self.listener.server_close()  # refuses: the port is bound by nobody
+        daemon = self.started(self.listener.url)
+        row = daemon.download(self.site.tiktok())
+        daemon.kill()
+        again = Listener()
+        self.addCleanup(again.server_close)
+        self.addCleanup(again.shutdown)
+        daemon.change_env({'VIDEOSERVER_NOTIFY_URL': again.url})
+        daemon.start()
+        wait_until(lambda: again.told, 70)
+        self.assertEqual(json.loads(again.told[0][2])['download_id'], row['download_id'])
+
+    def test_only_the_events_that_are_wanted_and_not_those_of_an_import(self):
+        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
+        store.outgoing.update(finish=['upload', 'notify'])
+        store.open()
+        self.addCleanup(store.close)
+        outcome = v.Outcome('done', title='a', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),))
+        for number, end in enumerate(('finish', 'give_up', 'import')):
+            id, _ = store.add(v.parse_submission({'url': tiktok_link(number)}, v.load_config(None, {}).security), 1)
+            store.claim(id, 1)
+            if end == 'import':
+                store.write(lambda db, id=id: db.execute("UPDATE downloads SET import_id = 'i' WHERE id = ?", (id,)))
+            if end == 'give_up':
+                store.give_up(id, 1, outcome, 1)
+            else:
+                store.finish(id, outcome, Path('/'), 1)
+        self.assertEqual([row['kind'] for row in store.read('SELECT kind FROM outbox ORDER BY id')],
+                         ['upload', 'notify', 'upload'])
+        store.forget(store.read('SELECT download_id FROM outbox')[0][0])
+        self.assertEqual([row['kind'] for row in store.read('SELECT kind FROM outbox')], ['upload'])
+
+    def test_a_problem_that_lasts_is_told_once_also_across_restarts(self):
+        config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
+        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
+        store.open()
+        self.addCleanup(store.close)
+        problems: List[str] = []
+
+        def looks(*found: List[str]) -> List[str]:
+            """What is told while these are the problems, a minute apart, of a process that has just begun."""
+            del self.told[:]
+            notifier = v.Notifier(config, store, None, '', lambda: problems)
+            for minute, problems[:] in enumerate(found):
+                notifier.step(60.0 * minute)
+            return [json.loads(body)['message'] for _, _, body in self.told]
+        full = ['The disk is full: 12 MB free.'], ['The disk is full: 11 MB free.']
+        self.assertEqual(looks(full[0], [], full[0]), [])  # gone before anybody had to look
+        self.assertEqual(looks(*full, *full), ['The disk is full: 11 MB free.'])
+        self.assertEqual(looks(*full), [])
+        self.assertEqual(looks([], *full), ['The disk is full: 11 MB free.'])
+        store.announce('Import done.', 0)
+        self.assertEqual(looks([]), ['Import done.'])
 
 
 def jpeg_size(data: bytes) -> Tuple[int, int]:

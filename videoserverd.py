@@ -410,6 +410,25 @@ def icloud_url(text: str) -> str:
     return text
 
 
+EVENTS = ('completed', 'failed', 'attention')
+
+
+def event_names(text: str) -> tuple[str, ...]:
+    """Some of EVENTS."""
+    if not set(words(text)) <= set(EVENTS):
+        raise ValueError(f'some of {", ".join(EVENTS)}')
+    return words(text)
+
+
+def notify_url(text: str) -> str:
+    """Who is to be notified: an address that may have a query."""
+    try:
+        http_url(re.sub(r'^ntfy\+|\?[^#]*$', '', text))
+    except ValueError:
+        raise ValueError('an address such as https://ntfy.sh/my-topic') from None
+    return text
+
+
 def proxy_url(text: str) -> str:
     """A proxy that yt-dlp understands."""
     if not re.fullmatch(r'(http|socks4a?|socks5h?)://[^\s/]+/?', text):
@@ -495,6 +514,11 @@ SETTINGS: dict[str, dict[str, Setting]] = {
     'phone': {
         'shortcut_url': Setting('', optional(icloud_url), 'iCloud link of your Shortcut, offered on /setup'),
     },
+    'notify': {
+        'url': Setting('', optional(notify_url),
+                       'an ntfy topic or a webhook that is told how downloads end'),
+        'events': Setting(','.join(EVENTS), event_names, 'what it is told'),
+    },
     's3': {
         'endpoint': Setting('', optional(http_url),
                             'object storage for a copy of each file; empty: none'),
@@ -518,11 +542,12 @@ OTHER_NAMES = {
     'PRT_VIDEODOWNLOADER_VIDEODATAPATH': ('downloads', 'output_directory'),
     'PRT_VIDEODOWNLOADER_HTTPSBASEURL': ('server', 'public_base_url'),
 }
-SECRET_NAMES = ('VIDEOSERVER_API_KEYS', 'AWS_ACCESS_KEY_ID', 'AWS_SECRET_ACCESS_KEY')
+SECRET_NAMES = ('VIDEOSERVER_API_KEYS', 'VIDEOSERVER_NOTIFY_SECRET', 'AWS_ACCESS_KEY_ID',
+                'AWS_SECRET_ACCESS_KEY')
 
 
 class Config(SimpleNamespace):
-    """All settings, a namespace per section, and `file`, `folder`, `api_keys`, the AWS keys."""
+    """All settings, a namespace per section, and `file`, `folder`, the secrets."""
 
 
 Found = Iterator[tuple[str, str, str, str]]  # where, section, key, text
@@ -588,7 +613,7 @@ def check_together(config: Config, where: str) -> None:
         raise ConfigError(f'{where}: [s3] bucket is empty; accepted: the name of a bucket, as '
                           'endpoint is set')
     if config.s3.endpoint and not (config.aws_access_key_id and config.aws_secret_access_key):
-        raise ConfigError(f'{where}: [s3] endpoint needs {" and ".join(SECRET_NAMES[1:])} in the '
+        raise ConfigError(f'{where}: [s3] endpoint needs {" and ".join(SECRET_NAMES[2:])} in the '
                           'environment')
     if config.server.host != '::' and ipaddress.ip_address(config.server.host).is_multicast:
         raise ConfigError(f'{where}: [server] host is a multicast address; accepted: an address of '
@@ -608,6 +633,7 @@ def load_config(file: Path | None, env: dict[str, str]) -> Config:
         vars(config).setdefault(section, SimpleNamespace())
         setattr(getattr(config, section), key, value)
     config.api_keys = words(env.get('VIDEOSERVER_API_KEYS', ''))
+    config.notify_secret = env.get('VIDEOSERVER_NOTIFY_SECRET', '')
     config.aws_access_key_id = env.get('AWS_ACCESS_KEY_ID', '')
     config.aws_secret_access_key = env.get('AWS_SECRET_ACCESS_KEY', '')
     check_together(config, str(file or 'environment'))
@@ -1368,9 +1394,9 @@ OUTBOX_SCHEMA = '''
 -- What another server is to be told: written with what gives reason to, deleted once it is done.
 CREATE TABLE outbox (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    kind TEXT NOT NULL,                -- upload|delete|notify
+    kind TEXT NOT NULL,                -- upload|delete|notify, or known: a problem was told
     download_id TEXT,
-    payload TEXT NOT NULL,             -- of delete: JSON list of the objects' names
+    payload TEXT NOT NULL,             -- the store's verb, a sentence, or JSON names of objects
     attempts INTEGER NOT NULL DEFAULT 0,
     due INTEGER NOT NULL
 );
@@ -1906,15 +1932,37 @@ class Store:
     # -- the outbox
 
     def _post(self, db: sqlite3.Connection, event: str, download_id: str, now: int) -> None:
-        for kind in self.outgoing.get(event, ()):
-            db.execute('INSERT INTO outbox (kind, download_id, payload, due) VALUES (?, ?, ?, ?)',
-                       (kind, download_id, event, now))
+        for kind in self.outgoing.get(event, ()):  # an import tells when all of it is done
+            db.execute('INSERT INTO outbox (kind, download_id, payload, due) '
+                       'SELECT ?, id, ?, ? FROM downloads '
+                       "WHERE id = ? AND (import_id IS NULL OR ? = 'upload')",
+                       (kind, event, now, download_id, kind))
 
-    def next_outgoing(self, kinds: Sequence[str], now: int, latest: int) -> sqlite3.Row | None:
-        """What of these kinds is due first, or due after `latest`: the clock was ahead."""
+    def announce(self, sentence: str, now: int) -> None:
+        """Have whoever is to be notified told this, as an event `attention`."""
+        self.write(lambda db: db.execute(
+            "INSERT INTO outbox (kind, payload, due) VALUES ('notify', ?, ?)", (sentence, now)))
+
+    def note_problems(self, there: Iterable[str], new: dict[str, str], now: int) -> None:
+        """Announce the problems `new`, by name, once, until they are not `there` any more."""
+        known = {row['payload'] for row in self.read(
+            "SELECT payload FROM outbox WHERE kind = 'known'")}
+        over, begun = known - set(there), new.keys() - known
+
+        def work(db):
+            for name in over:
+                db.execute("DELETE FROM outbox WHERE kind = 'known' AND payload = ?", (name,))
+            for name in begun:
+                rows = [('known', name, now), ('notify', new[name], now)]
+                db.executemany('INSERT INTO outbox (kind, payload, due) VALUES (?, ?, ?)', rows)
+        if over or begun:
+            self.write(work)
+
+    def next_outgoing(self, kinds: Sequence[str], latest: int) -> sqlite3.Row | None:
+        """What of these kinds is due first; one after `latest` is overdue: the clock was ahead."""
         marks = ', '.join('?' * len(kinds))
-        rows = self.read(f'SELECT * FROM outbox WHERE kind IN ({marks}) AND (due <= ? OR due > ?) '
-                         'ORDER BY due, id LIMIT 1', (*kinds, now, latest))
+        rows = self.read(f'SELECT * FROM outbox WHERE kind IN ({marks}) '
+                         'ORDER BY due > ? DESC, due, id LIMIT 1', (*kinds, latest))
         return rows[0] if rows else None
 
     def settle(self, item: sqlite3.Row, now: int, due: int | None, state: str = '',
@@ -4790,8 +4838,9 @@ class Courier:
     """A thread that sends what the store's outbox has for another server, one thing at a time.
 
     `kinds` are those it takes; `send(item, now)` does it and gives what Store.settle is to note,
-    or raises Trouble."""
+    or raises Trouble. `fails` begins the sentence about an error in health."""
     kinds: tuple[str, ...] = ()
+    fails = ''
 
     def __init__(self, name: str, client: HttpClient, store: Any, delays: Sequence[int]):
         self.error: str | None = None  # why it fails at present, a sentence; for health
@@ -4824,11 +4873,13 @@ class Courier:
 
     def _run(self) -> None:
         while not self._stopping:
+            nap = COURIER_NAP
             try:
                 nap = self.step(time.time())
+            except StoreDown as error:
+                log.warning('%s: waits for the database: %s', self._thread.name, error)
             except Exception:
                 log.exception('%s: going on after', self._thread.name)
-                nap = COURIER_NAP
             with self._changed:
                 self._changed.wait_for(lambda: self._woken or self._stopping, nap)
                 self._woken = False
@@ -4838,11 +4889,13 @@ class Courier:
         comes a pause, so that a server that is down is not asked once for each of many."""
         if 0 < self._pause_until - now <= COURIER_NAP:  # more: the clock was set back
             return self._pause_until - now
-        item = self.store.next_outgoing(self.kinds, int(now), int(now) + LONGEST_DELAY)
+        item = self.store.next_outgoing(self.kinds, int(now) + LONGEST_DELAY)
         if not item:
             return COURIER_NAP
+        if 0 < item['due'] - now <= LONGEST_DELAY:
+            return min(item['due'] - now, COURIER_NAP)
         with self._changed:
-            self._current = item['download_id']
+            self._current = item['download_id'] or ''
             if not self._stopping:
                 self.client.halted.clear()
         try:
@@ -4878,6 +4931,7 @@ class Courier:
 class Uploader(Courier):
     """Puts finished files into the bucket until each is stored, lost or forgotten."""
     kinds = ('upload', 'delete')
+    fails = 'Copies to the bucket fail'
 
     def __init__(self, config: Config, bucket: Bucket, store: Any):
         super().__init__('upload', bucket.client, store, config.downloads.retry_delays)
@@ -4908,6 +4962,83 @@ class Uploader(Courier):
             return 'gone', error
         log.info('download %s: stored in bucket %s', row['id'], self.bucket.s3.bucket)
         return 'stored', None
+
+
+MOST_NOTICES = 10  # tries of a notification: the last one comes after more than a day
+NTFY_PRIORITY = {'completed': 'default', 'failed': 'high', 'attention': 'high'}
+NTFY_TAGS = {'completed': 'white_check_mark', 'failed': 'x', 'attention': 'warning'}
+NTFY_TITLE = {'completed': 'Video saved', 'failed': 'Not saved', 'attention': 'Please look'}
+
+
+def header_text(text: str) -> str:
+    """A header's value; beyond ASCII by RFC 2047, which ntfy reads."""
+    text = excerpt(' '.join(text.split()), 200)
+    if text.isascii():
+        return text
+    return f'=?UTF-8?B?{binascii.b2a_base64(text.encode(), newline=False).decode()}?='
+
+
+class Notifier(Courier):
+    """Tells [notify] url what has happened: an ntfy topic in words (docs.ntfy.sh/publish), any
+    other address the download as JSON. Problems are looked at once a minute."""
+    kinds = ('notify',)
+    fails = 'Notifications fail'
+
+    def __init__(self, config: Config, store: Any, describe: Callable[[Any], dict[str, Any]],
+                 page: str, problems: Callable[[], list[str]]):
+        super().__init__('notify', HttpClient(), store, config.downloads.retry_delays)
+        self.describe, self.page, self.problems = describe, page, problems
+        self.events, self.secret = config.notify.events, config.notify_secret.encode()
+        self.url = config.notify.url.replace('ntfy+', '', 1)
+        self.host = urlsplit(self.url).hostname or ''
+        self.ntfy = self.url != config.notify.url or 'ntfy' in self.host.split('.')
+        self._looked, self._seen = -math.inf, set()
+
+    def step(self, now: float) -> float:
+        """As any courier, after a look at what is wrong."""
+        if 'attention' in self.events and not 0 <= now - self._looked < COURIER_NAP:
+            found = {re.match(r'\D*', text)[0]: text for text in self.problems()
+                     if not text.startswith(self.fails)}
+            lasting = {name: found[name] for name in found if name in self._seen}
+            self.store.note_problems(found, lasting, int(now))
+            self._looked, self._seen = now, set(found)
+        return super().step(now)
+
+    def send(self, item: Any, now: int) -> tuple[Any, ...]:
+        """It is told. Raises Trouble."""
+        if item['attempts'] >= MOST_NOTICES:
+            log.warning('notify %s: given up', item['download_id'])
+            return ()
+        event, told = 'attention', {'message': item['payload']}
+        if item['download_id']:
+            event = {'finish': 'completed'}.get(item['payload'], 'failed')
+            try:
+                told = self.describe(self.store.get(item['download_id']))
+            except LookupError:  # deleted meanwhile
+                return ()
+        headers, body = self._compose(event, told, now)
+        try:
+            status, _, _ = self.client.call('POST', self.url, headers, body)
+        except OSError as error:
+            raise Trouble(f'{self.host} cannot be reached: {excerpt(str(error), 200)}') from None
+        if not 200 <= status < 300:
+            raise Trouble(f'{self.host} answers with HTTP {status}')
+        return ()
+
+    def _compose(self, event: str, told: dict[str, Any], now: int) -> tuple[dict[str, str], bytes]:
+        """Headers and body."""
+        if self.ntfy:
+            title = told.get('title') or told.get('url')
+            title = f'{NTFY_TITLE[event]}: {title}' if title else NTFY_TITLE[event]
+            click = told.get('public_url') or self.page
+            return {'Title': header_text(title), 'Priority': NTFY_PRIORITY[event],
+                    'Tags': NTFY_TAGS[event], 'Click': click}, told['message'].encode()
+        body = json.dumps({'event': event, 'sent_at': now, **told}).encode()
+        headers = {'Content-Type': 'application/json'}
+        if self.secret:
+            import hmac
+            headers['X-Signature'] = 'sha256=' + hmac.new(self.secret, body, 'sha256').hexdigest()
+        return headers, body
 
 
 # -- thumbnails
@@ -8886,9 +9017,9 @@ class Health:
     """What pauses the queue, what is wrong, the figures of /metrics."""
 
     def __init__(self, config: Config, store: Store, board: Board, care: Care,
-                 upload_error: Callable[[], str | None]):
+                 couriers: Sequence[Courier]):
         self.config, self.store, self.board, self.care = config, store, board, care
-        self.upload_error = upload_error  # why copies to the bucket fail
+        self.couriers = couriers
         self.started = time.time()
 
     def preflight(self) -> str | None:
@@ -8918,7 +9049,7 @@ class Health:
 
     def problems(self, paused: str | None) -> list[str]:
         """What is wrong, each a sentence with what fixes it."""
-        days, failing = self.certificate_days(), self.upload_error()
+        days = self.certificate_days()
         found = [paused, *self.care.problems.values(), self.care.vendor.held_back()]
         if self.store.error:
             found.append(f'Links cannot be stored: {self.store.error}. '
@@ -8926,8 +9057,8 @@ class Health:
         if days is not None and days < CERTIFICATE_WARNING_DAYS:
             found.append(f'The certificate ends in {days} days. '
                          f'Fix: `{program(self.config)} cert`')
-        if failing:
-            found.append(f'Copies to the bucket fail: {failing}')
+        found += [f'{courier.fails}: {courier.error}' for courier in self.couriers
+                  if courier.error]
         cookies = Cookies(self.config).report(time.time())
         found += [f'Cookies: {told}' for fine, told in cookies if not fine]
         return [message for message in found if message]
@@ -8979,13 +9110,13 @@ class Daemon:
         self.store = Store(config.database.path, config.security.requests_per_hour)
         self.board = Board(int(time.time()) % 10 ** 8)
         self.care = Care(config, self.store, self.board, lambda: self._ask('restart'))
+        self.couriers: list[Courier] = []
         self.health = Health(config, self.store, self.board, self.care,
-                             lambda: self.uploader and self.uploader.error)
+                             self.couriers)
         self.scheduler = Scheduler(config, self.store, self.board, self._new_attempt,
                                    self.health.preflight, self._on_outcome,
                                    lambda: self._ask('restart'))
         self.bucket = Bucket(config) if config.s3.endpoint else None
-        self.uploader: Uploader | None = None
         self.lock = Lock(config.database.path)
         self.server: Server | None = None
         self.next_socket: socket.socket | None = None  # where the next life listens, if elsewhere
@@ -9058,17 +9189,30 @@ class Daemon:
         # For the threads and their children: signals are for main alone.
         signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
         self.care.ytdlp = self.care.vendor.current()
-        if self.bucket:
-            self.store.outgoing['finish'] = ['upload']
-            self.uploader = Uploader(self.config, self.bucket, self.store)
-            self.uploader.start()
-        self.server = Server(sock, self._make_app(sock.getsockname()[1]), context)
+        app = self._make_app(sock.getsockname()[1])
+        self._start_couriers(app)
+        self.server = Server(sock, app, context)
         self.scheduler.start()
         accept = threading.Thread(target=self.server.serve_forever, args=(0.5,), name='accept')
         accept.daemon = True
         accept.start()
         self.care.start(self.scheduler, self.server)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
+
+    def _start_couriers(self, app: App) -> None:
+        """The threads that empty the outbox, and what puts something into it."""
+        notify, outgoing = self.config.notify, self.store.outgoing
+        if self.bucket:
+            outgoing['finish'] = ['upload']
+            self.couriers.append(Uploader(self.config, self.bucket, self.store))
+        if notify.url:
+            for verb, event in (('finish', 'completed'), ('give_up', 'failed')):
+                outgoing[verb] = [*outgoing.get(verb, ()), *['notify'] * (event in notify.events)]
+            self.couriers.append(Notifier(
+                self.config, self.store, app.describe, public_base(self.config, app.port),
+                lambda: self.health.problems(self.health.preflight())))
+        for courier in self.couriers:
+            courier.start()
 
     def _make_app(self, port: int) -> App:
         config = self.config
@@ -9180,8 +9324,8 @@ class Daemon:
         if not restart:
             self.server.server_close()
         stopper.join(5)
-        if self.uploader:
-            self.uploader.stop()
+        for courier in self.couriers:
+            courier.stop()
         self.care.freshness.stop()
         self.store.close()
         if restart:
@@ -9221,8 +9365,8 @@ class Daemon:
         self.board.count('videoserverd_downloaded_bytes_total', size)
         if over:
             forget_files(self.config, job.id, ())
-        if over and outcome.files and self.uploader:
-            self.uploader.wake()
+        for courier in self.couriers * over:
+            courier.wake()
         self.care.heard(job, outcome)
 
     def _forget(self, record: Record) -> bool:
@@ -9235,8 +9379,8 @@ class Daemon:
         forget_files(self.config, record['id'], names)
         with suppress(OSError):
             (self.care.thumbs / f'{record["id"]}.jpg').unlink()
-        if self.uploader:
-            self.uploader.wake(record['id'])
+        for courier in self.couriers:
+            courier.wake(record['id'])
         self.board.post(record['id'])
         return True
 
