@@ -438,8 +438,9 @@ class Daemon:
     # -- what it does
 
     def submit(self, url: str, **fields: Any) -> str:
-        """Posts a link; its download_id. AssertionError unless it is queued."""
-        status, _, body = self.client.post('/api/v1/download', {'url': str(url), 'client_id': 'test', **fields})
+        """Posts a link, to be fetched even if it is here; its download_id. AssertionError unless it is queued."""
+        status, _, body = self.client.post('/api/v1/download', {
+            'url': str(url), 'client_id': 'test', 'again': True, **fields})
         assert status == 202, (status, body)
         return body['download_id']
 
@@ -944,6 +945,62 @@ class TestMainJob(DaemonTest):
         self.assertEqual(seen, sorted(seen))
         self.assertGreater(len(set(seen)), 3)
         self.assertEqual(seen[-1], 100)
+
+
+class TestSamePost(DaemonTest):
+    """A post is fetched once, whatever its link looks like; its files are there until its last download goes."""
+    settings = {'downloads': {'max_concurrent': 2}}
+
+    def get(self, link: Any, **fields: Any) -> Answer:
+        """Post a link; the answer, once the download has ended."""
+        told = self.daemon.client.post('/api/v1/download', {'url': str(link), **fields})
+        self.daemon.wait_status(told.json['download_id'], 'completed')
+        return told
+
+    def test_by_four_links_one_file(self):
+        for post, others in ((self.site.tiktok(), ['vm', 'vt', 't']), (self.site.instagram(), [])):
+            links = [post, *(self.site.short(post, form) for form in others)]
+            links.append(f'https://www.tiktokv.com/share/video/{post.id}/')
+            if not others:
+                links[-1] = str(post).replace('/reel/', '/p/')
+            answers = [self.get(link) for link in links]
+            rows = [self.daemon.status(told.json['download_id']) for told in answers]
+            self.assertEqual({row['files'][0]['name'] for row in rows}, {rows[0]['filename']})
+            self.assertEqual(sum(len(media.requests) for media in post.media), 1)
+            last = answers[-1]
+            self.assertEqual((last.status, last.json['status'], last.json['message'], last.json['download_id']),
+                             (200, 'completed', 'You have this video already', rows[-1]['download_id']))
+            self.assertEqual(len({row['download_id'] for row in rows}), 1 + len(others))
+            self.assertEqual([row['title'] for row in rows], [rows[0]['title']] * len(rows))
+
+    def test_files_go_with_the_last_download(self):
+        post = self.site.tiktok()
+        first, second = [self.get(link).json['download_id'] for link in (post, self.site.short(post))]
+        file = self.daemon.output / self.daemon.status(first)['filename']
+        self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{first}').status, 200)
+        self.assertTrue(file.exists())
+        same_bytes(self.daemon, self.daemon.status(second), *post.media)
+        self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{second}?files=keep').status, 200)
+        self.assertTrue(file.exists())
+        third = self.get(post).json['download_id']
+        self.assertEqual(len(post.media[0].requests), 2, 'nobody knows of the file that was kept')
+        self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{third}').status, 200)
+
+    def test_a_deleted_file_is_fetched_again_and_so_is_what_is_wanted_again(self):
+        post = self.site.tiktok()
+        first = self.get(post)
+        (self.daemon.output / self.daemon.status(first.json['download_id'])['filename']).unlink()
+        for link, fields, status in ((post, {}, 202), (self.site.short(post), {}, 202), (post, {'again': True}, 202),
+                                     (self.site.short(post), {'again': True}, 202)):
+            self.assertEqual(self.get(link, **fields).status, status)
+        self.assertEqual(len(post.media[0].requests), 4, 'the first short link had the files of the second try')
+
+    def test_two_at_once_by_links_that_do_not_tell(self):
+        post = self.site.tiktok(speed=200_000, size=400_000)
+        ids = [self.daemon.submit(self.site.short(post), again=False) for _ in range(2)]
+        names = {self.daemon.wait_status(id, 'completed', 40)['filename'] for id in ids}
+        self.assertEqual((len(names), len(post.media[0].requests)), (1, 1))
+        self.assertEqual({self.daemon.status(id)['retry_count'] for id in ids}, {0})
 
 
 class TestDirectLinks(DaemonTest):
@@ -2221,7 +2278,7 @@ SHARED = [  # what arrives, and the canonical links that are in it
     ('https://www.instagram.com/share/reel/BAx?igsh=1', ['https://www.instagram.com/share/reel/BAx?igsh=1']),
     ('Look at this! https://vm.tiktok.com/ZM1/', ['https://vm.tiktok.com/ZM1/']),
     ('Check out Anna\'s video! #TikTok > https://vm.tiktok.com/ZM1/ Get the app: https://www.tiktok.com/tiktoklite',
-     ['https://vm.tiktok.com/ZM1/', 'https://www.tiktok.com/tiktoklite']),
+     ['https://vm.tiktok.com/ZM1/']),
     ('Schau dir Müllers Video an – „https://vm.tiktok.com/ZM1/“!', ['https://vm.tiktok.com/ZM1/']),
     ('«https://vm.tiktok.com/ZM1»', ['https://vm.tiktok.com/ZM1']),
     ('(https://vm.tiktok.com/ZM1/).', ['https://vm.tiktok.com/ZM1/']),
@@ -2265,7 +2322,7 @@ class TestSharedText(unittest.TestCase):
     def test_every_form_of_link_and_sentence(self):
         for text, urls in SHARED:
             with self.subTest(text=text):
-                found = [item for _, item in v.parse_links(text, LISTED)] if v.find_urls(text) else []
+                found = [item for _, item in v.parse_links(text, LISTED)[0].values()] if v.find_urls(text) else []
                 self.assertEqual([item for item in found if isinstance(item, str)], urls)
                 if urls:
                     self.assertEqual(v.parse_submission({'url': text}, LISTED).url, urls[0])
@@ -2283,15 +2340,18 @@ class TestSharedText(unittest.TestCase):
         self.assertEqual(refusal(v.parse_submission, {'url': 'https://evil.com/ https://u@tiktok.com/1'}, LISTED),
                          'domain_not_allowed')
 
-    def test_control_characters_are_not_taken_out_of_a_link(self):
-        for text in ('https://www.tik\ttok.com/@a', 'https://www.tiktok.com/@a\t1', 'https://www.tiktok.com/@a\0',
-                     'https://www.tiktok.com/\x1b[31m'):
-            self.assertEqual(refusal(v.parse_submission, {'url': text}, LISTED), 'bad_url', text)
+    def test_control_characters_end_a_link_and_are_never_taken_out_of_a_host(self):
+        self.assertEqual(refusal(v.parse_submission, {'url': 'https://www.tik\ttok.com/@a'}, LISTED), 'bad_url')
+        for mark in '\t\x0b\x0c\0\x1b\r\n':
+            text = f'{mark}Look!{mark}https://vm.tiktok.com/1{mark}'
+            self.assertEqual(v.parse_submission({'url': text}, LISTED).url, 'https://vm.tiktok.com/1', repr(mark))
+            self.assertEqual(v.parse_batch({'text': text}, LISTED)[0][0][1].url, 'https://vm.tiktok.com/1', repr(mark))
 
     def test_every_link_in_order_and_once(self):
         text = ('https://vm.tiktok.com/2 vm.tiktok.com/1 https://evil.com/ http://vm.tiktok.com/2#x '
                 'https://evil.com/ https://vm.tiktok.com/3')
-        rows = v.parse_batch({'text': text, 'client_id': 'c', 'timestamp': 5}, LISTED)
+        rows, rest = v.parse_batch({'text': text, 'client_id': 'c', 'timestamp': 5}, LISTED)
+        self.assertEqual(rest, [])
         self.assertEqual([written for written, _ in rows],
                          ['https://vm.tiktok.com/2', 'https://vm.tiktok.com/1', 'https://evil.com/',
                           'https://vm.tiktok.com/3'])
@@ -2358,10 +2418,10 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     63: 'IGNORED', 128: 'parse_name UNSAFE whole escape_like', 255: 'forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec', 1000: 'HOSTILE token', 2000: 'PATTERNS judge runs_here version_key',
     4096: 'parse_size OPTION_ROWS upto rate version_in Vendor MAGIC',
-    8192: 'canonical_host LABEL WEB_LINK AUTHORITY split_url site_of',
+    8192: 'canonical_host LABEL WEB_LINK AUTHORITY split_url site_of POST_PATHS ADVERTISEMENT',
     16 << 10: 'B_PATH SHARE_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
               'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END body_length check_signature '
-              'compress_reply parse_range parse_submission',
+              'compress_reply parse_range',
     64 << 10: 'JobFolder unpack Reach local_only xml_texts',
     1 << 20: 'LINK make_cookie',
 }
@@ -2773,8 +2833,8 @@ class TestStates(unittest.TestCase):
     """Statuses, what may follow what, and when."""
 
     def test_every_state_is_reached_and_left(self):
-        self.assertEqual({after for _, after in v.TRANSITIONS.values()}, set(v.STATES))
-        self.assertEqual({state for before, _ in v.TRANSITIONS.values() for state in before},
+        self.assertEqual({after for _, after in v.TRANSITIONS.values()}, {*v.STATES, ''})  # '': forgotten
+        self.assertEqual({state for before, after in v.TRANSITIONS.values() if after for state in before},
                          set(v.STATES) - {'completed'})
         sources = [before for before, after in v.TRANSITIONS.values() if after == 'downloading']
         self.assertEqual(sources, [('queued',)])
@@ -3098,15 +3158,42 @@ class TestPhone(DaemonTest):
         return self.daemon.client.post('/api/v1/download', body, Content_Type=content_type)
 
     def test_same_client_url_timestamp_gets_the_same_id(self):
-        first = self.post(url=tiktok_link(1), client_id='a', timestamp=9)
-        again = self.post(url=tiktok_link(1), client_id='a', timestamp=9)
+        link = 'https://vm.tiktok.com/ZM1/'  # which tells nothing of the post
+        first = self.post(url=link, client_id='a', timestamp=9)
+        again = self.post(url=link, client_id='a', timestamp=9)
         self.assertEqual((first.status, again.status), (202, 200))
         self.assertEqual(first.json['download_id'], again.json['download_id'])
         for fields in ({'client_id': 'b', 'timestamp': 9}, {'client_id': 'a', 'timestamp': 10}, {'client_id': 'a'}):
-            self.assertEqual(self.post(url=tiktok_link(1), **fields).status, 202, fields)
+            self.assertEqual(self.post(url=link, **fields).status, 202, fields)
         self.daemon.restart()
-        self.assertEqual(self.post(url=tiktok_link(1), client_id='a', timestamp=9).json['download_id'],
+        self.assertEqual(self.post(url=link, client_id='a', timestamp=9).json['download_id'],
                          first.json['download_id'])
+
+    def test_a_post_that_is_on_its_way_by_any_of_its_links(self):
+        for forms in (('tiktok.com/@somebody/video/77', 'www.tiktok.com/@other/photo/77?x=1', 'm.tiktok.com/v/77.html',
+                       'www.tiktokv.com/share/video/77/', 'www.tiktok.com/embed/v2/77'),
+                      ('instagram.com/p/C0DE_-12345/?img_index=2', 'www.instagram.com/reel/C0DE_-12345',
+                       'www.instagram.com/some.body/reel/C0DE_-12345/', 'www.instagram.com/tv/C0DE_-12345/?igsh=x')):
+            first = self.post(URL=f'https://{forms[0]}', client_id='a', timestamp=1)
+            self.assertEqual(first.status, 202, first.json)
+            for link in forms:
+                told = self.post(Url=link, client_id='b')
+                self.assertEqual((told.status, told.json['status'], told.json['message'], told.json['download_id']),
+                                 (200, 'queued', 'It is on its way', first.json['download_id']), link)
+                self.assertEqual(self.post(url=link, ytdlp_cli_parameters=['-R', '3', '--yes-playlist']).status, 200)
+            ids = {first.json['download_id']}
+            for fields in ({'again': True}, {'ytdlp_cli_parameters': '-x'}):
+                told = self.post(url=forms[0], client_id='c', **fields)
+                self.assertEqual(told.status, 202, fields)
+                ids.add(told.json['download_id'])
+            told = self.daemon.client.post('/initiateDownload', {'videoUrl': forms[1]}).json
+            self.assertIn(told['downloadUUID'], ids)
+            for path, body in (('/api/v1/download?again=1', {'url': forms[0]}),
+                               ('/api/v1/downloads?again=1', {'text': forms[0]}),
+                               ('/share/x?again=1', {'text': forms[0]})):
+                self.assertEqual(self.daemon.client.post(path, body).status, 202, path)
+            again = self.daemon.client.post('/initiateDownload?again=1', {'videoURL': forms[1]}).json
+            self.assertNotIn(again['downloadUUID'], ids)
 
     def test_same_one_when_both_arrive_at_once(self):
         ids = []
@@ -6969,8 +7056,8 @@ def finished(daemon: Daemon, *files: Tuple[str, int]) -> str:
     daemon.output.mkdir(parents=True, exist_ok=True)
     daemon.database.parent.mkdir(parents=True, exist_ok=True)
     store.open()
-    fields = {'url': 'https://www.tiktok.com/@tester/video/1', 'client_id': 'test'}
-    id, _ = store.add(v.parse_submission(fields, daemon.config.security), now)
+    fields = {'url': tiktok_link(time.monotonic_ns()), 'client_id': 'test'}
+    id = store.add(v.parse_submission(fields, daemon.config.security), now).id
     store.claim(id, now)
     media = tuple(v.MediaFile(name, size, v.media_type(name)) for name, size in files)
     store.finish(id, v.Outcome('done', title='T', files=media), daemon.output, now)
@@ -9368,7 +9455,7 @@ class TestPage(DaemonTest):
         for number in range(40):
             submission = v.Submission(f'https://www.tiktok.com/@somebody/video/{7300000000000000000 + number}', 'phone',
                                       None, ())
-            id, _ = store.add(submission, 1_763_000_000 + 3600 * number)
+            id = store.add(submission, 1_763_000_000 + 3600 * number).id
             title = f'{number} things that nobody tells you of cats, boxes and {random.random()} more #fyp ' * 3
             file = v.MediaFile(f'{title[:150]}_{number}.mp4', 5_000_000 + number, 'video/mp4')
             store.claim(id, 1_763_000_000)

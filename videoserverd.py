@@ -659,6 +659,7 @@ TRANSITIONS = {  # verb of the store: (statuses before, status after); nothing e
     'requeue': (('downloading',), 'queued'),  # stopped, paused or crashed: no attempt counted
     'cancel': (('queued',), 'failed'),  # a running one is stopped first, then given up
     'retry': (('failed', 'queued'), 'queued'),  # of a queued one: now instead of later
+    'forget': (('queued', 'completed', 'failed'), ''),  # the row is deleted
 }
 
 
@@ -684,12 +685,15 @@ class Progress:
 
 @named_tuple
 class Job:
-    """One try at one download: attempt 1 is the first; `files` were delivered by earlier ones."""
+    """One try at one download: attempt 1 is the first; `files` were delivered by earlier ones.
+    `site` and `media_id` name the post, if its link does."""
     id: str
     url: str
     options: tuple[tuple[str, Any], ...]
     attempt: int
     files: tuple[MediaFile, ...] = ()
+    site: str | None = None
+    media_id: str | None = None
 
 
 @named_tuple
@@ -698,7 +702,8 @@ class Outcome:
 
     `reason` is a stable word, `message` a sentence for a person, `tries` the attempts that this
     reason is worth when fewer than the configured ones; `files` with a retry are those that came.
-    `note` says what is missing or unusual, `post` is what the site tells about it."""
+    `note` says what is missing or unusual, `post` is what the site tells about it. `shared` is
+    the download whose files these are, if the post was here already."""
     kind: str
     reason: str = ''
     message: str = ''
@@ -707,6 +712,7 @@ class Outcome:
     tries: int | None = None
     note: str = ''
     post: dict[str, Any] = {}
+    shared: str | None = None
 
 
 def backoff(attempt: int, delays: Sequence[int], jitter: float = 0) -> float:
@@ -760,6 +766,8 @@ class Refused(Exception):
 class Submission:
     """A link to be stored: canonical URL, who sent it, options as (name, value) pairs.
 
+    The option `again` asks for a post that is here already to be fetched anew.
+
     `timestamp` is the sender's, of any size; it is only ever compared."""
     url: str
     client_id: str
@@ -769,7 +777,8 @@ class Submission:
 
 UNSAFE = re.compile(  # control characters, line ends, direction marks, lone surrogates
     '[\0-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]')
-SITES = ('tiktok.com', 'instagram.com')  # links to them are known without https://
+TIKTOKV = 'tiktokv.com'  # TikTok's own, in its data export; allowed where tiktok.com is
+SITES = ('tiktok.com', 'instagram.com', TIKTOKV)  # links to them are known without https://
 
 
 def excerpt(text: str, length: int = 60) -> str:
@@ -902,9 +911,11 @@ def canonical_host(host: str) -> str:
 def check_host(host: str, security: Any) -> None:
     """Raise Refused unless links to the canonical `host` are taken."""
     domains = security.allowed_domains
+    if 'tiktok.com' in domains:
+        domains = (*domains, TIKTOKV)
     if domains != ('*',) and not is_under(host, domains):
         raise Refused('domain_not_allowed', f'Links to {excerpt(host)} are not accepted, '
-                                            f'only links to {", ".join(domains)}.')
+                                            f'only to {", ".join(security.allowed_domains)}.')
     if not security.allow_private_targets and is_private_host(host):
         raise Refused('private_address', f'{excerpt(host)} is in a private network, '
                                          'and such links are switched off.')
@@ -958,7 +969,37 @@ def check_url(text: str, security: Any) -> str:
 def site_of(url: str) -> str:
     """The site of a canonical URL as a person knows it: 'tiktok.com'."""
     host = re.sub(r'^\w+://(www\.)?|(:\d+)?([/?#].*)?$', '', url, flags=re.S)
+    if is_under(host, (TIKTOKV,)):
+        return SITES[0]
     return next((site for site in SITES if is_under(host, (site,))), host)
+
+
+POST_PATHS = {  # where the path of a link names the post: by site
+    'tiktok.com': re.compile(r'/(?:@[^/]*/(?:video|photo)|share/video|embed(?:/v\d)?|v)'
+                         r'/(\d{1,25})(?:\.html)?/?'),
+    'instagram.com': re.compile(r'/(?:[\w.]{1,64}/)?(?:p|reels?|tv)/([\w-]{8,64})/?', re.A),
+}
+
+
+def post_of(url: str) -> tuple[str | None, str | None]:
+    """Site and media id of the post that a canonical URL names, as yt-dlp calls them.
+
+    (None, None) if only the site can tell, as of a short link."""
+    site = site_of(url)
+    named = site in POST_PATHS and POST_PATHS[site].fullmatch(urlsplit(url).path)
+    if not named:
+        return None, None
+    return site, named[1]
+
+
+HOW = ('ratelimit', 'retries', 'fragment_retries', 'extractor_retries', 'socket_timeout',
+       'concurrent_fragment_downloads', 'User-Agent', 'Referer', 'again')
+
+
+def asked_of(options: Sequence[tuple[str, Any]]) -> str | None:
+    """What the options ask of a post, whatever they say of how it is fetched; None: the usual."""
+    wanted = sorted(pair for pair in options if pair[0] not in HOW and pair[1] is not False)
+    return json.dumps(wanted) if wanted else None
 
 
 # -- options of the caller
@@ -1078,7 +1119,8 @@ def option_words(value: Any) -> list[str]:
             value = shlex.split(value)
         except ValueError as error:
             raise Refused('bad_field', f'ytdlp_cli_parameters: {error}.') from None
-    if not isinstance(value, (list, tuple, str)) or not all(isinstance(word, str) for word in value):
+    texts = isinstance(value, (list, tuple, str)) and all(isinstance(word, str) for word in value)
+    if not texts:
         raise Refused('bad_field', 'ytdlp_cli_parameters must be a list of strings, or one string.')
     if len(value) > 64 or sum(map(len, value)) > 4096:
         raise Refused('bad_field', 'ytdlp_cli_parameters is too long.')
@@ -1169,6 +1211,11 @@ def ytdlp_params(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 # -- a submission
 
+def known_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields by name in lower case: an iPhone begins a word with a capital."""
+    return {**{name.lower(): value for name, value in fields.items()}, **fields}
+
+
 def text_field(fields: dict[str, Any], name: str) -> str:
     """A string among the fields; null is the same as none. Raises Refused."""
     value = fields.get(name)
@@ -1199,48 +1246,75 @@ def parse_timestamp(fields: dict[str, Any]) -> int | None:
     return value
 
 
-def parse_links(text: str, security: Any) -> list[tuple[str, Any]]:
-    """Every link in the text, in order: (as written, canonical URL or Refused).
+MOST_LINKS = 500  # of one text
+ADVERTISEMENT = re.compile(r'https://(?:www\.)?tiktok\.com/tiktoklite\b')  # beside shared links
 
-    Raises Refused if there is none."""
-    found: list[tuple[str, Any]] = []
+
+def parse_links(text: str, security: Any) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+    """The links of a text in order, each once: {canonical: (as written, canonical or Refused)}.
+
+    And those beyond MOST_LINKS, as written. Raises Refused if there is none."""
     known = security.allowed_domains
-    if known == ('*',):
-        known = SITES
-    for link in find_urls(text, known):
+    if 'tiktok.com' in known or known == ('*',):
+        known = (*known, *SITES)
+    found: dict[str, tuple[str, Any]] = {}
+    links = find_urls(text, known)
+    for number, link in enumerate(links):
+        if len(found) == MOST_LINKS:
+            return found, list(dict.fromkeys(links[number:]))
         try:
-            found.append((link, check_url(link, security)))
+            url = check_url(link, security)
+            found.setdefault(url, (link, url))
         except Refused as refusal:
-            found.append((link, refusal))
+            found.setdefault(link, (link, refusal))
+    if len(found) > 1:
+        found = {url: row for url, row in found.items() if not ADVERTISEMENT.match(url)} or found
     if not found:
         raise Refused('no_url', 'There is no web link in this text.')
-    return found
+    return found, []
+
+
+def wanted_text(fields: dict[str, Any], name: str) -> str:
+    """The text with the link. Raises Refused, which names a field that is missing."""
+    if not text_field(fields, name):
+        raise Refused('no_url', f'The field "{name}" is missing.')
+    return text_field(fields, name)
+
+
+def parse_again(fields: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """The option `again` if it is wanted. Raises Refused."""
+    if fields.get('again') not in (None, False, True):
+        raise Refused('bad_field', 'again must be true or false.')
+    return (('again', True),) * bool(fields.get('again'))
 
 
 def parse_submission(fields: dict[str, Any], security: Any) -> Submission:
     """What the decoded JSON asks for; `security` is that section of the Config. Raises Refused.
 
     Of several links in `url` it is the first that can be taken."""
-    text = text_field(fields, 'url')
-    if re.search('[\0-\x09\x0b\x0c\x0e-\x1f\x7f]', text):
-        raise Refused('bad_url', 'There are control characters in the link.')
-    links = [link for _, link in parse_links(text, security)]
+    fields = known_fields(fields)
+    links = [link for _, link in parse_links(wanted_text(fields, 'url'), security)[0].values()]
     url = next((link for link in links if isinstance(link, str)), links[0])
     if isinstance(url, Refused):
         raise url
-    return Submission(url, parse_client_id(fields), parse_timestamp(fields),
-                      parse_options(fields.get('ytdlp_cli_parameters')))
+    options = parse_options(fields.get('ytdlp_cli_parameters')) + parse_again(fields)
+    return Submission(url, parse_client_id(fields), parse_timestamp(fields), options)
 
 
-def parse_batch(fields: dict[str, Any], security: Any) -> list[tuple[str, Any]]:
-    """Every link in `text`, once, in order: (as written, Submission or Refused). Raises Refused."""
-    client_id, timestamp, found = parse_client_id(fields), parse_timestamp(fields), {}
-    for written, url in parse_links(text_field(fields, 'text'), security):
+def parse_batch(fields: dict[str, Any],
+                security: Any) -> tuple[list[tuple[str, Any]], list[str]]:
+    """The links in `text`, once, in order: (as written, Submission or Refused); and the links
+    beyond MOST_LINKS, as written. Raises Refused."""
+    fields = known_fields(fields)
+    client_id, timestamp, again = (
+        parse_client_id(fields), parse_timestamp(fields), parse_again(fields))
+    found, rest = parse_links(wanted_text(fields, 'text'), security)
+    items = []
+    for written, url in found.values():
         if isinstance(url, str):
-            found.setdefault(url, (written, Submission(url, client_id, timestamp, ())))
-        else:
-            found.setdefault(written, (written, url))
-    return list(found.values())
+            url = Submission(url, client_id, timestamp, again)
+        items.append((written, url))
+    return items, rest
 
 
 # -- names of files
@@ -1379,7 +1453,7 @@ END;
 '''
 POST_SCHEMA = '''
 ALTER TABLE downloads ADD COLUMN note TEXT;              -- what a completed one lacks, a sentence
-ALTER TABLE downloads ADD COLUMN site TEXT;              -- of the post: 'tiktok', 'instagram', ...
+ALTER TABLE downloads ADD COLUMN site TEXT;              -- of the post: 'tiktok.com'
 ALTER TABLE downloads ADD COLUMN media_id TEXT;          -- the site's id of the post, once known
 ALTER TABLE downloads ADD COLUMN asked TEXT;             -- what the options ask of the post
 ALTER TABLE downloads ADD COLUMN uploader TEXT;
@@ -1408,6 +1482,7 @@ DROP INDEX idx_s3_due;                 -- s3_due and s3_attempts are not used an
 # user_version counts those that have run.
 MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA, OUTBOX_SCHEMA)
 REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
+CRASHED = 'The server ended three times while downloading this.'
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
 FROZE = 'This page made the whole server freeze for a minute; it is not tried again.'
 SUSPECT = 'The server froze while it downloaded this and others; each is tried again alone.'
@@ -1417,11 +1492,27 @@ CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked 
 # clock was set back) does not count.
 HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? '
              'AND created_at <= ? ORDER BY created_at DESC LIMIT 1 OFFSET ?')
+# The same post, if it is here or on its way. What an import brings waits for long: it is no match.
+SAME_POST = ('SELECT id, status, next_attempt_at, files FROM downloads '
+             "WHERE site = ? AND media_id = ? AND asked IS ? AND (status IN ('completed', 'downloading') "
+             "OR status = 'queued' AND import_id IS NULL) ORDER BY status, created_at DESC LIMIT 1")
 INSERT_LINK = (  # one statement: each one hands the interpreter to another thread twice
-    'INSERT INTO downloads '
-    '(id, url, client_id, status, created_at, last_updated, timestamp, options) '
-    f"SELECT ?, ?, ?, 'queued', ?, ?, ?, ? WHERE NOT (? AND EXISTS ({HOUR_FULL})) "
+    'INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, timestamp, '
+    "options, site, media_id, asked) SELECT ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ? "
+    f'WHERE NOT (? AND EXISTS ({HOUR_FULL})) AND NOT EXISTS ({SAME_POST}) '
     'ON CONFLICT (client_id, url, timestamp) WHERE timestamp IS NOT NULL DO NOTHING')
+
+
+@named_tuple
+class Stored:
+    """Where a link is stored. `fresh`: as a new download; `same_post`: it is a post that another
+    link has brought. `due`: epoch seconds from which it may start."""
+    id: str
+    fresh: bool
+    status: str = 'queued'
+    due: int = 0
+    files: tuple[str, ...] = ()
+    same_post: bool = False
 
 
 class StoreDown(Exception):
@@ -1460,7 +1551,7 @@ def job_of(row: sqlite3.Row) -> Job:
     """The try at this download that comes next."""
     options = tuple((name, value) for name, value in json.loads(row['options'] or '[]'))
     return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1,
-               Record.of(row)['files'])
+               Record.of(row)['files'], row['site'], row['media_id'])
 
 
 def full_sync(file: str) -> None:
@@ -1523,6 +1614,7 @@ class Store:
         self.path, self.links_per_hour = path, links_per_hour
         self.error: str | None = None  # why the last commit failed, None when it did not
         self.outgoing: dict[str, Sequence[str]] = {}  # verb: kinds of items that it puts out
+        self._repeats: dict[str, tuple[int, int]] = {}  # by client: when its hour began, how many
         self._queue: deque = deque()
         self._tickets = threading.Condition()  # guards _queue and _closed
         self._closed = False
@@ -1725,56 +1817,62 @@ class Store:
 
     # -- submissions
 
-    def add(self, submission: Submission, now: int) -> tuple[str, bool]:
-        """Store a link; (its id, False if the client had sent this very one before).
+    def add(self, submission: Submission, now: int, window: int = 0) -> Stored:
+        """Store a link. Raises RateLimited, StoreDown.
 
-        Raises RateLimited, StoreDown."""
-        return self.write(lambda db: self._insert(db, submission, now))
+        A repeat of the same client, URL and timestamp, or of client and URL within `window`
+        seconds, is where the first one is; so is a link that names a post which is here."""
+        return self.write(lambda db: self._insert(db, submission, now, window))
 
-    def add_many(self, submissions: Sequence[Submission], now: int) -> list[Any]:
+    def add_many(self, submissions: Sequence[Submission], now: int, window: int = 0) -> list[Any]:
         """Store links in one commit; for each what `add` returns, or the RateLimited it raises."""
-        def work(db):
-            return [self._insert_or_refusal(db, submission, now) for submission in submissions]
-        return self.write(work)
+        def insert(db, submission):
+            try:
+                return self._insert(db, submission, now, window)
+            except RateLimited as refusal:
+                return refusal
+        return self.write(lambda db: [insert(db, submission) for submission in submissions])
 
-    def _insert_or_refusal(self, db: sqlite3.Connection, submission: Submission, now: int) -> Any:
-        try:
-            return self._insert(db, submission, now)
-        except RateLimited as refusal:
-            return refusal
-
-    def _insert(self, db: sqlite3.Connection, item: Submission, now: int) -> tuple[str, bool]:
-        download_id, timestamp, options = new_id(), None, None
-        if item.timestamp is not None:
-            timestamp = str(item.timestamp)
-        if item.options:
-            options = json.dumps(item.options)
-        row = (download_id, item.url, item.client_id, now, now, timestamp, options)
+    def _insert(self, db: sqlite3.Connection, item: Submission, now: int, window: int) -> Stored:
+        row = (new_id(), item.url, item.client_id, now, now)
+        timestamp = None if item.timestamp is None else str(item.timestamp)
+        options = json.dumps(item.options) if item.options else None
+        post = (*post_of(item.url), asked_of(item.options))
         hour = (item.client_id, now - 3600, now, self.links_per_hour - 1)
-        if db.execute(INSERT_LINK, (*row, self.links_per_hour, *hour)).rowcount == 1:
-            return download_id, True
-        known = db.execute('SELECT id FROM downloads '
-                           'WHERE client_id = ? AND url = ? AND timestamp = ?',
-                           (item.client_id, item.url, timestamp)).fetchone()
-        if known:
-            return known['id'], False
-        last = db.execute(HOUR_FULL, hour).fetchone()
-        raise RateLimited(max(1, last['created_at'] + 3600 - now), self.links_per_hour)
+        same = post
+        if ('again', True) in item.options:
+            same = (None,) * 3
+        known = window and db.execute(
+            'SELECT id, status, next_attempt_at, files FROM downloads WHERE client_id = ? '
+            'AND created_at > ? AND created_at <= ? AND url = ? ORDER BY created_at DESC LIMIT 1',
+            (item.client_id, now - window, now, item.url)).fetchone()
+        if not known and db.execute(INSERT_LINK, (
+                *row, timestamp, options, *post, self.links_per_hour, *hour, *same)).rowcount == 1:
+            return Stored(row[0], True)
+        known, same_post = known or db.execute(
+            'SELECT id, status, next_attempt_at, files FROM downloads '
+            'WHERE client_id = ? AND url = ? AND timestamp = ?',
+            (item.client_id, item.url, timestamp)).fetchone(), False
+        if not known:
+            known, same_post = db.execute(SAME_POST, same).fetchone(), True
+        if not known:
+            last = db.execute(HOUR_FULL, hour).fetchone()
+            raise RateLimited(max(1, last['created_at'] + 3600 - now), self.links_per_hour)
+        self._count_repeat(item.client_id, now)
+        files = tuple(file[0] for file in json.loads(known['files'] or '[]'))
+        return Stored(known['id'], False, known['status'], known['next_attempt_at'] or 0, files,
+                      same_post)
 
-    def share(self, submissions: Sequence[Submission], now: int) -> list[Any]:
-        """Like `add_many`, for phones that send no timestamp: the same link from the same phone
-        within REPEAT_SECONDS is the phone trying again, and gets the id of the first."""
-        def work(db):
-            return [self._repeated(db, item, now) or self._insert_or_refusal(db, item, now)
-                    for item in submissions]
-        return self.write(work)
-
-    def _repeated(self, db: sqlite3.Connection, item: Submission, now: int) -> Any:
-        row = db.execute(
-            'SELECT id FROM downloads WHERE client_id = ? AND created_at > ? AND created_at <= ? '
-            'AND url = ? ORDER BY created_at DESC LIMIT 1',
-            (item.client_id, now - REPEAT_SECONDS, now, item.url)).fetchone()
-        return row and (row['id'], False)
+    def _count_repeat(self, client_id: str, now: int) -> None:
+        """Repeats cost no row, yet a client may send as many as links only. Raises RateLimited."""
+        began, repeats = self._repeats.get(client_id, (now, 0))
+        if not began <= now < began + 3600:  # the hour is over, or the clock was set back
+            began, repeats = now, 0
+        if self.links_per_hour and repeats >= self.links_per_hour:
+            raise RateLimited(began + 3600 - now, self.links_per_hour)
+        if len(self._repeats) > 1000:
+            self._repeats.clear()
+        self._repeats[client_id] = began, repeats + 1
 
     def first_of(self, client_id: str, since: int) -> Record | None:
         """The first link of a phone since then, None if there is none."""
@@ -1784,48 +1882,69 @@ class Store:
 
     # -- the way of a download
 
-    def _move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
-        """Change the status as TRANSITIONS lets `verb`, with further columns; whether it could."""
-        before, after = TRANSITIONS[verb]
-        sets = ''.join(f'{name} = ?, ' for name in columns)
-        marks = ', '.join('?' * len(before))
+    def _change(self, db: sqlite3.Connection, verb: str, download_id: str, now: int,
+                due: int | None = None, **columns: Any) -> bool:
+        """Change the status as TRANSITIONS lets `verb`, with further columns; whether it could.
 
-        def work(db):
-            moved = db.execute(
-                f'UPDATE downloads SET {sets} status = ?, last_updated = ? '
-                f'WHERE id = ? AND status IN ({marks})',
-                (*columns.values(), after, now, download_id, *before)).rowcount == 1
-            if moved:
-                self._post(db, verb, download_id, now)
-            return moved
-        return self.write(work)
+        With `due` only what is due by then."""
+        before, after = TRANSITIONS[verb]
+        where = f'WHERE id = ? AND status IN ({", ".join("?" * len(before))})'
+        if due is not None:
+            where += f' AND coalesce(next_attempt_at, 0) <= {due:d}'
+        if not after:
+            found = db.execute(f'DELETE FROM downloads {where}', (download_id, *before))
+        else:
+            sets = ''.join(f'{name} = ?, ' for name in columns)
+            found = db.execute(f'UPDATE downloads SET {sets} status = ?, last_updated = ? {where}',
+                               (*columns.values(), after, now, download_id, *before))
+        if found.rowcount == 1:
+            self._post(db, verb, download_id, now)
+        return found.rowcount == 1
+
+    def _move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
+        """_change in a transaction of its own."""
+        return self.write(lambda db: self._change(db, verb, download_id, now, **columns))
 
     def claim(self, download_id: str, now: int) -> Job | None:
         """Take a queued download to work on; None if it is queued no more, or not due yet."""
         def work(db):  # one transaction: a row that is taken but cannot be read would be nobody's
-            taken = db.execute(
-                "UPDATE downloads SET status = 'downloading', started_at = ?, "
-                "next_attempt_at = NULL, last_updated = ? "
-                "WHERE id = ? AND status = 'queued' AND coalesce(next_attempt_at, 0) <= ?",
-                (now, now, download_id, now)).rowcount
-            return taken and db.execute('SELECT * FROM downloads WHERE id = ?',
-                                        (download_id,)).fetchone()
-        row = self.write(work)
-        return job_of(row) if row else None
+            if not self._change(db, 'claim', download_id, now, due=now, started_at=now,
+                                next_attempt_at=None):
+                return None
+            return job_of(db.execute('SELECT * FROM downloads WHERE id = ?',
+                                     (download_id,)).fetchone())
+        return self.write(work)
 
     def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int) -> bool:
-        """The files are on disk and synced: completed."""
-        s3_state = 'waiting' if 'upload' in self.outgoing.get('finish', ()) else None
-        return self._move(
-            'finish', download_id, now, completed_at=now, error_message=None, reason=None,
-            crashes=0, s3_state=s3_state, **self._delivered(outcome, folder))
+        """The files are on disk and synced: completed. False if they were those of a download
+        that has been deleted in the meantime."""
+        columns = {'completed_at': now, 'error_message': None, 'reason': None, 'crashes': 0,
+                   **self._delivered(outcome, folder)}
+        if 'upload' in self.outgoing.get('finish', ()):
+            columns['s3_state'] = 'waiting'
+
+        def work(db):
+            if outcome.shared and not db.execute(
+                    'SELECT 1 FROM downloads WHERE id = ? AND files = ?',
+                    (outcome.shared, columns['files'])).fetchone():
+                return False
+            return self._change(db, 'finish', download_id, now, **columns)
+        return self.write(work)
+
+    def same_post(self, site: str, media_id: str, asked: str | None) -> list[Record]:
+        """Completed downloads of this post, newest first."""
+        return [Record.of(row) for row in self.read(
+            "SELECT * FROM downloads WHERE site = ? AND media_id = ? AND asked IS ? "
+            "AND status = 'completed' ORDER BY created_at DESC", (site, media_id, asked))]
 
     def _delivered(self, outcome: Outcome, folder: Path) -> dict[str, Any]:
         """The columns of what is in place."""
         def text(value, length):  # a lone surrogate cannot be stored
             return str(value)[:length].encode('utf-8', 'replace').decode() if value else None
         post, files = outcome.post, outcome.files
-        return {'title': excerpt(' '.join(outcome.title.split()), 300) or None,
+        names = [name for name in ('site', 'media_id') if post.get('media_id')]
+        return {**{name: post[name] for name in names},
+                'title': excerpt(' '.join(outcome.title.split()), 300) or None,
                 'filename': files[0].name, 'file_path': str(folder / files[0].name),
                 'file_size': sum(file.size for file in files), 'files': json.dumps(files),
                 'note': excerpt(outcome.note, 500) or None, 'duration': post.get('duration'),
@@ -1847,9 +1966,13 @@ class Store:
                           error_message=excerpt(outcome.message, 500), reason=outcome.reason,
                           crashes=0, next_attempt_at=None)
 
-    def requeue(self, download_id: str, now: int) -> bool:
+    def requeue(self, download_id: str, now: int, due: int = 0,
+                post: dict[str, Any] | None = None) -> bool:
         """Stopped through no fault of its own: back in the queue, no attempt counted."""
-        return self._move('requeue', download_id, now, crashes=0)
+        columns = {'crashes': 0, 'next_attempt_at': due or None}
+        if post:
+            columns.update(post)
+        return self._move('requeue', download_id, now, **columns)
 
     def cancel(self, download_id: str, now: int) -> bool:
         """Take it out of the queue; whether it was there (the scheduler stops a running one)."""
@@ -1861,25 +1984,28 @@ class Store:
         return self._move('retry', download_id, now, retry_count=0, next_attempt_at=None,
                           error_message=None, reason=None, crashes=0)
 
-    def forget(self, download_id: str, copies: Sequence[str] = ()) -> bool:
-        """Delete the row unless it is being downloaded, and let its `copies` in the bucket be
-        deleted; whether it was deleted."""
+    def forget(self, download_id: str,
+               copies: Sequence[str] = ()) -> tuple[MediaFile, ...] | None:
+        """Delete the row, and let its `copies` in the bucket be deleted: its files that no other
+        download shares. None if it is downloading."""
         def work(db):
-            deleted = db.execute("DELETE FROM downloads WHERE id = ? AND status <> 'downloading'",
-                                 (download_id,)).rowcount == 1
-            if deleted:
-                db.execute('DELETE FROM outbox WHERE download_id = ?', (download_id,))
-            if deleted and copies:
+            row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
+            if not row or not self._change(db, 'forget', download_id, 0):
+                return None
+            db.execute('DELETE FROM outbox WHERE download_id = ?', (download_id,))
+            if copies:
                 db.execute("INSERT INTO outbox (kind, payload, due) VALUES ('delete', ?, 0)",
                            (json.dumps(copies),))
-            return deleted
+            others = db.execute('SELECT files FROM downloads WHERE site = ? AND media_id = ?',
+                                (row['site'], row['media_id'])).fetchall()
+            kept = {file[0] for other in others for file in json.loads(other['files'] or '[]')}
+            return tuple(file for file in Record.of(row)['files'] if file.name not in kept)
         return self.write(work)
 
-    def recover(self, now: int, retry_delays: Sequence[int], max_retries: int,
-                frozen: bool) -> list[tuple[Job, Outcome]]:
-        """After a start: what was being downloaded is queued again; those given up, and why.
+    def recover(self, now: int, frozen: bool) -> list[tuple[Job, Outcome]]:
+        """After a start: what was being downloaded is queued again, no attempt counted. But those
+        that are returned, with how they ended: CRASH_LIMIT unclean ends in a row cost an attempt.
 
-        An unclean end counts towards CRASH_LIMIT, and only that many in a row cost an attempt.
         `frozen`: a freeze in yt-dlp ended the last life. If one download ran, it is given up; if
         several did, each is a suspect."""
         over: list[tuple[Job, Outcome]] = []
@@ -1887,36 +2013,17 @@ class Store:
         def work(db):
             rows = db.execute("SELECT * FROM downloads WHERE status = 'downloading'").fetchall()
             for row in rows:
-                status, failed, due, crashes, reason, message = self._after_crash(
-                    row, now, retry_delays, max_retries, frozen and len(rows))
-                db.execute('UPDATE downloads SET status = ?, retry_count = ?, next_attempt_at = ?, '
-                           'crashes = ?, reason = ?, error_message = ?, last_updated = ? '
-                           'WHERE id = ?', (status, failed, due, crashes, reason, message, now,
-                                            row['id']))
-                if status == 'failed':
-                    self._post(db, 'give_up', row['id'], now)
-                    over.append((job_of(row), Outcome('give_up', reason, message)))
+                if frozen and len(rows) == 1:
+                    over.append((job_of(row), Outcome('give_up', 'freeze', FROZE)))
+                elif frozen:
+                    self._change(db, 'requeue', row['id'], now, crashes=0, reason='freeze',
+                                 error_message=SUSPECT)
+                elif row['crashes'] + 1 < CRASH_LIMIT:
+                    self._change(db, 'requeue', row['id'], now, crashes=row['crashes'] + 1)
+                else:
+                    over.append((job_of(row), Outcome('retry', 'crash', CRASHED)))
         self.write(work)
         return over
-
-    def _after_crash(self, row: sqlite3.Row, now: int, retry_delays: Sequence[int],
-                     max_retries: int, suspects: int) -> tuple[Any, ...]:
-        """Status, failed attempts, due time, crashes, reason and message of what was running."""
-        crashes, failed = row['crashes'] + 1, row['retry_count'] or 0
-        if suspects == 1:
-            log.error('download %s: yt-dlp froze on it: given up', row['id'])
-            return 'failed', failed, None, 0, 'freeze', FROZE
-        if suspects:
-            return 'queued', failed, None, 0, 'freeze', SUSPECT
-        if crashes < CRASH_LIMIT:
-            return 'queued', failed, None, crashes, row['reason'], row['error_message']
-        log.error('download %s: the server ended %d times while it ran: a failed attempt',
-                  row['id'], crashes)
-        message = f'The server ended {crashes} times while downloading this.'
-        if failed < max_retries:
-            due = now + backoff(failed + 1, retry_delays)
-            return 'queued', failed + 1, due, 0, 'crash', message
-        return 'failed', failed, None, 0, 'crash', message
 
     def suspects(self) -> set[str]:
         """Those that were running when yt-dlp froze, until it is known which it was."""
@@ -2165,6 +2272,7 @@ class Board:
 # may do nothing. Lock: Stopper._changed guards what stop() has to end. Called by download, vendor.
 
 ENDINGS: dict[str, tuple[str, int | None, str]] = {
+    'done': ('done', None, 'It is here'),  # the post was here already
     'cancelled': ('cancelled', None, 'Cancelled'),
     'stopped': ('stopped', None, 'The server was stopped'),
     'disk': ('pause', None, 'The disk is nearly full: delete videos, and the downloads go on'),
@@ -3622,8 +3730,11 @@ class Attempt:
 
     run() in a worker's thread; stop() and check() from any other."""
 
-    def __init__(self, job: Job, config: Config, ytdlp: Path, on_progress: Callable[[Progress], None]):
-        self.job, self.config, self.ytdlp = job, config, ytdlp
+    def __init__(self, job: Job, config: Config, ytdlp: Path,
+                 on_progress: Callable[[Progress], None],
+                 on_identity: Callable[[str, str], Outcome | None] = lambda site, media_id: None):
+        self.job, self.config, self.ytdlp, self.on_identity = job, config, ytdlp, on_identity
+        self._identified = False  # whether on_identity has been asked
         self.output = config.downloads.output_directory
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
@@ -3748,6 +3859,8 @@ class Attempt:
         single = info.get('_type', 'video') == 'video'
         if not self.folder.post and (single or 'entries' in info):
             self.folder.post = post_facts(info, self.job.url)
+        if single or 'entries' in info:
+            self._identify(info)
         if not single:
             return process(info)
         self.folder.total = max(self.folder.total, extra.get('n_entries') or 1)
@@ -3762,6 +3875,18 @@ class Attempt:
             got = self._fetch_video(process, info)
         self._keep(got, extra.get('playlist_index') or 1)
         return got
+
+    def _identify(self, info: dict[str, Any]) -> None:
+        """End the attempt if the files of this post are here already. Raises Ending."""
+        first, self._identified = not self._identified, True
+        if not first or not info.get('id') or info.get('extractor_key') == 'Generic':
+            return  # the generic extractor's ids are not unique
+        self.folder.post['media_id'] = str(info['id'])[:200]
+        found = self.on_identity(self.folder.post['site'], self.folder.post['media_id'])
+        if found:
+            ending = Ending('done')
+            ending.outcome = found
+            raise ending
 
     def _wants_sound(self) -> bool:
         options = dict(self.job.options)
@@ -5079,6 +5204,7 @@ HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never e
 HUNG = Outcome('retry', 'timeout', 'The download hung and had to be broken off.')
 CANCELLED = Outcome('cancelled', 'cancelled', 'Cancelled')
 INTERNAL = Outcome('retry', 'internal', 'The server made a mistake; its log tells more.')
+SAME_POST_NAP = 15  # seconds until a post is looked for that another worker is fetching
 STORE_NAP = 2.0   # seconds before an outcome that could not be stored is offered again
 
 
@@ -5086,6 +5212,7 @@ class Run:
     """A download in a worker's hands; `attempt` and `job` are None until it is claimed."""
 
     def __init__(self):
+        self.post: tuple[str | None, ...] = ()  # site, media id and what is asked, once known
         self.attempt: Any = None
         self.stop_reason: str | None = None
         self.hung = False
@@ -5095,7 +5222,7 @@ class Run:
 class Scheduler:
     """Starts what is due, watches what runs, stores how it ended.
 
-    `new_attempt(job, on_progress)` makes an Attempt, `preflight()` tells why nothing may start
+    `new_attempt(job, on_progress, on_identity)` makes an Attempt, `preflight()` tells why nothing may start
     (None: it may), `on_outcome(job, outcome, over)` and `on_hang()` are the daemon's."""
 
     def __init__(self, config: Config, store: Store, board: Board,
@@ -5129,14 +5256,13 @@ class Scheduler:
 
     def _recover(self, now: int) -> None:
         """Once: queue again what an earlier life left, as soon as the disk lets us."""
-        downloads = self.config.downloads
-        over = self.store.recover(now, downloads.retry_delays, downloads.max_retries, self.frozen)
+        over = self.store.recover(now, self.frozen)
         self.frozen = False
         self._alone = self.store.suspects()
+        for job, outcome in over:
+            self._settle(job, outcome)
         self._rebuild(now)
         self.ready = True
-        for job, outcome in over:
-            self.on_outcome(job, outcome, True)
 
     def _rebuild(self, now: int) -> None:
         """Fill the heap from SQLite. Raises StoreDown."""
@@ -5336,12 +5462,35 @@ class Scheduler:
             return
         log.info('download %s: attempt %d starts: %s', job.id, job.attempt, job.url)
         self.board.post(job.id, Progress(0.0, 'page'))
-        attempt = self.new_attempt(job, lambda progress: self.board.post(job.id, progress))
+        found = self._same_post(run, job.site, job.media_id)
+        if found:
+            self._settle(job, found)
+            return
+        attempt = self.new_attempt(job, lambda progress: self.board.post(job.id, progress),
+                                   lambda *post: self._same_post(run, *post))
         with self._changed:
             run.attempt, reason = attempt, run.stop_reason
         if reason:
             attempt.stop(reason)
         self._settle(job, attempt.run())
+
+    def _same_post(self, run: Run, site: str | None, media_id: str | None) -> Outcome | None:
+        """How it ends without being fetched: with the files of this post that are here, or later
+        if another worker is just fetching them. None: fetch it."""
+        job = run.job
+        if not media_id or ('again', True) in job.options:
+            return None
+        post, folder = (site, media_id, asked_of(job.options)), self.config.downloads.output_directory
+        with suppress(StoreDown):
+            for record in self.store.same_post(*post):
+                if all((folder / file.name).is_file() for file in record['files']):
+                    return Outcome('done', title=record['title'] or '', files=record['files'],
+                                   note=record['note'] or '', post=record, shared=record['id'])
+        with self._changed:
+            if any(other.post == post for other in self._running.values() if other is not run):
+                return Outcome('stopped', 'same_post', post={'site': site, 'media_id': media_id})
+            run.post = post
+        return None
 
     def _look_again(self, download_id: str) -> None:
         """Why it could not be claimed: gone, not due yet (the clock was set back), or claimed by
@@ -5378,7 +5527,10 @@ class Scheduler:
         log.log(level, 'download %s: attempt %d ends: %s %s %s', job.id, job.attempt, step,
                 outcome.reason, outcome.message or ', '.join(file.name for file in outcome.files))
         if step == 'finish':
-            return self.store.finish(job.id, outcome, downloads.output_directory, int(now))
+            over = self.store.finish(job.id, outcome, downloads.output_directory, int(now))
+            if outcome.shared and not over:
+                self._put_back(job, outcome, now)
+            return over
         if step == 'retry_later':
             due = int(now + delay)
             self.store.retry_later(job.id, job.attempt, due, outcome, int(now),
@@ -5396,8 +5548,11 @@ class Scheduler:
         if outcome.kind == 'pause':
             self._pause_until = time.monotonic() + PAUSE_SECONDS
             self._pause_message, self._looked = outcome.message, -math.inf
-        self.store.requeue(job.id, int(now))
-        self.push(job.id)
+        due, post = 0, None
+        if outcome.reason == 'same_post':
+            due, post = int(now + SAME_POST_NAP), outcome.post
+        self.store.requeue(job.id, int(now), due, post)
+        self.push(job.id, due)
 
 
 # ---------- certificate -------------------------------------------------------------------
@@ -6102,7 +6257,7 @@ class Param:
 @named_tuple
 class Route:
     """A row of ROUTES. `access`: key (X-API-Key where keys are on), link or share (or a
-    signature), open."""
+    signature), open. `limit`: bytes of a body, where more than configured."""
     method: str
     path: str
     handler: Callable[['App', Request], Reply]
@@ -6113,6 +6268,7 @@ class Route:
     query: tuple[Param, ...] = ()
     errors: tuple[int, ...] = ()
     status: int = 200
+    limit: int = 0
 
 
 def number_param(name: str, default: int | None, low: int, high: int) -> Param:
@@ -6248,7 +6404,7 @@ class App:
         self.hosts: frozenset = frozenset()  # names and addresses that are ours
         self.assets: dict[str, Any] = more.get('assets', {})
         self.health: Callable[[], dict[str, Any]] = more.get('health', dict)
-        self.forget: Callable[[Record], bool] = more.get('forget', lambda record: False)
+        self.forget: Callable[[Record, bool], bool] = more.get('forget')
         self.bucket = more.get('bucket')
         self.link_secret: bytes = more.get('link_secret', b'')
         self.thumbs: Path | None = more.get('thumbs')
@@ -6342,13 +6498,13 @@ class App:
         self._check_client(request)
         self._check_host(request)
         size = body_length(request.head.fields) or 0
-        if size > self.config.security.max_request_size:
-            limit = format_size(self.config.security.max_request_size)
-            raise HTTPError(413, 'too_large', f'The request is over {limit}.')
+        route = self._find_route(request)
+        limit = max(self.config.security.max_request_size, route.limit)
+        if size > limit:
+            raise HTTPError(413, 'too_large', f'The request is over {format_size(limit)}.')
         request.unread = size
         if request.field('expect').lower() not in ('', '100-continue'):
             raise HTTPError(417, 'bad_request', 'The header Expect asks for something unknown.')
-        route = self._find_route(request)
         self._check_origin(request)
         self._check_key(request, route)
         request.query = self._parse_query(request, route)
@@ -6529,12 +6685,12 @@ SCHEMAS = {
     'Error': object_schema('status:=error! error! message! code! timestamp:integer!'),
     'ErrorB': object_schema('errorCode! errorMessage!'),
     'Submission': object_schema(
-        'url! client_id:ClientId timestamp:Timestamp ytdlp_cli_parameters:Options'),
+        'url! client_id:ClientId timestamp:Timestamp ytdlp_cli_parameters:Options again:boolean?'),
     'Name': object_schema('name!'),
     'Address': object_schema('address! message!'),
     'Shared': {**object_schema('text url'), 'description': 'one of them, in any capitals'},
-    'Batch': object_schema('text! client_id:ClientId timestamp:Timestamp'),
-    'Queued': object_schema('status:=queued! download_id! message! timestamp:integer!'),
+    'Batch': object_schema('text! client_id:ClientId timestamp:Timestamp again:boolean?'),
+    'Queued': object_schema('status:Status! download_id! message! timestamp:integer!'),
     'BatchRow': object_schema('url! download_id error'),
     'BatchAnswer': object_schema(
         'status:=queued! message! downloads:[BatchRow! keep! timestamp:integer!'),
@@ -6555,7 +6711,7 @@ SCHEMAS = {
         'paused:string? free_disk:integer? ytdlp_version:string? certificate_days:integer? '
         's3:boolean keys:boolean'),
     'Deleted': object_schema('status:=deleted! download_id! message! timestamp:integer!'),
-    'Initiate': object_schema('videoURL! ytdlpCLIParameters:Options'),
+    'Initiate': object_schema('videoURL! ytdlpCLIParameters:Options again:boolean?'),
     'Initiated': object_schema('downloadUUID!'),
     'Listed': object_schema(
         'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:integer progress:integer'),
@@ -6635,20 +6791,40 @@ def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, An
 # -- handlers, document A
 
 
-def submit(app: App, request: Request, fields: dict[str, Any]) -> tuple[str, bool]:
-    """Store what was sent; (id, whether it is new). Raises Refused, RateLimited, StoreDown."""
+def store_links(app: App, links: Sequence[Submission], window: int = 0) -> list[Any]:
+    """Store links in one commit and queue them: for each a Stored or RateLimited. A post whose
+    files are gone from the output folder is fetched again. Raises StoreDown."""
+    now, folder = int(time.time()), app.config.downloads.output_directory
+    results = app.store.add_many(links, now, window)
+    for number, stored in enumerate(results):
+        if isinstance(stored, RateLimited):
+            continue
+        if stored.same_post and stored.status == 'completed' and not app.scheduler.paused and not all(
+                (folder / name).is_file() for name in stored.files):
+            again = links[number]._replace(options=(*links[number].options, ('again', True)))
+            stored, = results[number:number + 1] = app.store.add_many([again], now)
+        if isinstance(stored, Stored) and stored.status == 'queued':
+            # A repeat too: the commit of the first one may have been reported as failed.
+            app.scheduler.push(stored.id, stored.due)
+    return results
+
+
+def submit(app: App, request: Request, fields: dict[str, Any]) -> Stored:
+    """Store what was sent. Raises Refused, RateLimited, StoreDown."""
     started = time.monotonic()
     try:
-        submission = parse_submission(fields, app.config.security)
+        submission = parse_submission(
+            {'again': request.query['again'], **fields}, app.config.security)
     except Refused as refusal:
         client = str(fields.get('client_id'))[:80]
         request.note = f' client_id={client!r} refused: {refusal.code}'
         raise
     request.note = f' client_id={submission.client_id} url={submission.url}'
-    download_id, fresh = app.store.add(submission, int(time.time()))
-    app.scheduler.push(download_id)  # a repeat too: the first's commit may be said to have failed
+    stored, = store_links(app, [submission])
+    if isinstance(stored, RateLimited):
+        raise stored
     app.board.observe(time.monotonic() - started)
-    return download_id, fresh
+    return stored
 
 
 def queued_message(app: App, sentence: str) -> str:
@@ -6657,39 +6833,45 @@ def queued_message(app: App, sentence: str) -> str:
     return sentence + f'. The queue is paused: {why}' * bool(why)
 
 
+SAID_BEFORE = {'queued': 'It is on its way', 'downloading': 'It is on its way',
+               'completed': 'You have this video already', 'failed': 'This link was sent before'}
+
+
 def post_download(app: App, request: Request) -> Reply:
     """POST /api/v1/download"""
-    download_id, fresh = submit(app, request, request.json())
-    status, message = 202, 'Video queued for download'
-    if not fresh:
-        status, message = 200, 'This video was queued before'
-    return json_reply(status, {
-        'status': 'queued', 'download_id': download_id, 'message': queued_message(app, message),
-        'timestamp': int(time.time())})
+    stored = submit(app, request, request.json())
+    status, message = 202, queued_message(app, 'Video queued for download')
+    if not stored.fresh:
+        status, message = 200, SAID_BEFORE[stored.status]
+    return json_reply(status, {'status': stored.status, 'download_id': stored.id,
+                               'message': message, 'timestamp': int(time.time())})
 
 
 def post_downloads(app: App, request: Request) -> Reply:
     """POST /api/v1/downloads: every link of a text, one commit. `keep` has those to send again."""
-    now, fields = int(time.time()), request.json()
-    items = parse_batch(fields, app.config.security)
+    fields = {'again': request.query['again'], **request.json()}
+    items, keep = parse_batch(fields, app.config.security)
     links = [item for _, item in items if isinstance(item, Submission)]
-    stored = iter(app.store.add_many(links, now))
-    rows, keep = [], []
+    if not links:
+        raise items[0][1]
+    results = iter(store_links(app, links))
+    rows, limited = [], []
     for written, item in items:
         if isinstance(item, Submission):
-            item = next(stored)
-        if isinstance(item, tuple):
-            rows.append({'url': written, 'download_id': item[0]})
-            app.scheduler.push(item[0])
+            item = next(results)
+        if isinstance(item, Stored):
+            rows.append({'url': written, 'download_id': item.id})
             continue
         rows.append({'url': written, 'error': str(item)})
         if isinstance(item, RateLimited):
-            keep.append(written)
+            limited.append(written)
     queued = sum('download_id' in row for row in rows)
-    request.note = f' client_id={fields.get("client_id")} urls={[row["url"] for row in rows]}'
+    if not queued:
+        raise item
+    request.note = f' client_id={links[0].client_id} links={len(rows)} first={links[0].url}'
     message = queued_message(app, f'{queued} queued, {len(rows) - queued} refused')
     return json_reply(202, {'status': 'queued', 'message': message, 'downloads': rows,
-                            'keep': '\n'.join(keep), 'timestamp': now})
+                            'keep': '\n'.join(limited + keep), 'timestamp': int(time.time())})
 
 
 def get_status(app: App, request: Request) -> Reply:
@@ -6760,7 +6942,7 @@ def delete_download(app: App, request: Request) -> Reply:
         app.scheduler.cancel(record['id'], time.time())
         record = app.record(request)
     try:
-        if not app.forget(record):
+        if not app.forget(record, request.query['files'] == 'keep'):
             raise HTTPError(409, 'still_running', 'It cannot be stopped at the moment; try again.')
     except OSError as error:
         raise HTTPError(503, 'cannot_delete', f'It cannot be deleted: {error.strerror}.',
@@ -6820,12 +7002,13 @@ def get_asset(app: App, request: Request) -> Reply:
 
 def initiate_download(app: App, request: Request) -> Reply:
     """POST /initiateDownload"""
-    fields = request.json()
-    if 'videoURL' not in fields:
+    fields = known_fields(request.json())
+    if 'videourl' not in fields:
         raise HTTPError(400, 'bad_field', 'videoURL is missing.')
-    download_id, _ = submit(app, request, {
-        'url': fields['videoURL'], 'ytdlp_cli_parameters': fields.get('ytdlpCLIParameters')})
-    return json_reply(200, {'downloadUUID': download_id})
+    stored = submit(app, request, {
+        'url': fields['videourl'], 'ytdlp_cli_parameters': fields.get('ytdlpcliparameters'),
+        **{name: fields[name] for name in ('again',) if name in fields}})
+    return json_reply(200, {'downloadUUID': stored.id})
 
 
 def describe_in_b(app: App, record: Any) -> dict[str, Any]:
@@ -6997,17 +7180,17 @@ def read_shared_text(request: Request) -> str:
     raise Refused('bad_field', 'There is no field "text" in what was sent.')
 
 
-def tell_shared(app: App, saved: list[tuple[str, bool]], wanted: int) -> Reply:
+def tell_shared(app: App, saved: list[Stored], wanted: int) -> Reply:
     """The sentence for the phone, and 202 if anything is new."""
     sentence = f'{len(saved)} videos saved'
     if len(saved) == 1:
         sentence = 'Saved'
     if wanted > len(saved):
         sentence += f', {wanted - len(saved)} refused'
-    if any(fresh for _, fresh in saved):
+    if any(stored.fresh for stored in saved):
         return text_reply(202, queued_message(app, sentence) + '.')
-    if wanted == 1 and app.store.get(saved[0][0])['status'] == 'completed':
-        sentence = 'You have this video already'
+    if wanted == 1 and saved[0].status != 'failed':
+        sentence = SAID_BEFORE[saved[0].status]
     return text_reply(200, sentence + '.')
 
 
@@ -7016,23 +7199,23 @@ def store_shared(app: App, request: Request) -> tuple[str, Reply]:
 
     Raises HTTPError, Refused, RateLimited, StoreDown."""
     now, started = int(time.time()), time.monotonic()
-    fields = {'text': read_shared_text(request), 'client_id': request.params['who']}
+    fields = {'text': read_shared_text(request), 'client_id': request.params['who'],
+              'again': request.query['again']}
     request.note = f' client_id={fields["client_id"]}'
-    items = [item for _, item in parse_batch(fields, app.config.security)]
+    items = [item for _, item in parse_batch(fields, app.config.security)[0]]
     links = [item for item in items if isinstance(item, Submission)]
     if not links:
         raise items[0]
     request.note += f' links={len(links)} url={links[0].url}'
-    results = app.store.share(links, now)
-    saved = [result for result in results if isinstance(result, tuple)]
+    results = store_links(app, links, REPEAT_SECONDS)
+    saved = [result for result in results if isinstance(result, Stored)]
     if not saved:
         raise results[0]
-    for download_id, fresh in saved:
-        if fresh or app.store.get(download_id)['status'] == 'failed' and app.store.retry(
-                download_id, now):
-            app.scheduler.push(download_id)
+    for stored in saved:
+        if stored.status == 'failed' and app.store.retry(stored.id, now):
+            app.scheduler.push(stored.id)
     app.board.observe(time.monotonic() - started)
-    return saved[0][0], tell_shared(app, saved, len(items))
+    return saved[0].id, tell_shared(app, saved, len(items))
 
 
 def post_share(app: App, request: Request) -> Reply:
@@ -7081,12 +7264,13 @@ def get_share(app: App, request: Request) -> Reply:
 
 # -- the table of routes
 
+AGAIN = (choice_param('again', {'1': True, '0': False}, False),)
 STATUS_PARAM = choice_param('status', {state: state for state in STATES}, '')
 ROUTES = (
     Route('POST', '/api/v1/download', post_download, 'Queue a link', body='Submission',
-          answer='Queued', status=202, errors=(200, 429)),
+          answer='Queued', status=202, errors=(200, 429), query=AGAIN),
     Route('POST', '/api/v1/downloads', post_downloads, 'Queue every link of a text', body='Batch',
-          answer='BatchAnswer', status=202),
+          answer='BatchAnswer', status=202, errors=(403, 429), query=AGAIN, limit=1 << 20),
     Route('GET', '/api/v1/status/{id}', get_status, 'One download', answer='Download'),
     Route('GET', '/api/v1/history', get_history, 'Downloads, newest first', answer='History',
           query=(number_param('limit', 50, 1, 200), number_param('offset', 0, 0, 999999999),
@@ -7099,13 +7283,15 @@ ROUTES = (
     Route('POST', '/api/v1/download/{id}/retry', post_retry, 'Queue it again', answer='Download',
           errors=(409,)),
     Route('DELETE', '/api/v1/download/{id}', delete_download, 'Forget it and delete its files',
-          answer='Deleted', errors=(409,)),
+          answer='Deleted', errors=(409,), query=(
+              choice_param('files', {'keep': 'keep', 'delete': 'delete'}, 'delete'),)),
     Route('POST', '/api/v1/share-address', post_share_address, 'Where a phone shares to',
           body='Name', answer='Address'),
     Route('POST', '/share/{who}', post_share, 'Share from a phone', 'share', 'text/plain',
-          body='Shared', errors=(200, 429), status=202),
+          body='Shared', errors=(200, 429), status=202, query=AGAIN),
     Route('POST', '/share/{who}/video', post_share_video, 'Share, and get the file', 'share',
-          'application/octet-stream', body='Shared', errors=(202, 429, 502)),
+          'application/octet-stream', body='Shared', errors=(202, 429, 502),
+          query=AGAIN),
     Route('GET', '/share/{who}', get_share, "Whether this phone's first link has come", 'share',
           'text/plain', query=(number_param('within', 999999999, 1, 999999999),),
           errors=(202,)),
@@ -7114,7 +7300,7 @@ ROUTES = (
     Route('GET', '/metrics', get_metrics, 'Figures for Prometheus', answer='text/plain'),
     Route('GET', '/openapi.json', get_openapi, 'This description'),
     Route('POST', '/initiateDownload', initiate_download, 'Queue a link', body='Initiate',
-          answer='Initiated'),
+          answer='Initiated', query=AGAIN),
     Route('GET', '/listDownloads', list_downloads, 'Downloads of the last minutes',
           answer='Listing', query=(
               number_param('overLastPeriodDurationInMinutes', 60, 0, 99999999),
@@ -9354,8 +9540,8 @@ class Daemon:
 
     # -- what the scheduler and http ask for
 
-    def _new_attempt(self, job: Job, on_progress: Callable[[Progress], None]) -> Attempt:
-        return Attempt(job, self.config, self.care.ytdlp, on_progress)
+    def _new_attempt(self, job: Job, *hooks: Any) -> Attempt:
+        return Attempt(job, self.config, self.care.ytdlp, *hooks)
 
     def _on_outcome(self, job: Job, outcome: Outcome, over: bool) -> None:
         """Count it; a finished one is copied, what is over leaves no partial files."""
@@ -9369,14 +9555,18 @@ class Daemon:
             courier.wake()
         self.care.heard(job, outcome)
 
-    def _forget(self, record: Record) -> bool:
-        """Delete a download, its files and copies; whether that could be."""
-        names, copies = [file.name for file in record['files']], []
-        if self.bucket:
-            copies = [self.bucket.key(record['id'], name) for name in names]
-        if not self.store.forget(record['id'], copies):
+    def _forget(self, record: Record, keep: bool) -> bool:
+        """Delete a download and, unless to `keep`, its copies and the files that no other one
+        shares; whether that could be."""
+        copies = []
+        if self.bucket and not keep:
+            copies = [self.bucket.key(record['id'], file.name) for file in record['files']]
+        files = self.store.forget(record['id'], copies)
+        if files is None:
             return False
-        forget_files(self.config, record['id'], names)
+        if keep:
+            files = ()
+        forget_files(self.config, record['id'], [file.name for file in files])
         with suppress(OSError):
             (self.care.thumbs / f'{record["id"]}.jpg').unlink()
         for courier in self.couriers:
@@ -9487,20 +9677,28 @@ def call_server(config: Config, method: str, path: str, body: Any = None) -> dic
         raise Trouble(f'The server at {address} does not answer ({error}).') from None
 
 
-def add_by_hand(config: Config, lock: Lock, urls: Sequence[str]) -> list[dict[str, Any]]:
+def add_by_hand(config: Config, lock: Lock, texts: Sequence[str],
+                again: bool) -> list[dict[str, Any]]:
     """Write the database, as its only writer. Raises Trouble."""
     lock.take()
     store = Store(config.database.path)
     store.open()
     rows = []
     try:
-        for url in urls:
+        while texts:
+            text, *texts = texts
+            fields = {'text': text, 'client_id': 'command-line', 'again': again}
             try:
-                fields = {'url': url, 'client_id': 'command-line'}
-                submission = parse_submission(fields, config.security)
-                rows.append({'url': url, 'download_id': store.add(submission, int(time.time()))[0]})
+                items, rest = parse_batch(fields, config.security)
             except Refused as refusal:
-                rows.append({'url': url, 'error': refusal.message})
+                items, rest = [(text, refusal)], []
+            if rest:
+                texts = ['\n'.join(rest), *texts]
+            for written, item in items:
+                if isinstance(item, Refused):
+                    rows.append({'url': written, 'error': item.message})
+                else:
+                    rows.append({'url': written, 'download_id': store.add(item, int(time.time())).id})
     except StoreDown as error:
         raise Trouble(f'{config.database.path}: cannot be written ({error}).') from None
     finally:
@@ -9509,14 +9707,21 @@ def add_by_hand(config: Config, lock: Lock, urls: Sequence[str]) -> list[dict[st
     return rows
 
 
-def add_by_server(config: Config, urls: Sequence[str]) -> list[dict[str, Any]]:
-    """Post each; the server answers for it. Raises Trouble."""
+def add_by_server(config: Config, texts: Sequence[str], again: bool) -> list[dict[str, Any]]:
+    """Post every link of the texts; the server answers for each. Raises Trouble."""
     rows = []
-    for url in urls:
-        answer = call_server(config, 'POST', '/api/v1/download', {
-            'url': url, 'client_id': 'command-line', 'timestamp': time.time_ns()})
-        told = 'download_id' if 'download_id' in answer else 'error'
-        rows.append({'url': url, told: answer.get(told) or answer.get('message', 'no answer')})
+    while texts:
+        text, *texts = texts
+        answer = call_server(config, 'POST', '/api/v1/downloads', {
+            'text': text, 'client_id': 'command-line', 'timestamp': time.time_ns(), 'again': again})
+        found = answer.get('downloads', [])
+        if not any('download_id' in row for row in found):
+            rows.append({'url': text, 'error': answer.get('message', 'no answer')})
+            continue
+        rest = answer.get('keep', '')
+        if rest:  # also those that were too many for an hour; the next answer says so
+            texts = [rest, *texts]
+        rows += [row for row in found if 'download_id' in row or row['url'] not in rest.split()]
     return rows
 
 
@@ -9524,9 +9729,9 @@ def cmd_add(config: Config, options: Any) -> int:
     """queue URLs: through the running server, or else into the database"""
     lock = Lock(config.database.path)
     if lock.running():
-        rows = add_by_server(config, options.url)
+        rows = add_by_server(config, options.url, options.again)
     else:
-        rows = add_by_hand(config, lock, options.url)
+        rows = add_by_hand(config, lock, options.url, options.again)
     for row in rows:
         if 'error' in row:
             print('refused', row['url'], f'({row["error"]})')
@@ -9832,6 +10037,8 @@ def make_parser() -> Any:
     added = {name: commands.add_parser(name, parents=[where], help=function.__doc__)
              for name, function in COMMANDS.items()}
     added['add'].add_argument('url', nargs='+', metavar='URL')
+    added['add'].add_argument('--again', action='store_true',
+                              help='fetch a video anew that is here already')
     added['backup'].add_argument('file', type=Path, metavar='FILE')
     cert = added['cert'].add_argument
     cert('--force', action='store_true', help='a new leaf even if the old one is good')

@@ -161,7 +161,7 @@ def fuzz_link(text: str, settings: Any) -> None:
 def fuzz_batch(fields: Dict[str, Any], settings: Any) -> None:
     """Every link answered for, each canonical URL once."""
     try:
-        rows = v.parse_batch({**fields, 'text': fields.get('url')}, settings)
+        rows = v.parse_batch({**fields, 'text': fields.get('url')}, settings)[0]
     except v.Refused as error:
         storable([error.code, error.message])
         return
