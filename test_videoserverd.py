@@ -7581,7 +7581,7 @@ class TestCertificateForAnIPhone(unittest.TestCase):
     @classmethod
     def setUpClass(cls):
         cls.config = new_config(names='Pi.Lan, fd00::77, 192.168.77.7', public_base_url='https://videos.lan:8443')
-        cls.made, cls.changed = v.ensure_certificate(cls.config, NOW, names=['nas.home.arpa'], addresses=['10.9.8.7'])
+        cls.made, cls.changed = v.ensure_certificate(cls.config, NOW, names=['nas.home.arpa', '10.9.8.7'])
         cls.leaf, cls.ca = fields(cls.config.server.cert_file), fields(cls.config.server.ca_file)
 
     def test_passes_openssl_verify_by_each_name_and_address(self):
@@ -7736,7 +7736,7 @@ class TestRenewal(unittest.TestCase):
 
     def test_names_given_are_remembered_for_renewals(self):
         for _ in range(2):
-            made, _ = v.ensure_certificate(self.config, NOW, ['NAS.lan.', '192.168.5.5'], ['fe80::1%eth0'])
+            made, _ = v.ensure_certificate(self.config, NOW, ['NAS.lan.', '192.168.5.5', 'fe80::1%eth0'])
         later, _ = v.ensure_certificate(self.config, NOW + 380 * v.DAY)
         for certificate in (made, later):
             self.assertLessEqual({'nas.lan', '192.168.5.5', 'fe80::1'}, {*certificate.names, *certificate.addresses})
@@ -7765,8 +7765,9 @@ class TestRenewal(unittest.TestCase):
             made, _ = v.ensure_certificate(config, NOW)
         self.assertRegex(logs.output[0], r'names: .*videos\.example\.org.*--new-ca')
         self.assertEqual({'nas.lan', 'videos.example.org', 'b.example'} & {*made.names}, {'nas.lan'})
-        permitted, words = v.remembered_names(config)[1], ['nas.lan', 'b.example', '10.1.1.1', '9.9.9.9']
-        self.assertEqual(v.not_permitted(permitted, words), ['b.example', '9.9.9.9'])
+        permitted = v.remembered_names(config)[1]
+        words = {'nas.lan': True, 'b.example': False, '10.1.1.1': True, '9.9.9.9': False}
+        self.assertEqual({word: v.may_sign(word, permitted) for word in words}, words)
         made, _ = v.ensure_certificate(config, NOW, new_ca=True)
         self.assertIn('videos.example.org', made.names)
 

@@ -5557,10 +5557,9 @@ class Scheduler:
 
 # ---------- certificate -------------------------------------------------------------------
 # Owns ca.crt, ca.key, names.json, and the server's certificate and key: a name-constrained CA
-# that a phone trusts once, and a leaf that is renewed from it with no phone touched. The openssl
-# command makes them; a handshake with ourselves checks them, so a start with a good certificate
-# runs no other program. Lock: flock on the CA's folder, one maker at a time across processes.
-# Called by daemon (at start and daily), http and commands.
+# that a phone trusts once, and a leaf renewed from it with no phone touched. The openssl command
+# makes them; a handshake with ourselves checks them, so a start with a good certificate runs no
+# other program. Lock: flock on the CA's folder, across processes. Called by daemon, http, commands.
 
 LEAF_DAYS = 397  # iOS takes up to 825 from a private CA; 397 passes everywhere
 CA_DAYS = 3652  # a new CA means a walk to each phone
@@ -5570,18 +5569,15 @@ CA_NAME = 'videoserverd on '  # iOS lists a root under Certificate Trust Setting
 PERMITTED_NAMES = ('local', 'lan', 'home.arpa', 'localhost')  # and all PRIVATE_NETWORKS
 # A CA that permits `tv` permits all of .tv: a host called tv is reached as tv.local only.
 TOP_LEVEL_NAMES = frozenset(
-    'ai app biz box cloud co com de dev edu eu fm fr gov home info int io it link live me media '
-    'mobi movie net network online org page site tv uk us video web xyz zip'.split())
+    'ai app biz box cloud co com de dev eu fm fr home info io it link live me media movie net '
+    'network online org page site tv uk us video web zip'.split())
 HOST_NAME = re.compile(r'(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.(?!$)|$))+')
 PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000  # X509_V_FLAG_*; Python names one, from 3.10
 UNKNOWN_CONSTRAINT = 51  # X509_V_ERR_UNSUPPORTED_CONSTRAINT_TYPE
 WORKING = '.making-*'  # the folder beside the CA in which files are made
 OPENSSL_CONFIG = '''
 [req]
-prompt = no
-distinguished_name = subject
-[subject]
-CN = %s
+distinguished_name = req
 [ca]
 default_ca = ca
 database = index
@@ -5609,7 +5605,7 @@ subjectAltName = @listed
 
 
 class ClockWrong(Trouble):
-    """The clock is before this release, and a certificate would have to be made."""
+    """The clock is before this release: no certificate can be made."""
 
 
 @named_tuple
@@ -5676,16 +5672,12 @@ def host_addresses() -> tuple[str, ...]:
     return host_words(found)
 
 
-def not_permitted(permitted: Sequence[str], words: Iterable[str]) -> list[str]:
-    """The words that our CA, made to permit `permitted` too, must not sign for."""
-    domains = [f'.{name}' for name in (*PERMITTED_NAMES, *permitted)]
-
-    def allowed(word):
-        address = as_address(word)
-        if address:
-            return any(address in network for network in PRIVATE_NETWORKS)
-        return f'.{word}'.endswith(tuple(domains))
-    return [word for word in words if word not in permitted and not allowed(word)]
+def may_sign(word: str, permitted: Iterable[str]) -> bool:
+    """May our CA, made to permit `permitted` too, sign for this name or address?"""
+    address = as_address(word)
+    if address:
+        return word in permitted or any(address in network for network in PRIVATE_NETWORKS)
+    return any(f'.{word}'.endswith(f'.{name}') for name in (*PERMITTED_NAMES, *permitted))
 
 
 def certificate_files(config: Config) -> dict[str, Path]:
@@ -5703,7 +5695,7 @@ def remembered_names(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
         with suppress(FileNotFoundError):
             notes = json.loads(file.read_text())
         return host_words(notes.get('given', ())), host_words(notes.get('permitted', ()))
-    except (OSError, ValueError, TypeError, AttributeError, Trouble) as error:
+    except Exception as error:  # whatever was edited into it
         log.warning('%s cannot be used, give `cert --host` its names again: %s', file, error)
         return (), ()
 
@@ -5814,24 +5806,25 @@ def make_key(new: Path, old: Path, fresh: bool) -> Path:
 
 def sign_certificate(out: Path, key: Path, subject: str, words: Iterable[str],
                      start: float, end: float, *signer: Any) -> None:
-    """Makes a certificate for `key`, with the extensions of OPENSSL_CONFIG's section of its name.
-    Raises Trouble, OSError. Of openssl's commands only `ca` can back-date in every release."""
+    """Makes a certificate, of OPENSSL_CONFIG's section of its name. Raises Trouble, OSError.
+    Of openssl's commands only `ca` can back-date in every release."""
     folder, listed = out.parent, '\n'.join(word % at for at, word in enumerate(words))
     serial = int.from_bytes(os.urandom(16), 'big') >> 2 | 1
-    for name, text in (('config', OPENSSL_CONFIG % (subject[:64], listed)), ('index', ''),
+    for name, text in (('config', OPENSSL_CONFIG % listed), ('index', ''),
                        ('serial', f'{serial:032X}\n')):
         (folder / name).write_text(text)
     dates = [time.strftime('%Y%m%d%H%M%SZ', time.gmtime(moment)) for moment in (start, end)]
-    run_openssl(folder, 'req', '-new', '-config', 'config', '-key', str(key), '-out', 'request')
+    run_openssl(folder, 'req', '-new', '-config', 'config', '-subj', f'/CN={subject[:64]}',
+                '-key', str(key), '-out', 'request')
     run_openssl(folder, 'ca', '-batch', '-notext', '-config', 'config', '-in', 'request',
                 '-out', out.name, '-startdate', dates[0], '-enddate', dates[1],
                 '-extfile', 'config', '-extensions', out.name, *map(str, signer))
 
 
 def put_in_place(config: Config, folder: Path) -> None:
-    """Moves what was made to where it belongs. A kill at any moment leaves a good pair, or none
-    and all that the next start needs to make one: keys come first, certificates last, and a new
-    CA only after the old certificates are gone. Raises OSError."""
+    """Moves what was made to where it belongs. A kill leaves a good pair, or none and what the next
+    start needs to make one: keys come first, certificates last, a new CA only after the old
+    certificates are gone. Raises OSError."""
     files = {folder / name: target for name, target in certificate_files(config).items()
              if (folder / name).exists()}
     for file, target in files.items():
@@ -5854,37 +5847,33 @@ def leaf_words(config: Config, asked: Sequence[str], given: Sequence[str],
                permitted: Sequence[str]) -> list[str]:
     """The names and addresses of the leaf to have; `asked` for now, `given` ever. Raises Trouble
     if the CA must not sign for what is asked for."""
-    names = config.server.names
-    words = host_words((*host_names(config), *names, *host_addresses(), *given))
-    left_out = not_permitted(permitted, words)
-    refused = ', '.join(word for word in asked if word in left_out)
-    if refused:
-        raise Trouble(f'{refused}: outside what the CA may sign for; `videoserverd.py cert '
-                      '--new-ca` with the same names makes a CA that may, to install on each phone')
-    unnamed = ', '.join(word for word in host_words(names) if word in left_out)
-    if unnamed:
-        log.warning('[server] names: not in the certificate, as the CA may not sign for it: %s; '
-                    '`videoserverd.py cert --new-ca` makes a CA that may', unnamed)
-    return [word for word in words if word not in left_out]
+    for words in (asked, host_words(config.server.names)):
+        refused = ', '.join(word for word in words if not may_sign(word, permitted))
+        advice = (f'{refused}: outside what the CA may sign for; `videoserverd.py cert --new-ca` '
+                  'with the same names makes a CA that may, to install on each phone')
+        if refused and words is asked:
+            raise Trouble(advice)
+        if refused:
+            log.warning('[server] names: %s', advice)
+    words = host_words((*host_names(config), *config.server.names, *host_addresses(), *given))
+    return [word for word in words if may_sign(word, permitted)]
 
 
 def make_ca(out: Path, key: Path, permitted: Iterable[str], start: float) -> None:
     """Makes a CA that may sign for `permitted`, too. Raises Trouble, OSError."""
     words = [f'permitted;IP.%d = {network.with_netmask}' for network in PRIVATE_NETWORKS]
     for word in dict.fromkeys((*PERMITTED_NAMES, *permitted)):
+        line = f'permitted;DNS.%d = {word}'
         if as_address(word):
-            words.append(f'permitted;IP.%d = {ipaddress.ip_network(word).with_netmask}')
-        else:
-            words.append(f'permitted;DNS.%d = {word}')
-    name = CA_NAME + machine_names()[0][:-len('.local')]
-    sign_certificate(out, key, name, words, start, start + CA_DAYS * DAY,
-                     '-selfsign', '-keyfile', key)
+            line = f'permitted;IP.%d = {ipaddress.ip_network(word).with_netmask}'
+        words.append(line)
+    sign_certificate(out, key, CA_NAME + machine_names()[0][:-len('.local')], words, start,
+                     start + CA_DAYS * DAY, '-selfsign', '-keyfile', key)
 
 
 def make_certificate(config: Config, now: float, words: Iterable[str], notes: dict[str, Any],
                      new_ca: bool, fresh: bool) -> None:
-    """Makes a leaf, before it a CA if `new_ca`; with new keys if `fresh`; `notes` become
-    names.json. Raises Trouble, OSError."""
+    """Makes a leaf, before it a CA if `new_ca`; new keys if `fresh`. Raises Trouble, OSError."""
     import tempfile
     if now < BUILT:
         today = time.strftime('%Y-%m-%d', time.gmtime(now))
@@ -5913,13 +5902,6 @@ def make_certificate(config: Config, now: float, words: Iterable[str], notes: di
     put_in_place(config, folder)
 
 
-def renewal_due(old: Certificate, words: Iterable[str], now: float) -> bool:
-    """Is it time for a new leaf: near its end, before its start, or without one of the words?
-    An address that went away stays until then: networks of containers come and go."""
-    days_left = (old.not_after - now) / DAY
-    return bool({*words} - {*old.names, *old.addresses}) or not RENEW_DAYS <= days_left <= LEAF_DAYS
-
-
 def ensure_locked(config: Config, now: float, asked: tuple[str, ...], force: bool, fresh: bool
                   ) -> tuple[Certificate, bool]:
     """What ensure_certificate does under its lock; `fresh` is its new_ca."""
@@ -5940,8 +5922,10 @@ def ensure_locked(config: Config, now: float, asked: tuple[str, ...], force: boo
         own = (name for name in machine_names() if name not in TOP_LEVEL_NAMES)
         permitted = host_words((*own, *server.names, *given))
     words = leaf_words(config, asked, given, permitted)
-    if usable and not demanded and not renewal_due(old, words, now):
-        return old, False
+    if usable and not demanded:  # a name that went away can stay: containers come and go
+        missing = {*words} - {*old.names, *old.addresses}
+        if not missing and RENEW_DAYS <= (old.not_after - now) / DAY <= LEAF_DAYS:
+            return old, False
     try:
         notes = {'given': given, 'permitted': permitted}
         make_certificate(config, now, words, notes, new_ca, fresh)
@@ -5953,17 +5937,15 @@ def ensure_locked(config: Config, now: float, asked: tuple[str, ...], force: boo
     return look_at_certificate(config), True
 
 
-def ensure_certificate(config: Config, now: float, names: Sequence[str] = (),
-                       addresses: Sequence[str] = (), force: bool = False, new_ca: bool = False
-                       ) -> tuple[Certificate, bool]:
+def ensure_certificate(config: Config, now: float, names: Iterable[str] = (), force: bool = False,
+                       new_ca: bool = False) -> tuple[Certificate, bool]:
     """The server's certificate, made or renewed where that is due; and whether it was changed.
-    `names` and `addresses` are remembered. The owner's own certificate is left alone. Raises
+    `names` (and addresses) are remembered. The owner's own certificate is left alone. Raises
     ClockWrong or Trouble if there is no usable certificate, or none as asked for."""
-    asked, folder = host_words((*names, *addresses)), config.server.ca_file.parent
+    asked, folder = host_words(names), config.server.ca_file.parent
     try:
         if not config.server.cert_file.exists():
-            # Whoever may read a folder can lock it, for ever.
-            folder.mkdir(0o711, parents=True, exist_ok=True)
+            folder.mkdir(0o711, parents=True, exist_ok=True)  # who may read it could lock it
         if not folder.exists():  # the owner's certificate lies elsewhere, and none is made
             return ensure_locked(config, now, asked, force, new_ca)
         handle = os.open(folder, os.O_RDONLY)
@@ -5975,8 +5957,8 @@ def ensure_certificate(config: Config, now: float, names: Sequence[str] = (),
                 remove_folder(left)
             os.close(handle)
     except OSError as error:
-        place = error.filename or 'disk'
-        raise Trouble(f'the certificate cannot be made: {place}: {error.strerror}') from None
+        raise Trouble(f'the certificate cannot be made: {error.filename or "disk"}: '
+                      f'{error.strerror}') from None
 
 
 def ca_fingerprint(config: Config) -> str:
@@ -9612,8 +9594,9 @@ def cmd_setup(config: Config, options: Any) -> int:
 
 def cmd_cert(config: Config, options: Any) -> int:
     """make or renew the certificate"""
+    names = (*(options.host or ()), *(options.ip or ()))
     certificate, changed = ensure_certificate(
-        config, time.time(), options.host or (), options.ip or (), options.force, options.new_ca)
+        config, time.time(), names, options.force, options.new_ca)
     if certificate.own:
         print(f'{config.server.cert_file} is your own certificate; it is left alone.')
     else:
@@ -9820,9 +9803,7 @@ def check_certificate(config: Config) -> Iterator[Finding]:
     yield finding(days_left(leaf) > CERTIFICATE_WARNING_DAYS, seen, seen, remedy)
     missing = sorted({*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses})
     permitted = remembered_names(config)[1]
-    if leaf.own:
-        missing = []
-    missing = [name for name in missing if name not in not_permitted(permitted, missing)]
+    missing = [name for name in missing if not leaf.own and may_sign(name, permitted)]
     yield finding(not missing, 'certificate: names this machine',
                   f'certificate: does not name {", ".join(missing)}', remedy)
 
