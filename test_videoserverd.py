@@ -8148,6 +8148,14 @@ while not os.waitpid(child, os.WNOHANG)[0]:
         v.ensure_certificate(config, NOW)
         self.assertEqual({file.stat().st_uid for file in config.server.ca_file.parent.iterdir()}, {12345})
 
+    def test_a_mac_finds_what_homebrew_has_though_launchds_path_lacks_it(self):
+        config, folder = new_config(), tempfile.mkdtemp(dir=RUN)
+        Path(folder, 'openssl').symlink_to(judge())
+        with unittest.mock.patch.object(v.sys, 'platform', 'darwin'), \
+                unittest.mock.patch.dict(os.environ, PATH='/no'), \
+                unittest.mock.patch.object(v, 'HOMEBREW', (folder,)), contextlib.redirect_stdout(io.StringIO()):
+            self.assertEqual(v.main(['--config', str(config.file), 'cert']), 0)
+
     def test_no_openssl_says_how_to_get_it(self):
         with unittest.mock.patch.dict(os.environ, PATH='/nowhere'):
             with self.assertRaisesRegex(v.Trouble, 'apt-get install openssl'):

@@ -10069,8 +10069,13 @@ def serve(file: str) -> int:
     return act(Path(file) if file else None, None)
 
 
+HOMEBREW = ('/opt/homebrew/bin', '/usr/local/bin')  # not in launchd's PATH, nor in ssh's
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; trouble becomes one line and an exit code."""
+    if sys.platform == 'darwin':
+        os.environ['PATH'] = os.pathsep.join((*os.get_exec_path(), *HOMEBREW))
     options = make_parser().parse_args(arguments)
     file = getattr(options, 'config', None)
     beside = PROGRAM.parent / 'config.ini'
