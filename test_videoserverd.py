@@ -4069,7 +4069,7 @@ class TestPosts(DownloadTest):
         jar = self.folder / 'cookies.txt'
         jar.write_text('# Netscape HTTP Cookie File\n.instagram.com\tTRUE\t/\tTRUE\t4000000000\tsessionid\tsecret\n')
         config = self.config(downloader={'proxy': self.site.proxy, 'cookies_file': str(jar)})
-        post = self.site.instagram()
+        post = self.site.story()  # asked for twice: cookies come only when they are asked for
         seen = len(self.site.requests)
         self.assert_done(self.fetch(post, config=config), post.media[0])
         asked = self.site.requests[seen:]
@@ -4090,7 +4090,11 @@ class TestPosts(DownloadTest):
         self.assertEqual((given.count('secret'), given.count('other')), (1, 0))
         story = self.site.story()
         self.assert_ends(self.fetch(story), 'retry', 'login', 2)
+        asked = len(self.site.requests)
         self.assert_done(self.fetch(story, config=config), story.media[0])
+        carried = ['secret' in request.headers.get('Cookie', '') for request in self.site.requests[asked:]
+                   if request.host == 'www.instagram.com']
+        self.assertEqual((carried[0], carried[-1]), (False, True))  # anonymous first, then at once
         self.assert_done(self.fetch(self.site.tiktok(), config=config), self.site.routes[
             'v16-webapp-prime.us.tiktok.com', self.site.asked('us.tiktok.com', '/video')[-1].path.rstrip('/')])
         self.assertEqual(jar.read_bytes(), before)
@@ -4098,6 +4102,19 @@ class TestPosts(DownloadTest):
             cookies = request.headers.get('Cookie', '')
             self.assertFalse('secret' in cookies and not request.host.endswith('instagram.com'), request)
             self.assertFalse('other' in cookies and not request.host.endswith('tiktok.com'), request)
+
+
+    def test_a_login_that_is_no_longer_taken_is_a_reason_of_its_own(self):
+        jar, story, reel = self.folder / 'cookies.txt', self.site.story(), self.site.instagram('reel')
+        jar.write_text('.instagram.com\tTRUE\t/\tTRUE\t0\tcsrftoken\tsecret\n')  # not what the site asks for
+        config = self.config(downloader={'proxy': self.site.proxy, 'cookies_file': str(jar)})
+        config.database.path.parent.mkdir()
+        self.assert_ends(self.fetch(story, config=config), 'retry', 'session', 2)
+        self.assertEqual(list(v.Cookies(config).refused()), ['instagram.com'])
+        asked = len(self.site.requests)
+        self.assert_ends(self.fetch(story, config=config), 'retry', 'login', 2)  # it rests
+        self.assert_done(self.fetch(reel, config=config), reel.media[0])
+        self.assertNotIn('secret', str([request.headers.get('Cookie') for request in self.site.requests[asked:]]))
 
 
 COOKIE_ROWS = [('.instagram.com', 'TRUE', '/', 'TRUE', '4000000000', 'sessionid', 'secret'),
@@ -4175,11 +4192,16 @@ class TestCookies(unittest.TestCase):
     def test_a_login_that_is_refused_rests_until_the_file_changes(self):
         self.file.write_text('\n'.join('\t'.join(row) for row in COOKIE_ROWS) + '\n.tiktok.com\tTRUE\t/\tTRUE\t0\t'
                              'sessionid\tsecret')
-        self.cookies.refuse('https://www.instagram.com/p/x')
+        self.cookies.judge('https://www.instagram.com/p/x', False)
         again = v.Cookies(self.config)
         self.assertIsNone(again.jar('https://www.instagram.com/p/x'))
         self.assertIsNotNone(again.jar('https://www.tiktok.com/@a/video/1'))
         self.assertRegex(again.report(time.time())[0][1], 'instagram.com no longer takes the login')
+        with unittest.mock.patch.object(v, 'REST_SECONDS', 0):  # an hour later
+            self.assertIsNotNone(again.jar('https://www.instagram.com/p/x'))
+        again.judge('https://www.instagram.com/p/x', True)
+        self.assertEqual(again.refused(), {})
+        again.judge('https://www.instagram.com/p/x', False)
         self.file.write_text(self.file.read_text() + '\n')
         self.assertEqual(len(self.loaded(v.Cookies(self.config))), 3)
         self.assertEqual([fine for fine, _ in again.report(time.time())], [True, True])

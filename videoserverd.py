@@ -2292,6 +2292,7 @@ ENDINGS: dict[str, tuple[str, int | None, str]] = {
     'blocked': ('retry', 2, "The site blocks this server's address for now: "
                             'wait some hours, or set a proxy'),
     'gone': ('give_up', None, 'This post is not there (any more)'),
+    'session': ('retry', 2, 'The site no longer takes the login in your cookies: export them again'),
     'private': ('give_up', None, 'This post is private: it takes cookies of an account '
                                  'that may see it (cookies_file)'),
     'geo': ('give_up', None, 'This post is not shown in the country of this server: '
@@ -3557,6 +3558,7 @@ FORCED = {
 # -- the owner's cookies
 
 COOKIE_LIMIT = 1 << 20  # bytes that are read of a file of cookies; a whole browser's are fewer
+REST_SECONDS = 3600  # after a login was refused: a refusal may be about something else
 LOGIN_COOKIE = 'sessionid'  # by which TikTok and Instagram know who is logged in
 EXPORT = 'Fix: log in with a browser and export its cookies again.'
 
@@ -3636,7 +3638,7 @@ class Cookies:
         self.configured = bool(config.downloader.cookies_file)
         self.file = config.downloader.cookies_file or folder / 'cookies.txt'
         self.domains = config.security.allowed_domains
-        self._refused = folder / 'cookies.refused'  # JSON: site → what the file was like then
+        self._refused = folder / 'cookies.refused'  # JSON: site → [when, the file's stamp]
 
     def read(self, data: bytes | None = None) -> dict[str, list[Cookie]]:
         """The cookies for sites that are allowed, by site; `data`: in this, not in the file.
@@ -3653,31 +3655,37 @@ class Cookies:
 
     def jar(self, url: str) -> io.StringIO | None:
         """What belongs to the site of `url`, for yt-dlp to read and write; None if there is
-        nothing, or the site no longer takes it."""
+        nothing, or the site has just refused it."""
         site = '.'.join(host_of(url).split('.')[-2:])
+        if time.time() - self.refused().get(site, 0) < REST_SECONDS:
+            return None
         try:
             cookies = self.read().get(site)
         except OSError as error:
             if self.configured:
                 log.warning('cookies_file cannot be read: %s', error.strerror)
             return None
-        if not cookies or site in self.refused():
-            return None
-        return io.StringIO(cookies_txt(cookies))
+        return io.StringIO(cookies_txt(cookies)) if cookies else None
 
-    def refused(self) -> list[str]:
-        """The sites that have refused the login of this very file."""
-        with suppress(OSError, ValueError, AttributeError):
+    def refused(self) -> dict[str, int]:
+        """The sites that have refused the login of this very file, and when."""
+        with suppress(OSError, ValueError, AttributeError, TypeError):
             told = json.loads(self._refused.read_text(encoding='utf-8'))
-            return [site for site, stamp in told.items() if stamp == self._stamp()]
-        return []
+            return {site: at for site, (at, *stamp) in told.items() if stamp == self._stamp()}
+        return {}
 
-    def refuse(self, url: str) -> None:
-        """The site of `url` no longer takes this login: not used until the file changes."""
-        site = '.'.join(host_of(url).split('.')[-2:])
+    def judge(self, url: str, fine: bool) -> None:
+        """Whether the site of `url` has taken this login; if not, that is told until the file
+        changes or it does, and the login rests for an hour."""
+        site, told = '.'.join(host_of(url).split('.')[-2:]), self.refused()
+        if fine and site not in told:
+            return
+        told[site] = int(time.time())
+        if fine:
+            del told[site]
         with suppress(OSError):
-            told = {**dict.fromkeys(self.refused(), self._stamp()), site: self._stamp()}
-            write_whole(self._refused, json.dumps(told))
+            write_whole(self._refused, json.dumps(
+                {name: [at, *self._stamp()] for name, at in told.items()}))
 
     def _stamp(self) -> list[int]:
         known = os.stat(self.file)
@@ -3739,6 +3747,8 @@ class Attempt:
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
         self.session: Any = None  # yt-dlp at work
+        self.agent = ''  # one browser's name for the whole attempt: a CDN's cookie knows it
+        self.jar: io.StringIO | None = None  # cookies, once the site has asked for a login
         self.failures: dict[int, tuple[str, Outcome]] = {}  # by item: what it is, how it ended
         self.stopper = Stopper()
         self.reach = Reach(config, self.folder.path, self.stopper)
@@ -4009,13 +4019,26 @@ class Attempt:
 
     def run(self) -> Outcome:
         """Download it. In the worker's thread; never raises."""
-        try:
-            outcome = self._run()
-        except BaseException as error:
-            outcome = self._failed(error)
+        outcome = self._try()
+        cookies = Cookies(self.config)
+        if outcome.reason in ('login', 'private'):
+            self.jar = cookies.jar(self.job.url)
+        if self.jar:  # an account that fetches little is not flagged
+            log.info('download %s: the site asks for a login: again with cookies', self.job.id)
+            self.failures.clear()
+            outcome = self._try()
+            cookies.judge(self.job.url, outcome.reason != 'login')
+            if outcome.reason == 'login':
+                outcome = Ending('session').outcome
         if outcome.kind in ('cancelled', 'give_up'):
             forget_files(self.config, self.job.id, ())
         return outcome
+
+    def _try(self) -> Outcome:
+        try:
+            return self._run()
+        except BaseException as error:
+            return self._failed(error)
 
     def _failed(self, error: BaseException) -> Outcome:
         if isinstance(error, Ending):
@@ -4140,8 +4163,8 @@ class Attempt:
         rates = [rate for rate in (params.get('ratelimit'), own.rate_limit) if rate]
         if own.user_agent_rotation:
             from yt_dlp.utils.networking import random_user_agent
-            params['http_headers'] = {
-                'User-Agent': random_user_agent(), **params.get('http_headers', {})}
+            self.agent = self.agent or random_user_agent()
+            params['http_headers'] = {'User-Agent': self.agent, **params.get('http_headers', {})}
 
         def chat(message):  # errors are told once more when the attempt ends
             log.debug('download %s: %s', self.job.id, excerpt(message, 400))
@@ -4150,7 +4173,7 @@ class Attempt:
                 'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
                 'ratelimit': min(rates, default=None), 'retry_sleep_functions': pause,
                 'proxy': own.proxy or '',  # and none of the environment's
-                'cookiefile': Cookies(self.config).jar(self.job.url),
+                'cookiefile': self.jar,
                 'logger': SimpleNamespace(debug=chat, info=chat, warning=chat, error=chat),
                 'match_filter': self.choose, 'progress_hooks': [self._on_media],
                 'postprocessor_hooks': [self._on_step]}
