@@ -9266,6 +9266,9 @@ class TestPage(DaemonTest):
         """Clicks a button of a row."""
         self.browser.run('for (const node of document.querySelectorAll("article"))'
                          '  node.classList.toggle("pressed", node.row.download_id === arguments[0])', id)
+        if action in ('copy', 's3', 'star', 'unstar', 'again'):
+            self.browser.run('const row = document.querySelector(".pressed");'
+                             'if (!row.matches(".open")) row.querySelector(".more").click()')
         self.browser.click(f'.pressed .{action}:not([hidden])')
 
     def newest(self) -> Any:
@@ -9290,13 +9293,16 @@ class TestPage(DaemonTest):
                           'return !video.seeking && video.currentTime === 0.6')
         media = [request['headers'] for request in self.browser.requests() if '/files/' in request['url']]
         self.assertTrue(media and all('Range' in headers for headers in media))
-        self.browser.click('#player button')
+        self.browser.run('history.back()')
         self.browser.wait('return !document.querySelector("video")')
 
     def test_save_and_copy_link(self):
         id = self.daemon.download(str(self.site.tiktok(title='Kept')))['download_id']
         self.row(id)
-        link, download = (self.browser.get('article .save', what) for what in ('href', 'hasAttribute("download")'))
+        self.browser.run('HTMLAnchorElement.prototype.click = function() {'
+                         '  window.saved = [this.href, this.hasAttribute("download")] }')
+        self.press(id, 'save')
+        link, download = self.browser.run('return window.saved')
         self.assertTrue(download)
         self.assertEqual(self.browser.run('return fetch(arguments[0]).then(({status}) => status)', link), 200)
         self.press(id, 'copy')
@@ -9313,6 +9319,7 @@ class TestPage(DaemonTest):
                                       'AWS_ACCESS_KEY_ID': 'a', 'AWS_SECRET_ACCESS_KEY': 'b'})
         stored.submit(str(self.site.tiktok()))
         self.visit(daemon=stored)
+        self.browser.click('article .more')
         self.browser.click('article .s3')
         self.browser.until('#note', 'textContent === "Link copied"')
         self.assertTrue(self.clipboard().startswith(f'{endpoint}/videos/'))
@@ -9346,7 +9353,7 @@ class TestPage(DaemonTest):
         self.row(id, 'row.files.length')
         self.press(id, 'delete')
         self.browser.until('.pressed', 'hidden')
-        self.browser.click('#undo-button')
+        self.browser.click('#offer')
         leave = 'dispatchEvent(new Event("pagehide"))'  # leaving the page is the end of the grace
         self.browser.run(leave)
         self.row(id)
@@ -9363,20 +9370,35 @@ class TestPage(DaemonTest):
         post = self.site.tiktok(page={'fail': [503] * 9})
         id = self.daemon.submit(str(post))
         self.row(id, 'row.next_attempt_at')
-        self.assertRegex(self.browser.get('article .word'), r'^Next\sattempt\sin\s4\smin.*1\sfailed')
+        self.assertRegex(self.browser.get('article .word'), r'^Again\sin\s4\smin.*1\sfailed')
         post.page.set(fail=[])
         self.press(id, 'retry')
         self.row(id, 'row.files.length')
 
-    def test_a_carousel_shows_all_its_files(self):
+    def test_a_carousel_is_browsed_and_closes_by_a_tap_beside_it(self):
+        first = self.daemon.download(str(self.site.tiktok(title='Older')))['download_id']
         post = self.site.instagram('video', 'photo', 'video', title='Two of them')
-        self.row(self.daemon.download(str(post))['download_id'])
-        labels = self.browser.run('return [...document.querySelector("article").querySelectorAll(".play")]'
-                                  '.map(node => node.ariaLabel)')
-        self.assertEqual([label[:13] for label in labels], ['Play: 1 of 3 ', 'Play: 2 of 3 ', 'Play: 3 of 3 '])
-        tops = self.browser.run('return [...document.querySelectorAll("article:first-child :is(li:first-child, .acts)'
-                                ' .act:not([hidden])")].map(node => node.getBoundingClientRect().top)')
-        self.assertEqual((len(tops), len(set(tops))), (4, 1))
+        id = self.daemon.download(str(post))['download_id']
+        self.row(id)
+        self.assertEqual(self.browser.run('return document.querySelectorAll("article:first-child .delete").length'), 1)
+        self.press(id, 'play')
+        files = [file['path'] for row in (id, first) for file in self.daemon.status(row)['files']]
+        for number, path in enumerate(files):
+            self.browser.until('#screen > *', f'src.endsWith("{path}")')
+            if number + 1 < len(files):
+                self.browser.click('#player .next')
+        self.browser.run('player.dispatchEvent(new MouseEvent("click", {bubbles: true}))')
+        self.browser.wait('return !player.open && history.state === null')
+
+    def test_a_file_that_is_not_there_is_explained(self):
+        self.expected = '404|503'
+        row = self.daemon.download(str(self.site.tiktok()))
+        self.row(row['download_id'])
+        for file in self.daemon.output.iterdir():
+            if file.is_file() and not file.name.startswith('.'):
+                file.unlink()
+        self.press(row['download_id'], 'play')
+        self.browser.until('#screen', 'innerText.includes("Is its disk plugged in?")')
 
     def test_titles_made_of_markup_are_text(self):
         title = '<img src=x onerror=document.title=1><b>bold</b> {{HOST}} &amp;'
@@ -9397,15 +9419,17 @@ class TestPage(DaemonTest):
         for number in range(4):  # news, so that the page looks again
             self.daemon.submit(str(self.site.tiktok()))
             self.browser.wait('return window.rounds > arguments[0]', number)
-        self.assertEqual(self.browser.run('return window.most'), 1)
+        self.assertLessEqual(self.browser.run('return window.most'), 2)
 
     def test_search_and_filter_by_state(self):
         self.daemon.download(str(self.site.tiktok(title='Needle in the hay')))
         self.daemon.fails(str(self.site.tiktok(state='private')))
+        for _ in range(3):  # from the fifth video on there is something to search
+            self.daemon.download(str(self.site.tiktok(title='Hay')))
         self.browser.type('#search', 'needle')
         self.browser.wait(f'{ROWS}.length === 1')
         self.browser.click('#states [value=failed]')
-        self.browser.until('#empty-title', 'textContent === "Nothing matches"')
+        self.browser.until('#empty h2', 'textContent === "Nothing matches"')
         self.browser.click('#show-all')
         self.browser.click('#states [value=failed]')
         self.browser.wait(f'{ROWS}.every(row => row.status === "failed")')
@@ -9452,6 +9476,7 @@ class TestPage(DaemonTest):
         self.visit(daemon=locked)
         self.browser.until('article .play', 'checkVisibility()')
         self.assertFalse([request['url'] for request in self.browser.requests() if 'sesame' in request['url']])
+        self.browser.click('summary')
         self.browser.click('#forget')
         self.browser.until('#door', 'open')
 
@@ -9509,7 +9534,8 @@ class TestPage(DaemonTest):
             events = self.browser.events()
             asked = collections.Counter(urlsplit(event['request']['url']).path for event in events['requestWillBeSent']
                                         if not re.search('/api/|^blob:', event['request']['url']))
-            self.assertEqual(set(asked), {'/', '/icon.svg', '/manifest.webmanifest', '/page.css', '/page.js'})
+            self.assertEqual(set(asked) - {'/sw.js'},
+                             {'/', '/icon.svg', '/manifest.webmanifest', '/page.css', '/page.js'})
             self.assertEqual((asked['/page.css'], asked['/page.js']), (1, 1))
             self.assertEqual(len(self.browser.run(ROWS)), 20)
             self.assertLess(sum(event['encodedDataLength'] for event in events['loadingFinished']), FIRST_PAINT_BYTES)
@@ -9551,18 +9577,10 @@ class TestPage(DaemonTest):
         said, told = (re.sub(r'[\d.]+ GB free|`', '', text)  # others write to the disk meanwhile
                       for text in (self.browser.get('#problems'), '\n'.join(problems)))
         self.assertEqual(said, told)
-        self.assertRegex(self.browser.get('#facts'), r'^Live · .* free · yt-dlp 20\d\d\.')
+        self.assertRegex(self.browser.get('#facts'), r'^.* free · yt-dlp 20\d\d\.')
         for step in (*range(0, 10, 2), 9, 0):
             self.browser.run('scrollTo(0, arguments[0] / 9 * document.body.scrollHeight)', step)
             self.browser.wait(ONE_ROW, f'Math.abs(parseInt(row.title.slice(7)) - {9999 - 1111 * step}) < 100')
-        count = ('return new Promise(done => setTimeout(done, 100))'
-                 '.then(() => document.querySelectorAll("article").length)')
-        self.browser.wait(f'{count}.then(count => count < 200)')
-        self.browser.run('list.hidden = true')
-        self.assertTrue(self.browser.run(count))  # out of sight for so short a time that it would only flicker
-        self.browser.wait('return !document.querySelector("article")')
-        self.browser.run('list.hidden = false')
-        self.browser.wait(f'{ROWS}.length')
 
     def test_every_width_from_320_to_2560_fits_and_fingers_hit(self):
         self.row(self.daemon.download(str(self.site.tiktok(title='Wide ' * 60)))['download_id'])
@@ -9581,7 +9599,8 @@ class TestPage(DaemonTest):
         self.daemon.fails(str(self.site.tiktok(state='private')))
         self.row(self.daemon.download(str(self.site.tiktok()))['download_id'])
         for path, dark, before in (('/', False, ''), ('/', True, 'document.querySelector(".play").click()'),
-                                   ('/', True, 'document.querySelector(".delete").click()'), ('/setup', False, '')):
+                                   ('/', True, 'document.querySelector(".delete").click()'), ('/setup', False, ''),
+                                   ('/', False, 'document.querySelector(".more:not([hidden])").click()')):
             self.browser.screen(390, 844, dark)
             self.visit(path)
             self.browser.run(f'{before}; {AXE_CORE.read_text()}')
@@ -9590,10 +9609,10 @@ class TestPage(DaemonTest):
             self.assertEqual((path, dark, before, found), (path, dark, before, []))
 
     def test_setup_works_without_javascript_and_copies_with_it(self):
-        self.expected = 'share-address'
         self.visit('/setup#share')
         self.browser.click('[data-copy]')
         self.browser.until('[data-copy]', 'textContent.includes("✓")')
+        self.assertTrue(self.clipboard().endswith('/share/My%20iPhone'))
         self.assertEqual(self.clipboard(), self.browser.get('#address', 'value'))
         self.assertRegex(self.browser.get('#bookmarklet', 'getAttribute("href")'),
                          r"^javascript:void\(open\('https://")
@@ -9606,7 +9625,7 @@ class TestPage(DaemonTest):
             self.assertIn(words, text)
 
     def test_setup_moves_on_by_itself_and_the_console_tells_how_far_the_phone_is(self):
-        self.expected = 'check.svg|share-address'
+        self.expected = 'check.svg'
         phone = subprocess.Popen(self.daemon.command_line('phone', '--port', '0'), env=self.daemon.env,
                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
         self.addCleanup(lambda: (phone.terminate(), phone.wait(), phone.stdout.close()))

@@ -7399,7 +7399,7 @@ def fixed_head(status: int, media: str, headers: Pairs, keep: bool, csp: str, no
 
 def format_head(reply: Reply, keep: bool, csp: str) -> bytes:
     """The head of an answer."""
-    if reply.content or not reply.type.startswith(('text/html', 'image/svg')):
+    if reply.content or not reply.type.startswith(('text/html', 'text/javascript', 'image/svg')):
         csp = FILE_CSP
     head = fixed_head(reply.status, reply.type, reply.headers, keep, csp, int(time.time()))
     if reply.status == 304:
@@ -7670,6 +7670,7 @@ PAGE_HTML = r'''<!DOCTYPE html>
 <meta name="theme-color" content="#111412" media="(prefers-color-scheme: dark)">
 <meta name="referrer" content="no-referrer">
 <link rel="icon" href="icon.svg" type="image/svg+xml">
+<link rel="apple-touch-icon" href="apple-touch-icon.png">
 <link rel="manifest" href="manifest.webmanifest">
 <link rel="stylesheet" href="page.css">
 <script type="module" src="page.js"></script>
@@ -7677,73 +7678,87 @@ PAGE_HTML = r'''<!DOCTYPE html>
 <body>
 <svg class="sprite" aria-hidden="true">
 <symbol id="i-play" viewBox="0 0 24 24"><path d="M8 5.5v13l10.5-6.5z" fill="currentColor"/></symbol>
+<symbol id="i-share" viewBox="0 0 24 24"><path d="M12 14V3.5M8 7l4-4 4 4M7 10.5H5.5v10h13v-10H17"/>
+</symbol>
 <symbol id="i-save" viewBox="0 0 24 24"><path d="M12 4v11m-4.5-4.5L12 15l4.5-4.5M5 19.5h14"/></symbol>
-<symbol id="i-copy" viewBox="0 0 24 24"><path d="M10 14a4 4 0 0 0 5.7.3l3-3a4 4 0 0 0-5.7-5.7l-1.2 1.2M14
- 10a4 4 0 0 0-5.7-.3l-3 3a4 4 0 0 0 5.7 5.7l1.2-1.2"/></symbol>
-<symbol id="i-s3" viewBox="0 0 24 24"><path d="M7 18.5a4.2 4.2 0 0 1-.6-8.4 6 6 0 0 1 11.5 1A3.7 3.7 0 0 1 17.5
- 18.5z"/></symbol>
 <symbol id="i-retry" viewBox="0 0 24 24"><path d="M19 12a7 7 0 1 1-2.3-5.2M19.5 4v4.5H15"/></symbol>
 <symbol id="i-cancel" viewBox="0 0 24 24"><path d="M6.5 6.5l11 11m0-11l-11 11"/></symbol>
-<symbol id="i-delete" viewBox="0 0 24 24"><path d="M5 7h14M10 4h4M7 7l.8 12.5h8.4L17 7m-5 4v5"/></symbol>
+<symbol id="i-delete" viewBox="0 0 24 24"><path d="M5 7h14M10 4h4M7 7l.8 12.5h8.4L17 7m-5 4v5"/>
+</symbol>
+<symbol id="i-more" viewBox="0 0 24 24"><path d="M5 12h.01M12 12h.01M19 12h.01" stroke-width="3"/>
+</symbol>
 <symbol id="i-paste" viewBox="0 0 24 24"><path d="M9 5H6v15h12V5h-3M9 4h6v3.5H9z"/></symbol>
 <symbol id="i-phone" viewBox="0 0 24 24"><path d="M7.5 3h9v18h-9zM11 18h2"/></symbol>
-<symbol id="i-film" viewBox="0 0 24 24"><path d="M8 4.5h8l-4 6.9zM4.5 12.5v2a4 4 0 0 0 4 4h7a4 4 0 0 0 4-4v-2"/>
-</symbol>
+<symbol id="i-film" viewBox="0 0 24 24"><path d="M8 4.5h8l-4 6.9zM4.5 12.5v2a4 4 0 0 0 4 4h7a4 4 0 0 0
+ 4-4v-2"/></symbol>
+<symbol id="i-prev" viewBox="0 0 24 24"><path d="M14.5 5.5L8 12l6.5 6.5"/></symbol>
+<symbol id="i-next" viewBox="0 0 24 24"><path d="M9.5 5.5L16 12l-6.5 6.5"/></symbol>
 </svg>
 <header>
-  <img class="mark" src="icon.svg" alt="" width="40" height="40">
-  <div class="name"><h1 data-text="name"></h1><p id="pulse"><span id="dot"></span><span id="facts"></span></p></div>
-  <a id="phone" class="button quiet" href="setup"><svg aria-hidden="true"><use href="#i-phone"/></svg
-    ><span data-text="setUp"></span></a>
+  <img class="mark" src="icon.svg" alt="" width="36" height="36">
+  <h1>Video inbox</h1><p id="pulse"></p>
+  <a id="phone" class="button quiet" href="setup" aria-label="Set up a phone"><svg aria-hidden="true"
+    ><use href="#i-phone"/></svg><span>Set up a phone</span></a>
 </header>
 <main>
-  <section id="health" data-label="health" hidden><h2 data-text="attention"></h2><ul id="problems"></ul></section>
-  <form id="add" data-label="add">
-    <textarea id="box" rows="1" data-label="links" data-hint="hint" autocomplete="off" autocapitalize="off"
-      spellcheck="false" enterkeyhint="send" maxlength="16000" aria-describedby="refusal"></textarea>
-    <button id="paste" class="button quiet" type="button" hidden><svg aria-hidden="true"><use href="#i-paste"/></svg
-      ><span data-text="paste"></span></button>
-    <button id="send" class="button" data-text="send"></button>
+  <p id="old">This page needs JavaScript, and iOS 16 or a browser from 2022 or later.
+    The <a href="setup">set-up page</a> does not.</p>
+  <section id="health" aria-label="Health" hidden><h2></h2><ul id="problems"></ul>
+    <progress class="bar" max="100" aria-label="Getting ready" hidden></progress>
+    <button id="update" class="button quiet" hidden>Update yt-dlp</button></section>
+  <form id="add" aria-label="Add links">
+    <textarea id="box" rows="1" aria-label="Links" placeholder="Paste links" autocomplete="off"
+      autocapitalize="off" spellcheck="false" enterkeyhint="send" aria-describedby="refusal"></textarea>
+    <button id="paste" class="button quiet" type="button" aria-label="Paste" hidden
+      ><svg aria-hidden="true"><use href="#i-paste"/></svg></button>
+    <button id="send" class="button">Add</button>
     <p id="refusal" role="alert"></p>
   </form>
-  <ul id="outbox" data-label="outbox" hidden></ul>
-  <form id="filters" role="search" data-label="filters" hidden>
-    <div id="states" role="group" data-label="states"></div>
-    <input id="search" type="search" data-label="search" data-hint="search" autocomplete="off" spellcheck="false">
+  <ul id="outbox" aria-label="Not sent yet" hidden></ul>
+  <form id="filters" role="search" aria-label="Find videos" hidden>
+    <div id="states" role="group" aria-label="Show"></div>
+    <input id="search" type="search" aria-label="Search" placeholder="Search" autocomplete="off">
+    <button id="pick" type="button" aria-pressed="false">Select</button>
   </form>
+  <div id="bulk" role="group" aria-label="Several at once" hidden></div>
   <section id="empty" hidden>
     <svg class="tray" aria-hidden="true"><use href="#i-film"/></svg>
-    <h2 id="empty-title"></h2><p id="empty-text"></p>
-    <ol id="first-steps"><li data-text="first1"></li><li data-text="first2"></li><li data-text="first3"></li></ol>
-    <a id="first-link" class="button" href="setup" data-text="setUp"></a>
-    <button id="show-all" class="button" data-text="showAll"></button>
+    <h2></h2><p></p>
+    <ol><li>Set up your iPhone. It takes about four minutes.</li>
+      <li>In TikTok or Instagram tap Share, then Save video.</li>
+      <li>Or paste a link into the box above.</li></ol>
+    <a class="button" href="setup">Set up a phone</a>
+    <button id="show-all" class="button">Show all videos</button>
   </section>
-  <div id="list" role="feed" data-label="list" aria-busy="true"></div>
+  <div id="list" role="feed" aria-label="Videos" aria-busy="true"></div>
 </main>
-<footer><a href="setup" data-text="setUpMore"></a><button id="forget" hidden data-text="forget"></button></footer>
-<div id="notes"><p id="note" role="status"></p>
-  <div id="undo" role="alert" hidden><span id="undo-text"></span>
-    <button id="undo-button" data-text="undo"></button></div></div>
-<dialog id="player" aria-labelledby="player-title">
-  <form method="dialog"><h2 id="player-title"></h2>
-    <button class="act" data-label="close"><svg aria-hidden="true"><use href="#i-cancel"/></svg></button></form>
-  <div id="screen"></div>
-</dialog>
-<dialog id="door" aria-labelledby="door-title">
-  <form id="key-form" method="dialog"><h2 id="door-title" data-text="keyTitle"></h2>
-    <p id="key-text" data-text="keyText"></p>
-    <input id="key" type="password" required data-label="key" autocomplete="off" aria-describedby="key-text">
-    <button class="button" data-text="useKey"></button></form>
-</dialog>
+<footer><p id="facts"></p>
+  <details><summary>Cookies, phones and keys</summary>
+    <p>Some posts can only be seen after a login. Export cookies.txt from a browser that is logged
+      in, and choose the file here.</p>
+    <p id="cookies"></p>
+    <p class="go"><label class="button quiet">Choose cookies.txt<input id="cookie-file" type="file"
+      ></label> <button id="forget-cookies" class="button quiet">Remove the cookies</button></p>
+    <p class="go"><a href="setup">Set up phones and browsers</a>
+      <button id="forget" class="button quiet" hidden>Forget the key</button></p></details></footer>
+<div id="notes"><p id="note" role="status"></p><button id="offer" hidden></button>
+  <button id="hush" class="act" aria-label="Close"><svg aria-hidden="true"><use href="#i-cancel"/>
+  </svg></button></div>
+<dialog id="player" aria-labelledby="player-title"><div class="inside">
+  <div class="top"><h2 id="player-title" dir="auto"></h2><p id="place"></p></div>
+  <div id="screen"></div><div class="acts"></div></div></dialog>
+<dialog id="door" aria-labelledby="door-title"><form id="key-form" method="dialog" class="inside">
+  <h2 id="door-title">This server asks for a key</h2><p id="key-text"></p>
+  <input id="key" type="password" required aria-label="Key" autocomplete="off"
+    aria-describedby="key-text"><button class="button">Use this key</button></form></dialog>
 <template id="row"><article tabindex="-1">
+  <label class="pick"><input type="checkbox" aria-label="Select"></label>
   <div class="thumb"><svg aria-hidden="true"><use href="#i-film"/></svg></div>
-  <div class="what"><h2 class="title"></h2>
-    <p class="meta"><a class="site" target="_blank" rel="noreferrer noopener"></a><span class="size"></span
-      ><time class="when"></time></p></div>
-  <div class="state"><p class="word"></p><progress class="bar" max="100"></progress><p class="reason"></p></div>
-  <div class="tools"><ul class="files"></ul><div class="acts"></div></div>
+  <div class="what"><h2 class="title" dir="auto"></h2><p class="meta"></p></div>
+  <div class="state"><p class="word"></p><progress class="bar" max="100"></progress
+    ><p class="reason" dir="auto"></p></div>
+  <div class="acts"></div>
 </article></template>
-<noscript><p>This page needs JavaScript. The <a href="setup">set-up page</a> does not.</p></noscript>
 </body>
 </html>
 '''
@@ -7751,127 +7766,150 @@ PAGE_HTML = r'''<!DOCTYPE html>
 PAGE_CSS = r'''
 /* Warm paper, one accent, the system's own letters. Sizes in rem: they follow the reader's own. */
 :root {
-  color-scheme: light dark; --gap: 1rem;
-  --paper: light-dark(#f5f5f1, #111412); --card: light-dark(#fff, #1b1f1c); --ink: light-dark(#1a1d1a, #edf0ec);
-  --soft: light-dark(#5a605a, #a5aca5); --line: light-dark(#e1e2db, #2c322e); --edge: light-dark(#858b84, #7a827b);
-  --accent: light-dark(#0b6e5f, #62cdb5); --on-accent: light-dark(#fff, #04231d); --tint: light-dark(#e2f0ec, #17362f);
-  --bad: light-dark(#b3261e, #ff9389); --warn: light-dark(#fdf1d3, #352b12); --warn-line: light-dark(#e2c77d, #6b5722);
-  --shade: 0 1px 2px #0000000f, 0 4px 16px #0000000a;
+  color-scheme: light dark; --gap: 1rem; --paper: #f5f5f1; --card: #fff; --ink: #1a1d1a;
+  --soft: #5a605a; --line: #e1e2db; --edge: #858b84; --accent: #0b6e5f; --on-accent: #fff;
+  --tint: #e2f0ec; --bad: #b3261e; --warn: #fdf1d3; --warn-line: #e2c77d;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --paper: #111412; --card: #1b1f1c; --ink: #edf0ec; --soft: #a5aca5; --line: #2c322e;
+    --edge: #7a827b; --accent: #62cdb5; --on-accent: #04231d; --tint: #17362f; --bad: #ff9389;
+    --warn: #352b12; --warn-line: #6b5722;
+  }
 }
 *, ::before, ::after { box-sizing: border-box; }
 [hidden] { display: none !important; }
 html { background: var(--paper); scroll-padding: 5rem 0; -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0 auto; max-width: 78rem; min-height: 100vh; min-height: 100dvh; display: flex; flex-direction: column;
-  padding: env(safe-area-inset-top) max(var(--gap), env(safe-area-inset-right)) env(safe-area-inset-bottom)
+  margin: 0 auto; max-width: 78rem; min-height: 100vh; min-height: 100dvh; display: flex;
+  flex-direction: column; padding: env(safe-area-inset-top)
+    max(var(--gap), env(safe-area-inset-right)) env(safe-area-inset-bottom)
     max(var(--gap), env(safe-area-inset-left));
-  font: 1rem/1.45 system-ui, -apple-system, 'Segoe UI', sans-serif; color: var(--ink); overflow-wrap: anywhere;
+  font: 1rem/1.45 system-ui, -apple-system, 'Segoe UI', sans-serif; color: var(--ink);
+  overflow-wrap: anywhere;
 }
 h1, h2, p, ul, ol, dl, dd { margin: 0; padding: 0; }
-h1, h2 { line-height: 1.25; text-wrap: balance; }
+h1, h2 { line-height: 1.25; }
 ul { list-style: none; }
 ol { display: grid; gap: .7rem; padding-left: 1.4rem; text-align: left; }
 li::marker { color: var(--accent); font-weight: 700; }
 a { color: var(--accent); text-underline-offset: .18em; }
-svg { width: 1.5rem; height: 1.5rem; flex: none; fill: none; stroke: currentColor; stroke-width: 1.75;
-  stroke-linecap: round; stroke-linejoin: round; }
-button, input, textarea, .button, .act, footer > * { min-height: 2.75rem; font: inherit; color: inherit; }
-button, .button, .act { display: inline-flex; align-items: center; justify-content: center; gap: .4rem; border: 0;
-  border-radius: .8rem; background: none; text-decoration: none; overflow-wrap: normal; cursor: pointer; }
+svg { width: 1.5rem; height: 1.5rem; flex: none; fill: none; stroke: currentColor;
+  stroke-width: 1.75; stroke-linecap: round; stroke-linejoin: round; }
+button, input, textarea, .button, .pick { min-height: 2.75rem; font: inherit; color: inherit; }
+button, .button { display: inline-flex; align-items: center; justify-content: center; gap: .4rem;
+  border: 0; border-radius: .8rem; background: none; text-decoration: none;
+  overflow-wrap: normal; cursor: pointer; }
 .act { min-width: 2.75rem; color: var(--soft); }
-.button { padding: .5rem 1.1rem; background: var(--accent); color: var(--on-accent); font-weight: 600; }
-.button.quiet, .play, .retry { background: var(--tint); color: var(--accent); font-weight: 600; }
-input, textarea { padding: .6rem .9rem; border: 1px solid var(--edge); border-radius: .8rem; background: var(--card); }
+:disabled { opacity: .4; }
+.button { padding: .5rem 1.1rem; background: var(--accent); color: var(--on-accent);
+  font-weight: 600; }
+.quiet, .play, .retry, .share, .save { background: var(--tint); color: var(--accent);
+  font-weight: 600; }
+input, textarea { padding: .6rem .9rem; border: 1px solid var(--edge); border-radius: .8rem;
+  background: var(--card); }
 ::placeholder { color: var(--soft); opacity: 1; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
-code { padding: .1em .35em; border-radius: .35em; background: #8882; font: .875em ui-monospace, Menlo, monospace; }
+code { padding: .1em .35em; border-radius: .35em; background: #8882;
+  font: .875em ui-monospace, Menlo, monospace; }
 small { display: block; }
-small, #pulse, .hint { color: var(--soft); font-size: .8125rem; }
+small, #pulse, #facts, .hint { color: var(--soft); font-size: .8125rem; }
 
 .sprite { position: absolute; width: 0; height: 0; }
-header { display: flex; align-items: center; gap: .8rem; padding: 1.25rem 0 1rem; }
-header .name { flex: 1; }
+header { display: flex; align-items: center; gap: .6rem; padding: .5rem 0; }
+header .button { margin-left: auto; padding: .5rem .8rem; }
 header .button span { position: absolute; clip-path: inset(50%); }
 .mark { border-radius: 22%; }
-h1 { font-size: 1.3rem; letter-spacing: -.015em; }
-#dot { display: inline-block; width: .5rem; height: .5rem; margin-right: .4rem; border-radius: 50%; }
-.live #dot { background: var(--accent); }
-.lost #dot { background: var(--bad); }
-main { flex: 1; display: flex; flex-direction: column; gap: 1rem; }
-#health { padding: .9rem 1.1rem; border: 1px solid var(--warn-line); border-radius: 1rem; background: var(--warn); }
-#problems li { margin-top: .35rem; }
-#add { display: grid; grid-template-columns: 1fr 1fr; gap: .6rem; }
-#box, #refusal, #paste[hidden] + #send { grid-column: 1 / -1; }
-#box { max-height: 40vh; resize: none; field-sizing: content; }
-#refusal { color: var(--bad); font-weight: 500; white-space: pre-line; }
-#refusal:empty, .reason:empty, #outbox:not([hidden]) ~ #empty { display: none; }
-#outbox li { display: flex; align-items: center; padding: .4rem .4rem .4rem 1rem; margin-bottom: .4rem;
-  border: 1px dashed var(--edge); border-radius: 1rem; }
+h1 { font-size: 1.2rem; letter-spacing: -.015em; }
+#pulse::before { content: ''; display: inline-block; width: .5rem; height: .5rem;
+  margin-right: .4rem; border-radius: 50%; background: var(--accent); }
+.lost #pulse::before { background: var(--bad); }
+main { flex: 1; display: flex; flex-direction: column; gap: .6rem; }
+#old { animation: arrive 1s 3s backwards; }
+#health { display: grid; gap: .6rem; padding: .9rem 1.1rem; border: 1px solid var(--warn-line);
+  border-radius: 1rem; background: var(--warn); }
+#add, #filters, #states, #bulk { display: flex; flex-wrap: wrap; gap: .4rem; }
+#states { gap: 0 .1rem; margin-left: -.45rem; }
+#box { flex: 1 1 9rem; min-width: 0; max-height: 40vh; resize: none; field-sizing: content; }
+#refusal { flex: 1 0 100%; color: var(--bad); font-weight: 500; white-space: pre-line; }
+:is(#refusal, .reason, #note):empty, #note:empty ~ button, #outbox:not([hidden]) ~ #empty {
+  display: none; }
+#outbox li { display: flex; align-items: center; padding: .4rem .4rem .4rem 1rem;
+  margin-bottom: .4rem; border: 1px dashed var(--edge); border-radius: 1rem; }
 #outbox li > span { flex: 1; white-space: pre-line; }
-#filters { display: flex; flex-direction: column; gap: .6rem; }
-#states { display: flex; gap: .2rem; margin: 0 calc(-1 * var(--gap)); padding: 3px var(--gap); overflow-x: auto;
-  scrollbar-width: none; }
-#states button { flex: none; padding: .3rem .8rem; border: 1px solid transparent; border-radius: 2rem;
-  color: var(--soft); font-weight: 500; }
-#states [aria-pressed="true"] { background: var(--card); border-color: var(--line); color: var(--ink);
-  box-shadow: var(--shade); }
+#search { flex: 1 1 9rem; min-width: 0; }
+#filters button { padding: .3rem .45rem; color: var(--soft); gap: .3rem; font-size: .875rem; }
+#filters [aria-pressed="true"] { background: var(--card); color: var(--ink);
+  box-shadow: inset 0 0 0 1px var(--line); }
 #states b { font-weight: 500; font-variant-numeric: tabular-nums; }
-#empty { display: grid; gap: .9rem; justify-items: center; margin: 1rem auto 3rem; max-width: 26rem;
-  text-align: center; }
+#states [value=failed] b { color: var(--bad); }
+#empty { display: grid; gap: .9rem; justify-items: center; margin: 1rem auto 3rem;
+  max-width: 26rem; text-align: center; }
+.narrowed :is(ol, a), #empty:not(.narrowed) #show-all { display: none; }
 .tray { width: 6rem; height: 6rem; color: var(--accent); fill: var(--tint); stroke-width: 1.1; }
 
-article { display: grid; grid-template-columns: 3.75rem minmax(0, 1fr) auto; gap: .4rem .9rem; }
-.thumb { position: relative; width: 3.75rem; height: 5rem; border-radius: .65rem; overflow: hidden; display: grid;
-  place-items: center; background: var(--tint); color: var(--accent); }
+.chunk { content-visibility: auto; contain-intrinsic-size: auto 2800px; }
+.chunk:empty { min-height: 2800px; }
+article { display: grid; grid-template-columns: 3.75rem minmax(0, 1fr) auto; gap: .4rem .9rem;
+  margin-bottom: .75rem; padding: .9rem; border-radius: 1.1rem; background: var(--card); }
+.pick, .picking .acts, .picking .extra { display: none; }
+.picking .pick { grid-column: 1 / -1; display: grid; align-items: center; width: 2.75rem; }
+[type=checkbox] { width: 1.4rem; height: 1.4rem; min-height: 0; accent-color: var(--accent); }
+.thumb { grid-row: span 2; position: relative; width: 3.75rem; height: 5rem; border-radius: .65rem; display: grid;
+  place-items: center; overflow: hidden; background: var(--tint); color: var(--accent); }
 .thumb img { position: absolute; width: 100%; height: 100%; object-fit: cover; }
 .thumb svg { width: 2rem; height: 2rem; stroke-width: 1.4; }
-[data-status="failed"] .thumb { background: var(--line); color: var(--soft); }
-.what, .state { align-self: center; }
-.title { font-size: 1rem; display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 2; overflow: hidden; }
-.meta, .word, .reason, .files .name { color: var(--soft); font-size: .875rem; font-variant-numeric: tabular-nums; }
-.meta > * { display: inline-block; padding: .25rem 0; }
-.site { color: inherit; text-decoration-color: var(--edge); }
-.site::after, .size:not(:empty)::after { content: '\a0·\a0'; display: inline-block; }
+:is([data-status="failed"], [data-status="cancelled"]) .thumb { background: var(--line);
+  color: var(--soft); }
+.what { align-self: center; grid-column: 2 / -1; }
+.state { grid-column: 2 / -1; }
+.title { font-size: 1rem; text-align: left; display: -webkit-box; -webkit-box-orient: vertical;
+  -webkit-line-clamp: 2; overflow: hidden; }
+.meta, .word, .reason, #place { color: var(--soft); font-size: .875rem;
+  font-variant-numeric: tabular-nums; }
+.meta span { display: inline-block; padding: .25rem 0; }
+.meta span + span::before { content: '\a0·\a0'; display: inline-block; }
+.meta a { color: inherit; text-decoration-color: var(--edge); }
 [data-status="completed"] :is(.word, .state:has(.reason:empty)) { display: none; }
 [data-status="downloading"] .word { color: var(--accent); }
 [data-status="failed"] .word { color: var(--bad); font-weight: 600; }
-.bar { appearance: none; display: block; width: 100%; height: .4rem; margin: .3rem 0; border: 0; border-radius: .2rem;
-  overflow: hidden; background: var(--line); }
+.bar { appearance: none; display: block; width: 100%; height: .4rem; margin: .3rem 0; border: 0;
+  border-radius: .2rem; overflow: hidden; background: var(--line); }
 .bar::-webkit-progress-bar { background: var(--line); }
 .bar::-webkit-progress-value { background: var(--accent); }
 .bar::-moz-progress-bar { background: var(--accent); }
-.tools, .acts, .files li { display: flex; flex-wrap: wrap; gap: .25rem; align-items: center; }
-.files { display: grid; gap: .4rem; }
-.acts { margin-left: auto; }
-.files .name, .act span { display: none; }
-.many .files { flex: 1 0 100%; }
-.many .files .name, :is(.play, .retry) span { display: block; flex: 1; }
-.play, .retry { padding: .5rem 1rem .5rem .75rem; }
-@media (max-width: 49.99rem) {
-  article { margin-bottom: .75rem; padding: .9rem; border-radius: 1.1rem; background: var(--card);
-    box-shadow: var(--shade); }
-  .thumb { grid-row: 1 / span 2; }
-  .what, [data-status="failed"] .state, .state:has(~ .tools .retry:not([hidden])) { grid-column: 2 / -1; }
-  .tools:has(li, .retry:not([hidden])) { grid-column: 1 / -1; }
-  .go .button { flex: 1 0 100%; }
-  .desk { display: none; }
-}
+.bar:indeterminate { background: linear-gradient(90deg, var(--line) 30%, var(--accent) 50%,
+  var(--line) 70%) 0 / 300%; animation: run 1.5s linear infinite; }
+.bar:indeterminate::-webkit-progress-bar { background: none; }
+.acts, .extra { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .25rem; }
+.acts .cancel:not([hidden]), .acts .delete { margin-left: auto; }
+.acts .cancel:not([hidden]) ~ .delete { margin-left: 0; }
+[data-status="downloading"] .state { grid-column: 2; }
+[data-status="downloading"] .acts { grid-column: 3; align-self: end; }
+article:not(.open) .extra, .act span { display: none; }
+:is(.play, .retry, .share, .save, .copy, .extra .act) span { display: block; }
+.act:is(.play, .retry, .share, .save), .extra .act { padding: .5rem .9rem .5rem .7rem; }
 
-footer { display: flex; flex-wrap: wrap; gap: .5rem 1.5rem; justify-content: center; padding: 1.5rem 0; }
-footer > * { display: inline-flex; align-items: center; color: var(--accent); text-decoration: underline; }
-#notes { position: fixed; z-index: 3; inset: auto 0 max(1rem, env(safe-area-inset-bottom)); display: grid;
-  justify-items: center; gap: .5rem; padding: 0 1rem; pointer-events: none; }
-#note:not(:empty), #undo { display: flex; align-items: center; gap: 1rem; min-height: 2.75rem; max-width: 36rem;
-  padding: .5rem 1.1rem; border-radius: 1rem; background: var(--ink); color: var(--paper); pointer-events: auto; }
-#undo button { font-weight: 700; text-decoration: underline; outline-color: currentColor; }
-dialog { width: min(56rem, calc(100% - 1.5rem)); max-width: none; max-height: calc(100% - 1.5rem); padding: 1rem;
-  border: 0; border-radius: 1.25rem; background: var(--card); color: var(--ink); }
+footer { padding: 1.5rem 0; }
+#cookies { white-space: pre-line; }
+#cookie-file { position: absolute; width: 1px; min-height: 0; opacity: 0; }
+#notes { position: fixed; z-index: 3; inset: auto 0 0; display: flex; align-items: center;
+  gap: .5rem; padding: .4rem var(--gap) max(.4rem, env(safe-area-inset-bottom));
+  background: var(--ink); color: var(--paper); }
+#notes:has(#note:empty) { padding: 0; }
+#note { flex: 1; }
+#notes button { color: inherit; font-weight: 700; outline-color: currentColor; }
+body:has(#note:not(:empty)) { padding-bottom: 6rem; }
+dialog { width: min(56rem, calc(100% - 1rem)); max-width: none; max-height: calc(100% - 1rem);
+  padding: 0; border: 0; border-radius: 1.25rem; background: var(--card); color: var(--ink); }
 dialog::backdrop { background: #000b; }
-:is(dialog, #health) h2 { flex: 1; font-size: 1rem; max-height: 2.5em; overflow: hidden; }
-#player form { display: flex; align-items: center; gap: 1rem; margin-bottom: .75rem; }
-#screen > * { width: 100%; max-height: calc(100vh - 8rem); border-radius: .75rem; object-fit: contain; }
+.inside { display: grid; gap: .75rem; padding: 1rem; }
+:is(dialog, #health) h2 { font-size: 1rem; }
+.top { display: flex; align-items: center; gap: 1rem; }
+.top h2 { flex: 1; max-height: 2.5em; overflow: hidden; }
+#screen > * { display: block; width: 100%; max-height: calc(100vh - 11rem); border-radius: .75rem;
+  object-fit: contain; }
 #door { max-width: 26rem; }
-#door form { display: grid; gap: 1rem; padding: .5rem; }
 
 .setup main { gap: 1rem; max-width: 34rem; width: 100%; margin: 0 auto; padding: 1.5rem 0 3rem; }
 .lead, .step { display: flex; flex-direction: column; gap: 1rem; }
@@ -7897,93 +7935,70 @@ dialog::backdrop { background: #000b; }
 dt { font-weight: 600; margin-top: .9rem; }
 dd, #empty p { color: var(--soft); }
 .go { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; }
-.go .button { min-height: 3.25rem; }
 .go a:not(.button), .step li a { padding: .7rem 0; }
-.qr svg { width: 12rem; height: 12rem; padding: .5rem; border-radius: .8rem; background: #fff; stroke: none; }
+.qr svg { width: 12rem; height: 12rem; padding: .5rem; border-radius: .8rem; background: #fff;
+  stroke: none; }
 .print { display: block; margin-top: .4rem; padding: .6rem .8rem; }
 .field { display: flex; flex-wrap: wrap; gap: .5rem; }
 .field input { flex: 1 1 12rem; min-width: 0; }
-label { display: grid; gap: .3rem; font-weight: 600; }
+.step label { display: grid; gap: .3rem; font-weight: 600; }
 details { border-top: 1px solid var(--line); }
 summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--accent); }
 .good { padding: .8rem 1rem; border-radius: .8rem; background: var(--tint); font-weight: 600; }
-@media (max-width: 49.99rem) { [data-at]:not([data-at="profile"]) .lead { display: none; } }
-
+@media (max-width: 22.5rem) { .act:is(.share, .save) span { display: none; } }
+@media (max-width: 49.99rem) {
+  [data-at]:not([data-at="profile"]) .lead, .desk { display: none; }
+  .go .button { flex: 1 0 100%; }
+}
 @media (min-width: 50rem) {
   :root { --gap: 2rem; }
   header .button span { position: static; clip-path: none; }
-  #add { grid-template-columns: 1fr auto auto; align-items: start; }
-  #box { grid-column: 1; }
-  #paste[hidden] + #send { grid-column: 2 / -1; }
-  #filters { position: sticky; top: 0; z-index: 2; flex-direction: row; align-items: center;
-    justify-content: space-between; margin: 0 -.5rem; padding: .6rem .5rem; background: var(--paper); }
-  #states { margin: 0; padding: 3px; }
-  #search { width: 22rem; }
-  #list { border-radius: 1.1rem; background: var(--card); box-shadow: var(--shade); }
-  article { padding: .7rem 1rem; gap: .4rem 1.1rem; align-items: center;
-    grid-template-columns: 2.75rem minmax(0, 1fr) minmax(0, 18rem) 15.5rem; }
-  article[data-status="completed"] { grid-template-columns: 2.75rem minmax(0, 1fr) 0 auto; }
-  article + article, .chunk + .chunk > :first-child { border-top: 1px solid var(--line); }
-  .thumb { width: 2.75rem; height: 3.6rem; }
-  .tools { grid-column: 4; justify-content: flex-end; }
-  .tools, .acts { flex-wrap: nowrap; }
-  [data-status="completed"] .state { grid-area: 2 / 2 / auto / -1; }
-  .many .tools { grid-area: 3 / 2 / auto / -1; align-items: start; }
-  .many .files { flex: 1; }
+  article { margin: 0; padding: .7rem 1rem; gap: .4rem 1.1rem; align-items: center;
+    border-radius: 0; border-bottom: 1px solid var(--line);
+    grid-template-columns: 2.75rem minmax(0, 1fr) minmax(0, 16rem) 19.5rem; }
+  .what { grid-column: 2; }
+  [data-status="completed"] .what { grid-column: 2 / 4; }
+  [data-status="completed"] .state { grid-column: 2 / -1; }
+  .thumb { width: 2.75rem; height: 3.6rem; grid-row: 1; }
+  .state, [data-status="downloading"] .state { grid-column: 3; }
+  .acts, [data-status="downloading"] .acts { grid-column: 4; grid-row: 1; align-self: center;
+    justify-content: end; }
+  .acts .act { margin: 0 !important; }
+  .picking .pick { grid-column: 4; grid-row: 1; }
   .act:hover { background: var(--tint); color: var(--accent); }
 }
-@media (min-width: 120rem) { html { font-size: 112.5%; } body { max-width: 96rem; } }
+@keyframes arrive { from { visibility: hidden; } }
 @media (prefers-reduced-motion: no-preference) {
   .bar::-webkit-progress-value { transition: inline-size .8s linear; }
-  dialog[open], #undo, #note:not(:empty) { animation: arrive .2s ease-out; }
-  @keyframes arrive { from { opacity: 0; transform: translateY(.4rem); } }
+  @keyframes run { from { background-position: 100%; } }
 }
 '''
 
-PAGE_JS = r'''
-// What the page says: another language is one table more.
-const TEXT = {
-  name: 'Video inbox', setUp: 'Set up a phone', setUpMore: 'Set up phones and browsers', live: 'Live',
-  lost: 'No connection', free: '{size} free', ytdlp: 'yt-dlp {version}', health: 'Health',
-  attention: 'Needs your attention', add: 'Add links', links: 'Links, one a line', paste: 'Paste', send: 'Add',
-  hint: 'Paste a link, or several, one a line', nothing: 'There is no link in the box yet.',
-  lostText: 'The server does not answer. What you add is kept here and sent when it is back.',
-  outbox: 'Not sent yet', sending: 'Sending', waitsHere: 'Kept here, sent when the server answers', drop: 'Discard',
-  filters: 'Find videos', states: 'Show', search: 'Search', list: 'Videos', all: 'All', queued: 'Waiting',
-  downloading: 'Active', completed: 'Done', failed: 'Failed', page: 'Reading the page',
-  merge: 'Joining picture and sound', file: 'Putting it in place', left: '{time} left', rate: '{size}/s',
-  seconds: '{n} s', minutes: '{n} min', next: 'Next attempt {when}', tried: '{n} failed so far',
-  s3waiting: 'Copy to the bucket: waiting', s3failing: 'Copy to the bucket: {error}',
-  s3gone: 'Copy to the bucket: {error}', play: 'Play', save: 'Save',
-  copy: 'Copy link', s3: 'Copy bucket link', retry: 'Try again', cancel: 'Cancel', delete: 'Delete', close: 'Close',
-  part: '{n} of {all}', progress: 'Progress of {title}', copied: 'Link copied',
-  copyByHand: 'Copy it from here: {link}', noPlay: 'This browser cannot play it. Save it instead.',
-  deleted: 'Deleted: {title}', deletedMany: '{n} videos deleted', undo: 'Undo', finished: 'Done: {title}',
-  gaveUp: 'Failed: {title}. {why}', empty: 'Nothing here yet',
-  emptyText: 'Links come in here, videos come out, on your own machine.',
-  first1: 'Set up your iPhone: it takes two minutes.', first3: 'Or paste a link into the box above.',
-  first2: 'In TikTok or Instagram tap Share, then Save video.', none: 'Nothing matches',
-  noneText: 'No video fits this search and filter.', showAll: 'Show all videos', key: 'Key', useKey: 'Use this key',
-  keyTitle: 'This server asks for a key', forget: 'Forget the key',
-  keyText: 'It is one of those in VIDEOSERVER_API_KEYS. It stays in this browser.',
-  keyWrong: 'The server does not know this key. Please try another.',
+PAGE_JS = r'''const LABELS = {
+  play: 'Play', share: 'Share', save: 'Save', retry: 'Try again', cancel: 'Cancel',
+  delete: 'Delete', more: 'More', copy: 'Copy link', s3: 'Copy bucket link', star: 'Star',
+  unstar: 'Remove the star', again: 'Download again', prev: 'Previous', next: 'Next',
+  close: 'Close', clear: 'Clear',
 };
-const ACTIONS = {  // state → what a person can do about it
-  queued: ['cancel', 'delete'], downloading: ['cancel'], completed: ['delete'], failed: ['retry', 'delete'],
-};
-const CHUNK = 20;         // rows drawn and dropped together
+const STATES = {
+  '': 'All', failed: 'Failed', queued: 'Waiting', downloading: 'Active', completed: 'Done'};
+const ROW_ACTS = ['play', 'share', 'save', 'retry', 'cancel', 'more', 'delete'];
+const MORE_ACTS = ['copy', 's3', 'star', 'unstar', 'again'];
+const CHUNK = 20;         // rows drawn together
 const MOST_ROWS = 200;    // the server's limit for one answer
-const ROW_GUESS = 140;    // pixels, until a chunk has been seen
 const FRAME = 1;          // seconds between two answers: live enough, and light on a Pi
 const PATIENCE = 40000;   // ms: the long poll's 25 s and a slow network
-const ROUND = 30000;      // ms between looks at health and outbox
-const PASSING = [0, 401, 408, 429, 500, 502, 503, 504];  // keep the link, send it later (0: no answer)
+const ROUND = 30000;      // ms between looks at health and outbox, a tenth of it in trouble
+const PART = 250000;      // characters sent at once: below 1 MB in UTF-8
+const MOST_SHARED = 100 << 20;  // bytes; an iPhone's share sheet fails on much more
+const FEW = 5;            // from so many videos on there is something to filter and to search
+const PASSING = [0, 401, 408, 429, 500, 502, 503, 504];  // send it later (0: no answer)
 
 const $ = id => document.getElementById(id);
-const say = (name, facts) => TEXT[name].replace(/\{(\w+)\}/g, (_, fact) => facts[fact]);
+const part = (node, name) => node.querySelector('.' + name);
 const sleep = (ms, signal) => new Promise(done => {
-  setTimeout(done, signal.aborted ? 0 : ms);
-  signal.addEventListener('abort', done);
+  setTimeout(done, signal?.aborted ? 0 : ms);
+  signal?.addEventListener('abort', done);
 });
 
 // ---- what this browser remembers ----
@@ -7992,47 +8007,58 @@ function remember(name, value) {
   localStorage.setItem('videoserverd.' + name, JSON.stringify(value));
   return value;
 }
-const clientId = () =>
-  recall('client') ?? remember('client', 'web-' + crypto.getRandomValues(new Uint32Array(3)).join('-'));
+const clientId = () => recall('client') ??
+  remember('client', 'web-' + crypto.getRandomValues(new Uint32Array(2)).join('-'));
 
 // ---- talking to the server ----
 let online = null, locked = false;  // locked: a key is wanted and not known
 
-// As UTF-8 in bytes: fetch() refuses other letters, and a key may have been copied with an invisible one.
+// As UTF-8 in bytes: fetch() refuses other letters, and a key may have an invisible one.
 const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
 const keyHeader = () => recall('key') ? {'X-API-Key': octets(recall('key'))} : {};
 
 async function api(method, path, body, signal) {
-  const patience = AbortSignal.timeout(PATIENCE);
+  const end = new AbortController(), stop = () => end.abort();
+  const patience = setTimeout(stop, PATIENCE);
+  signal?.addEventListener('abort', stop);
   const headers = {...keyHeader(), ...(body && {'Content-Type': 'application/json'})};
+  if (body instanceof Blob) headers['Content-Type'] = 'text/plain';
+  else if (body) body = JSON.stringify(body);
   let response, answer;
   try {
     response = await fetch(path, {
-      method, headers, body: body && JSON.stringify(body), cache: 'no-store', keepalive: method === 'DELETE',
-      signal: signal ? AbortSignal.any([signal, patience]) : patience,
-    });
+      method, headers, body, cache: 'no-store', signal: end.signal,
+      keepalive: method === 'DELETE'});
     answer = await response.json();
   } catch (error) {
     if (signal?.aborted) throw error;
     connected(false);
-    throw Object.assign(Error(TEXT.lostText), {status: 0});
+    throw Object.assign(Error('The server does not answer.'), {status: 0});
+  } finally {
+    clearTimeout(patience);
   }
   connected(true);
   if (response.status === 401) askForKey();
   if (!response.ok) throw Object.assign(Error(answer.message), {status: response.status, answer});
   return answer;
 }
+// The same, with the server's sentence shown, be it good or bad.
+const told = (...request) => api(...request)
+  .then(answer => note(answer.message), error => note(error.message)).finally(makeRound);
+
 function connected(now) {
   if (now === online) return;
   const back = now && online === false;
   online = now;
-  document.body.className = now ? 'live' : 'lost';
+  document.body.classList.toggle('live', now);
+  document.body.classList.toggle('lost', !now);
   paintHealth();
   if (back) makeRound();
 }
 function askForKey() {
   locked = true;
-  write($('key-text'), recall('key') ? TEXT.keyWrong : TEXT.keyText);
+  write($('key-text'), recall('key') ? 'The server does not know this key. Please try another.'
+    : 'It is one of those in VIDEOSERVER_API_KEYS. It stays in this browser.');
   if (!$('door').open) $('door').showModal();
 }
 function useKey(key) {
@@ -8043,26 +8069,37 @@ function useKey(key) {
   makeRound().then(refresh);
 }
 
-// ---- health, every half minute; what waits in the outbox gets its chance then, too ----
-let health = {};
+// ---- health; what waits in the outbox gets its chance then, too ----
+let health = {}, looked = 0;
 async function makeRound() {
   if (locked || document.hidden) return;
-  const answer = await api('GET', 'api/v1/health').catch(error => error.answer ?? {});  // of a failing disk: a 503
+  looked = Date.now();
+  const answer = await api('GET', 'api/v1/health').catch(error => error.answer ?? {});
   if ('problems' in answer) health = answer;
   else if ('uptime' in answer) askForKey();  // the short form is for those without a key
   paintHealth();
   if (online) flush();
 }
+const stale = () => Date.now() - looked > (health.problems?.length || !online ? ROUND / 10 : ROUND);
+
 function paintHealth() {
-  const {problems: faults = [], free_disk: free, ytdlp_version: version} = health, lost = online === false;
-  const problems = lost ? [TEXT.lostText, ...faults] : faults;
-  const room = free && say('free', {size: size(free)}), ytdlp = version && say('ytdlp', {version});
-  write($('facts'), [TEXT[lost ? 'lost' : 'live'], room, ytdlp].filter(Boolean).join(' · '));
-  $('health').hidden = !problems.length;
-  $('problems').replaceChildren(...problems.map(text => element('li', ...withCommands(text))));
+  const {problems = [], free_disk: free, ytdlp_version: version, cookies, preparing} = health;
+  const lost = online === false && 'What you add is kept here, and sent when the server is back.';
+  const faults = [lost, ...problems].filter(Boolean), ready = preparing == null;
+  write($('pulse'), lost ? 'No connection' : 'Live');
+  write($('facts'), joined(free && size(free) + ' free', version && 'yt-dlp ' + version));
+  $('health').hidden = ready && !faults.length;
+  write($('health').querySelector('h2'), ready ? 'Needs your attention' : 'Getting ready…');
+  $('problems').replaceChildren(...faults.map(text => element('li', {}, ...withCommands(text))));
+  Object.assign(part($('health'), 'bar'), {hidden: ready, value: preparing ?? 0});
+  $('update').hidden = !faults.some(text => / update`/.test(text));
+  write($('cookies'), [cookies].flat().filter(Boolean).join('\n') || 'There are none.');
+  $('forget-cookies').hidden = !cookies?.length;
 }
+const joined = (...facts) => facts.filter(Boolean).join(' · ');
 // `commands` in a sentence are set as code.
-const withCommands = text => text.split('`').map((piece, i) => i % 2 ? element('code', piece) : piece);
+const withCommands = text =>
+  text.split('`').map((piece, i) => i % 2 ? element('code', {}, piece) : piece);
 
 // ---- sending links: what is in the outbox has not been answered for yet ----
 let flushing = false;
@@ -8070,9 +8107,11 @@ const outbox = () => recall('outbox', []);
 function changeOutbox(entries) {
   remember('outbox', entries);
   $('outbox').hidden = !entries.length;
-  $('outbox').replaceChildren(...entries.map(entry => element('li',
-    element('span', entry.text, element('small', TEXT[flushing ? 'sending' : 'waitsHere'])),
-    control('cancel', TEXT.drop, () => takeOut(entry.timestamp)))));
+  const state = flushing ? 'Sending' : 'Kept here, sent when the server answers';
+  $('outbox').replaceChildren(...entries.map(({text, timestamp}) => element('li', {},
+    element('span', {}, text.length > 300 ? text.slice(0, 300) + '…' : text,
+      element('small', {}, state)),
+    control('cancel', 'Discard', () => takeOut(timestamp)))));
 }
 const takeOut = timestamp => changeOutbox(outbox().filter(entry => entry.timestamp !== timestamp));
 
@@ -8080,31 +8119,37 @@ async function flush() {
   if (flushing || locked) return;
   flushing = true;
   changeOutbox(outbox());
-  try { while (outbox().length) await post(outbox()[0]); } catch { /* the next round tries again */ }
+  try { while (outbox().length) await post(outbox()[0]); } catch { /* later, again */ }
   flushing = false;
   changeOutbox(outbox());
 }
-// Always with the timestamp that the entry was made with: the server knows a repeat by it. Throws to try later.
+// Always with the timestamp that the entry was made with: the server knows a repeat by it. A long
+// list goes in parts; what is not sent yet stays in the entry. Throws to try later.
 async function post({text, timestamp}) {
-  const many = text.includes('\n');
-  const body = {[many ? 'text' : 'url']: text, client_id: clientId(), timestamp};
+  const many = text.split(/https?:\/\//i).length > 2 || text.includes('\n');
+  const end = text.length > PART ? text.lastIndexOf('\n', PART) : text.length;
+  const now = text.slice(0, end);
+  const body = {client_id: clientId(), timestamp, [many ? 'text' : 'url']: now};
+  let rest = text.slice(end).trim();
   try {
     const answer = await api('POST', many ? 'api/v1/downloads' : 'api/v1/download', body);
     const refused = (answer.downloads ?? []).filter(row => row.error);
-    if (refused.length) write($('refusal'), refused.map(row => row.error).join('\n'));
+    if (refused.length) write($('refusal'), [...new Set(refused.map(row => row.error))].join('\n'));
     putIntoBox(refused.map(row => row.url).join('\n'));
+    rest = [answer.keep, rest].filter(Boolean).join('\n');
     note(answer.message);
   } catch (error) {
     if (error.status) write($('refusal'), error.message);
     if (PASSING.includes(error.status)) throw error;
-    putIntoBox(text);
+    putIntoBox(now);
   }
-  takeOut(timestamp);
+  if (rest) changeOutbox([{text: rest, timestamp}, ...outbox().slice(1)]);
+  else takeOut(timestamp);
   refresh();
 }
 const putIntoBox = text => fill([$('box').value, text].filter(Boolean).join('\n'));
 
-// ---- the list: as tall as everything, drawn only where it is looked at, a chunk of rows at a time ----
+// ---- the list: as tall as everything, filled a chunk of rows at a time where it is looked at ----
 const chunks = [], near = new Set(), nodes = new Map(), doomed = new Set();
 const view = {status: '', q: '', version: 0};
 let wake = new AbortController();
@@ -8114,25 +8159,19 @@ function refresh() {
   wake.abort();
 }
 const sight = new IntersectionObserver(entries => {
-  for (const {target, isIntersecting} of entries) {
-    if (isIntersecting) near.add(target);
-    else if (near.delete(target)) setTimeout(clear, 300, target);  // a snapshot of the page passes sooner
-  }
-  if ([...near].some(chunk => !chunk.firstChild)) refresh();
+  for (const {target, isIntersecting} of entries) near[isIntersecting ? 'add' : 'delete'](target);
+  if (entries.some(entry => entry.isIntersecting)) refresh();  // it may have missed news
 }, {rootMargin: '600px'});
 
-function clear(chunk) {
-  if (near.has(chunk)) return refresh();  // it came back, and may have missed news
-  if (!chunk.firstChild || chunk.contains(document.activeElement)) return;
-  chunk.style.setProperty('min-height', chunk.offsetHeight + 'px');
-  chunk.replaceChildren();
-}
 function stretch(total) {
   const wanted = Math.ceil(total / CHUNK) || 1;
-  for (const chunk of chunks.splice(wanted)) { sight.unobserve(chunk); near.delete(chunk); chunk.remove(); }
+  for (const chunk of chunks.splice(wanted)) {
+    sight.unobserve(chunk);
+    near.delete(chunk);
+    chunk.remove();
+  }
   while (chunks.length < wanted) {
-    const chunk = Object.assign(element('div'), {className: 'chunk'});
-    chunk.style.setProperty('min-height', CHUNK * ROW_GUESS + 'px');
+    const chunk = element('div', {className: 'chunk'});
     chunks.push(chunk);
     $('list').append(chunk);
     sight.observe(chunk);
@@ -8140,8 +8179,8 @@ function stretch(total) {
 }
 // What is in sight, as the server counts it.
 function range() {
-  const seen = [...near].map(chunk => chunks.indexOf(chunk)), first = seen.length ? Math.min(...seen) : 0;
-  const count = seen.length ? Math.max(...seen) - first + 1 : 1;
+  const seen = [...near].map(chunk => chunks.indexOf(chunk)).sort((a, b) => a - b);
+  const first = seen[0] ?? 0, count = (seen.at(-1) ?? 0) - first + 1;
   return {offset: first * CHUNK, limit: Math.min(MOST_ROWS, count * CHUNK)};
 }
 async function look() {
@@ -8149,6 +8188,7 @@ async function look() {
   for (const name of ['status', 'q']) if (view[name]) query.set(name, view[name]);
   if (view.version) { query.set('since', view.version); query.set('wait', 25); }
   const answer = await api('GET', 'api/v1/history?' + query, null, wake.signal);
+  if (view.version !== answer.version && Date.now() - looked > ROUND / 10) makeRound();
   view.version = answer.version;
   paintList(answer, place.offset);
   return answer.poll_after || FRAME;
@@ -8156,7 +8196,7 @@ async function look() {
 // Looks for ever; refresh() makes it look at once.
 async function watch() {
   for (let gap = FRAME, pause; ; await sleep(1000 * pause, wake.signal)) {
-    wake = new AbortController();  // a new one each time: sleep() leaves its listener on it
+    wake = new AbortController();  // a new one each time: listeners are left on it
     try {
       pause = locked || document.hidden ? 3600 : await look();
       gap = FRAME;
@@ -8181,67 +8221,97 @@ function paintList({downloads, total, counts}, offset) {
 // Rows are moved and repainted, never rebuilt: focus and the reader's place stay.
 function arrange(chunk, rows, offset, total) {
   const wanted = rows.map(row => nodes.get(row.download_id) ?? newRow(row));
-  for (const node of [...chunk.children]) if (!wanted.includes(node)) node.remove();
+  for (const node of [...chunk.children]) {
+    if (wanted.includes(node)) continue;
+    if (node.contains(document.activeElement)) focusBeside(node);
+    node.remove();
+  }
   wanted.forEach((node, i) => {
     if (chunk.children[i] !== node) chunk.insertBefore(node, chunk.children[i] ?? null);
     Object.assign(node, {ariaPosInSet: String(offset + i + 1), ariaSetSize: String(total)});
     paintRow(node, rows[i]);
   });
-  chunk.style.removeProperty('min-height');
+}
+function focusBeside(node) {
+  const rows = [...document.querySelectorAll('article:not([hidden])')], at = rows.indexOf(node);
+  (rows[at + 1] ?? rows[at - 1] ?? $('box')).focus({preventScroll: true});
 }
 function newRow(row) {
   const node = $('row').content.firstElementChild.cloneNode(true);
   part(node, 'title').id = 't-' + row.download_id;
   node.setAttribute('aria-labelledby', 't-' + row.download_id);
-  part(node, 'acts').append(...['s3', 'retry', 'cancel', 'delete'].map(name => control(name)));
+  part(node, 'acts').append(...ROW_ACTS.map(name => control(name)));
+  part(node, 'more').ariaExpanded = 'false';
   nodes.set(row.download_id, node);
   return node;
 }
-
-const part = (node, name) => node.querySelector('.' + name);
 const heading = row => row.title || row.filename || row.url.replace(/^https?:\/\/(www\.)?/, '');
+const cancelled = row => row.status === 'failed' && row.error_message === 'Cancelled';
 
 function paintRow(node, row) {
   if (node.row && node.row.status !== row.status) announce(row);
   node.row = row;
   node.hidden = doomed.has(row.download_id);
-  node.dataset.status = row.status;
-  const time = row.completed_at ?? row.created_at;
+  node.dataset.status = cancelled(row) ? 'cancelled' : row.status;
   write(part(node, 'title'), heading(row));
-  write(part(node, 'site'), row.site);
-  part(node, 'site').href = row.url;
-  write(part(node, 'size'), row.file_size ? size(row.file_size) : '');
-  write(part(node, 'when'), ago(time));
-  part(node, 'when').title = new Date(1000 * time).toLocaleString();
+  part(node, 'pick').firstChild.checked = picked.has(row.download_id);
+  paintMeta(part(node, 'meta'), row);
   paintProgress(node, row);
   const frame = part(node, 'thumb');
   if (row.thumbnail && !frame.dataset.path) {
     frame.dataset.path = row.thumbnail;
     pictures.observe(frame);
   }
-  paintFiles(node, row);
-  const can = [...ACTIONS[row.status], row.next_attempt_at && 'retry', row.s3?.state === 'stored' && 's3'];
-  for (const button of part(node, 'acts').children) button.hidden = !can.includes(button.dataset.act);
-  for (const button of node.querySelectorAll('.act')) button.ariaLabel = label(button.dataset, row);
+  const can = actsOf(row);
+  for (const button of node.querySelectorAll('[data-act]')) {
+    button.hidden = !can.includes(button.dataset.act);
+    button.ariaLabel = `${LABELS[button.dataset.act]}: ${heading(row)}`;
+  }
 }
-function label({act, file}, row) {
-  const which = file && row.files.length > 1 ? say('part', {n: +file + 1, all: row.files.length}) + ' ' : '';
-  return `${TEXT[act]}: ${which}${heading(row)}`;
+function actsOf(row) {
+  if (row.status === 'downloading') return ['cancel'];
+  if (row.status === 'queued') return ['cancel', 'delete', row.next_attempt_at && 'retry'];
+  if (row.status === 'failed') return ['retry', 'delete'];
+  const star = row.starred ? 'unstar' : 'star', s3 = row.s3?.state === 'stored' && 's3';
+  if (!row.files.length) return ['retry', 'again', 'delete'];
+  return ['play', canShare ? 'share' : 'save', 'more', 'copy', s3, star, 'again', 'delete'];
+}
+function paintMeta(node, row) {
+  const time = row.completed_at ?? row.created_at, files = row.files?.length;
+  const site = {href: row.url, target: '_blank', rel: 'noreferrer noopener'};
+  const facts = [
+    row.starred && '★', row.uploader && element('bdi', {}, row.uploader), length(row.duration),
+    element('a', site, row.site), files > 1 && files + ' files',
+    row.file_size && size(row.file_size),
+    element('time', {title: new Date(1000 * time).toLocaleString()}, ago(time))].filter(Boolean);
+  const spans = facts.map(fact => element('span', {}, fact));
+  const text = spans.map(span => span.textContent).join();
+  if (node.dataset.said === text) return;
+  node.dataset.said = text;
+  node.replaceChildren(...spans);
 }
 function paintProgress(node, row) {
   const bar = part(node, 'bar'), s3 = row.s3?.state;
-  Object.assign(bar, {hidden: row.status !== 'downloading', value: row.progress});
-  bar.ariaLabel = say('progress', {title: heading(row)});
+  bar.hidden = row.status !== 'downloading';
+  if (row.phase === 'page' && !row.progress) bar.removeAttribute('value');  // nobody knows how long
+  else bar.value = row.progress;
+  bar.ariaLabel = 'Progress of ' + heading(row);
   write(part(node, 'word'), words(row).map(text => text.replaceAll(' ', '\u00a0')).join(' · '));
-  const reasons = [row.error_message, TEXT['s3' + s3] && say('s3' + s3, row.s3)];
+  const reasons = [!cancelled(row) && row.error_message, row.note,
+    row.status === 'queued' && !row.next_attempt_at && health.paused,
+    s3 === 'waiting' && 'Copy to the bucket: waiting', s3 && row.s3.error];
   write(part(node, 'reason'), reasons.filter(Boolean).join(' '));
 }
 function words(row) {
-  const {next_attempt_at: next, retry_count: n, speed, eta} = row;
-  if (next) return [say('next', {when: ago(next)}), say('tried', {n})];
-  if (row.status !== 'downloading') return [TEXT[row.status]];
-  const rate = speed && say('rate', {size: size(speed)}), left = eta && say('left', {time: duration(eta)});
-  return [TEXT[row.phase], row.progress + ' %', rate, left].filter(Boolean);
+  const {next_attempt_at: next, retry_count: tried, speed, eta} = row;
+  if (next) return ['Again ' + ago(next), tried + ' failed so far'];
+  if (cancelled(row)) return ['Cancelled'];
+  if (row.status === 'queued' && health.paused) return ['Paused'];
+  if (row.status !== 'downloading') return [STATES[row.status]];
+  const phase = {
+    page: 'Reading the page', merge: 'Joining picture and sound', file: 'Putting it in place'};
+  return [phase[row.phase], row.progress + ' %', speed && size(speed) + '/s',
+    eta && duration(eta) + ' left'].filter(Boolean);
 }
 // Fetched once it is in sight, and not linked: the key travels as a header.
 const pictures = new IntersectionObserver(entries => {
@@ -8251,45 +8321,36 @@ async function paintPicture(frame) {
   pictures.unobserve(frame);
   const answer = await fetch(frame.dataset.path, {headers: keyHeader()}).catch(() => null);
   if (!answer?.ok) return;
-  const picture = Object.assign(new Image(), {alt: '', src: URL.createObjectURL(await answer.blob())});
+  const picture = element('img', {alt: '', src: URL.createObjectURL(await answer.blob())});
   picture.onload = () => { URL.revokeObjectURL(picture.src); frame.append(picture); };
 }
-function paintFiles(node, row) {
-  const list = part(node, 'files'), files = row.files ?? [];
-  node.classList.toggle('many', files.length > 1);
-  while (list.children.length > files.length) list.lastChild.remove();
-  while (list.children.length < files.length) list.append(fileLine(list.children.length));
-  files.forEach((file, i) => {
-    write(part(list.children[i], 'name'), `${say('part', {n: i + 1, all: files.length})} · ${size(file.size)}`);
-    part(list.children[i], 'save').href = file.path;
-  });
-}
-function fileLine(index) {
-  const buttons = ['play', 'save', 'copy'].map(name => control(name));
-  for (const button of buttons) button.dataset.file = index;
-  return element('li', Object.assign(element('span'), {className: 'name'}), ...buttons);
-}
-
 function announce(row) {
-  const news = {completed: 'finished', failed: 'gaveUp'}[row.status];
-  if (news) note(say(news, {title: heading(row), why: row.error_message}));
+  if (row.status === 'completed') note('Done: ' + heading(row));
+  if (row.status === 'failed' && !cancelled(row)) {
+    note(`Failed: ${heading(row)}. ${row.error_message}`);
+  }
 }
 function paintStates(counts) {
-  const all = Object.values(counts).reduce((sum, n) => sum + n), busy = counts.queued + counts.downloading;
-  document.title = (busy ? `(${busy}) ` : '') + TEXT.name;
-  $('filters').hidden = !all;
-  for (const button of $('states').children) {
-    write(button.lastChild, String(button.value ? counts[button.value] : all));
-    button.ariaPressed = String(button.value === view.status);
+  const all = Object.values(counts).reduce((sum, n) => sum + n);
+  const busy = counts.queued + counts.downloading;
+  document.title = (busy ? `(${busy}) ` : '') + 'Video inbox';
+  $('filters').hidden = all < FEW && !view.status && !view.q;
+  for (const button of $('states').querySelectorAll('[value]')) {
+    const number = button.value ? counts[button.value] : all, on = button.value === view.status;
+    write(button.lastChild, String(number));
+    button.ariaPressed = String(on);
+    button.hidden = !number && !on;
   }
+  paintBulk();
 }
 function paintEmpty(empty) {
   const narrowed = Boolean(view.status || view.q);
+  const [title, text] = $('empty').querySelectorAll('h2, p');
   $('empty').hidden = !empty;
-  $('first-steps').hidden = $('first-link').hidden = narrowed;
-  $('show-all').hidden = !narrowed;
-  write($('empty-title'), narrowed ? TEXT.none : TEXT.empty);
-  write($('empty-text'), narrowed ? TEXT.noneText : TEXT.emptyText);
+  $('empty').classList.toggle('narrowed', narrowed);
+  write(title, narrowed ? 'Nothing matches' : 'Nothing here yet');
+  write(text, narrowed ? 'No video fits this search and filter.'
+    : 'Links come in here, videos come out, on your own machine.');
 }
 function narrow(change) {
   Object.assign(view, change);
@@ -8299,117 +8360,279 @@ function narrow(change) {
 
 // ---- what can be done with a row ----
 const DO = {
-  play: (row, file) => play(heading(row), file),
-  copy: (row, file) => copy(file.url),
+  play: row => show(row, 0),
+  share: (row, at) => share(chosen(row, at)),
+  save: (row, at) => save(chosen(row, at)),
+  copy: (row, at) => copy(row.files[at ?? 0].url),
   s3: row => copy(bucketLink(row.download_id)),
   retry: row => order('POST', row.download_id + '/retry'),
   cancel: row => order('POST', row.download_id + '/cancel'),
+  star: row => order('POST', row.download_id + '/star'),
+  unstar: row => order('POST', row.download_id + '/unstar'),
+  again: row => told('POST', 'api/v1/download', {
+    url: row.url, client_id: clientId(), timestamp: Date.now(), again: true}).then(refresh),
   delete: doom,
+  more: row => unfold(nodes.get(row.download_id)),
+  prev: (row, at) => step(-1),
+  next: (row, at) => step(1),
+  close: () => $('player').close(),
 };
+const chosen = (row, at) => at === undefined ? row.files : [row.files[at]];
 const order = (method, path) =>
   api(method, 'api/v1/download/' + path).catch(error => note(error.message)).finally(refresh);
 const bucketLink = id =>
-  api('GET', `getVideoDownloadPublicURL?videoDownloadUUID=${id}&URLTypeEnum=S3`).then(answer => answer.publicURL);
+  api('GET', `getVideoDownloadPublicURL?videoDownloadUUID=${id}&URLTypeEnum=S3`)
+    .then(answer => answer.publicURL);
 
-function play(title, file) {
+function unfold(node) {
+  const open = node.classList.toggle('open');
+  part(node, 'more').ariaExpanded = String(open);
+  if (!part(node, 'extra')) {
+    node.append(element('div', {className: 'extra'}, ...MORE_ACTS.map(name => control(name))));
+  }
+  paintRow(node, node.row);
+}
+
+// ---- the player ----
+let showing = null;
+function show(row, at) {
+  const file = row.files[at];
   const kind = {audio: 'audio', image: 'img'}[file.type.split('/')[0]] ?? 'video';
-  const media = Object.assign(element(kind), {src: file.path, controls: true, autoplay: true, playsInline: true});
-  media.onerror = () => $('screen').replaceChildren(element('p', TEXT.noPlay));
-  write($('player-title'), title);
+  const media = element(kind, {
+    src: file.path, controls: true, playsInline: true, alt: heading(row)});
+  media.onerror = () => explain(file, media);
+  showing = {row, at};
+  write($('player-title'), heading(row));
+  write($('place'), row.files.length > 1 ? `${at + 1} of ${row.files.length}` : '');
   $('screen').replaceChildren(media);
-  $('player').showModal();
+  for (const button of $('player').querySelectorAll('.prev, .next')) {
+    button.disabled = !beside(button.dataset.act === 'next' ? 1 : -1);
+  }
+  if (!$('player').open) {
+    history.pushState('player', '');  // so that Back closes it
+    $('player').append($('notes'));  // what lies outside a dialog cannot be tapped
+    $('player').showModal();
+  }
+  media.play?.().catch(() => null);  // here, within the tap
+}
+async function explain(file, media) {
+  const there = await fetch(file.path, {method: 'HEAD'}).catch(() => null);
+  media.replaceWith(element('p', {}, there?.ok ? 'This browser cannot play it. Save it instead.'
+    : 'The file is not there. Is its disk plugged in?'));
+}
+function beside(way) {
+  const all = [...document.querySelectorAll('article:not([hidden])')].flatMap(({row}) =>
+    (row.files ?? []).map((_, at) => ({row, at})));
+  const here = all.findIndex(({row, at}) =>
+    row.download_id === showing.row.download_id && at === showing.at);
+  return here < 0 ? null : all[here + way];
+}
+function step(way) {
+  const {row, at} = beside(way) ?? showing;
+  show(row, at);
+}
+function closed() {
+  $('screen').replaceChildren();
+  document.body.append($('notes'));
+  if (history.state === 'player') history.back();
+}
+
+// ---- sharing: the file itself, fetched beforehand, as a browser shares only within a tap ----
+const canShare = Boolean(
+  navigator.canShare?.({files: [new File([''], 'a.mp4', {type: 'video/mp4'})]}));
+async function share(files) {
+  const bytes = files.reduce((sum, file) => sum + file.size, 0), end = new AbortController();
+  if (bytes > MOST_SHARED) {
+    return note(`${size(bytes)} is too much to share. Save it instead.`, 'Save', () => save(files));
+  }
+  try {
+    const parcel = await load(files, end.signal, done => note(
+      `Loading ${Math.floor(100 * done / bytes)} %`, 'Stop', () => end.abort()));
+    const give = () => navigator.share({files: parcel}).catch(error => {
+      if (error.name !== 'NotAllowedError') return;
+      note('Ready. Save Video puts it into Photos.', 'Share', give);
+    });
+    hush();
+    give();
+  } catch (error) {
+    hush();
+    if (!end.signal.aborted) note(`It cannot be loaded: ${error.message}.`);
+  }
+}
+async function load(files, signal, progress) {
+  const loaded = [];
+  let done = 0;
+  for (const {path, name, type} of files) {
+    const answer = await fetch(path, {signal}), pieces = [];
+    if (!answer.ok) throw Error('the file is not there');
+    for (const reader = answer.body.getReader(); ;) {
+      const {value} = await reader.read();
+      if (!value) break;
+      pieces.push(value);
+      progress(done += value.length);
+    }
+    loaded.push(new File(pieces, name, {type}));
+  }
+  return loaded;
+}
+async function save(files) {
+  for (const {path} of files) {
+    element('a', {href: path, download: ''}).click();
+    await sleep(500);  // a browser drops the second of two that come at once
+  }
 }
 // The clipboard is asked at once and told later: Safari allows it only within the tap.
 async function copy(link) {
   try {
     const blob = Promise.resolve(link).then(text => new Blob([text], {type: 'text/plain'}));
     await navigator.clipboard.write([new ClipboardItem({'text/plain': blob})]);
-    note(TEXT.copied);
+    note('Link copied');
   } catch {
-    note(say('copyByHand', {link: await link}));
+    note('Copy it from here: ' + await link);
   }
 }
-let undoTimer;
-function doom(row, file, byKeyboard) {
+function doom(row) {
+  const node = nodes.get(row.download_id), files = row.files?.length ? ', with its files' : '';
   doomed.add(row.download_id);
-  nodes.get(row.download_id).hidden = true;
-  write($('undo-text'), say(doomed.size > 1 ? 'deletedMany' : 'deleted', {n: doomed.size, title: heading(row)}));
-  $('undo').hidden = false;
-  if (byKeyboard) $('undo-button').focus();
-  clearTimeout(undoTimer);
-  undoTimer = setTimeout(bury, 7000);
+  focusBeside(node);
+  node.hidden = true;
+  note(doomed.size > 1 ? doomed.size + ' deleted, with their files'
+    : `Deleted${files}: ${heading(row)}`, 'Undo', undo, bury);
 }
 function undo() {
-  clearTimeout(undoTimer);
-  $('undo').hidden = true;
   for (const id of doomed) if (nodes.has(id)) nodes.get(id).hidden = false;
   doomed.clear();
 }
 async function bury() {
   const ids = [...doomed];
-  $('undo').hidden = true;
   await Promise.all(ids.map(id => order('DELETE', id)));
   for (const id of ids) doomed.delete(id);
 }
 
+// ---- several at once ----
+const picked = new Set();
+const picking = () => $('list').classList.contains('picking');
+function paintBulk() {
+  const {status} = view, n = picking() ? picked.size : 0;
+  const what = n ? n + ' selected' : 'all ' + STATES[status].toLowerCase();
+  const names = [];
+  if (n || status === 'failed') names.push('retry');
+  if (n || status === 'failed' || status === 'completed') names.push('clear');
+  if (n) names.push('delete');
+  const said = what + names;
+  $('bulk').hidden = !names.length;
+  if ($('bulk').dataset.said === said) return;
+  $('bulk').dataset.said = said;
+  $('bulk').replaceChildren(...names.map(name => element('button', {
+    className: 'button quiet', onclick: () => several(name)}, `${LABELS[name]}: ${what}`)));
+}
+function pick() {
+  $('list').classList.toggle('picking');
+  $('pick').ariaPressed = String(picking());
+  picked.clear();
+  nodes.forEach(node => paintRow(node, node.row));
+  paintBulk();
+}
+async function everyId() {
+  if (picked.size) return [...picked];
+  const ids = [];
+  for (let total = 1; ids.length < total;) {
+    const query = new URLSearchParams({...view, offset: ids.length, limit: MOST_ROWS});
+    query.delete('version');
+    const answer = await api('GET', 'api/v1/history?' + query);
+    if (!answer.downloads.length) break;
+    total = answer.total;
+    ids.push(...answer.downloads.map(row => row.download_id));
+  }
+  return ids;
+}
+async function several(name) {
+  const ids = await everyId(), all = ids.length;
+  const ask = {
+    clear: `Take ${all} off this list? Their files stay.`,
+    delete: `Delete ${all}, with their files?`};
+  if (ask[name] && !confirm(ask[name])) return;
+  const [method, end] = {
+    retry: ['POST', '/retry'], clear: ['DELETE', '?files=keep'], delete: ['DELETE', '']}[name];
+  let good = 0;
+  const work = async () => {
+    for (let id; (id = ids.pop());) {
+      good += await api(method, 'api/v1/download/' + id + end).then(() => 1, () => 0);
+    }
+  };
+  await Promise.all([work(), work(), work(), work()]);
+  note(`${LABELS[name]}: ${good} of ${all} done`);
+  if (picking()) pick();
+  refresh();
+}
+
 // ---- small tools ----
-function element(name, ...children) {
-  const node = document.createElement(name);
+function element(name, props, ...children) {
+  const node = Object.assign(document.createElement(name), props);
   node.append(...children);
   return node;
 }
 function write(node, text) {
   if (node.textContent !== text) node.textContent = text;
 }
-function control(name, text = TEXT[name], onclick = null) {
-  const [svg, use] = ['svg', 'use'].map(tag => document.createElementNS('http://www.w3.org/2000/svg', tag));
-  use.setAttribute('href', '#i-' + name);
+function control(name, text = LABELS[name], onclick = null) {
+  const [svg, use] = ['svg', 'use'].map(tag =>
+    document.createElementNS('http://www.w3.org/2000/svg', tag));
+  use.setAttribute('href', '#i-' + (name === 'close' ? 'cancel' : name));
   svg.append(use);
-  const node = element(name === 'save' ? 'a' : 'button', svg, element('span', text));
-  Object.assign(node, {className: 'act ' + name, title: text, ariaLabel: text, onclick, download: ''});
+  const node = element('button', {
+    className: 'act ' + name, title: text, ariaLabel: text, onclick}, element('span', {}, text));
+  if (!MORE_ACTS.includes(name)) node.prepend(svg);
   node.dataset.act = name;
   return node;
 }
-let noteTimer;
-function note(text) {
-  write($('note'), text);
+let noteTimer, ended = null;  // what to do once the note is gone
+// A note with a button stands above others; it goes when the button is used, too.
+function note(text, label = '', action = null, end = null) {
+  if (!label && !$('offer').hidden) return;
+  if (ended !== end) ended?.();
+  ended = end;
+  write($('note'), text ?? '');
+  write($('offer'), label);
+  $('offer').hidden = !label;
+  $('offer').onclick = () => { ended = null; action(); hush(); };
   clearTimeout(noteTimer);
-  noteTimer = setTimeout(() => write($('note'), ''), 6000);
+  noteTimer = setTimeout(hush, label ? 8000 : 6000);
+}
+function hush() {
+  $('offer').hidden = true;
+  note('');
 }
 function size(bytes) {
-  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, bytes)) / 10)), number = bytes / 1024 ** power;
-  return `${number.toFixed(power && number < 100 ? 1 : 0)} ${['bytes', 'KB', 'MB', 'GB', 'TB'][power]}`;
+  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  const number = bytes / 1024 ** power, digits = power && number < 100 ? 1 : 0;
+  return `${number.toFixed(digits)} ${['bytes', 'KB', 'MB', 'GB', 'TB'][power]}`;
 }
-const duration = eta => eta < 60 ? say('seconds', {n: Math.ceil(eta)}) : say('minutes', {n: Math.ceil(eta / 60)});
-const UNITS = [['second', 1, 60], ['minute', 60, 3600], ['hour', 3600, 86400], ['day', 86400, 604800]];
+const length = seconds => seconds &&
+  `${Math.floor(seconds / 60)}:${String(Math.round(seconds) % 60).padStart(2, '0')}`;
+const duration = eta => eta < 60 ? Math.ceil(eta) + ' s' : Math.ceil(eta / 60) + ' min';
+const UNITS = [
+  ['second', 1, 60], ['minute', 60, 3600], ['hour', 3600, 86400], ['day', 86400, 604800]];
 function ago(time) {
   const away = time - Date.now() / 1000;
   const unit = UNITS.find(([, , end]) => Math.abs(away) < end);
   if (!unit) return new Date(1000 * time).toLocaleDateString(undefined, {dateStyle: 'medium'});
-  const format = new Intl.RelativeTimeFormat(document.documentElement.lang, {numeric: 'auto', style: 'short'});
+  const format = new Intl.RelativeTimeFormat('en', {numeric: 'auto', style: 'short'});
   return format.format(Math.round(away / unit[1]), unit[0]);
 }
 function fill(text) {
-  $('box').value = remember('draft', text);
-  $('box').rows = Math.min(8, text.split('\n').length);  // for browsers without field-sizing
+  $('box').value = text;
+  if (text.length < PART) remember('draft', text);
+  $('box').rows = Math.min(8, text.split('\n', 9).length);  // for browsers without field-sizing
 }
 
 // ---- the start ----
-function speak() {
-  const all = name => document.querySelectorAll(`[data-${name}]`);
-  for (const node of all('text')) node.textContent = TEXT[node.dataset.text];
-  for (const node of all('label')) node.ariaLabel = TEXT[node.dataset.label];
-  for (const node of all('hint')) node.placeholder = TEXT[node.dataset.hint];
-  for (const status of ['', 'queued', 'downloading', 'completed', 'failed']) {
-    const button = element('button', TEXT[status || 'all'], element('b'));
-    $('states').append(Object.assign(button, {type: 'button', value: status, onclick: () => narrow({status})}));
-  }
-}
 // A link that came with the address only fills the box; a person sends it.
 function prefill() {
   const shared = new URLSearchParams(location.search);
-  const text = [shared.get('url'), shared.get('text')].filter(Boolean).join('\n') || shared.get('title');
-  fill([...new Set([recall('draft', ''), text])].filter(Boolean).join('\n'));  // what waits there is not lost
+  const text = ['url', 'text'].map(name => shared.get(name)).filter(Boolean).join('\n')
+    || shared.get('title');
+  fill([...new Set([recall('draft', ''), text])].filter(Boolean).join('\n'));  // what waits stays
   if (!text) return;
   history.replaceState(null, '', location.pathname);
   $('send').focus();
@@ -8417,10 +8640,10 @@ function prefill() {
 function submit(event) {
   event.preventDefault();
   const text = $('box').value.split('\n').map(line => line.trim()).filter(Boolean).join('\n');
-  write($('refusal'), text ? '' : TEXT.nothing);
+  write($('refusal'), text ? '' : 'There is no link in the box yet.');
   if (!text) return;
-  fill('');
   changeOutbox([...outbox(), {text, timestamp: Date.now()}]);
+  fill('');
   flush();
 }
 async function paste() {
@@ -8436,13 +8659,27 @@ function search() {  // once the typing pauses
   clearTimeout(typing);
   typing = setTimeout(() => narrow({q: $('search').value.trim()}), 250);
 }
-async function tap(event) {
-  const node = event.target.closest('article'), target = event.target.closest('[data-act], .thumb');
-  const file = node?.row.files?.[target?.dataset.file ?? 0];
-  const action = DO[target?.dataset.act ?? (target && file && 'play')];
-  if (!action) return;
-  if (event.detail === 0 && !file) node.focus();  // by keyboard, and the button may go
-  await action(node.row, file, event.detail === 0);
+function tap(event) {
+  const target = event.target.closest('[data-act], .thumb, input');
+  const {row} = event.target.closest('article') ?? {};
+  if (target?.type === 'checkbox') {
+    picked[target.checked ? 'add' : 'delete'](row.download_id);
+    paintBulk();
+  } else if (target?.dataset.act || target && row.files?.length) {
+    DO[target.dataset.act ?? 'play'](row);
+  }
+}
+function build() {
+  for (const [value, text] of Object.entries(STATES)) {
+    const onclick = () => narrow({status: value});
+    const button = {type: 'button', value, onclick};
+    $('states').append(element('button', button, text + ' ', element('b', {})));
+  }
+  for (const name of ['prev', 'next', 'share', 'save', 'copy', 'close']) {
+    const button = control(name, LABELS[name], () => DO[name](showing.row, showing.at));
+    button.hidden = name === 'share' && !canShare;
+    part($('player'), name === 'close' ? 'top' : 'acts').append(button);
+  }
 }
 function listen() {
   const on = (id, event, action) => $(id).addEventListener(event, action);
@@ -8453,27 +8690,58 @@ function listen() {
   on('paste', 'click', paste);
   on('filters', 'submit', event => event.preventDefault());
   on('search', 'input', search);
+  on('pick', 'click', pick);
   on('show-all', 'click', () => { $('search').value = ''; narrow({status: '', q: ''}); });
   on('list', 'click', tap);
-  on('undo-button', 'click', undo);
-  on('player', 'close', () => $('screen').replaceChildren());
+  on('hush', 'click', hush);
+  on('player', 'click', event => { if (event.target === $('player')) $('player').close(); });
+  on('player', 'close', closed);
+  on('update', 'click', () => told('POST', 'api/v1/update'));
+  on('cookie-file', 'change', event => told('PUT', 'api/v1/cookies', event.target.files[0]));
+  on('forget-cookies', 'click', () => told('DELETE', 'api/v1/cookies'));
   on('key-form', 'submit', () => useKey($('key').value.trim()));
   on('door', 'close', () => { if (locked) askForKey(); });
   on('forget', 'click', () => useKey(''));
   $('forget').hidden = !recall('key');
-  addEventListener('pagehide', bury);
+  addEventListener('popstate', () => $('player').close());
+  addEventListener('pagehide', hush);
   addEventListener('online', refresh);
   document.addEventListener('visibilitychange', () => { wake.abort(); makeRound(); });
-  setInterval(makeRound, ROUND);
+  setInterval(() => { if (stale()) makeRound(); }, 1000);
   setInterval(() => nodes.forEach(node => paintRow(node, node.row)), 20000);  // times grow older
+  navigator.serviceWorker?.register('sw.js').catch(() => null);  // opens this page away from home
 }
 
-speak();
+build();
 prefill();
 listen();
+$('old').remove();
 changeOutbox(outbox());
 await makeRound();
 watch();
+'''
+
+SW_JS = r'''// Keeps the page itself, so that it opens from the Home Screen while the server is out of reach.
+const KEPT = ['./', 'page.css', 'page.js', 'icon.svg', 'manifest.webmanifest'];
+const places = KEPT.map(path => new URL(path, location).href);
+
+async function newest(request, place) {
+  const cache = await caches.open('page');
+  try {
+    const answer = await fetch(request, {signal: AbortSignal.timeout(4000)});
+    if (answer.ok) await cache.put(place, answer.clone());
+    return answer;
+  } catch {
+    return await cache.match(place) ?? Response.error();
+  }
+}
+addEventListener('install', event => event.waitUntil(
+  caches.open('page').then(cache => cache.addAll(places)).then(() => skipWaiting())));
+addEventListener('activate', event => event.waitUntil(clients.claim()));
+addEventListener('fetch', event => {
+  const place = event.request.url.replace(/[?#].*/, '');
+  if (places.includes(place)) event.respondWith(newest(event.request, place));
+});
 '''
 
 # {{NAME}} is a fact, escaped; <!--name-->…<!--/name--> stays only where that fact is not empty.
@@ -8644,6 +8912,7 @@ const main = document.querySelector('main'), steps = [...document.querySelectorA
 const plain = location.protocol === 'http:';
 // Safari may have been told to visit this very host anyway, so ask for another name of the server.
 const check = main.dataset.check.split(' ').find(place => new URL(place).host !== location.host);
+const opened = Date.now() - 5000;
 let known = '', trusted = !$('trust'), heard = false;
 
 function go(id) {
@@ -8704,7 +8973,8 @@ async function unlock(event) {
 }
 async function listen() {
   if (heard || document.hidden || document.body.dataset.at !== 'share' || !known) return;
-  const answer = await fetch(known.replace(/^https:..[^/]*/, ''));
+  const within = Math.ceil((Date.now() - opened) / 1000);
+  const answer = await fetch(`${known.replace(/^https:..[^/]*/, '')}?within=${within}`);
   heard = answer.status === 200;
   if (heard) $('works').textContent = await answer.text();
   $('works').classList.toggle('good', heard);
@@ -8761,6 +9031,7 @@ ASSETS = {
     '/': ('text/html; charset=utf-8', PAGE_HTML),
     '/page.css': ('text/css; charset=utf-8', PAGE_CSS),
     '/page.js': ('text/javascript; charset=utf-8', PAGE_JS),
+    '/sw.js': ('text/javascript; charset=utf-8', SW_JS),
     '/setup.js': ('text/javascript; charset=utf-8', SETUP_JS),
     '/setup/check.svg': ('image/svg+xml', CHECK_SVG),
     '/manifest.webmanifest': ('application/manifest+json', MANIFEST),
