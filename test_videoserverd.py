@@ -2413,15 +2413,15 @@ class TestSubmission(unittest.TestCase):
 OWN = 0  # what these see is the owner's, the system's or ours
 LARGEST = {  # the longest text that each pattern may see, by the name or the function that has it
     OWN: 'only_python end_leftovers host_addresses machine_names mobileconfig operation_of icloud_url '
-         'setup_page setup_facts BOOT_ID bucket_address COMPRESSIBLE queued_message file_setting delays domains '
+         'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delays domains '
          'http_url proxy_url url_prefix HOST_NAME',
     63: 'IGNORED', 128: 'parse_name UNSAFE whole escape_like', 255: 'forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec', 1000: 'HOSTILE token', 2000: 'PATTERNS judge runs_here version_key',
     4096: 'parse_size OPTION_ROWS upto rate version_in Vendor MAGIC',
     8192: 'canonical_host LABEL WEB_LINK AUTHORITY split_url site_of POST_PATHS ADVERTISEMENT',
     16 << 10: 'B_PATH SHARE_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
-              'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END body_length check_signature '
-              'compress_reply parse_range',
+              'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END BARE_LINE_END body_length check_signature '
+              'parse_range',
     64 << 10: 'JobFolder unpack Reach local_only xml_texts',
     1 << 20: 'LINK make_cookie',
 }
@@ -2963,8 +2963,24 @@ class TestStoredBeforeAcknowledged(DaemonTest):
                     self.assertEqual((status, body['code']), (503, 'cannot_store'), body)
                     self.assertTrue(int(headers['Retry-After']))
                     self.assertEqual(self.daemon.client.get('/api/v1/health').status, 503)
+                self.assertEqual(self.daemon.client.get('/api/v1/health').status, 200)  # it looks by itself
                 self.daemon.submit(tiktok_link(6), timestamp=time.monotonic_ns())
-                self.assertEqual(self.daemon.client.get('/api/v1/health').status, 200)
+
+    def test_completed_comes_after_the_syncs_of_the_file_and_of_its_folder(self):
+        daemon = self.new_daemon()
+        with Strace(daemon, calls='fsync,fdatasync,rename,renameat,renameat2,link,linkat') as trace:
+            daemon.download(self.site.tiktok())
+        kinds = ''
+        for line in trace.lines():
+            if re.match(r'fdatasync\(\d+<[^>]*-wal>', line):
+                kinds += 'c'
+            elif re.match(rf'fsync\(\d+<{daemon.output}/.incomplete/[^>]*mp4>', line):
+                kinds += 'f'
+            elif re.match(rf'fsync\(\d+<{daemon.output}>', line):
+                kinds += 'd'
+            elif re.match(r'(rename|link)', line) and f'"{daemon.output}/A cat' in line:
+                kinds += 'r'
+        self.assertRegex(kinds, r'^c+f+rd+c+$')
 
 
 class TestKill9(DaemonTest):
@@ -3311,6 +3327,48 @@ class TestWhoIsAnswered(DaemonTest):
     def test_only_allowed_clients_are_answered(self):
         daemon = self.new_daemon(security={'allowed_clients': '192.168.77.0/24'})
         self.assertEqual(daemon.client.get('/api/v1/health').status, 403)
+
+
+class TestTriedKeys(DaemonTest):
+    """Who tries keys is slowed down, and nobody else."""
+    settings = {'server': {'trusted_proxies': '127.0.0.1'}}
+    env = {'VIDEOSERVER_API_KEYS': 'right'}
+    hurry = {'WRONG_KEY_DELAY': 0.02}
+
+    def seconds(self, address: str, key: str, path: str = '/metrics', status: int = 401) -> float:
+        began = time.monotonic()
+        answer = self.daemon.new_client(key=key).get(path, X_Forwarded_For=address)
+        self.assertEqual(answer.status, status)
+        return time.monotonic() - began
+
+    def test_wrong_ones_wait_longer_each_time_the_right_one_never(self):
+        paths = ('/metrics', '/api/v1/history', '/api/v1/health', '/files/%s/a.mp4' % uuid.uuid4(), '/metrics', '/metrics')
+        took = [self.seconds('192.168.1.5', f'wrong{number}', path, 200 if 'health' in path else 401)
+                for number, path in enumerate(paths)]
+        self.assertGreater(sum(took), sum(0.02 * 2 ** number for number in range(6)))
+        self.assertGreater(self.seconds('192.168.1.5', ''), 0)
+        slow = threading.Thread(target=self.seconds, args=('192.168.1.5', 'wrong'))
+        slow.start()
+        for address in ('192.168.1.5', '192.168.1.6'):
+            self.seconds(address, 'right', '/metrics', 200)
+        self.assertTrue(slow.is_alive())  # for 1.28 s
+        slow.join()
+        self.assertGreater(self.seconds('fd00::1', 'wrong') + self.seconds('fd00::2', 'wrong'), 0.06)
+        self.assertLess(self.seconds('192.168.1.7', 'wrong'), fair(0.2))
+
+
+class TestAddressesOfTheHome(DaemonTest):
+    """The set-up page and its rules name the machine's addresses to clients of private networks only."""
+    settings = {'server': {'trusted_proxies': '127.0.0.1'}, 'security': {'allowed_clients': 'any'}}
+
+    def test_others_learn_none(self):
+        own = [ip for ip in v.host_addresses() if not v.ipaddress.ip_address(ip).is_loopback]
+        if not own:
+            self.skipTest('this machine has no address but its loopback')
+        for client, shown in (('192.168.7.7', True), ('8.8.8.8', False), ('2001:db8::1', False)):
+            answer = self.daemon.client.get('/setup', X_Forwarded_For=client)
+            told = str(answer.headers) + answer.json.decode()
+            self.assertEqual((client, any(f'//{ip}:' in told for ip in own)), (client, shown))
 
 
 class TestBadStarts(DaemonTest):
@@ -7271,6 +7329,19 @@ class TestFiles(FilesTest):
         link.close()
 
 
+class TestDeleted(FilesTest):
+    """What goes with a download that is deleted."""
+
+    def test_its_picture_goes_too(self):
+        picture = self.daemon.database.parent / 'thumbs' / f'{self.ids["clip"]}.jpg'
+        picture.parent.mkdir()
+        picture.write_bytes(b'a picture')
+        path = f'/api/v1/thumbnail/{self.ids["clip"]}'
+        self.assertEqual(self.get(path).json, b'a picture')
+        self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{self.ids["clip"]}').status, 200)
+        self.assertEqual((picture.exists(), self.get(path).status), (False, 404))
+
+
 class TestSignedLinks(FilesTest):
     """With API keys on, links carry an expiring signature; a forged, expired or moved one gets 403."""
     env = {'VIDEOSERVER_API_KEYS': FILES_KEY}
@@ -8720,7 +8791,25 @@ class TestRequests(DaemonTest):
         self.refused(411, self.get(post, json_type))
         self.refused(411, self.get(post, json_type, 'Transfer-Encoding: chunked', body='2\r\n{}\r\n0\r\n\r\n'))
         self.refused(400, self.get(post, json_type, 'Transfer-Encoding: chunked', 'Content-Length: 2', body='{}'))
+        for coding in ('gzip', 'gzip, chunked', 'xchunked', 'chunked, chunked'):
+            self.refused(501, self.get(post, json_type, f'Transfer-Encoding: {coding}', body='{}'))
         self.refused(413, self.get(post, json_type, 'Content-Length: 999999', body='{}'))
+
+    def test_a_client_that_leaves_in_mid_body_is_no_fault_of_ours(self):
+        for end in (lambda link: link.close(), lambda link: socket.socket.close(link.unwrap())):
+            with self.daemon.client.socket() as link:
+                link.sendall(b'POST /api/v1/download HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n'
+                             b'Content-Type: application/json\r\n\r\n{')
+                end(link)
+        self.get('GET /api/v1/left HTTP/1.1', 'Connection: close')
+        wait_until(lambda: '/api/v1/left" 404' in self.daemon.log(), 5)
+        self.assertNotRegex(self.daemon.log(), 'Traceback| 500 ')
+
+    def test_a_line_of_the_log_is_bounded_whatever_the_path(self):
+        for path in ('/' + 'a' * 8000, '/' + '%E2%80%A8' * 800, '/api/v1/status/' + '~' * 8000):
+            self.get(f'GET {path} HTTP/1.1', 'Connection: close')
+        wait_until(lambda: re.search(r'status/~+… ?" 404 ', self.daemon.log()), 5, self.daemon.tail)
+        self.assertLess(max(map(len, self.daemon.log().splitlines())), 400)
 
     def test_no_smuggled_second_request_ever_runs(self):
         before = len(self.daemon.rows())
@@ -8863,6 +8952,21 @@ class TestCrowd(DaemonTest):
                 stack.enter_context(socket.create_connection(('127.0.0.1', self.daemon.port), 10))
             self.answered_in(0.1)
 
+    def test_eight_pages_wait_for_news_the_ninth_is_told_when_to_come_again(self):
+        daemon = self.new_daemon()
+        version = daemon.client.get('/api/v1/history').json['version']
+        path, answers = f'/api/v1/history?since={version}&wait=', []
+        threads = [threading.Thread(target=lambda: answers.append(daemon.new_client().get(path + '20').json))
+                   for _ in range(v.WATCHERS)]
+        for thread in threads:
+            thread.start()
+        wait_until(lambda: daemon.client.get(path + '0').json['poll_after'] == 3, 10)
+        self.assertEqual(answers, [])
+        daemon.submit(self.site.tiktok())
+        for thread in threads:
+            thread.join(fair(5))
+        self.assertEqual([answer['poll_after'] for answer in answers], [0] * v.WATCHERS)
+
     def test_slow_headers(self):
         with contextlib.ExitStack() as stack:
             for _ in range(300):
@@ -8960,6 +9064,25 @@ class TestConnections(unittest.TestCase):
                         same.send(bytes(1 << 16), socket.MSG_DONTWAIT)
         socket.socket.send(link, b'\x17\x03\x03\x00\x20' + bytes(32))
         wait_until(lambda: not self.peers, 10)
+
+    def test_sixteen_connections_of_one_address_the_next_takes_the_place_of_the_longest_idle(self):
+        patient = unittest.mock.patch.dict(v.PEER_STATES, new=(60.0, 0.0))
+        with unittest.mock.patch.object(v, 'LOOPBACK', ()), patient:
+            links = [self.connect() for _ in range(v.PER_ADDRESS)]
+            wait_until(lambda: len(self.peers) == 16, 5)
+            links.append(self.connect())
+            self.assertEqual(links[0].recv(1), b'')
+            wait_until(lambda: len(self.peers) == 16, 5)
+            for peer in list(self.peers.values()):
+                peer.enter('working')
+            self.assertEqual(self.connect().recv(1), b'')  # none is idle
+            links.append(socket.create_connection(self.server.server_address[:2], 5, ('127.0.0.2', 0)))
+            self.addCleanup(links[-1].close)
+            wait_until(lambda: len(self.peers) == 17, 5)
+
+    def test_nothing_in_the_value_of_a_header_ends_its_line(self):
+        reply = v.Reply(200, headers=(('X-Name', 'a\r\nSet-Cookie: b\n\0c\td'),))
+        self.assertIn(b'\r\nX-Name: aSet-Cookie: bc\td\r\n', v.format_head(reply, True))
 
     def test_who_is_still_sending_after_a_refusal_counts_until_it_is_gone(self):
         links = [self.connect() for _ in range(20)]
@@ -9539,28 +9662,6 @@ class TestPage(DaemonTest):
             self.assertEqual((asked['/page.css'], asked['/page.js']), (1, 1))
             self.assertEqual(len(self.browser.run(ROWS)), 20)
             self.assertLess(sum(event['encodedDataLength'] for event in events['loadingFinished']), FIRST_PAINT_BYTES)
-
-    def test_text_is_sent_by_gzip_to_whoever_takes_it(self):
-        for path in ('/', '/page.css', '/page.js', '/openapi.json'):
-            plain = self.daemon.client.get(path)
-            self.assertEqual((plain.headers['Content-Encoding'], plain.headers['Vary']), (None, 'Accept-Encoding'))
-            for accepted, packed in (('gzip, deflate, br', True), ('br, GZIP;q=0.5', True), ('gzip;q=0, br', False)):
-                link = self.daemon.client.connection()
-                with contextlib.closing(link):
-                    link.request('GET', path, headers={'Accept-Encoding': accepted})
-                    answer = link.getresponse()
-                    data = answer.read()
-                self.assertEqual((path, answer.headers['Content-Encoding'] == 'gzip'), (path, packed))
-                data = zlib.decompress(data, 31) if packed else data
-                self.assertEqual(json.loads(data) if path.endswith('json') else data, plain.json)
-        self.assertIsNone(self.daemon.client.get('/icon.svg', Accept_Encoding='gzip').headers['Content-Encoding'])
-
-    def test_signed_links_are_not_packed_beside_the_words_of_strangers(self):
-        daemon = self.new_daemon(env={'VIDEOSERVER_API_KEYS': 'a-key-of-the-phone'})
-        for path, packed in (('/page.js', 'gzip'), ('/openapi.json', None)):
-            answer = daemon.client.get(path, Accept_Encoding='gzip', X_API_Key='a-key-of-the-phone')
-            self.assertEqual(answer.status, 200)
-            self.assertEqual((path, answer.headers['Content-Encoding']), (path, packed))
 
     def test_10000_rows_scroll_smoothly_and_health_in_words(self):
         many = self.new_daemon(start=False, downloads={'min_free_space': '900TB'})

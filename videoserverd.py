@@ -6028,6 +6028,8 @@ PEER_STATES = {
     'sending': (60.0, 0.1),       # a block of the answer
     'closing': (1.0, 0.0),        # unread bytes are dropped, see Peer.part
 }
+WRONG_KEY_DELAY = 0.1    # seconds; doubled by each wrong key from one address, to 2 at most
+WRONG_KEY_MEMORY = 600   # seconds
 SLOWEST_BODY = 32 << 10  # bytes a second: what a large body may be sent at
 HEAD_LIMIT = 16 << 10    # bytes of a request head
 LINE_LIMIT = 8 << 10     # bytes of a request line
@@ -6050,14 +6052,17 @@ TARGET = re.compile(r'/[\x21\x24-\x3b\x3d\x3f-\x5b\x5d\x5f\x61-\x7a\x7e]*')
 HOST_FIELD = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?')
 BAD_PATH = re.compile(r'%(?![0-9A-Fa-f]{2})|%2f|%5c|%0|%1|%7f|//', re.I)
 DOTS = re.compile(r'(?:^|/)\.\.?(?:/|$)')
+BARE_LINE_END = re.compile(rb'(?<!\r)\n')
 LINE_END = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
 CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: "
        "data:{images}; media-src 'self'; connect-src 'self'; manifest-src 'self'; "
        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 FILE_CSP = ("default-src 'none'; media-src 'self'; img-src 'self'; style-src 'unsafe-inline'; "
             'sandbox')
-SAME_HEADERS = ('Server: videoserverd\r\nX-Content-Type-Options: nosniff\r\n'
-                'X-Frame-Options: DENY\r\nReferrer-Policy: no-referrer')
+SAME_HEADERS = {
+    'Server': 'videoserverd', 'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
+    'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin',
+    'Content-Security-Policy': FILE_CSP}
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 LOOPBACK = networks('127.0.0.0/8,::1')
 REFUSAL_STATUS = {'domain_not_allowed': 403}  # the other codes of Refused are 400
@@ -6065,7 +6070,6 @@ STORED_FIELDS = ('url', 'status', 'filename', 'file_size', 'error_message', 'nex
                  'client_id', 'created_at', 'started_at', 'completed_at', 'note', 'uploader',
                  'duration', 'description', 'upload_date')
 PROGRESS_FIELDS = ('phase', 'downloaded', 'speed', 'eta')
-COMPRESSIBLE = re.compile('text/|application/(json|manifest)|image/svg')
 
 
 class HTTPError(Exception):
@@ -6194,8 +6198,8 @@ COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 class Request:
     """One request: what was asked, by whom, with the body still to be read."""
 
-    def __init__(self, head: Head, peer: 'Peer', reader: Any):
-        self.head, self.peer, self.reader = head, peer, reader
+    def __init__(self, head: Head, peer: 'Peer'):
+        self.head, self.peer = head, peer
         self.client = peer.address
         self.raw_path, _, self.raw_query = head.target.partition('?')
         self.path = ''  # decoded, below our base
@@ -6217,15 +6221,10 @@ class Request:
     def body(self) -> bytes:
         """The whole body. Raises HTTPError, ClientGone."""
         size, self.unread = self.unread or 0, None
-        try:
-            if size and 'expect' in self.head.fields and self.head.version == 'HTTP/1.1':
-                self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
-            self.peer.enter('asking', size / SLOWEST_BODY)
-            data = self.reader.read(size)
-        except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
-            raise ClientGone(str(error)) from None
-        if len(data) != size:
-            self.peer.refuse_half()
+        if size and 'expect' in self.head.fields and self.head.version == 'HTTP/1.1':
+            self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
+        self.peer.enter('asking', size / SLOWEST_BODY)
+        data = self.peer.read(size)
         self.peer.enter('working')
         self.unread = 0
         return data
@@ -6334,19 +6333,6 @@ def sign_name(key: str, name: str) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip('=')
 
 
-def compress_reply(reply: Reply, accepted: str) -> Reply:
-    """By gzip, if the client takes it and there is more than a packet to be sent."""
-    if len(reply.body) < 1400 or not COMPRESSIBLE.match(reply.type):
-        return reply
-    reply = reply._replace(headers=(*reply.headers, ('Vary', 'Accept-Encoding')))
-    if not re.search(r'\bgzip\b(?!\s*;\s*q=0(\.0*)?\s*(,|$))', accepted, re.I):
-        return reply
-    import zlib
-    packer = zlib.compressobj(wbits=31)
-    return reply._replace(body=packer.compress(reply.body) + packer.flush(),
-                          headers=(*reply.headers, ('Content-Encoding', 'gzip')))
-
-
 def plain_address(text: str) -> Any:
     """An address; IPv4 inside IPv6 (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.split('%')[0])
@@ -6357,6 +6343,11 @@ def is_within(address: str, wanted: Iterable[Any]) -> bool:
     """Whether an address lies in one of these networks."""
     ip = ipaddress.ip_address(address)
     return any(ip in network for network in wanted)
+
+
+def is_at_home(request: Request) -> bool:
+    """Whether its client is in a private network: others learn no address of ours."""
+    return is_within(request.client, PRIVATE_NETWORKS)
 
 
 def match_path(pattern: str, path: str) -> dict[str, str] | None:
@@ -6413,10 +6404,12 @@ class App:
         self.bucket = more.get('bucket')
         self.link_secret: bytes = more.get('link_secret', b'')
         self.thumbs: Path | None = more.get('thumbs')
-        self.csp = CSP.format(images=more.get('image_origin', ''))
+        self.image_origin: str = more.get('image_origin', '')  # names the machine's addresses
         self.gauges: Callable[[], list[tuple[str, float]]] = more.get('gauges', list)
         self.routes: tuple[Route, ...] = more.get('routes', ())
         self.prefix = urlsplit(config.server.public_base_url or '').path
+        self._wrong_keys: dict[str, tuple[int, float]] = {}  # how many of an address, and when
+        self._guard = threading.Lock()  # guards _wrong_keys
         self.watchers = threading.BoundedSemaphore(WATCHERS)
         self.video_waiters = threading.BoundedSemaphore(VIDEO_WAITERS)
 
@@ -6479,9 +6472,7 @@ class App:
         log.info('%s "%s %s" %d %.1fms%s', request.client, request.head.method,
                  request.shown_path, reply.status,
                  (time.monotonic() - started) * 1000, request.note)
-        if self.config.api_keys and 'json' in reply.type:
-            return reply  # signed links beside titles of strangers: no BREACH
-        return compress_reply(reply, request.field('accept-encoding'))
+        return reply
 
     def _as_http_error(self, request: Request, error: Exception) -> HTTPError:
         """What to answer when this was raised."""
@@ -6589,7 +6580,23 @@ class App:
             return True
         import hmac  # it loads every digest of OpenSSL: 0.6 MB
         sent = request.field('x-api-key').encode('latin-1', 'replace')
-        return any([hmac.compare_digest(sent, key.encode()) for key in self.config.api_keys])
+        right = any([hmac.compare_digest(sent, key.encode()) for key in self.config.api_keys])
+        if sent and not right:
+            self._slow_down(request.client)
+        return right
+
+    def _slow_down(self, client: str) -> None:
+        """Whoever tries keys waits longer each time; a right key never waits."""
+        if ':' in client:  # a home has 2^64 of them
+            client = str(ipaddress.ip_network(f'{client}/64', strict=False))
+        now = time.monotonic()
+        with self._guard:
+            times, last = self._wrong_keys.pop(client, (0, now))
+            times *= now - last < WRONG_KEY_MEMORY
+            self._wrong_keys[client] = (times + 1, now)
+            if len(self._wrong_keys) > 1000:
+                del self._wrong_keys[next(iter(self._wrong_keys))]
+        time.sleep(min(WRONG_KEY_DELAY * 2 ** min(times, 10), 2.0))
 
     def _below_base(self, path: str) -> str:
         """`path` without that of public_base_url, which a proxy may or may not have taken off."""
@@ -6992,14 +6999,17 @@ def get_openapi(app: App, request: Request) -> Reply:
 def get_asset(app: App, request: Request) -> Reply:
     """The page, the set-up page, the CA."""
     media, content = app.assets[request.path]
-    data = content() if callable(content) else content
-    if isinstance(data, str):
-        data = data.encode()
+    if callable(content):
+        content = content(request)
+    if isinstance(content, str):
+        content = content.encode()
     rules = ('no-cache', 'same-origin')
     if request.path.startswith('/setup/'):  # the picture that the plain page of `phone` asks for
         rules = ('no-store', 'cross-origin')
-    return Reply(200, data, media, (
-        ('Cache-Control', rules[0]), ('Cross-Origin-Resource-Policy', rules[1])))
+    csp = CSP.format(images=app.image_origin * is_at_home(request))
+    return Reply(200, content, media, (
+        ('Cache-Control', rules[0]), ('Cross-Origin-Resource-Policy', rules[1]),
+        ('Content-Security-Policy', csp)))
 
 
 # -- handlers, document B
@@ -7326,6 +7336,7 @@ class Peer:
     def __init__(self, sock: socket.socket, address: str):
         self.sock, self.address = sock, address
         self.local = str(plain_address(sock.getsockname()[0]))
+        self.buffer = bytearray()  # what has come and was not yet read
         self.admitted = False  # its own address was found to be that of an allowed client
         self.state, self.since, self.deadline = 'new', 0.0, 0.0  # monotonic seconds
         self.enter('new')
@@ -7341,20 +7352,51 @@ class Peer:
         """Whether it has taken longer than it may."""
         return self.deadline < now
 
-    def refuse_half(self) -> None:
-        """The client's bytes ended too early. Raises HTTPError if it was too slow, ClientGone
-        if it has left."""
-        if self.is_late(time.monotonic()):
-            raise HTTPError(408, 'timeout', 'The request came too slowly.')
-        raise ClientGone('the client left in the middle of its request')
+    def shake_hands(self, context: ssl.SSLContext) -> None:
+        """Speak TLS. Raises OSError."""
+        self.sock = context.wrap_socket(self.sock, server_side=True,
+                                        do_handshake_on_connect=False)
+        self.sock.do_handshake()
 
-    def shake_hands(self, context: ssl.SSLContext | None) -> socket.socket:
-        """The socket to talk on, by TLS where there is a context. Raises OSError."""
-        if context is not None:
-            self.sock = context.wrap_socket(self.sock, server_side=True,
-                                            do_handshake_on_connect=False)
-            self.sock.do_handshake()
-        return self.sock
+    def read_more(self) -> None:
+        """Add to the buffer what comes next. Raises HTTPError if the client was too slow,
+        ClientGone if it has left."""
+        try:
+            data = self.sock.recv(HEAD_LIMIT)
+        except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
+            raise ClientGone(str(error)) from None
+        if not data and self.state == 'asking' and self.is_late(time.monotonic()):
+            raise HTTPError(408, 'timeout', 'The request came too slowly.')
+        if not data:
+            raise ClientGone('the client left')
+        self.buffer += data
+
+    def read(self, size: int) -> bytes:
+        """The next `size` bytes. Raises HTTPError, ClientGone."""
+        while len(self.buffer) < size:
+            self.read_more()
+        data = bytes(self.buffer[:size])
+        del self.buffer[:size]
+        return data
+
+    def read_head(self) -> bytes:
+        """A request's head up to its empty line. Raises HTTPError, ClientGone."""
+        while True:
+            while self.buffer.startswith(b'\r\n'):  # RFC 9112 section 2.2: skipped
+                del self.buffer[:2]
+            end = self.buffer.find(b'\r\n\r\n')
+            if 0 <= end <= HEAD_LIMIT:
+                return self.read(end + 4)[:-4]
+            first, line_end, _ = self.buffer.partition(b'\n')
+            if len(first) > HEAD_LIMIT:
+                raise HTTPError(414, 'uri_too_long', 'The address of the request is too long.')
+            if len(self.buffer) > HEAD_LIMIT:
+                raise HTTPError(431, 'headers_too_large', 'The headers are over 16 KB.')
+            if line_end and not first.endswith((b' HTTP/1.1\r', b' HTTP/1.0\r')):
+                raise HTTPError(400, 'bad_request', 'The first line is not that of HTTP/1.1.')
+            if BARE_LINE_END.search(self.buffer):
+                raise HTTPError(400, 'bad_request', 'The request has a bare line break.')
+            self.read_more()
 
     def send(self, data: Any) -> None:
         """All of `data`, a BLOCK at most. Raises OSError, also when the client takes nothing."""
@@ -7384,24 +7426,20 @@ class Peer:
 
 
 @functools.lru_cache(maxsize=64)  # nearly all answers of a second begin alike
-def fixed_head(status: int, media: str, headers: Pairs, keep: bool, csp: str, now: int) -> bytes:
+def fixed_head(status: int, media: str, headers: Pairs, keep: bool, now: int) -> bytes:
     """Status line and header fields but for the length; nothing in a value can end its line."""
-    lines = [f'HTTP/1.1 {status} {REASONS[status]}', f'Date: {formatdate(now, usegmt=True)}', SAME_HEADERS]
-    lines += [f'{name}: {LINE_END.sub("", text)}' for name, text in headers]
+    fields = {'Date': formatdate(now, usegmt=True), **SAME_HEADERS, **dict(headers),
+              'Connection': 'keep-alive' if keep else 'close'}
     if status != 304:
-        lines.append(f'Content-Type: {media}')
-    if not any(name == 'Cross-Origin-Resource-Policy' for name, _ in headers):
-        lines.append('Cross-Origin-Resource-Policy: same-origin')
-    lines.append(f'Content-Security-Policy: {csp}')
-    lines.append('Connection: keep-alive' if keep else 'Connection: close')
-    return '\r\n'.join(lines).encode('latin-1', 'replace')
+        fields['Content-Type'] = media
+    lines = [f'{name}: {LINE_END.sub("", text)}' for name, text in fields.items()]
+    first = f'HTTP/1.1 {status} {REASONS[status]}'
+    return '\r\n'.join([first, *lines]).encode('latin-1', 'replace')
 
 
-def format_head(reply: Reply, keep: bool, csp: str) -> bytes:
+def format_head(reply: Reply, keep: bool) -> bytes:
     """The head of an answer."""
-    if reply.content or not reply.type.startswith(('text/html', 'text/javascript', 'image/svg')):
-        csp = FILE_CSP
-    head = fixed_head(reply.status, reply.type, reply.headers, keep, csp, int(time.time()))
+    head = fixed_head(reply.status, reply.type, reply.headers, keep, int(time.time()))
     if reply.status == 304:
         return head + b'\r\n\r\n'
     return head + b'\r\nContent-Length: %d\r\n\r\n' % reply.size()
@@ -7413,27 +7451,32 @@ class Handler(BaseHTTPRequestHandler):
     A connection's life is that of http.server (setup, handle, finish); the reading is ours, as
     what is lenient there can be read in two ways by us and by a proxy."""
     server: 'Server'
-    rbufsize = 4096
 
     def setup(self) -> None:
+        """The handshake is this thread's, not that of the one that accepts."""
         self.peer, self.app = self.request, self.server.app
-        self.request = self.peer.shake_hands(self.server.context)
-        super().setup()
+        if self.server.context is not None:
+            self.peer.shake_hands(self.server.context)
+
+    def finish(self) -> None:
+        """The server parts with the peer."""
 
     def handle_one_request(self) -> None:
         """Read, answer; `close_connection` tells whether that was the last one."""
         self.close_connection = True
-        start = self.rfile.peek(1)
-        if not start:
-            return
-        request, lines = None, []
+        if not self.peer.buffer:
+            self.peer.read_more()
+        request, head = None, b''
         try:
-            self._read_head(start, lines)
-            request = Request(parse_head(b'\r\n'.join(lines)), self.peer, self.rfile)
+            if b'\r\n\r\n' not in self.peer.buffer:
+                self.peer.enter('asking')
+            head = self.peer.read_head()
+            request = Request(parse_head(head), self.peer)
             self.peer.enter('working')
             reply = self.app.respond(request)
         except HTTPError as error:
-            target = (b' '.join(lines[:1]).split(b' ') + [b''])[1]
+            words = bytes(head or self.peer.buffer)[:LINE_LIMIT].split(b' ')
+            target = b''.join(words[1:2])
             reply = self.app.refuse(target.decode('latin-1'), error)
             log.info('%s malformed request: %d %s', self.peer.address, error.status, error.message)
         self.close_connection = not self._goes_on(request, reply)
@@ -7442,34 +7485,6 @@ class Handler(BaseHTTPRequestHandler):
             self.peer.enter('closing')
         else:
             self.peer.enter('idle')
-
-    def _read_head(self, start: bytes, lines: list[bytes]) -> None:
-        """Into `lines`, up to the empty one, under one deadline. Raises HTTPError, ClientGone."""
-        end = start.find(b'\r\n\r\n')
-        if end > 0 and not start.startswith(b'\r\n'):  # it has come as a whole, as nearly always
-            lines.append(self.rfile.read(end + 4)[:-4])
-            return
-        self.peer.enter('asking')
-        room = HEAD_LIMIT
-        while True:
-            line = self.rfile.readline(room + 1)
-            room -= len(line)
-            if room < 0 and lines:
-                raise HTTPError(
-                    431, 'headers_too_large', 'The headers of the request are over 16 KB.')
-            if room < 0:
-                raise HTTPError(414, 'uri_too_long', 'The address of the request is too long.')
-            if not line or self.peer.is_late(time.monotonic()):
-                self.peer.refuse_half()
-            if not line.endswith(b'\r\n'):
-                raise HTTPError(400, 'bad_request', 'The request has a bare line break.')
-            if line == b'\r\n' and lines:
-                return
-            if line != b'\r\n':  # RFC 9112 section 2.2: an empty line before it is skipped
-                lines.append(line[:-2])
-                if not lines[0].endswith((b' HTTP/1.1', b' HTTP/1.0')):
-                    raise HTTPError(
-                        400, 'bad_request', 'The first line of the request is not HTTP/1.1.')
 
     def _goes_on(self, request: Request | None, reply: Reply) -> bool:
         """Whether the connection is kept: only after a request that was read to its end."""
@@ -7481,7 +7496,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, request: Request | None, reply: Reply) -> None:
         """Head and small body in one piece: one TLS record, one packet."""
-        head = format_head(reply, not self.close_connection, self.app.csp)
+        head = format_head(reply, not self.close_connection)
         try:
             if request is not None and request.head.method == 'HEAD':
                 self.peer.send(head)
@@ -9286,8 +9301,8 @@ def ca_assets(config: Config) -> dict[str, Any]:
     """The CA as the iPhone and as others take it, where it is ours."""
     if not config.server.tls or not config.server.ca_file.exists():
         return {}
-    return {'/ca.mobileconfig': ('application/x-apple-aspen-config', lambda: mobileconfig(config)),
-            '/ca.crt': ('application/x-x509-ca-cert', lambda: read_ca(config.server.ca_file)[0])}
+    return {'/ca.mobileconfig': ('application/x-apple-aspen-config', lambda _: mobileconfig(config)),
+            '/ca.crt': ('application/x-x509-ca-cert', lambda _: read_ca(config.server.ca_file)[0])}
 
 
 @functools.lru_cache(maxsize=4)  # anybody may ask for the set-up page
@@ -9308,10 +9323,10 @@ def bases_by_number(port: int) -> str:
                     if ':' not in ip and not ip.startswith('127.'))
 
 
-def setup_facts(config: Config, port: int, secure: bool) -> dict[str, str]:
-    """What the set-up page is filled in with."""
+def setup_facts(config: Config, port: int, secure: bool, at_home: bool) -> dict[str, str]:
+    """What the set-up page is filled in with; our addresses only for those `at_home`."""
     base = public_base(config, port)
-    facts = {'base_url': base, 'addresses': bases_by_number(port), 'fingerprint': '',
+    facts = {'base_url': base, 'addresses': bases_by_number(port) * at_home, 'fingerprint': '',
              'has_keys': '', 'secure': '', 'qr_svg': '', 'shortcut_url': config.phone.shortcut_url,
              'host': socket.gethostname().split('.')[0]}
     if ca_assets(config):
@@ -9679,8 +9694,8 @@ class Daemon:
     def _make_app(self, port: int) -> App:
         config = self.config
 
-        def setup() -> str:
-            return setup_page(setup_facts(config, port, secure=True))
+        def setup(request: Request) -> str:
+            return setup_page(setup_facts(config, port, True, is_at_home(request)))
         assets = {**ASSETS, **ca_assets(config), '/setup': ('text/html; charset=utf-8', setup)}
         routes = list(ROUTES)
         for path, (kind, _) in assets.items():
@@ -10208,11 +10223,11 @@ def told_once(news: str, content: Any) -> Callable[[], Any]:
     """An asset's content that says `news` on the console when it is first asked for."""
     told = []
 
-    def answer() -> Any:
+    def answer(request: Request) -> Any:
         if not told:
             told.append(news)
             print(f'{time.strftime("%H:%M:%S")}  {news}', flush=True)
-        return content() if callable(content) else content
+        return content(request) if callable(content) else content
     return answer
 
 
@@ -10237,8 +10252,8 @@ def cmd_phone(config: Config, options: Any) -> int:
     running = Lock(config.database.path).running()
     port = running.get('port', config.server.port)
     assets = {**{path: ASSETS[path] for path in PHONE_ASSETS}, **ca_assets(config)}
-    facts = setup_facts(config, port, secure=False)
-    assets['/'] = assets['/setup'] = ('text/html; charset=utf-8', lambda: setup_page(facts))
+    facts = setup_facts(config, port, False, True)
+    assets['/'] = assets['/setup'] = ('text/html; charset=utf-8', lambda _: setup_page(facts))
     assets['/seen/trusted'] = ('text/plain', '')
     for path, news in PHONE_NEWS.items():
         kind, content = assets[path]
