@@ -7043,6 +7043,91 @@ class TestNotify(DaemonTest):
         self.assertEqual(looks([]), ['Import done.'])
 
 
+class TestKeep(unittest.TestCase):
+    """[downloads] keep: the oldest finished go first, never a starred one, after a day's notice."""
+
+    def make(self, keep: str) -> None:
+        """Six downloads of 100 bytes, finished on day 0, 1, ...; the second one has a star."""
+        folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.output = folder / 'out'
+        self.output.mkdir()
+        self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(self.output),
+                                           'VIDEOSERVER_DATABASE_PATH': str(folder / 'd.db'),
+                                           'VIDEOSERVER_DOWNLOADS_KEEP': keep})
+        self.store = v.Store(self.config.database.path)
+        self.store.open()
+        self.addCleanup(self.store.close)
+        self.care = v.Care(self.config, self.store, v.Board(), lambda: None)
+        self.ids = [self.finish(day, f'{day}.mp4') for day in range(6)]
+        self.store.write(lambda db: db.execute('UPDATE downloads SET starred = 1 WHERE id = ?', (self.ids[1],)))
+
+    def finish(self, day: int, name: str) -> str:
+        (self.output / name).write_bytes(bytes(100))
+        now, file = day * v.DAY, v.MediaFile(name, 100, 'video/mp4')
+        id = self.store.add(v.parse_submission({'url': tiktok_link(time.time_ns())}, self.config.security), now)[0]
+        self.store.claim(id, now)
+        self.store.finish(id, v.Outcome('done', title='a', files=(file,)), self.output, now)
+        self.store.write(lambda db: db.execute(
+            "UPDATE downloads SET site = 't', media_id = ? WHERE id = ?", (name, id)))
+        return id
+
+    def look(self, day: float) -> str:
+        """What is said after the looks of that time."""
+        said = ''
+        for _ in range(5):  # a hundred at a time
+            try:
+                self.care.make_room(day * v.DAY)
+            except v.Trouble as trouble:
+                said = str(trouble)
+        return said
+
+    def gone(self) -> List[int]:
+        """Which files are gone; exactly their rows say so."""
+        missing = [day for day in range(6) if not (self.output / f'{day}.mp4').exists()]
+        for day, row in enumerate(self.store.get(id) for id in self.ids):
+            made = ('room', 'Deleted to make room.', None) if day in missing else (None, None, 100)
+            self.assertEqual((row['reason'], row['note'], row['file_size'], row['status']), (*made, 'completed'))
+        return missing
+
+    def test_by_age_after_a_days_notice_that_a_restart_keeps(self):
+        self.make('10d')
+        self.assertEqual((self.look(9), self.gone()), ('', []))
+        self.assertRegex(self.look(12.5), r'^From \d\d \w+, \d\d:\d\d the oldest videos are deleted .* star stay')
+        self.care = v.Care(self.config, self.store, v.Board(), lambda: None)
+        self.assertIn('are deleted', self.look(13.4))
+        self.assertEqual(self.gone(), [])
+        self.assertEqual((self.look(13.6), self.gone()), ('', [0, 2, 3]))
+        self.assertEqual((self.look(13.61), self.gone()), ('', [0, 2, 3]))  # an hour later at the earliest
+
+    def test_by_size_and_a_shared_file_stays_with_the_last_who_has_it(self):
+        self.make('450')
+        self.assertIn('are deleted', self.look(7))
+        self.assertEqual((self.look(8.1), self.gone()), ('', [0, 2]))
+        other = self.finish(6, '3.mp4')
+        self.care.config.downloads.keep = v.retention('350')
+        self.assertIn('are deleted', self.look(9))  # another setting, another notice
+        self.look(10.1)
+        self.assertFalse((self.output / '4.mp4').exists())
+        self.assertTrue((self.output / '3.mp4').exists())
+        self.assertEqual([self.store.get(id)['reason'] for id in (self.ids[3], other)], ['room', None])
+
+    def test_a_kill_in_the_middle_leaves_no_file_behind_and_forever_keeps_all(self):
+        self.make('forever')
+        self.assertEqual((self.look(9999), self.gone()), ('', []))
+        self.care.config.downloads.keep = v.retention('1d')
+        self.look(30)
+        with unittest.mock.patch.object(v, 'forget_files', side_effect=MemoryError), self.assertRaises(MemoryError):
+            self.look(31.1)
+        self.care = v.Care(self.config, self.store, v.Board(), lambda: None)
+        self.assertEqual((self.look(31.2), self.gone()), ('', [0, 2, 3, 4, 5]))
+
+    def test_only_forever_days_and_sizes_are_accepted(self):
+        for text, value in (('forever', None), ('90d', ('days', 90)), ('1.5GB', ('bytes', 3 << 29))):
+            self.assertEqual(v.retention(text), value)
+        with self.assertRaisesRegex(ValueError, 'forever, days such as 90d'):
+            v.retention('3 weeks')
+
+
 def jpeg_size(data: bytes) -> Tuple[int, int]:
     """(width, height) from the start-of-frame marker."""
     return struct.unpack('>HH', re.search(rb'\xff[\xc0-\xc2]..\x08(.{4})', data, re.S)[1])[::-1]

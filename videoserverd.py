@@ -351,6 +351,17 @@ def delays(text: str) -> tuple[int, ...]:
     return tuple(int(word) for word in found)
 
 
+def retention(text: str) -> tuple[str, int] | None:
+    """What is kept: None is all, else ('days', n) or ('bytes', n)."""
+    if text.lower() == 'forever':
+        return None
+    days = re.fullmatch(r'(\d{1,5}) ?d', text, re.I | re.A)
+    try:
+        return ('days', int(days[1])) if days else ('bytes', parse_size(text))
+    except ValueError:
+        raise ValueError('forever, days such as 90d, or a size such as 200GB') from None
+
+
 def listen_host(text: str) -> str:
     """The address to listen on."""
     try:
@@ -483,6 +494,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         'retry_delays': Setting('60,300,900', delays,
                                 'seconds to wait before each retry; the last repeats'),
         'min_free_space': Setting('500MB', parse_size, 'with less on the disk the queue pauses'),
+        'keep': Setting('forever', retention,
+                        'or 90d, or 200GB: then the oldest videos go, never those with a star'),
         'filename': Setting('%(title)s_%(id)s', name_pattern,
                             'names of files: title, id, uploader, site, date; / makes folders'),
     },
@@ -1481,6 +1494,7 @@ DROP INDEX idx_s3_due;                 -- s3_due and s3_attempts are not used an
 '''
 # user_version counts those that have run.
 MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA, OUTBOX_SCHEMA)
+HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
 REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
 CRASHED = 'The server ended three times while downloading this.'
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
@@ -1925,7 +1939,7 @@ class Store:
 
         def work(db):
             if outcome.shared and not db.execute(
-                    'SELECT 1 FROM downloads WHERE id = ? AND files = ?',
+                    f'SELECT 1 FROM downloads WHERE id = ? AND files = ? AND {HAS_FILES}',
                     (outcome.shared, columns['files'])).fetchone():
                 return False
             return self._change(db, 'finish', download_id, now, **columns)
@@ -1934,8 +1948,8 @@ class Store:
     def same_post(self, site: str, media_id: str, asked: str | None) -> list[Record]:
         """Completed downloads of this post, newest first."""
         return [Record.of(row) for row in self.read(
-            "SELECT * FROM downloads WHERE site = ? AND media_id = ? AND asked IS ? "
-            "AND status = 'completed' ORDER BY created_at DESC", (site, media_id, asked))]
+            'SELECT * FROM downloads WHERE site = ? AND media_id = ? AND asked IS ? '
+            f'AND {HAS_FILES} ORDER BY created_at DESC', (site, media_id, asked))]
 
     def _delivered(self, outcome: Outcome, folder: Path) -> dict[str, Any]:
         """The columns of what is in place."""
@@ -1996,11 +2010,46 @@ class Store:
             if copies:
                 db.execute("INSERT INTO outbox (kind, payload, due) VALUES ('delete', ?, 0)",
                            (json.dumps(copies),))
-            others = db.execute('SELECT files FROM downloads WHERE site = ? AND media_id = ?',
-                                (row['site'], row['media_id'])).fetchall()
-            kept = {file[0] for other in others for file in json.loads(other['files'] or '[]')}
-            return tuple(file for file in Record.of(row)['files'] if file.name not in kept)
+            return self._unshared(db, row)
         return self.write(work)
+
+    def _unshared(self, db: sqlite3.Connection, row: sqlite3.Row) -> tuple[MediaFile, ...]:
+        """The files of a download that no other one has."""
+        others = db.execute(
+            f'SELECT files FROM downloads WHERE site = ? AND media_id = ? AND id <> ? AND {HAS_FILES}',
+            (row['site'], row['media_id'], row['id'])).fetchall()
+        kept = {file[0] for other in others for file in json.loads(other['files'] or '[]')}
+        return tuple(file for file in Record.of(row)['files'] if file.name not in kept)
+
+    # -- room on the disk
+
+    def oldest(self, before: int) -> list[sqlite3.Row]:
+        """The first 100 downloads that finished before then, have files and no star."""
+        return self.read(f'SELECT id, file_size FROM downloads WHERE {HAS_FILES} AND starred = 0 '
+                         'AND completed_at < ? ORDER BY completed_at LIMIT 100', (before,))
+
+    def bytes_kept(self) -> int:
+        """What the files of all downloads take on the disk; shared ones count once."""
+        return self.read('SELECT coalesce(sum(size), 0) FROM (SELECT max(file_size) AS size '
+                         f'FROM downloads WHERE {HAS_FILES} GROUP BY file_path)')[0][0]
+
+    def make_room(self, ids: Sequence[str], now: int) -> list[tuple[str, tuple[MediaFile, ...]]]:
+        """Give up the files of these downloads, unless one has a star by now: (id, files to be
+        deleted) of all whose files may still be there, also those that a kill has left."""
+        def work(db):
+            db.executemany(
+                "UPDATE downloads SET reason = 'room', note = 'Deleted to make room.', "
+                f'last_updated = ? WHERE id = ? AND {HAS_FILES} AND starred = 0',
+                [(now, download_id) for download_id in ids])
+            rows = db.execute("SELECT * FROM downloads WHERE status = 'completed' AND "
+                              "reason = 'room' AND file_size IS NOT NULL").fetchall()
+            return [(row['id'], self._unshared(db, row)) for row in rows]
+        return self.write(work)
+
+    def room_made(self, ids: Sequence[str]) -> None:
+        """Their files are deleted."""
+        self.write(lambda db: db.executemany('UPDATE downloads SET file_size = NULL WHERE id = ?',
+                                             [(download_id,) for download_id in ids]))
 
     def recover(self, now: int, frozen: bool) -> list[tuple[Job, Outcome]]:
         """After a start: what was being downloaded is queued again, no attempt counted. But those
@@ -6432,7 +6481,7 @@ class App:
         """A download as the API shows it."""
         progress, base = self.progress(record), public_base(self.config, self.port)
         percent, files = shown_percent(record, progress), []
-        for file in record['files']:
+        for file in record['files'] * (record['reason'] != 'room'):
             path = self.link(record['id'], file.name)
             files.append({**file._asdict(), 'url': base + path, 'path': path.lstrip('/')})
         row = {name: record[name] for name in STORED_FIELDS}
@@ -9393,6 +9442,7 @@ class Care:
         self._tidy = False
         self._certificate_seen = (0, 0)  # when the one in use was written, the day it was read
         self._clock = ClockWatch()
+        self._room_seen, self._room_notice = -math.inf, ''
         self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of videos without picture
 
     def start(self, scheduler: Scheduler, server: Server) -> None:
@@ -9410,7 +9460,7 @@ class Care:
     def _loop(self) -> None:
         tasks = {'leftovers': self.remove_leftovers, 'certificate': self.renew_certificate,
                  'backup': self.copy_database, 'pictures': self.make_pictures,
-                 'ytdlp': self.update_ytdlp}
+                 'ytdlp': self.update_ytdlp, 'room': self.make_room}
         while True:
             for name, task in tasks.items():
                 try:
@@ -9477,6 +9527,45 @@ class Care:
                 self.store.get(download_id)
             except LookupError:  # deleted meanwhile
                 picture.unlink(missing_ok=True)
+
+    def make_room(self, now: float) -> None:
+        """Hourly, delete what [downloads] keep gives up, oldest first. A day before the first
+        time for this setting, health says so. Raises Trouble, OSError."""
+        if 0 <= now - self._room_seen < 3600:
+            if self._room_notice:
+                raise Trouble(self._room_notice)
+            return
+        ids, self._room_seen, self._room_notice = self._beyond_keep(int(now)), now, ''
+        file, setting = Path(f'{self.config.database.path}.keep'), str(self.config.downloads.keep)
+        known, _, since = file.read_text().partition('\n') if file.exists() else ('', '', '')
+        if ids and known != setting:
+            since = str(int(now))
+            write_whole(file, f'{setting}\n{since}')
+        if ids and now < int(since) + DAY:
+            day = time.strftime('%d %B, %H:%M', time.localtime(int(since) + DAY))
+            self._room_notice = (f'From {day} the oldest videos are deleted to make room '
+                                 '([downloads] keep). Those with a star stay.')
+            raise Trouble(self._room_notice)
+        done = self.store.make_room(ids, int(now)) if self.config.downloads.keep else []
+        for download_id, files in done:
+            forget_files(self.config, download_id, [file.name for file in files])
+            self.board.post(download_id)
+        if done:
+            log.info('%d downloads deleted to make room', len(done))
+            self.store.room_made([download_id for download_id, _ in done])
+            self._room_seen = -math.inf  # there may be more
+
+    def _beyond_keep(self, now: int) -> list[str]:
+        """Ids of what is not kept, oldest first, a hundred at most."""
+        kind, amount = self.config.downloads.keep or ('', 0)
+        if kind == 'days':
+            return [row['id'] for row in self.store.oldest(now - amount * DAY)]
+        excess, ids = self.store.bytes_kept() - amount if kind else 0, []
+        for row in self.store.oldest(now) if excess > 0 else ():
+            if excess > 0:
+                ids.append(row['id'])
+                excess -= row['file_size'] or 0
+        return ids
 
     def update_ytdlp(self, now: float) -> None:
         """Fetch what is missing or due. An imported yt_dlp cannot be swapped; the process can."""
