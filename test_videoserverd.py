@@ -3244,6 +3244,31 @@ class TestPhone(DaemonTest):
         again = self.daemon.client.post('/api/v1/downloads', {'text': text, 'client_id': 'list', 'timestamp': 5}).json
         self.assertEqual(again['downloads'], body['downloads'])
 
+    def test_a_list_of_any_length_comes_back_in_parts(self):
+        def links(first, last):
+            return [f'https://vm.tiktok.com/ZL{number}/' for number in range(first, last)]
+        every = links(0, 1203)
+        text = '🎬'.join(every[:600]) + ' \t, '.join(['', *every[600:], 'https://example.com/x', every[3]])
+        found, parts = [], 0
+        while text:
+            answer = self.daemon.client.post('/api/v1/downloads', {'text': text + ' ' * 400_000 * (parts == 0)})
+            self.assertEqual(answer.status, 202, answer.json)
+            self.assertLessEqual(len(answer.json['downloads']), 500)
+            found += [row['url'] for row in answer.json['downloads'] if 'download_id' in row]
+            text, parts = answer.json['keep'], parts + 1
+        self.assertEqual((found, parts), (every, 3))
+        self.assertEqual(self.daemon.client.post('/api/v1/downloads', {'text': ' ' * (1 << 20)}).status, 413)
+        for body, status, code in (({'text': 'https://example.com/'}, 403, 'domain_not_allowed'),
+                                   ({'text': 'none'}, 400, 'no_url'), ({'Text': ''}, 400, 'no_url')):
+            answer = self.daemon.client.post('/api/v1/downloads', body)
+            self.assertEqual((answer.status, answer.json['code']), (status, code))
+        self.assertIn('"url"', self.post(link=every[0]).json['message'])
+        self.assertIn('"text"', answer.json['message'])
+        share = self.daemon.client.post('/share/lite', {
+            'text': 'https://vt.tiktok.com/ZSLite/ This post is shared via TikTok Lite. Download TikTok Lite to enjoy '
+                    'more posts: https://www.tiktok.com/tiktoklite'})
+        self.assertEqual((share.status, share.json[:16]), (202, b'Saved. The queue'))
+
     def test_while_the_queue_is_paused_the_message_says_so(self):
         self.assertIn('paused: The disk is full', self.post(url=tiktok_link(21)).json['message'])
         health = self.daemon.client.get('/api/v1/health').json
@@ -3284,6 +3309,40 @@ class TestPhone(DaemonTest):
         self.assertRegex(self.daemon.log(),
                          r'\d\d:\d\d:\d\d.* "POST /api/v1/download" 202 .*client_id=phone-77 url=https://www')
         self.assertTrue(all(line.isprintable() for line in self.daemon.log().split('\n')))
+
+
+class TestRepeats(DaemonTest):
+    """A phone that sends the same link again and again."""
+    settings = {'security': {'requests_per_hour': '3'}, 'downloads': {'min_free_space': '9000GB'}}
+
+    def test_repeats_are_limited_and_hold_up_nobody(self):
+        link = {'url': 'https://vm.tiktok.com/ZRepeat/', 'client_id': 'again', 'timestamp': 1}
+        id, ends = self.daemon.client.post('/api/v1/download', link).json['download_id'], []
+
+        def send():
+            client = self.daemon.new_client()
+            for _ in range(500):
+                answer = client.post('/api/v1/download', link)
+                ends.append(answer.status)
+                if answer.status == 429:
+                    self.assertTrue(0 < int(answer.headers['Retry-After']) <= 3600)
+                else:
+                    self.assertEqual(answer.json['download_id'], id)
+        threads = [threading.Thread(target=send) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        waits = []
+        while any(thread.is_alive() for thread in threads):
+            began = time.monotonic()
+            self.assertEqual(self.daemon.client.post('/api/v1/download', {
+                'url': tiktok_link(time.monotonic_ns()), 'client_id': f'other {len(waits)}'}).status, 202)
+            waits.append(time.monotonic() - began)
+            time.sleep(0.2)
+        self.assertEqual((len(ends), ends.count(200), ends.count(429)), (4000, 3, 3997))
+        self.assertLess(max(waits), fair(1))
+        cpu = TestCrowd.cpu(self.daemon.pid)
+        time.sleep(1)
+        self.assertLess(TestCrowd.cpu(self.daemon.pid) - cpu, 0.1, 'no stale entry keeps the processor busy')
 
 
 class TestWhoIsAnswered(DaemonTest):
@@ -9108,7 +9167,7 @@ class TestCrowd(DaemonTest):
     def works(daemon: Daemon) -> bool:
         """Does it take a link?"""
         try:
-            return daemon.client.post('/api/v1/download', {'url': tiktok_link(1)}).status == 202
+            return daemon.client.post('/api/v1/download', {'url': tiktok_link(1)}).status in (200, 202)
         except OSError:
             return False
 
@@ -9185,6 +9244,39 @@ FAKETIME = next(iter(Path('/usr/lib').glob('*/faketime/libfaketime.so.1')), None
 
 
 @unittest.skipUnless(shutil.which('strace'), 'strace is not installed')
+class TestAlmostFull(DaemonTest):
+    """Links are refused, with a sentence, before the database's disk is full; health says so."""
+    hurry = {'LAST_ROOM': 1 << 60}
+
+    def test_refused_by_every_intake(self):
+        for path, name in (('/api/v1/download', 'url'), ('/api/v1/downloads', 'text'), ('/share/x', 'text')):
+            answer = self.daemon.client.post(path, {name: tiktok_link(1)})
+            self.assertEqual((answer.status, 'almost full' in str(answer.json)), (503, True), answer)
+            self.assertIn('Retry-After', answer.headers)
+        self.assertEqual(self.daemon.client.get('/api/v1/health').status, 503)
+        self.assertEqual(self.daemon.rows('SELECT count(*) AS n FROM downloads')[0]['n'], 0)
+
+    def test_the_probe_needs_as_much_as_a_link(self):
+        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'full.db')
+        store.open()
+        self.addCleanup(store.close)
+        limit = 'PRAGMA max_page_count={}'
+        pages = store.write(lambda db: db.execute('PRAGMA page_count').fetchone()[0])
+        with unittest.mock.patch.object(v, 'LAST_ROOM', 0):
+            store.probe()
+            store._writer.execute(limit.format(pages + 1))
+            with self.assertRaises(v.StoreDown):
+                for number in range(99):
+                    store.add(v.Submission(tiktok_link(number), 'x' * 2000, number, ()), 1)
+            store._connect_writer, connect = lambda: store.limited, store._connect_writer
+            store.limited = connect()
+            store.limited.execute(limit.format(pages + 1))
+            with self.assertRaises(v.StoreDown):
+                store.probe()
+            store._connect_writer = connect
+            store.probe()
+
+
 class TestFailingDisk(DaemonTest):
     """ENOSPC and EIO at any write: 503 or pause, never a false ack, never a dead thread, recovery without a restart."""
     settings = {'downloads': {'max_retries': 9}, 'logging': {'level': 'WARNING'}}

@@ -1274,7 +1274,8 @@ def parse_links(text: str, security: Any) -> tuple[dict[str, tuple[str, Any]], l
     links = find_urls(text, known)
     for number, link in enumerate(links):
         if len(found) == MOST_LINKS:
-            return found, list(dict.fromkeys(links[number:]))
+            seen = {written for written, _ in found.values()}
+            return found, [link for link in dict.fromkeys(links[number:]) if link not in seen]
         try:
             url = check_url(link, security)
             found.setdefault(url, (link, url))
@@ -1496,6 +1497,7 @@ DROP INDEX idx_s3_due;                 -- s3_due and s3_attempts are not used an
 MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA, OUTBOX_SCHEMA)
 HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
 REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
+LAST_ROOM = 20 << 20  # bytes free on the database's disk, below which links are refused
 CRASHED = 'The server ended three times while downloading this.'
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
 FROZE = 'This page made the whole server freeze for a minute; it is not tried again.'
@@ -1530,7 +1532,14 @@ class Stored:
 
 
 class StoreDown(Exception):
-    """The database cannot be written or read now; nothing was stored."""
+    """The database cannot be written or read now; nothing was stored. `sentence` is for a phone."""
+    sentence = 'The server cannot store links at the moment; keep this one and send it again.'
+
+
+class DiskLow(StoreDown):
+    """The database's disk has only LAST_ROOM left, which what runs needs to end well."""
+    sentence = ('The disk of the database is almost full, so links are not accepted; '
+                'keep this one and send it again later.')
 
 
 class RateLimited(Exception):
@@ -1836,10 +1845,13 @@ class Store:
 
         A repeat of the same client, URL and timestamp, or of client and URL within `window`
         seconds, is where the first one is; so is a link that names a post which is here."""
+        self.check_room()
         return self.write(lambda db: self._insert(db, submission, now, window))
 
     def add_many(self, submissions: Sequence[Submission], now: int, window: int = 0) -> list[Any]:
         """Store links in one commit; for each what `add` returns, or the RateLimited it raises."""
+        self.check_room()
+
         def insert(db, submission):
             try:
                 return self._insert(db, submission, now, window)
@@ -2138,11 +2150,24 @@ class Store:
 
     # -- copies of the database
 
+    def check_room(self) -> None:
+        """Raise DiskLow if links must be refused."""
+        with suppress(OSError):
+            if free_space(self.path.parent) < LAST_ROOM:
+                self.error = 'the disk is almost full'
+                raise DiskLow(self.error)
+
     def probe(self) -> None:
-        """Write a page, to see whether links can be stored. Raises StoreDown."""
-        now = int(time.time())  # writing what is there already would write nothing
-        self.write(lambda db: db.execute(
-            "INSERT OR REPLACE INTO tally VALUES ('probe', ?)", (now,)))
+        """Write what a long link takes, to see whether one can be stored. Raises StoreDown."""
+        self.check_room()
+
+        def work(db):
+            now = int(time.time())
+            db.execute('INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, '
+                       "timestamp) VALUES ('probe', ?, '', 'queued', ?, ?, '')",
+                       ('x' * 2048, now, now))
+            db.execute("DELETE FROM downloads WHERE id = 'probe'")
+        self.write(work)
 
     def backup(self, target: Path) -> None:
         """A consistent, checked copy at `target` (sqlite.org/backup.html). Raises Trouble."""
@@ -6533,8 +6558,7 @@ class App:
             return HTTPError(429, 'rate_limited', str(error), Retry_After=str(error.retry_after))
         if isinstance(error, StoreDown):
             log.error('request: the database does not answer: %s', error)
-            return HTTPError(503, 'cannot_store', 'The server cannot store links at the moment; '
-                             'keep this one and send it again.', Retry_After='30')
+            return HTTPError(503, 'cannot_store', error.sentence, Retry_After='30')
         log.exception('request: %s %s failed inside', request.head.method,
                       request.shown_path)
         return HTTPError(500, 'internal', 'The server made a mistake; its log tells more.')
@@ -9631,8 +9655,9 @@ class Health:
 
     def report(self) -> dict[str, Any]:
         """What /api/v1/health tells; `storing`: whether links can be stored."""
-        if self.store.error:
-            with suppress(StoreDown):
+        with suppress(StoreDown):
+            self.store.check_room()
+            if self.store.error:
                 self.store.probe()
         try:
             size = self.queue_size()
