@@ -7189,7 +7189,7 @@ def send_file(request: Request, path: Path, media: str, headers: list[tuple[str,
     facts = os.fstat(handle.fileno())
     etag = f'"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"'
     modified = formatdate(facts.st_mtime, usegmt=True)
-    headers = [*headers, ('ETag', etag), ('Last-Modified', modified)]
+    headers = [*headers, ('Accept-Ranges', 'bytes'), ('ETag', etag), ('Last-Modified', modified)]
     if is_unchanged(request, etag, modified):
         handle.close()
         return Reply(304, b'', '', tuple(headers))
@@ -7212,7 +7212,7 @@ def send_file(request: Request, path: Path, media: str, headers: list[tuple[str,
 def reply_with_file(app: App, request: Request, file: MediaFile) -> Reply:
     """A finished file: from the proxy where it can read the folder, else by us."""
     headers = [('Content-Disposition', content_disposition(os.path.basename(file.name))),
-               ('Accept-Ranges', 'bytes'), ('Cache-Control', 'private, no-cache'),
+               ('Cache-Control', 'private, no-cache'),
                ('Cross-Origin-Resource-Policy', 'same-origin')]
     server = app.config.server
     if server.accel_redirect and is_within(request.peer.address, server.trusted_proxies):
