@@ -141,14 +141,19 @@ def sync_handle(fd: int) -> None:
 
 def sync(path: Path) -> None:
     """A file's bytes, or a folder's names, on stable storage. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        sync_handle(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some shares cannot sync a folder
-            raise
-    finally:
-        os.close(fd)
+    folder = path.is_dir()
+    for mode in (os.O_RDONLY, os.O_RDWR):
+        fd = os.open(path, mode)
+        try:
+            return sync_handle(fd)
+        except OSError as error:
+            refused = error.errno in (errno.EACCES, errno.EBADF)  # CIFS: not on a read-only handle
+            if folder and (refused or error.errno in (errno.EINVAL, errno.ENOTSUP)):
+                return log.debug('%s: this share cannot sync a folder: %s', path, error)
+            if not refused or mode == os.O_RDWR:
+                raise
+        finally:
+            os.close(fd)
 
 
 def write_whole(file: Path, text: str, durable: bool = True) -> None:
@@ -190,6 +195,8 @@ def which(name: str) -> str | None:
 def free_space(folder: Path) -> int:
     """Bytes free for us on its disk. Raises OSError."""
     disk = os.statvfs(folder)
+    if not disk.f_blocks:  # a mount that does not tell is not full
+        return 1 << 50
     return disk.f_bavail * disk.f_frsize
 
 
@@ -447,12 +454,20 @@ def proxy_url(text: str) -> str:
     return text
 
 
+def site_gaps(text: str) -> dict[str, float]:
+    """Seconds by site."""
+    found = [re.fullmatch(r'([a-z0-9.-]+) +(\d{1,4}(?:\.\d)?)', word) for word in words(text)]
+    if not all(found):
+        raise ValueError('sites and seconds such as tiktok.com 2, instagram.com 6')
+    return {match[1]: float(match[2]) for match in found}
+
+
 def name_pattern(text: str) -> str:
     """How files are named: the fields title, id, uploader, site and date; / makes folders."""
-    plain_text = re.sub(r'%\((?:title|id|uploader|site|date)\)s', 'x', text)
-    part = r'[^\s/.%\\:*?"<>|~-][^/%\\:*?"<>|]*'
-    if not (re.fullmatch(f'{part}(?:/{part})*', plain_text) and plain_text.isprintable()
-            and len(plain_text) <= 100 and re.search(r'%\((?:title|id)\)s[^/]*$', text)):
+    plain_text = re.sub(r'%\((title|id|uploader|site|date)\)s', 'x', text)
+    fine = all(part and part[0] not in ' .~-' for part in plain_text.split('/'))
+    if not fine or len(text) > 200 or not plain_text.isprintable() \
+            or re.search(r'[%\\:*?"<>|]', plain_text) or not re.search(r'%\((title|id)\)s[^/]*$', text):
         raise ValueError('a pattern such as %(title)s_%(id)s or %(uploader)s/%(date)s_%(title)s '
                          'of title, id, uploader, site and date, with title or id in the name')
     return text
@@ -498,6 +513,9 @@ SETTINGS: dict[str, dict[str, Setting]] = {
                         'or 90d, or 200GB: then the oldest videos go, never those with a star'),
         'filename': Setting('%(title)s_%(id)s', name_pattern,
                             'names of files: title, id, uploader, site, date; / makes folders'),
+        'slideshow': Setting('on', on_off, 'make a video of a photo post with sound, by ffmpeg'),
+        'metadata': Setting('off', on_off, 'title, author, caption and link inside the videos'),
+        'mtime': Setting('on', on_off, "the time of a file is that of the post"),
     },
     'downloader': {
         'ytdlp_directory': Setting('vendor', file_setting, 'where the vendored yt-dlp lives'),
@@ -507,6 +525,8 @@ SETTINGS: dict[str, dict[str, Setting]] = {
         'rate_limit': Setting('', optional(parse_size),
                               'bytes per second, such as 1M; empty: no limit'),
         'user_agent_rotation': Setting('on', on_off, 'another browser name for each download'),
+        'page_pace': Setting('tiktok.com 2, instagram.com 6', site_gaps,
+                             'seconds between two requests for pages of a site; empty: none'),
         'timeout': Setting('300', whole(5, 86400),
                            'seconds in which an attempt must gain at least 64 KB'),
         'cookies_file': Setting('', optional(file_setting),
@@ -2350,7 +2370,9 @@ ENDINGS: dict[str, tuple[str, int | None, str]] = {
     'cancelled': ('cancelled', None, 'Cancelled'),
     'stopped': ('stopped', None, 'The server was stopped'),
     'disk': ('pause', None, 'The disk is nearly full: delete videos, and the downloads go on'),
-    'output': ('pause', None, 'The output folder is missing or read-only: mount or fix it'),
+    'output': ('pause', None, 'The output folder is not there yet, or its disk fails: mount it'),
+    'read_only': ('pause', None, 'The output folder is read-only here: mount it for writing, or '
+                                 'name it to the service with `sudo ./install.sh --output DIR`'),
     'ytdlp': ('pause', None, 'yt-dlp is missing or damaged: the command "update" fetches it'),
     'ca_store': ('pause', None, 'This machine has no CA certificates, so that no site can be '
                  'verified: install ca-certificates (a Mac: Install Certificates.command)'),
@@ -2474,7 +2496,8 @@ FAKE = tuple(map(ipaddress.ip_network, ('0.0.0.0/32', '198.18.0.0/15')))  # what
 PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
 LOCAL_FILES = (  # the last: demuxers by name, so that a playlist that calls itself a video is not followed
     '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
-    'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata')
+    'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,jpeg_pipe,png_pipe,webp_pipe,webvtt,srt,'
+    'ass,ffmetadata')
 
 
 def own_networks() -> list[Any]:
@@ -2806,7 +2829,7 @@ CLASSES = {'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported',
            'FileNotFoundError': 'crash'}
 STATUSES = {401: 'login', 403: 'blocked', 404: 'gone', 410: 'gone', 451: 'geo'}  # of a page
 PASSING_STATUSES = (408, 425, 429)  # and 5xx
-OUTPUT_ERRORS = (errno.EROFS, errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
+OUTPUT_ERRORS = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
 NETWORKING = re.compile(r'(?:/http/|/urllib/|/networking/|(?:^|/)(?:socket|ssl|socks)\.py)')
 
 
@@ -2846,8 +2869,9 @@ def where_raised(error: BaseException) -> list[str]:
 
 
 def system_reason(error: BaseException, output: Path) -> str | None:
-    """'disk' or 'output' if this is an error of our own files: by the path it names, else by where
-    it was raised. TLS's numbers are its own (5 is not EIO), a connection's tell of no disk."""
+    """'disk', 'read_only' or 'output' if this is an error of our own files: by the path it names,
+    else by where it was raised. TLS's numbers are its own (5 is not EIO), a connection's tell of
+    no disk."""
     number, path, files = error.errno, error.filename, where_raised(error)
     if path is not None:
         ours = str(path).startswith(str(output))
@@ -2857,6 +2881,8 @@ def system_reason(error: BaseException, output: Path) -> str | None:
         return 'output'
     if ours and number in (errno.ENOSPC, errno.EDQUOT):
         return 'disk'
+    if ours and number == errno.EROFS:
+        return 'read_only'
     return 'output' if ours and path and number in (errno.EACCES, errno.EPERM) else None
 
 
@@ -2918,9 +2944,6 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
 
 # -- posts
 
-# Forms of a link to a TikTok post; every yt-dlp takes the one with /video/.
-TIKTOK_POST = re.compile(r'https://(?:\w+\.)?tiktokv?\.com/(?:(@[\w.-]*)/(?:video|photo)'
-                         r'|embed(?:/v\d)?|share/video|v)/(\d+)')
 NO_POSTS = tuple((re.compile(rf'https://(?:\w+\.)?{site}\.com/{path}/?(?:[?#]|$)'), what)
                  for site, path, what in (
     ('tiktok', r'@[^/?#]+', 'a profile'),
@@ -2938,9 +2961,10 @@ def post_url(url: str) -> str:
     """A link to a post in the form that every yt-dlp takes. Raises Ending if it is of no post."""
     if urlsplit(url).hostname == 'l.instagram.com':  # its wrapper for links in messages
         url = dict(parse_qsl(urlsplit(url).query)).get('u', url)
-    found = TIKTOK_POST.match(url)
-    if found:
-        return f'https://www.tiktok.com/{found[1] or "@_"}/video/{found[2]}'
+    site, media_id = post_of(url)
+    if site == 'tiktok.com':
+        user = re.match(r'https://[^/]+/(@[\w.-]+)/', url)
+        return f'https://www.tiktok.com/{user[1] if user else "@_"}/video/{media_id}'
     for pattern, what in NO_POSTS:
         if pattern.match(url):
             raise Ending('no_post', f'this link leads to {what}')
@@ -3176,6 +3200,49 @@ def import_ytdlp(folder: Path) -> Any:
         return IMPORTED['Session']
 
 
+# -- how a site is asked
+
+WAYS = {  # what failed is not repeated in the same way: by attempt, the family of the browser's name
+    'chrome': '',  # by yt-dlp: Chrome on Windows
+    'firefox': 'Mozilla/5.0 (Windows NT 10.0; Win64; x64; rv:145.0) Gecko/20100101 Firefox/145.0',
+    'safari': 'Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/605.1.15 '
+              '(KHTML, like Gecko) Version/18.6 Safari/605.1.15'}
+NO_PAGES = ('/', '/api/v1/web/get_ruling_for_content/')  # before the page of an Instagram post
+
+
+def way_of(job: Job, config: Config) -> str:
+    """How the site is asked in this attempt."""
+    if not config.downloader.user_agent_rotation or 'User-Agent' in dict(job.options):
+        return 'own'
+    return list(WAYS)[(job.attempt - 1) % len(WAYS)]
+
+
+class Pace:
+    """Lets the workers ask a site for pages one after the other. Lock: guards _next.
+
+    `now` is time.monotonic()."""
+
+    def __init__(self):
+        self._lock, self._next = threading.Lock(), {}
+
+    def turn(self, site: str, gap: float, now: float) -> float:
+        """Seconds to wait before asking again; 0: it is your turn."""
+        with self._lock:
+            wait = self._next.get(site, 0.0) - now
+            if wait <= 0:
+                self._next[site] = now + gap
+            return max(wait, 0.0)
+
+    def answered(self, site: str, gap: float, now: float) -> None:
+        """The gap counts from the answer: nobody knows when the request arrived."""
+        with self._lock:
+            if gap:
+                self._next[site] = now + gap
+
+
+PACE = Pace()
+
+
 # -- how far it is
 
 class Meter:
@@ -3290,17 +3357,17 @@ def rename_result(source: Path, output: Path, result: dict[str, Any],
 
     Encrypted folders take 143 bytes, a share with an old character set plain letters only."""
     names = result['names']
-    ways = [(NAME_BYTES, {}), (SHORT_NAME, {}),
-            (SHORT_NAME, {key: plain_ascii(text) for key, text in names.items()}),
-            (SHORT_NAME, {'title': '', 'pattern': '%(id)s'})]
-    for limit, other in ways:
+    plain_names = {key: plain_ascii(text) for key, text in names.items()}
+    only_id = {'title': '', 'pattern': '%(id)s'}
+    for limit, other in ((NAME_BYTES, {}), (SHORT_NAME, {}), (SHORT_NAME, plain_names),
+                         (SHORT_NAME, only_id)):
         result['name'] = new_name(output, result, limit, **other)
         try:
             (output / result['name']).parent.mkdir(parents=True, exist_ok=True)
             note()
             return os.rename(source, output / result['name'])
         except OSError as error:
-            if error.errno not in BAD_NAME or other.get('pattern'):
+            if error.errno not in BAD_NAME or other is only_id:
                 raise
 
 
@@ -3807,6 +3874,46 @@ class Cookies:
             self.file.unlink(missing_ok=True)
 
 
+SLIDE_SECONDS = 2.5  # at least, for each picture
+SLIDE_RATE = 4  # frames a second: few, as nothing moves
+SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_by=2,'
+         'pad=1080:1920:-1:-1,setsar=1,format=yuv420p,loop={n}:1:0,setpts=N/{rate}/TB')
+
+
+def run_gently(*words: Any) -> str:
+    """What a program prints, run with the least priority. Raises CalledProcessError, OSError."""
+    import subprocess
+    with subprocess.Popen(list(map(str, words)), stdin=subprocess.DEVNULL, encoding='utf-8',
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
+        os.setpriority(os.PRIO_PROCESS, child.pid, 19)
+        said = child.communicate()[0]
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, words[0])
+    return said
+
+
+def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
+    """A video of the pictures, each for its share of the sound. Raises CalledProcessError, OSError.
+
+    A piece per picture, so that only one is in memory; MPEG-TS pieces can simply be joined."""
+    told = run_gently('ffprobe', '-v', 'error', '-show_entries', 'format=duration',
+                      '-of', 'csv=p=0', f'file:{sound}')
+    frames = math.ceil(max(float(told.strip()) / len(pictures), SLIDE_SECONDS) * SLIDE_RATE)
+    with open(video.with_suffix('.ts'), 'wb') as whole:
+        for at, path in enumerate(pictures):
+            piece = video.with_suffix('.piece')
+            run_gently('ffmpeg', '-v', 'error', '-y', '-threads', 1, *still_format(path),
+                       '-i', f'file:{path}', '-vf', SLIDE.format(n=frames - 1, rate=SLIDE_RATE),
+                       '-frames:v', frames, '-r', SLIDE_RATE, '-c:v', 'libx264', '-threads', 1,
+                       '-preset', 'ultrafast', '-tune', 'stillimage', '-f', 'mpegts',
+                       '-output_ts_offset', at * frames / SLIDE_RATE, f'file:{piece}')
+            whole.write(piece.read_bytes())
+    codec = 'copy' if sound.suffix == '.m4a' else 'aac'
+    run_gently('ffmpeg', '-v', 'error', '-y', '-i', f'file:{whole.name}', '-stream_loop', -1,
+               '-i', f'file:{sound}', '-map', '0:v', '-map', '1:a', '-c:v', 'copy', '-c:a', codec,
+               '-t', len(pictures) * frames / SLIDE_RATE, '-movflags', '+faststart', f'file:{video}')
+
+
 class Attempt:
     """One try at one job, in <output>/.incomplete/<job.id>.
 
@@ -3857,12 +3964,18 @@ class Attempt:
     def fetch(self, urlopen: Callable[[Any], Any], request: Any) -> Any:
         """What `request` brings; all of the file where a part would be one of another file."""
         self.stopper.go_on()
+        site, gap = self._pace_of(getattr(request, 'url', request), getattr(request, 'method', ''))
+        while gap and (wait := PACE.turn(site, gap, time.monotonic())):
+            self.stopper.nap(wait)
         try:
             response = urlopen(request)
         except Exception as error:
-            if getattr(error, 'status', 0) != 416 or not self.folder.current or 'Range' not in request.headers:
+            ranged = self.folder.current and 'Range' in request.headers
+            if getattr(error, 'status', 0) != 416 or not ranged:
                 raise
             response = error.response
+        finally:
+            PACE.answered(site, gap, time.monotonic())
         for name in ('Content-Length', 'Content-Range'):
             if re.search(r'\d{16}', response.headers.get(name) or ''):
                 raise Ending('http', 'it states a size that cannot be')
@@ -3872,6 +3985,14 @@ class Attempt:
             response = urlopen(request)
             self.folder.continues(response)
         return response
+
+    def _pace_of(self, url: str, method: str) -> tuple[str, float]:
+        """(site, seconds between two requests) if this is for a page; media come from elsewhere."""
+        parts = urlsplit(url)
+        site = re.sub(r'^(www|m|i)\.', '', parts.hostname or '')
+        if method == 'HEAD' or parts.path in NO_PAGES or self.folder.current:
+            return site, 0.0
+        return site, self.config.downloader.page_pace.get(site, 0.0)
 
     # -- what yt-dlp tells
 
@@ -3953,6 +4074,10 @@ class Attempt:
             info = self._album(info, pictures)
             if 'entries' in info:
                 return process(info)
+        if site_of(self.job.url) in SITES and self.config.downloads.metadata:
+            post = self.folder.post  # not the music, which yt-dlp would put first
+            info.update(title=post['title'], uploader=post['uploader'], track=None, album=None,
+                        artists=None)
         if 'addresses' in info:
             got = self._fetch_plain(info, extra)
         else:
@@ -4076,9 +4201,12 @@ class Attempt:
         files = [(Path(got['filepath']), '') for got in info.get('requested_downloads') or ()]
         files += [(Path(text['filepath']), language) for language, text
                   in (info.get('requested_subtitles') or {}).items() if text.get('filepath')]
+        moment = self.config.downloads.mtime and post['timestamp']
         for path, part in files:
             if not path.exists():  # it was embedded
                 continue
+            if moment and dict(self.job.options).get('updatetime', True):
+                os.utime(path, (moment, moment))
             extension = picture_extension(path) or media_extension(path)
             if part:
                 extension = path.suffix[1:]
@@ -4119,6 +4247,9 @@ class Attempt:
             return error.outcome
         if self.stopper.reason:
             return Ending(self.stopper.reason).outcome
+        if isinstance(error, OSError) and self.meter.phase == 'file':  # only the disk is at work
+            log.warning('download %s: %s', self.job.id, error)
+            return Ending(system_reason(error, self.output) or 'output').outcome
         outcome = judge(error, self.output, self.meter.phase == 'page').outcome
         error.__suppress_context__ = True  # yt-dlp's last words are enough in the log
         level = logging.WARNING
@@ -4141,6 +4272,7 @@ class Attempt:
             watch_process()
             with within(self.reach):
                 self._download(wanted)
+                self._add_slideshow()
             came = {result['item'] for result in folder.results}
             for at in set(wanted) - came - set(self.failures):
                 self.failures[at] = 'video', Ending('gone').outcome
@@ -4158,6 +4290,25 @@ class Attempt:
         names = {file.name for file in files}
         forget_files(self.config, '', [old.name for old in self.job.files if old.name not in names])
         return self._outcome(files)
+
+    def _add_slideshow(self) -> None:
+        """A video of a TikTok photo post, once all of it is here; it may do without."""
+        results, video = self.folder.results, self.folder.path / 'slideshow.mp4'
+        *pictures, sound = sorted(results, key=lambda result: result['item']) or [{}]
+        kinds = [media_type('x.' + result['ext']).partition('/')[0] for result in results]
+        if not self.config.downloads.slideshow or self.failures or not which('ffmpeg') \
+                or sorted(kinds) != ['audio'] + ['image'] * len(pictures) or not pictures:
+            return
+        self.meter.enter('merge')
+        try:
+            paths = [self.folder.path / result['source'] for result in (*pictures, sound)]
+            make_slideshow(paths[:-1], paths[-1], video)
+            names = {**sound['names'], 'number': ''}
+            self._keep({'requested_downloads': [{'filepath': str(video)}]}, sound['item'] + 1)
+            results[-1]['names'] = names
+        except (Exception, Ending) as error:
+            self.stopper.go_on()
+            log.warning('download %s: no slideshow: %s', self.job.id, error)
 
     def _worst(self) -> Outcome:
         """Of the items that failed one that can be tried again, if there is one."""
@@ -4235,10 +4386,15 @@ class Attempt:
         params = {**DEFAULTS, 'format': own.format or BEST[bool(ffmpeg)],
                   **ytdlp_params(self.job.options)}
         rates = [rate for rate in (params.get('ratelimit'), own.rate_limit) if rate]
-        if own.user_agent_rotation:
+        way = way_of(self.job, self.config)
+        log.info('download %s: asks as %s', self.job.id, way)
+        if way != 'own':
             from yt_dlp.utils.networking import random_user_agent
-            self.agent = self.agent or random_user_agent()
-            params['http_headers'] = {'User-Agent': self.agent, **params.get('http_headers', {})}
+            self.agent = self.agent or WAYS[way] or random_user_agent()
+            params['http_headers'] = {
+                **params.get('http_headers', {}), 'User-Agent': self.agent}
+        if self.config.downloads.metadata and ffmpeg and 'addmetadata' not in dict(self.job.options):
+            params.setdefault('postprocessors', []).extend(postprocessors({'addmetadata': True}))
 
         def chat(message):  # errors are told once more when the attempt ends
             log.debug('download %s: %s', self.job.id, excerpt(message, 400))
@@ -4669,7 +4825,7 @@ class Freshness:
     def heard(self, outcome: Outcome) -> None:
         """How a download ended, as far as it tells about yt-dlp."""
         self.worked |= outcome.kind == 'done'
-        self.crashed |= outcome.reason in ('internal', 'ytdlp')
+        self.crashed |= outcome.reason == 'ytdlp'  # 'internal' is a mistake of ours
         self.site_changed |= outcome.reason == 'site_changed'
 
     def step(self, now: float) -> bool:
@@ -9343,8 +9499,13 @@ def usable_output(config: Config, make: bool = True) -> str | None:
         if make:
             (folder / '.incomplete').mkdir(exist_ok=True)
     except OSError as error:
+        if error.errno == errno.EROFS:
+            return (f'The output folder {folder} is read-only here. '
+                    f'Fix: `sudo ./install.sh --output {folder}`')
         return (f'The output folder {folder} cannot be used ({error.strerror}). '
                 f'Fix: `ls -ld {folder}`')
+    if not folder.exists():
+        return f'The output folder {folder} is not there yet. Fix: start the server, it is made then'
     for place in (folder, folder / '.incomplete'):
         if not os.access(place, os.W_OK | os.X_OK):
             return (f'The output folder {folder} is read-only for this user. '
@@ -9952,6 +10113,9 @@ class Daemon:
         """Count it; a finished one is copied, what is over leaves no partial files."""
         self.board.count(f'videoserverd_attempts_total{{outcome="{outcome.kind}",'
                          f'reason="{outcome.reason}"}}')
+        site = site_of(job.url)
+        self.board.count(f'videoserverd_ways_total{{site="{site if site in SITES else "other"}",'
+                         f'way="{way_of(job, self.config)}",outcome="{outcome.kind}"}}')
         size = sum(file.size for file in outcome.files)
         self.board.count('videoserverd_downloaded_bytes_total', size)
         if over:
