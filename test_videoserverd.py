@@ -4520,9 +4520,9 @@ class TestFormats(DownloadTest):
     def test_the_time_of_a_file_and_what_is_inside_tell_of_the_post(self):
         post = self.site.tiktok(title='The caption\nand more')
         outcome = self.fetch(post, config=self.config(downloads={'metadata': 'on'}))
-        facts = {**outcome.post, 'id': '', 'duration': 0}
+        facts = {**outcome.post, 'id': '', 'media_id': '', 'duration': 0}
         self.assertEqual(facts, {
-            'id': '', 'duration': 0, 'site': 'tiktok.com', 'title': 'The caption', 'uploader': 'tester',
+            'id': '', 'media_id': '', 'duration': 0, 'site': 'tiktok.com', 'title': 'The caption', 'uploader': 'tester',
             'description': 'The caption\nand more', 'upload_date': '20251113', 'timestamp': 1763000000})
         file = self.output / outcome.files[0].name
         self.assertEqual(file.stat().st_mtime, 1763000000)
@@ -4589,7 +4589,7 @@ class TestFailures(DownloadTest):
 
     def test_our_own_files_do_pause_it(self):
         for number, reason in ((errno.ENOSPC, 'disk'), (errno.EDQUOT, 'disk'), (errno.EIO, 'output'),
-                               (errno.EROFS, 'output')):
+                               (errno.EROFS, 'read_only')):
             for error in (OSError(number, 'x', str(self.output / 'x')), OSError(number, 'x')):
                 with unittest.mock.patch.object(v.JobFolder, 'finished', side_effect=error):
                     self.assert_ends(self.fetch(self.site.tiktok()), 'pause', reason)
