@@ -1308,7 +1308,8 @@ def run_openssl(*args: Any, data: bytes = b'') -> bytes:
 
 
 STANDIN_NAMES = ('tiktok.com', 'www.tiktok.com', 'vm.tiktok.com', 'vt.tiktok.com', 'm.tiktok.com', 'webcast.tiktok.com',
-                 'lite.tiktok.com', '*.us.tiktok.com', '*.tiktokcdn.com', 'instagram.com', '*.instagram.com', '*.cdninstagram.com',
+                 'lite.tiktok.com', '*.us.tiktok.com', '*.tiktokcdn.com', 'instagram.com', '*.instagram.com',
+                 '*.cdninstagram.com',
                  '*.fbcdn.net', 'example.com', '*.example.com', 'example.net', '*.example.net', 'pypi.org',
                  'files.pythonhosted.org', 'localhost')
 CA_TEXT = 'basicConstraints=critical,CA:TRUE\nkeyUsage=critical,keyCertSign\nsubjectKeyIdentifier=hash\n'
@@ -4527,8 +4528,8 @@ class TestFormats(DownloadTest):
         file = self.output / outcome.files[0].name
         self.assertEqual(file.stat().st_mtime, 1763000000)
         if shutil.which('ffmpeg'):
-            probe = subprocess.run(['ffprobe', '-v', 'error', '-show_entries', 'format_tags', '-of', 'default=nk=1:nw=1',
-                                    str(file)], stdout=subprocess.PIPE, encoding='utf-8')
+            probe = subprocess.run(['ffprobe', '-v', 'error', '-show_entries', 'format_tags',
+                                    '-of', 'default=nk=1:nw=1', str(file)], stdout=subprocess.PIPE, encoding='utf-8')
             for word in ('The caption', 'tester', '20251113', str(post)):
                 self.assertIn(word, probe.stdout)
         off = self.fetch(post, config=self.config(downloads={'mtime': 'off'}))
@@ -4543,8 +4544,8 @@ class TestFormats(DownloadTest):
         self.assertTrue((self.output / names[1]).exists())
         v.forget_files(config, 'one', names[1:])
         self.assertEqual(self.finished(), {})
-        for bad in ('%(title)s/', '../%(id)s', '/tmp/%(id)s', 'a/.b/%(id)s', '%(foo)s%(id)s', 'x', '%(id)s/x', 'a:%(id)s',
-                    '%(id)s%%', 'x' * 201 + '%(id)s'):
+        for bad in ('%(title)s/', '../%(id)s', '/tmp/%(id)s', 'a/.b/%(id)s', '%(foo)s%(id)s', 'x', '%(id)s/x',
+                    'a:%(id)s', '%(id)s%%', 'x' * 201 + '%(id)s'):
             with self.assertRaises(v.ConfigError, msg=bad):
                 self.config(downloads={'filename': bad})
 

@@ -3965,8 +3965,10 @@ class Attempt:
         """What `request` brings; all of the file where a part would be one of another file."""
         self.stopper.go_on()
         site, gap = self._pace_of(getattr(request, 'url', request), getattr(request, 'method', ''))
-        while gap and (wait := PACE.turn(site, gap, time.monotonic())):
+        wait = gap and PACE.turn(site, gap, time.monotonic())
+        while wait:
             self.stopper.nap(wait)
+            wait = PACE.turn(site, gap, time.monotonic())
         try:
             response = urlopen(request)
         except Exception as error:
