@@ -7868,39 +7868,21 @@ class Server(ThreadingHTTPServer):
 # Content-Security-Policy can forbid everything inline. No lock, no state. `daemon` hands ASSETS
 # and `setup_page` to http; the `phone` command serves the set-up page over plain HTTP.
 
-ICON_SVG = r'''<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 512 512">
-<rect width="512" height="512" rx="116" fill="#0b6e5f"/>
-<g fill="none" stroke="#fff" stroke-linecap="round" stroke-linejoin="round">
-<path d="M176 124h160l-80 138z" fill="#fff" stroke-width="44"/>
-<path d="M104 286v42a72 72 0 0 0 72 72h160a72 72 0 0 0 72-72v-42" stroke-width="44"/>
-</g></svg>
-'''
-
-# Launchers cut a maskable icon to a circle of 80 %: colour to the edges, the drawing inside.
-ICON_MASKABLE_SVG = ICON_SVG.replace(' rx="116"', '').replace(
-    '<g ', '<g transform="translate(92 92) scale(.64)" ')
-ICON_PNG = binascii.a2b_base64(  # iPhones take no SVG for the Home Screen: 180 pixels, six colours
-    'iVBORw0KGgoAAAANSUhEUgAAALQAAAC0BAMAAADP4xsBAAAAElBMVEULbl88i39tqJ+dxb/O4t////+kLk3bAAACFk'
-    'lEQVR42u3YN9qdMBCF4VGgv4nakdpRtSP1n+7sfysuHdERX+M0b48eGI7CyH6TEEIIIYQQQjh2GWfPveujYRcXPhjl'
-    'kkHVpffGzC7dGdNcejBmden6bw/Na/0bEvIbcp1cOhjUeKmViZdayS68NGzlqVZE/O6NKzx6SuLRkxqPnlK949YEHr'
-    '/H1iesPHrKzKeiUnj0JB49aeHRUyqPnpJ49KSVR0+ZefSUwncBSUaPW1T0uKqmIpdk9LimosdNKnpcltHjVtV5cYs6'
-    'gHBVRY9LcipyTUWPm1T0uCyjx60qetysoscVFT0uyehxTe0CXFXR47LcBbhVTUVultHT0rEbv43oHQ8mnd0fDvYLve'
-    'il5v7KhLz5zUsnesvI7102159p++xbRn5C2o5u3o7ePDJLSydgbbMe68haO3WWzbxZ0KE+Ye6tQPnz58e9tetODA0m'
-    'c/7tQ5MlOcXQMXQMHUPHyvcP1XoijVAZ2nar6in4Q4Ucz+ehT82kqWhDPyjJVog/Axq4Otiptv1n/2WwiPPuiqTRzq'
-    'yKiugndBN3PdiQtA43faLJ79xL7eiYX9mA847+enIx9sbIfrvrwubTk3SwTelwervvlnV15Gra7MidadmRx/BOWXsY'
-    '3DQkfDXc6EtrBb+01uhLaxnHQ7v4Lh/APbvAbqMaLrTW8MjaMx/y2oD01qVPB4OOT7uO9o0QQgghhBDCF1FLoYin14'
-    'cNAAAAAElFTkSuQmCC')
-
-# Nobody sees it: whoever can load it trusts the certificate.
-CHECK_SVG = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>'
+# iPhones take no SVG for the Home Screen. 180 pixels, four colours, and room for a launcher's mask.
+ICON_PNG = binascii.a2b_base64(
+    'iVBORw0KGgoAAAANSUhEUgAAALQAAAC0AgMAAABAo+6hAAAADFBMVEULbl9cnpSuz8r////qMJIJAAABlklEQVR42u3XAY'
+    'bDUBDG8UmDIAgAu8gR3hGSc+xl0sPsQi/xeoQ9QtADLIpi21kF/WPaD4qy8wO8TOPl6zOZWCyllFJK6W1382nCxmkrqnun'
+    'VVQXp5Oonpx+RfXidBbV1enypHuL6ic85eh0fOq/0zrtRXWjzwk5mbLoAKHIQ0WDDJB6GSC1MkBqdIBUZYC0yACpyABpkA'
+    'FSJwOkVgcYRjibZlUGSIsMkIoOMIjwx4iokwHSRgZIjQ6QquyYNCFArTBAaVABBhF+m4AIEaDQMECtMkBpYoDSyAClgQFK'
+    'nesAm92MCLdYjfS+IsIZq5Fyez3WW4ATnxdYEv7QCD1h9CNXA9zsxrdcjavZ3hHPLO6N1X9RndWvc07UTuButUXCvtqymm'
+    'rUcjr2T6pROxtYTUs0v4zstjRFFxaO7FSiB7rbm0eEgkiwPep5BXdYLdIFb5sadHK8+A5G7w/mU7/akV/JmZTOcialkxzU'
+    'aZVTJu3V3EgXIypi23rjq5zWaFbfi3SUU4/+rsPBoIM99OH0ZSmllFJ6JX8avrCIxc37mQAAAABJRU5ErkJggg==')
 
 MANIFEST = r'''{
   "name": "Video inbox", "short_name": "Videos", "id": "./", "start_url": "./", "scope": "./",
-  "description": "Links in, videos out: the inbox on your own machine.", "lang": "en", "display": "standalone",
-  "background_color": "#f5f5f1", "theme_color": "#0b6e5f",
-  "icons": [{"src": "icon.svg", "sizes": "any", "type": "image/svg+xml"},
-            {"src": "icon-maskable.svg", "sizes": "any", "type": "image/svg+xml", "purpose": "maskable"}],
-  "share_target": {"action": "./", "method": "GET", "enctype": "application/x-www-form-urlencoded",
+  "lang": "en", "display": "standalone", "background_color": "#f5f5f1", "theme_color": "#0b6e5f",
+  "icons": [{"src": "icon.png", "sizes": "180x180", "purpose": "any maskable"}],
+  "share_target": {"action": "./", "enctype": "application/x-www-form-urlencoded", "method": "GET",
                    "params": {"title": "title", "text": "text", "url": "url"}}
 }
 '''
@@ -7912,84 +7894,62 @@ PAGE_HTML = r'''<!DOCTYPE html>
 <title>Video inbox</title>
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
 <meta name="color-scheme" content="light dark">
-<meta name="theme-color" content="#f5f5f1" media="(prefers-color-scheme: light)">
-<meta name="theme-color" content="#111412" media="(prefers-color-scheme: dark)">
 <meta name="referrer" content="no-referrer">
-<link rel="icon" href="icon.svg" type="image/svg+xml">
-<link rel="apple-touch-icon" href="apple-touch-icon.png">
+<link rel="icon" href="icon.png">
+<link rel="apple-touch-icon" href="icon.png">
 <link rel="manifest" href="manifest.webmanifest">
 <link rel="stylesheet" href="page.css">
 <script type="module" src="page.js"></script>
 </head>
 <body>
-<svg class="sprite" aria-hidden="true">
-<symbol id="i-play" viewBox="0 0 24 24"><path d="M8 5.5v13l10.5-6.5z" fill="currentColor"/></symbol>
-<symbol id="i-share" viewBox="0 0 24 24"><path d="M12 14V3.5M8 7l4-4 4 4M7 10.5H5.5v10h13v-10H17"/>
-</symbol>
-<symbol id="i-save" viewBox="0 0 24 24"><path d="M12 4v11m-4.5-4.5L12 15l4.5-4.5M5 19.5h14"/></symbol>
-<symbol id="i-retry" viewBox="0 0 24 24"><path d="M19 12a7 7 0 1 1-2.3-5.2M19.5 4v4.5H15"/></symbol>
-<symbol id="i-cancel" viewBox="0 0 24 24"><path d="M6.5 6.5l11 11m0-11l-11 11"/></symbol>
-<symbol id="i-delete" viewBox="0 0 24 24"><path d="M5 7h14M10 4h4M7 7l.8 12.5h8.4L17 7m-5 4v5"/>
-</symbol>
-<symbol id="i-more" viewBox="0 0 24 24"><path d="M5 12h.01M12 12h.01M19 12h.01" stroke-width="3"/>
-</symbol>
-<symbol id="i-paste" viewBox="0 0 24 24"><path d="M9 5H6v15h12V5h-3M9 4h6v3.5H9z"/></symbol>
-<symbol id="i-phone" viewBox="0 0 24 24"><path d="M7.5 3h9v18h-9zM11 18h2"/></symbol>
-<symbol id="i-film" viewBox="0 0 24 24"><path d="M8 4.5h8l-4 6.9zM4.5 12.5v2a4 4 0 0 0 4 4h7a4 4 0 0 0
- 4-4v-2"/></symbol>
-<symbol id="i-prev" viewBox="0 0 24 24"><path d="M14.5 5.5L8 12l6.5 6.5"/></symbol>
-<symbol id="i-next" viewBox="0 0 24 24"><path d="M9.5 5.5L16 12l-6.5 6.5"/></symbol>
-</svg>
 <header>
-  <img class="mark" src="icon.svg" alt="" width="36" height="36">
-  <h1>Video inbox</h1><p id="pulse"></p>
-  <a id="phone" class="button quiet" href="setup" aria-label="Set up a phone"><svg aria-hidden="true"
-    ><use href="#i-phone"/></svg><span>Set up a phone</span></a>
+  <img class="mark" src="icon.png" alt="" width="36" height="36">
+  <h1>Video inbox</h1><p id="pulse"></p><a class="button quiet" href="setup">Set up</a>
 </header>
 <main>
-  <p id="old">This page needs JavaScript, and iOS 16 or a browser from 2022 or later.
-    The <a href="setup">set-up page</a> does not.</p>
-  <section id="health" aria-label="Health" hidden><h2></h2><ul id="problems"></ul>
+  <p id="old">This page needs JavaScript, and iOS 16 or a browser from 2022 or later.</p>
+  <section id="health" aria-label="Health" hidden
+    ><h2></h2><ul id="problems"></ul>
     <progress class="bar" max="100" aria-label="Getting ready" hidden></progress>
     <button id="update" class="button quiet" hidden>Update yt-dlp</button></section>
-  <form id="add" aria-label="Add links">
+  <form id="add">
     <textarea id="box" rows="1" aria-label="Links" placeholder="Paste links" autocomplete="off"
-      autocapitalize="off" spellcheck="false" enterkeyhint="send" aria-describedby="refusal"></textarea>
-    <button id="paste" class="button quiet" type="button" aria-label="Paste" hidden
-      ><svg aria-hidden="true"><use href="#i-paste"/></svg></button>
+      autocapitalize="off" spellcheck="false" enterkeyhint="send" aria-describedby="refusal"
+    ></textarea>
+    <button id="paste" class="button quiet" type="button" hidden>Paste</button>
     <button id="send" class="button">Add</button>
     <p id="refusal" role="alert"></p>
   </form>
   <ul id="outbox" aria-label="Not sent yet" hidden></ul>
-  <form id="filters" role="search" aria-label="Find videos" hidden>
+  <form id="filters" role="search" hidden>
     <div id="states" role="group" aria-label="Show"></div>
     <input id="search" type="search" aria-label="Search" placeholder="Search" autocomplete="off">
     <button id="pick" type="button" aria-pressed="false">Select</button>
   </form>
-  <div id="bulk" role="group" aria-label="Several at once" hidden></div>
+  <div id="bulk" hidden><b></b> <button value="retry" class="button quiet">Try again</button>
+    <button value="clear" class="button quiet">Clear</button>
+    <button value="delete" class="button quiet">Delete</button></div>
   <section id="empty" hidden>
-    <svg class="tray" aria-hidden="true"><use href="#i-film"/></svg>
-    <h2></h2><p></p>
+    <h2>Nothing here yet</h2>
     <ol><li>Set up your iPhone. It takes about four minutes.</li>
       <li>In TikTok or Instagram tap Share, then Save video.</li>
       <li>Or paste a link into the box above.</li></ol>
     <a class="button" href="setup">Set up a phone</a>
-    <button id="show-all" class="button">Show all videos</button>
   </section>
+  <section id="nothing" hidden><p>No video fits this search and filter.</p>
+    <button id="show-all" class="button">Show all videos</button></section>
   <div id="list" role="feed" aria-label="Videos" aria-busy="true"></div>
 </main>
 <footer><p id="facts"></p>
-  <details><summary>Cookies, phones and keys</summary>
-    <p>Some posts can only be seen after a login. Export cookies.txt from a browser that is logged
+  <details><summary>Cookies and keys</summary>
+    <p>Some posts can be seen only after a login. Export cookies.txt from a browser that is logged
       in, and choose the file here.</p>
     <p id="cookies"></p>
     <p class="go"><label class="button quiet">Choose cookies.txt<input id="cookie-file" type="file"
-      ></label> <button id="forget-cookies" class="button quiet">Remove the cookies</button></p>
-    <p class="go"><a href="setup">Set up phones and browsers</a>
+      ></label> <button id="forget-cookies" class="button quiet">Remove the cookies</button>
       <button id="forget" class="button quiet" hidden>Forget the key</button></p></details></footer>
 <div id="notes"><p id="note" role="status"></p><button id="offer" hidden></button>
-  <button id="hush" class="act" aria-label="Close"><svg aria-hidden="true"><use href="#i-cancel"/>
-  </svg></button></div>
+  <button id="hush" aria-label="Close">✕</button></div>
 <dialog id="player" aria-labelledby="player-title"><div class="inside">
   <div class="top"><h2 id="player-title" dir="auto"></h2><p id="place"></p></div>
   <div id="screen"></div><div class="acts"></div></div></dialog>
@@ -7999,11 +7959,11 @@ PAGE_HTML = r'''<!DOCTYPE html>
     aria-describedby="key-text"><button class="button">Use this key</button></form></dialog>
 <template id="row"><article tabindex="-1">
   <label class="pick"><input type="checkbox" aria-label="Select"></label>
-  <div class="thumb"><svg aria-hidden="true"><use href="#i-film"/></svg></div>
+  <div class="thumb"></div>
   <div class="what"><h2 class="title" dir="auto"></h2><p class="meta"></p></div>
   <div class="state"><p class="word"></p><progress class="bar" max="100"></progress
     ><p class="reason" dir="auto"></p></div>
-  <div class="acts"></div>
+  <div class="acts"></div><div class="extra"></div>
 </article></template>
 </body>
 </html>
@@ -8040,18 +8000,16 @@ ul { list-style: none; }
 ol { display: grid; gap: .7rem; padding-left: 1.4rem; text-align: left; }
 li::marker { color: var(--accent); font-weight: 700; }
 a { color: var(--accent); text-underline-offset: .18em; }
-svg { width: 1.5rem; height: 1.5rem; flex: none; fill: none; stroke: currentColor;
-  stroke-width: 1.75; stroke-linecap: round; stroke-linejoin: round; }
 button, input, textarea, .button, .pick { min-height: 2.75rem; font: inherit; color: inherit; }
 button, .button { display: inline-flex; align-items: center; justify-content: center; gap: .4rem;
   border: 0; border-radius: .8rem; background: none; text-decoration: none;
   overflow-wrap: normal; cursor: pointer; }
-.act { min-width: 2.75rem; color: var(--soft); }
+.act { min-width: 2.75rem; padding: .4rem .55rem; color: var(--soft); font-weight: 600;
+  font-size: .9375rem; }
 :disabled { opacity: .4; }
 .button { padding: .5rem 1.1rem; background: var(--accent); color: var(--on-accent);
   font-weight: 600; }
-.quiet, .play, .retry, .share, .save { background: var(--tint); color: var(--accent);
-  font-weight: 600; }
+.quiet, .play, .retry, .share, .save { background: var(--tint); color: var(--accent); }
 input, textarea { padding: .6rem .9rem; border: 1px solid var(--edge); border-radius: .8rem;
   background: var(--card); }
 ::placeholder { color: var(--soft); opacity: 1; }
@@ -8061,12 +8019,12 @@ code { padding: .1em .35em; border-radius: .35em; background: #8882;
 small { display: block; }
 small, #pulse, #facts, .hint { color: var(--soft); font-size: .8125rem; }
 
-.sprite { position: absolute; width: 0; height: 0; }
-header { display: flex; align-items: center; gap: .6rem; padding: .5rem 0; }
-header .button { margin-left: auto; padding: .5rem .8rem; }
-header .button span { position: absolute; clip-path: inset(50%); }
+header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; padding: .5rem 0;
+  overflow-wrap: normal; }
+header .button { margin-left: auto; }
+@media (max-width: 24rem) { .live #pulse { font-size: 0; } }
 .mark { border-radius: 22%; }
-h1 { font-size: 1.2rem; letter-spacing: -.015em; }
+h1 { font-size: 1.2rem; }
 #pulse::before { content: ''; display: inline-block; width: .5rem; height: .5rem;
   margin-right: .4rem; border-radius: 50%; background: var(--accent); }
 .lost #pulse::before { background: var(--bad); }
@@ -8076,7 +8034,7 @@ main { flex: 1; display: flex; flex-direction: column; gap: .6rem; }
   border-radius: 1rem; background: var(--warn); }
 #add, #filters, #states, #bulk { display: flex; flex-wrap: wrap; gap: .4rem; }
 #states { gap: 0 .1rem; margin-left: -.45rem; }
-#box { flex: 1 1 9rem; min-width: 0; max-height: 40vh; resize: none; field-sizing: content; }
+#box { flex: 1 1 7rem; min-width: 0; max-height: 40vh; resize: none; field-sizing: content; }
 #refusal { flex: 1 0 100%; color: var(--bad); font-weight: 500; white-space: pre-line; }
 :is(#refusal, .reason, #note):empty, #note:empty ~ button, #outbox:not([hidden]) ~ #empty {
   display: none; }
@@ -8089,24 +8047,19 @@ main { flex: 1; display: flex; flex-direction: column; gap: .6rem; }
   box-shadow: inset 0 0 0 1px var(--line); }
 #states b { font-weight: 500; font-variant-numeric: tabular-nums; }
 #states [value=failed] b { color: var(--bad); }
-#empty { display: grid; gap: .9rem; justify-items: center; margin: 1rem auto 3rem;
-  max-width: 26rem; text-align: center; }
-.narrowed :is(ol, a), #empty:not(.narrowed) #show-all { display: none; }
-.tray { width: 6rem; height: 6rem; color: var(--accent); fill: var(--tint); stroke-width: 1.1; }
+#empty, #nothing { display: grid; gap: .9rem; justify-items: center; margin: 1rem auto 3rem; }
 
 .chunk { content-visibility: auto; contain-intrinsic-size: auto 2800px; }
 .chunk:empty { min-height: 2800px; }
-article { display: grid; grid-template-columns: 3.75rem minmax(0, 1fr) auto; gap: .4rem .9rem;
+article { display: grid; gap: .4rem .9rem; align-content: start;
+  grid-template-columns: 3.75rem minmax(0, 1fr) auto;
   margin-bottom: .75rem; padding: .9rem; border-radius: 1.1rem; background: var(--card); }
 .pick, .picking .acts, .picking .extra { display: none; }
 .picking .pick { grid-column: 1 / -1; display: grid; align-items: center; width: 2.75rem; }
 [type=checkbox] { width: 1.4rem; height: 1.4rem; min-height: 0; accent-color: var(--accent); }
-.thumb { grid-row: span 2; position: relative; width: 3.75rem; height: 5rem; border-radius: .65rem; display: grid;
-  place-items: center; overflow: hidden; background: var(--tint); color: var(--accent); }
-.thumb img { position: absolute; width: 100%; height: 100%; object-fit: cover; }
-.thumb svg { width: 2rem; height: 2rem; stroke-width: 1.4; }
-:is([data-status="failed"], [data-status="cancelled"]) .thumb { background: var(--line);
-  color: var(--soft); }
+.thumb { grid-row: span 2; width: 3.75rem; height: 5rem; border-radius: .65rem; overflow: hidden;
+  background: var(--tint); }
+.thumb img { width: 100%; height: 100%; object-fit: cover; }
 .what { align-self: center; grid-column: 2 / -1; }
 .state { grid-column: 2 / -1; }
 .title { font-size: 1rem; text-align: left; display: -webkit-box; -webkit-box-orient: vertical;
@@ -8114,27 +8067,18 @@ article { display: grid; grid-template-columns: 3.75rem minmax(0, 1fr) auto; gap
 .meta, .word, .reason, #place { color: var(--soft); font-size: .875rem;
   font-variant-numeric: tabular-nums; }
 .meta span { display: inline-block; padding: .25rem 0; }
-.meta span + span::before { content: '\a0·\a0'; display: inline-block; }
+.meta span:not(:last-child)::after { content: '\a0·\a0'; display: inline-block; }
 .meta a { color: inherit; text-decoration-color: var(--edge); }
 [data-status="completed"] :is(.word, .state:has(.reason:empty)) { display: none; }
 [data-status="downloading"] .word { color: var(--accent); }
 [data-status="failed"] .word { color: var(--bad); font-weight: 600; }
-.bar { appearance: none; display: block; width: 100%; height: .4rem; margin: .3rem 0; border: 0;
-  border-radius: .2rem; overflow: hidden; background: var(--line); }
-.bar::-webkit-progress-bar { background: var(--line); }
-.bar::-webkit-progress-value { background: var(--accent); }
-.bar::-moz-progress-bar { background: var(--accent); }
-.bar:indeterminate { background: linear-gradient(90deg, var(--line) 30%, var(--accent) 50%,
-  var(--line) 70%) 0 / 300%; animation: run 1.5s linear infinite; }
-.bar:indeterminate::-webkit-progress-bar { background: none; }
-.acts, .extra { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .25rem; }
+.bar { width: 100%; accent-color: var(--accent); }
+.acts, .extra { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .1rem .15rem; }
 .acts .cancel:not([hidden]), .acts .delete { margin-left: auto; }
 .acts .cancel:not([hidden]) ~ .delete { margin-left: 0; }
 [data-status="downloading"] .state { grid-column: 2; }
 [data-status="downloading"] .acts { grid-column: 3; align-self: end; }
-article:not(.open) .extra, .act span { display: none; }
-:is(.play, .retry, .share, .save, .copy, .extra .act) span { display: block; }
-.act:is(.play, .retry, .share, .save), .extra .act { padding: .5rem .9rem .5rem .7rem; }
+article:not(.open) .extra { display: none; }
 
 footer { padding: 1.5rem 0; }
 #cookies { white-space: pre-line; }
@@ -8169,7 +8113,7 @@ dialog::backdrop { background: #000b; }
 #way :is(.done, [aria-current]) { border-color: var(--accent); }
 #way a { display: inline-block; padding: .7rem 0; color: inherit; text-decoration: none; }
 #way [aria-current] { font-weight: 700; }
-.shot { width: 100%; max-width: 24rem; height: auto; align-self: center; color: var(--soft); }
+.shot { width: 100%; max-width: 24rem; align-self: center; fill: none; stroke: var(--soft); }
 .shot text { fill: var(--ink); stroke: none; font-size: 13px; text-anchor: middle; }
 .shot .l { text-anchor: start; }
 .shot .r { text-anchor: end; }
@@ -8179,11 +8123,10 @@ dialog::backdrop { background: #000b; }
 .shot .on { fill: var(--accent); stroke: none; }
 .shot .knob { fill: #fff; stroke: none; }
 dt { font-weight: 600; margin-top: .9rem; }
-dd, #empty p { color: var(--soft); }
+dd { color: var(--soft); }
 .go { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; }
 .go a:not(.button), .step li a { padding: .7rem 0; }
-.qr svg { width: 12rem; height: 12rem; padding: .5rem; border-radius: .8rem; background: #fff;
-  stroke: none; }
+.qr svg { width: 12rem; height: 12rem; padding: .5rem; border-radius: .8rem; background: #fff; }
 .print { display: block; margin-top: .4rem; padding: .6rem .8rem; }
 .field { display: flex; flex-wrap: wrap; gap: .5rem; }
 .field input { flex: 1 1 12rem; min-width: 0; }
@@ -8191,44 +8134,27 @@ dd, #empty p { color: var(--soft); }
 details { border-top: 1px solid var(--line); }
 summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--accent); }
 .good { padding: .8rem 1rem; border-radius: .8rem; background: var(--tint); font-weight: 600; }
-@media (max-width: 22.5rem) { .act:is(.share, .save) span { display: none; } }
 @media (max-width: 49.99rem) {
   [data-at]:not([data-at="profile"]) .lead, .desk { display: none; }
   .go .button { flex: 1 0 100%; }
 }
 @media (min-width: 50rem) {
   :root { --gap: 2rem; }
-  header .button span { position: static; clip-path: none; }
-  article { margin: 0; padding: .7rem 1rem; gap: .4rem 1.1rem; align-items: center;
-    border-radius: 0; border-bottom: 1px solid var(--line);
-    grid-template-columns: 2.75rem minmax(0, 1fr) minmax(0, 16rem) 19.5rem; }
-  .what { grid-column: 2; }
-  [data-status="completed"] .what { grid-column: 2 / 4; }
-  [data-status="completed"] .state { grid-column: 2 / -1; }
-  .thumb { width: 2.75rem; height: 3.6rem; grid-row: 1; }
-  .state, [data-status="downloading"] .state { grid-column: 3; }
-  .acts, [data-status="downloading"] .acts { grid-column: 4; grid-row: 1; align-self: center;
-    justify-content: end; }
-  .acts .act { margin: 0 !important; }
-  .picking .pick { grid-column: 4; grid-row: 1; }
-  .act:hover { background: var(--tint); color: var(--accent); }
+  .chunk { display: grid; gap: .75rem; margin-bottom: .75rem;
+    grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); }
+  article { margin: 0; }
 }
 @keyframes arrive { from { visibility: hidden; } }
-@media (prefers-reduced-motion: no-preference) {
-  .bar::-webkit-progress-value { transition: inline-size .8s linear; }
-  @keyframes run { from { background-position: 100%; } }
-}
 '''
 
 PAGE_JS = r'''const LABELS = {
-  play: 'Play', share: 'Share', save: 'Save', retry: 'Try again', cancel: 'Cancel',
-  delete: 'Delete', more: 'More', copy: 'Copy link', s3: 'Copy bucket link', star: 'Star',
-  unstar: 'Remove the star', again: 'Download again', prev: 'Previous', next: 'Next',
-  close: 'Close', clear: 'Clear',
+  play: 'Play', share: 'Share', save: 'Save', retry: 'Try again', cancel: 'Cancel', more: 'More',
+  delete: 'Delete', copy: 'Copy link', s3: 'Copy bucket link', star: 'Star', unstar: 'Unstar',
+  again: 'Download again', prev: 'Previous', next: 'Next', close: 'Close', clear: 'Clear',
 };
 const STATES = {
   '': 'All', failed: 'Failed', queued: 'Waiting', downloading: 'Active', completed: 'Done'};
-const ROW_ACTS = ['play', 'share', 'save', 'retry', 'cancel', 'more', 'delete'];
+const ROW_ACTS = ['play', 'share', 'save', 'retry', 'more', 'cancel', 'delete'];
 const MORE_ACTS = ['copy', 's3', 'star', 'unstar', 'again'];
 const CHUNK = 20;         // rows drawn together
 const MOST_ROWS = 200;    // the server's limit for one answer
@@ -8242,10 +8168,36 @@ const PASSING = [0, 401, 408, 429, 500, 502, 503, 504];  // send it later (0: no
 
 const $ = id => document.getElementById(id);
 const part = (node, name) => node.querySelector('.' + name);
+const filled = list => list.filter(Boolean);
 const sleep = (ms, signal) => new Promise(done => {
   setTimeout(done, signal?.aborted ? 0 : ms);
   signal?.addEventListener('abort', done);
 });
+function element(name, props, ...children) {
+  const node = Object.assign(document.createElement(name), props);
+  node.append(...children);
+  return node;
+}
+function control(name, onclick = null) {
+  const node = element('button', {className: 'act ' + name, onclick}, LABELS[name]);
+  node.dataset.act = name;
+  return node;
+}
+function write(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+function size(bytes) {
+  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
+  const number = bytes / 1024 ** power, digits = power && number < 100 ? 1 : 0;
+  return `${number.toFixed(digits)} ${['bytes', 'KB', 'MB', 'GB', 'TB'][power]}`;
+}
+const length = seconds => seconds &&
+  `${Math.floor(seconds / 60)}:${String(Math.round(seconds % 60)).padStart(2, '0')}`;
+const duration = time => time < 60 ? Math.ceil(time) + ' s' : Math.ceil(time / 60) + ' min';
+function moment(time) {
+  const style = Date.now() / 1000 - time < 72000 ? {timeStyle: 'short'} : {dateStyle: 'medium'};
+  return new Date(1000 * time).toLocaleString([], style);
+}
 
 // ---- what this browser remembers ----
 const recall = (name, other) => JSON.parse(localStorage.getItem('videoserverd.' + name)) ?? other;
@@ -8256,6 +8208,24 @@ function remember(name, value) {
 const clientId = () => recall('client') ??
   remember('client', 'web-' + crypto.getRandomValues(new Uint32Array(2)).join('-'));
 
+// ---- news at the lower edge: one with a button stands above others until it is used ----
+let noteTimer, ended = null;  // what to do once the note is gone
+function note(text, label = '', action = null, end = null) {
+  if (!label && !$('offer').hidden) return;
+  if (ended !== end) ended?.();
+  ended = end;
+  write($('note'), text ?? '');
+  write($('offer'), label);
+  $('offer').hidden = !label;
+  $('offer').onclick = () => { ended = null; action(); hush(); };
+  clearTimeout(noteTimer);
+  noteTimer = setTimeout(hush, label ? 8000 : 6000);
+}
+function hush() {
+  $('offer').hidden = true;
+  note('');
+}
+
 // ---- talking to the server ----
 let online = null, locked = false;  // locked: a key is wanted and not known
 
@@ -8265,11 +8235,12 @@ const keyHeader = () => recall('key') ? {'X-API-Key': octets(recall('key'))} : {
 
 async function api(method, path, body, signal) {
   const end = new AbortController(), stop = () => end.abort();
-  const patience = setTimeout(stop, PATIENCE);
+  const patience = setTimeout(stop, PATIENCE), headers = keyHeader();
   signal?.addEventListener('abort', stop);
-  const headers = {...keyHeader(), ...(body && {'Content-Type': 'application/json'})};
-  if (body instanceof Blob) headers['Content-Type'] = 'text/plain';
-  else if (body) body = JSON.stringify(body);
+  if (body && !(body instanceof Blob)) {
+    headers['Content-Type'] = 'application/json';
+    body = JSON.stringify(body);
+  }
   let response, answer;
   try {
     response = await fetch(path, {
@@ -8296,8 +8267,7 @@ function connected(now) {
   if (now === online) return;
   const back = now && online === false;
   online = now;
-  document.body.classList.toggle('live', now);
-  document.body.classList.toggle('lost', !now);
+  document.body.className = now ? 'live' : 'lost';
   paintHealth();
   if (back) makeRound();
 }
@@ -8326,23 +8296,25 @@ async function makeRound() {
   paintHealth();
   if (online) flush();
 }
-const stale = () => Date.now() - looked > (health.problems?.length || !online ? ROUND / 10 : ROUND);
-
+function watchHealth() {
+  const trouble = health.problems?.length || !online;
+  if (Date.now() - looked > (trouble ? ROUND / 10 : ROUND)) makeRound();
+}
 function paintHealth() {
   const {problems = [], free_disk: free, ytdlp_version: version, cookies, preparing} = health;
   const lost = online === false && 'What you add is kept here, and sent when the server is back.';
-  const faults = [lost, ...problems].filter(Boolean), ready = preparing == null;
+  const faults = filled([lost, ...problems]), ready = preparing == null;
   write($('pulse'), lost ? 'No connection' : 'Live');
-  write($('facts'), joined(free && size(free) + ' free', version && 'yt-dlp ' + version));
+  const facts = [free && size(free) + ' free', version && 'yt-dlp ' + version];
+  write($('facts'), filled(facts).join(' · '));
   $('health').hidden = ready && !faults.length;
-  write($('health').querySelector('h2'), ready ? 'Needs your attention' : 'Getting ready…');
+  write($('health').firstChild, ready ? 'Needs your attention' : 'Getting ready…');
   $('problems').replaceChildren(...faults.map(text => element('li', {}, ...withCommands(text))));
   Object.assign(part($('health'), 'bar'), {hidden: ready, value: preparing ?? 0});
   $('update').hidden = !faults.some(text => / update`/.test(text));
-  write($('cookies'), [cookies].flat().filter(Boolean).join('\n') || 'There are none.');
-  $('forget-cookies').hidden = !cookies?.length;
+  write($('cookies'), cookies || 'There are no cookies.');
+  $('forget-cookies').hidden = !cookies;
 }
-const joined = (...facts) => facts.filter(Boolean).join(' · ');
 // `commands` in a sentence are set as code.
 const withCommands = text =>
   text.split('`').map((piece, i) => i % 2 ? element('code', {}, piece) : piece);
@@ -8355,11 +8327,12 @@ function changeOutbox(entries) {
   $('outbox').hidden = !entries.length;
   const state = flushing ? 'Sending' : 'Kept here, sent when the server answers';
   $('outbox').replaceChildren(...entries.map(({text, timestamp}) => element('li', {},
-    element('span', {}, text.length > 300 ? text.slice(0, 300) + '…' : text,
-      element('small', {}, state)),
-    control('cancel', 'Discard', () => takeOut(timestamp)))));
+    element('span', {}, text.slice(0, 300), element('small', {}, state)),
+    control('cancel', () => replace(timestamp)))));
 }
-const takeOut = timestamp => changeOutbox(outbox().filter(entry => entry.timestamp !== timestamp));
+// The rest of the links of that entry, none: it goes.
+const replace = (timestamp, text) => changeOutbox(filled(outbox().map(
+  entry => entry.timestamp === timestamp ? text && {text, timestamp} : entry)));
 
 async function flush() {
   if (flushing || locked) return;
@@ -8370,38 +8343,37 @@ async function flush() {
   changeOutbox(outbox());
 }
 // Always with the timestamp that the entry was made with: the server knows a repeat by it. A long
-// list goes in parts; what is not sent yet stays in the entry. Throws to try later.
+// list goes in parts. Throws to try later.
 async function post({text, timestamp}) {
-  const many = text.split(/https?:\/\//i).length > 2 || text.includes('\n');
-  const end = text.length > PART ? text.lastIndexOf('\n', PART) : text.length;
-  const now = text.slice(0, end);
-  const body = {client_id: clientId(), timestamp, [many ? 'text' : 'url']: now};
-  let rest = text.slice(end).trim();
+  const many = text.split(/https?:/i).length > 2 || text.includes('\n');
+  const end = text.length > PART ? text.slice(0, PART).search(/\s\S*$/) : text.length;
+  const now = text.slice(0, end), body = {client_id: clientId(), timestamp};
+  let rest = [text.slice(end).trim()];
+  body[many ? 'text' : 'url'] = now;
   try {
     const answer = await api('POST', many ? 'api/v1/downloads' : 'api/v1/download', body);
     const refused = (answer.downloads ?? []).filter(row => row.error);
     if (refused.length) write($('refusal'), [...new Set(refused.map(row => row.error))].join('\n'));
     putIntoBox(refused.map(row => row.url).join('\n'));
-    rest = [answer.keep, rest].filter(Boolean).join('\n');
+    rest = [answer.keep, ...rest];
     note(answer.message);
   } catch (error) {
     if (error.status) write($('refusal'), error.message);
     if (PASSING.includes(error.status)) throw error;
     putIntoBox(now);
   }
-  if (rest) changeOutbox([{text: rest, timestamp}, ...outbox().slice(1)]);
-  else takeOut(timestamp);
+  replace(timestamp, filled(rest).join('\n'));
   refresh();
 }
-const putIntoBox = text => fill([$('box').value, text].filter(Boolean).join('\n'));
+const putIntoBox = text => fill(filled([$('box').value, text]).join('\n'));
 
 // ---- the list: as tall as everything, filled a chunk of rows at a time where it is looked at ----
-const chunks = [], near = new Set(), nodes = new Map(), doomed = new Set();
-const view = {status: '', q: '', version: 0};
-let wake = new AbortController();
+const chunks = [], near = new Set(), nodes = new Map(), doomed = new Set(), picked = new Set();
+const view = {status: '', q: ''};
+let wake = new AbortController(), version = 0;
 
 function refresh() {
-  view.version = 0;
+  version = 0;
   wake.abort();
 }
 const sight = new IntersectionObserver(entries => {
@@ -8423,19 +8395,17 @@ function stretch(total) {
     sight.observe(chunk);
   }
 }
-// What is in sight, as the server counts it.
-function range() {
+const asked = more => 'api/v1/history?' + new URLSearchParams(
+  Object.entries({...view, ...more}).filter(([, value]) => value !== ''));
+
+async function look() {
   const seen = [...near].map(chunk => chunks.indexOf(chunk)).sort((a, b) => a - b);
   const first = seen[0] ?? 0, count = (seen.at(-1) ?? 0) - first + 1;
-  return {offset: first * CHUNK, limit: Math.min(MOST_ROWS, count * CHUNK)};
-}
-async function look() {
-  const place = range(), query = new URLSearchParams(place);
-  for (const name of ['status', 'q']) if (view[name]) query.set(name, view[name]);
-  if (view.version) { query.set('since', view.version); query.set('wait', 25); }
-  const answer = await api('GET', 'api/v1/history?' + query, null, wake.signal);
-  if (view.version !== answer.version && Date.now() - looked > ROUND / 10) makeRound();
-  view.version = answer.version;
+  const place = {offset: first * CHUNK, limit: Math.min(MOST_ROWS, count * CHUNK)};
+  if (version) Object.assign(place, {since: version, wait: 25});
+  const answer = await api('GET', asked(place), null, wake.signal);
+  if (version !== answer.version && Date.now() - looked > ROUND / 10) makeRound();
+  version = answer.version;
   paintList(answer, place.offset);
   return answer.poll_after || FRAME;
 }
@@ -8456,16 +8426,17 @@ function paintList({downloads, total, counts}, offset) {
   stretch(total);
   for (let at = 0; at < Math.max(1, downloads.length); at += CHUNK) {
     const chunk = chunks[(offset + at) / CHUNK];
-    if (chunk) arrange(chunk, downloads.slice(at, at + CHUNK), offset + at, total);
+    if (chunk) arrange(chunk, downloads.slice(at, at + CHUNK));
   }
   for (const [id, node] of nodes) if (!node.isConnected) nodes.delete(id);
   $('list').ariaBusy = 'false';
   $('list').hidden = !total;
+  $('empty').hidden = total || view.status || view.q;
+  $('nothing').hidden = total || !$('empty').hidden;
   paintStates(counts);
-  paintEmpty(!total);
 }
 // Rows are moved and repainted, never rebuilt: focus and the reader's place stay.
-function arrange(chunk, rows, offset, total) {
+function arrange(chunk, rows) {
   const wanted = rows.map(row => nodes.get(row.download_id) ?? newRow(row));
   for (const node of [...chunk.children]) {
     if (wanted.includes(node)) continue;
@@ -8474,12 +8445,12 @@ function arrange(chunk, rows, offset, total) {
   }
   wanted.forEach((node, i) => {
     if (chunk.children[i] !== node) chunk.insertBefore(node, chunk.children[i] ?? null);
-    Object.assign(node, {ariaPosInSet: String(offset + i + 1), ariaSetSize: String(total)});
     paintRow(node, rows[i]);
   });
 }
+const visible = () => [...document.querySelectorAll('article:not([hidden])')];
 function focusBeside(node) {
-  const rows = [...document.querySelectorAll('article:not([hidden])')], at = rows.indexOf(node);
+  const rows = visible(), at = rows.indexOf(node);
   (rows[at + 1] ?? rows[at - 1] ?? $('box')).focus({preventScroll: true});
 }
 function newRow(row) {
@@ -8487,29 +8458,29 @@ function newRow(row) {
   part(node, 'title').id = 't-' + row.download_id;
   node.setAttribute('aria-labelledby', 't-' + row.download_id);
   part(node, 'acts').append(...ROW_ACTS.map(name => control(name)));
+  part(node, 'extra').append(...MORE_ACTS.map(name => control(name)));
   part(node, 'more').ariaExpanded = 'false';
   nodes.set(row.download_id, node);
   return node;
 }
 const heading = row => row.title || row.filename || row.url.replace(/^https?:\/\/(www\.)?/, '');
-const cancelled = row => row.status === 'failed' && row.error_message === 'Cancelled';
+const stateOf = row => row.error_message === 'Cancelled' ? 'cancelled' : row.status;
 
 function paintRow(node, row) {
   if (node.row && node.row.status !== row.status) announce(row);
   node.row = row;
   node.hidden = doomed.has(row.download_id);
-  node.dataset.status = cancelled(row) ? 'cancelled' : row.status;
+  node.dataset.status = stateOf(row);
   write(part(node, 'title'), heading(row));
-  part(node, 'pick').firstChild.checked = picked.has(row.download_id);
+  node.querySelector('input').checked = picked.has(row.download_id);
   paintMeta(part(node, 'meta'), row);
   paintProgress(node, row);
-  const frame = part(node, 'thumb');
+  const frame = part(node, 'thumb'), can = actsOf(row);
   if (row.thumbnail && !frame.dataset.path) {
     frame.dataset.path = row.thumbnail;
     pictures.observe(frame);
   }
-  const can = actsOf(row);
-  for (const button of node.querySelectorAll('[data-act]')) {
+  for (const button of node.querySelectorAll('.act')) {
     button.hidden = !can.includes(button.dataset.act);
     button.ariaLabel = `${LABELS[button.dataset.act]}: ${heading(row)}`;
   }
@@ -8519,45 +8490,41 @@ function actsOf(row) {
   if (row.status === 'queued') return ['cancel', 'delete', row.next_attempt_at && 'retry'];
   if (row.status === 'failed') return ['retry', 'delete'];
   const star = row.starred ? 'unstar' : 'star', s3 = row.s3?.state === 'stored' && 's3';
-  if (!row.files.length) return ['retry', 'again', 'delete'];
-  return ['play', canShare ? 'share' : 'save', 'more', 'copy', s3, star, 'again', 'delete'];
+  const files = row.files.length ? ['play', canShare ? 'share' : 'save', 'copy', s3] : [];
+  return [...files, 'more', star, 'again', 'delete'];
 }
 function paintMeta(node, row) {
-  const time = row.completed_at ?? row.created_at, files = row.files?.length;
-  const site = {href: row.url, target: '_blank', rel: 'noreferrer noopener'};
-  const facts = [
+  const files = row.files?.length, link = {href: row.url, target: '_blank', rel: 'noreferrer'};
+  const facts = filled([
     row.starred && '★', row.uploader && element('bdi', {}, row.uploader), length(row.duration),
-    element('a', site, row.site), files > 1 && files + ' files',
-    row.file_size && size(row.file_size),
-    element('time', {title: new Date(1000 * time).toLocaleString()}, ago(time))].filter(Boolean);
-  const spans = facts.map(fact => element('span', {}, fact));
-  const text = spans.map(span => span.textContent).join();
-  if (node.dataset.said === text) return;
-  node.dataset.said = text;
-  node.replaceChildren(...spans);
+    element('a', link, row.site), files > 1 && files + ' files',
+    row.file_size && size(row.file_size), moment(row.completed_at ?? row.created_at)]);
+  const line = element('p', {}, ...facts.map(fact => element('span', {}, fact)));
+  if (node.textContent !== line.textContent) node.replaceChildren(...line.children);
 }
 function paintProgress(node, row) {
-  const bar = part(node, 'bar'), s3 = row.s3?.state;
-  bar.hidden = row.status !== 'downloading';
-  if (row.phase === 'page' && !row.progress) bar.removeAttribute('value');  // nobody knows how long
-  else bar.value = row.progress;
+  const bar = part(node, 'bar'), waits = row.status === 'queued' && !row.next_attempt_at;
+  Object.assign(bar, {hidden: row.status !== 'downloading', value: row.progress});
+  if (row.phase === 'page') bar.removeAttribute('value');  // nobody knows how long
   bar.ariaLabel = 'Progress of ' + heading(row);
-  write(part(node, 'word'), words(row).map(text => text.replaceAll(' ', '\u00a0')).join(' · '));
-  const reasons = [!cancelled(row) && row.error_message, row.note,
-    row.status === 'queued' && !row.next_attempt_at && health.paused,
-    s3 === 'waiting' && 'Copy to the bucket: waiting', s3 && row.s3.error];
-  write(part(node, 'reason'), reasons.filter(Boolean).join(' '));
+  write(part(node, 'word'), words(row, waits).join(' · '));
+  write(part(node, 'reason'), filled([
+    stateOf(row) !== 'cancelled' && row.error_message, row.note, waits && health.paused,
+    row.s3?.state === 'waiting' && 'Copy to the bucket: waiting', row.s3?.error]).join(' '));
 }
-function words(row) {
+function words(row, waits) {
   const {next_attempt_at: next, retry_count: tried, speed, eta} = row;
-  if (next) return ['Again ' + ago(next), tried + ' failed so far'];
-  if (cancelled(row)) return ['Cancelled'];
-  if (row.status === 'queued' && health.paused) return ['Paused'];
+  if (waits && health.paused) return ['Paused'];
+  if (stateOf(row) === 'cancelled') return ['Cancelled'];
+  if (next) {
+    const left = Math.max(1, next - Date.now() / 1000);
+    return ['Again in ' + duration(left), tried + ' failed so far'];
+  }
   if (row.status !== 'downloading') return [STATES[row.status]];
   const phase = {
     page: 'Reading the page', merge: 'Joining picture and sound', file: 'Putting it in place'};
-  return [phase[row.phase], row.progress + ' %', speed && size(speed) + '/s',
-    eta && duration(eta) + ' left'].filter(Boolean);
+  return filled([phase[row.phase], row.progress + ' %', speed && size(speed) + '/s',
+    eta && duration(eta) + ' left']);
 }
 // Fetched once it is in sight, and not linked: the key travels as a header.
 const pictures = new IntersectionObserver(entries => {
@@ -8571,32 +8538,22 @@ async function paintPicture(frame) {
   picture.onload = () => { URL.revokeObjectURL(picture.src); frame.append(picture); };
 }
 function announce(row) {
-  if (row.status === 'completed') note('Done: ' + heading(row));
-  if (row.status === 'failed' && !cancelled(row)) {
-    note(`Failed: ${heading(row)}. ${row.error_message}`);
-  }
+  const state = stateOf(row);
+  if (state === 'completed') note('Done: ' + heading(row));
+  if (state === 'failed') note(`Failed: ${heading(row)}. ${row.error_message}`);
 }
 function paintStates(counts) {
   const all = Object.values(counts).reduce((sum, n) => sum + n);
   const busy = counts.queued + counts.downloading;
   document.title = (busy ? `(${busy}) ` : '') + 'Video inbox';
   $('filters').hidden = all < FEW && !view.status && !view.q;
-  for (const button of $('states').querySelectorAll('[value]')) {
-    const number = button.value ? counts[button.value] : all, on = button.value === view.status;
+  for (const button of $('states').children) {
+    const number = counts[button.value] ?? all, on = button.value === view.status;
     write(button.lastChild, String(number));
     button.ariaPressed = String(on);
     button.hidden = !number && !on;
   }
   paintBulk();
-}
-function paintEmpty(empty) {
-  const narrowed = Boolean(view.status || view.q);
-  const [title, text] = $('empty').querySelectorAll('h2, p');
-  $('empty').hidden = !empty;
-  $('empty').classList.toggle('narrowed', narrowed);
-  write(title, narrowed ? 'Nothing matches' : 'Nothing here yet');
-  write(text, narrowed ? 'No video fits this search and filter.'
-    : 'Links come in here, videos come out, on your own machine.');
 }
 function narrow(change) {
   Object.assign(view, change);
@@ -8604,40 +8561,33 @@ function narrow(change) {
   refresh();
 }
 
-// ---- what can be done with a row ----
+// ---- what can be done with a row, or with file number `at` of it ----
 const DO = {
   play: row => show(row, 0),
   share: (row, at) => share(chosen(row, at)),
   save: (row, at) => save(chosen(row, at)),
-  copy: (row, at) => copy(row.files[at ?? 0].url),
+  copy: (row, at = 0) => copy(row.files[at].url),
   s3: row => copy(bucketLink(row.download_id)),
-  retry: row => order('POST', row.download_id + '/retry'),
-  cancel: row => order('POST', row.download_id + '/cancel'),
-  star: row => order('POST', row.download_id + '/star'),
-  unstar: row => order('POST', row.download_id + '/unstar'),
   again: row => told('POST', 'api/v1/download', {
     url: row.url, client_id: clientId(), timestamp: Date.now(), again: true}).then(refresh),
   delete: doom,
-  more: row => unfold(nodes.get(row.download_id)),
-  prev: (row, at) => step(-1),
-  next: (row, at) => step(1),
+  more: row => {
+    const node = nodes.get(row.download_id);
+    part(node, 'more').ariaExpanded = String(node.classList.toggle('open'));
+  },
+  prev: () => step(-1),
+  next: () => step(1),
   close: () => $('player').close(),
 };
+for (const name of ['retry', 'cancel', 'star', 'unstar']) {
+  DO[name] = row => order('POST', `${row.download_id}/${name}`);
+}
 const chosen = (row, at) => at === undefined ? row.files : [row.files[at]];
 const order = (method, path) =>
   api(method, 'api/v1/download/' + path).catch(error => note(error.message)).finally(refresh);
 const bucketLink = id =>
   api('GET', `getVideoDownloadPublicURL?videoDownloadUUID=${id}&URLTypeEnum=S3`)
     .then(answer => answer.publicURL);
-
-function unfold(node) {
-  const open = node.classList.toggle('open');
-  part(node, 'more').ariaExpanded = String(open);
-  if (!part(node, 'extra')) {
-    node.append(element('div', {className: 'extra'}, ...MORE_ACTS.map(name => control(name))));
-  }
-  paintRow(node, node.row);
-}
 
 // ---- the player ----
 let showing = null;
@@ -8651,12 +8601,11 @@ function show(row, at) {
   write($('player-title'), heading(row));
   write($('place'), row.files.length > 1 ? `${at + 1} of ${row.files.length}` : '');
   $('screen').replaceChildren(media);
-  for (const button of $('player').querySelectorAll('.prev, .next')) {
-    button.disabled = !beside(button.dataset.act === 'next' ? 1 : -1);
-  }
+  part($('player'), 'prev').disabled = !beside(-1);
+  part($('player'), 'next').disabled = !beside(1);
   if (!$('player').open) {
     history.pushState('player', '');  // so that Back closes it
-    $('player').append($('notes'));  // what lies outside a dialog cannot be tapped
+    $('player').append($('notes'));   // what lies outside a dialog cannot be tapped
     $('player').showModal();
   }
   media.play?.().catch(() => null);  // here, within the tap
@@ -8667,14 +8616,13 @@ async function explain(file, media) {
     : 'The file is not there. Is its disk plugged in?'));
 }
 function beside(way) {
-  const all = [...document.querySelectorAll('article:not([hidden])')].flatMap(({row}) =>
-    (row.files ?? []).map((_, at) => ({row, at})));
+  const all = visible().flatMap(({row}) => (row.files ?? []).map((_, at) => ({row, at})));
   const here = all.findIndex(({row, at}) =>
     row.download_id === showing.row.download_id && at === showing.at);
   return here < 0 ? null : all[here + way];
 }
 function step(way) {
-  const {row, at} = beside(way) ?? showing;
+  const {row, at} = beside(way);
   show(row, at);
 }
 function closed() {
@@ -8702,7 +8650,7 @@ async function share(files) {
     give();
   } catch (error) {
     hush();
-    if (!end.signal.aborted) note(`It cannot be loaded: ${error.message}.`);
+    if (!end.signal.aborted) note('The file is not there. Is its disk plugged in?');
   }
 }
 async function load(files, signal, progress) {
@@ -8710,7 +8658,7 @@ async function load(files, signal, progress) {
   let done = 0;
   for (const {path, name, type} of files) {
     const answer = await fetch(path, {signal}), pieces = [];
-    if (!answer.ok) throw Error('the file is not there');
+    if (!answer.ok) throw Error(answer.status);
     for (const reader = answer.body.getReader(); ;) {
       const {value} = await reader.read();
       if (!value) break;
@@ -8755,51 +8703,34 @@ async function bury() {
   for (const id of ids) doomed.delete(id);
 }
 
-// ---- several at once ----
-const picked = new Set();
-const picking = () => $('list').classList.contains('picking');
+// ---- several at once: those selected, else all that the filter shows ----
 function paintBulk() {
-  const {status} = view, n = picking() ? picked.size : 0;
-  const what = n ? n + ' selected' : 'all ' + STATES[status].toLowerCase();
-  const names = [];
-  if (n || status === 'failed') names.push('retry');
-  if (n || status === 'failed' || status === 'completed') names.push('clear');
-  if (n) names.push('delete');
-  const said = what + names;
-  $('bulk').hidden = !names.length;
-  if ($('bulk').dataset.said === said) return;
-  $('bulk').dataset.said = said;
-  $('bulk').replaceChildren(...names.map(name => element('button', {
-    className: 'button quiet', onclick: () => several(name)}, `${LABELS[name]}: ${what}`)));
+  const {status} = view;
+  $('bulk').hidden = !picked.size && status !== 'failed' && status !== 'completed';
+  write($('bulk').firstChild, picked.size ? picked.size + ' selected' : 'All ' + STATES[status]);
 }
 function pick() {
-  $('list').classList.toggle('picking');
-  $('pick').ariaPressed = String(picking());
+  $('pick').ariaPressed = String($('list').classList.toggle('picking'));
   picked.clear();
   nodes.forEach(node => paintRow(node, node.row));
   paintBulk();
 }
 async function everyId() {
-  if (picked.size) return [...picked];
-  const ids = [];
-  for (let total = 1; ids.length < total;) {
-    const query = new URLSearchParams({...view, offset: ids.length, limit: MOST_ROWS});
-    query.delete('version');
-    const answer = await api('GET', 'api/v1/history?' + query);
-    if (!answer.downloads.length) break;
-    total = answer.total;
+  const ids = [...picked];
+  for (let total = ids.length || 1; ids.length < total;) {
+    const answer = await api('GET', asked({offset: ids.length, limit: MOST_ROWS}));
+    total = answer.downloads.length && answer.total;
     ids.push(...answer.downloads.map(row => row.download_id));
   }
   return ids;
 }
-async function several(name) {
-  const ids = await everyId(), all = ids.length;
-  const ask = {
-    clear: `Take ${all} off this list? Their files stay.`,
-    delete: `Delete ${all}, with their files?`};
-  if (ask[name] && !confirm(ask[name])) return;
-  const [method, end] = {
-    retry: ['POST', '/retry'], clear: ['DELETE', '?files=keep'], delete: ['DELETE', '']}[name];
+async function several({target: {value: name}}) {
+  const ids = name ? await everyId() : [], all = ids.length;
+  const [method, end, question] = {
+    retry: ['POST', '/retry', `Try ${all} again?`],
+    clear: ['DELETE', '?files=keep', `Take ${all} off this list? Their files stay.`],
+    delete: ['DELETE', '', `Delete ${all}, with their files?`]}[name] ?? [];
+  if (!all || !confirm(question)) return;
   let good = 0;
   const work = async () => {
     for (let id; (id = ids.pop());) {
@@ -8807,85 +8738,30 @@ async function several(name) {
     }
   };
   await Promise.all([work(), work(), work(), work()]);
-  note(`${LABELS[name]}: ${good} of ${all} done`);
-  if (picking()) pick();
+  note(`${good} of ${all} done`);
+  if (picked.size) pick();
   refresh();
 }
 
-// ---- small tools ----
-function element(name, props, ...children) {
-  const node = Object.assign(document.createElement(name), props);
-  node.append(...children);
-  return node;
-}
-function write(node, text) {
-  if (node.textContent !== text) node.textContent = text;
-}
-function control(name, text = LABELS[name], onclick = null) {
-  const [svg, use] = ['svg', 'use'].map(tag =>
-    document.createElementNS('http://www.w3.org/2000/svg', tag));
-  use.setAttribute('href', '#i-' + (name === 'close' ? 'cancel' : name));
-  svg.append(use);
-  const node = element('button', {
-    className: 'act ' + name, title: text, ariaLabel: text, onclick}, element('span', {}, text));
-  if (!MORE_ACTS.includes(name)) node.prepend(svg);
-  node.dataset.act = name;
-  return node;
-}
-let noteTimer, ended = null;  // what to do once the note is gone
-// A note with a button stands above others; it goes when the button is used, too.
-function note(text, label = '', action = null, end = null) {
-  if (!label && !$('offer').hidden) return;
-  if (ended !== end) ended?.();
-  ended = end;
-  write($('note'), text ?? '');
-  write($('offer'), label);
-  $('offer').hidden = !label;
-  $('offer').onclick = () => { ended = null; action(); hush(); };
-  clearTimeout(noteTimer);
-  noteTimer = setTimeout(hush, label ? 8000 : 6000);
-}
-function hush() {
-  $('offer').hidden = true;
-  note('');
-}
-function size(bytes) {
-  const power = Math.min(4, Math.floor(Math.log2(Math.max(1, bytes)) / 10));
-  const number = bytes / 1024 ** power, digits = power && number < 100 ? 1 : 0;
-  return `${number.toFixed(digits)} ${['bytes', 'KB', 'MB', 'GB', 'TB'][power]}`;
-}
-const length = seconds => seconds &&
-  `${Math.floor(seconds / 60)}:${String(Math.round(seconds) % 60).padStart(2, '0')}`;
-const duration = eta => eta < 60 ? Math.ceil(eta) + ' s' : Math.ceil(eta / 60) + ' min';
-const UNITS = [
-  ['second', 1, 60], ['minute', 60, 3600], ['hour', 3600, 86400], ['day', 86400, 604800]];
-function ago(time) {
-  const away = time - Date.now() / 1000;
-  const unit = UNITS.find(([, , end]) => Math.abs(away) < end);
-  if (!unit) return new Date(1000 * time).toLocaleDateString(undefined, {dateStyle: 'medium'});
-  const format = new Intl.RelativeTimeFormat('en', {numeric: 'auto', style: 'short'});
-  return format.format(Math.round(away / unit[1]), unit[0]);
-}
+// ---- the start ----
 function fill(text) {
   $('box').value = text;
   if (text.length < PART) remember('draft', text);
   $('box').rows = Math.min(8, text.split('\n', 9).length);  // for browsers without field-sizing
 }
-
-// ---- the start ----
 // A link that came with the address only fills the box; a person sends it.
 function prefill() {
   const shared = new URLSearchParams(location.search);
-  const text = ['url', 'text'].map(name => shared.get(name)).filter(Boolean).join('\n')
+  const text = filled(['url', 'text'].map(name => shared.get(name))).join('\n')
     || shared.get('title');
-  fill([...new Set([recall('draft', ''), text])].filter(Boolean).join('\n'));  // what waits stays
+  fill(filled([...new Set([recall('draft', ''), text])]).join('\n'));  // what waits there stays
   if (!text) return;
   history.replaceState(null, '', location.pathname);
   $('send').focus();
 }
 function submit(event) {
   event.preventDefault();
-  const text = $('box').value.split('\n').map(line => line.trim()).filter(Boolean).join('\n');
+  const text = filled($('box').value.split('\n').map(line => line.trim())).join('\n');
   write($('refusal'), text ? '' : 'There is no link in the box yet.');
   if (!text) return;
   changeOutbox([...outbox(), {text, timestamp: Date.now()}]);
@@ -8905,24 +8781,22 @@ function search() {  // once the typing pauses
   clearTimeout(typing);
   typing = setTimeout(() => narrow({q: $('search').value.trim()}), 250);
 }
-function tap(event) {
-  const target = event.target.closest('[data-act], .thumb, input');
-  const {row} = event.target.closest('article') ?? {};
-  if (target?.type === 'checkbox') {
+function tap({target}) {
+  const {row} = target.closest('article') ?? {}, act = target.closest('[data-act]')?.dataset.act;
+  if (act) DO[act](row);
+  else if (target.closest('.thumb') && row.files?.length) DO.play(row);
+  else if (target.type === 'checkbox') {
     picked[target.checked ? 'add' : 'delete'](row.download_id);
     paintBulk();
-  } else if (target?.dataset.act || target && row.files?.length) {
-    DO[target.dataset.act ?? 'play'](row);
   }
 }
 function build() {
   for (const [value, text] of Object.entries(STATES)) {
-    const onclick = () => narrow({status: value});
-    const button = {type: 'button', value, onclick};
-    $('states').append(element('button', button, text + ' ', element('b', {})));
+    const props = {type: 'button', value, onclick: () => narrow({status: value})};
+    $('states').append(element('button', props, text + ' ', element('b', {})));
   }
   for (const name of ['prev', 'next', 'share', 'save', 'copy', 'close']) {
-    const button = control(name, LABELS[name], () => DO[name](showing.row, showing.at));
+    const button = control(name, () => DO[name](showing.row, showing.at));
     button.hidden = name === 'share' && !canShare;
     part($('player'), name === 'close' ? 'top' : 'acts').append(button);
   }
@@ -8937,6 +8811,7 @@ function listen() {
   on('filters', 'submit', event => event.preventDefault());
   on('search', 'input', search);
   on('pick', 'click', pick);
+  on('bulk', 'click', several);
   on('show-all', 'click', () => { $('search').value = ''; narrow({status: '', q: ''}); });
   on('list', 'click', tap);
   on('hush', 'click', hush);
@@ -8953,8 +8828,8 @@ function listen() {
   addEventListener('pagehide', hush);
   addEventListener('online', refresh);
   document.addEventListener('visibilitychange', () => { wake.abort(); makeRound(); });
-  setInterval(() => { if (stale()) makeRound(); }, 1000);
-  setInterval(() => nodes.forEach(node => paintRow(node, node.row)), 20000);  // times grow older
+  setInterval(watchHealth, 1000);
+  setInterval(() => nodes.forEach(node => paintRow(node, node.row)), 20000);  // waits shrink
   navigator.serviceWorker?.register('sw.js').catch(() => null);  // opens this page away from home
 }
 
@@ -8968,7 +8843,7 @@ watch();
 '''
 
 SW_JS = r'''// Keeps the page itself, so that it opens from the Home Screen while the server is out of reach.
-const KEPT = ['./', 'page.css', 'page.js', 'icon.svg', 'manifest.webmanifest'];
+const KEPT = ['./', 'page.css', 'page.js', 'icon.png', 'manifest.webmanifest'];
 const places = KEPT.map(path => new URL(path, location).href);
 
 async function newest(request, place) {
@@ -8999,8 +8874,8 @@ SETUP_HTML = r'''<!DOCTYPE html>
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
-<link rel="icon" href="icon.svg" type="image/svg+xml">
-<link rel="apple-touch-icon" href="apple-touch-icon.png">
+<link rel="icon" href="icon.png">
+<link rel="apple-touch-icon" href="icon.png">
 <link rel="stylesheet" href="page.css">
 <script type="module" src="setup.js"></script>
 </head>
@@ -9263,7 +9138,7 @@ def setup_page(facts: dict[str, str]) -> str:
     places = [base]
     if facts['secure']:
         places = [*facts['addresses'].split(), base]
-    facts = {**facts, 'check': ' '.join(f'{place}/setup/check.svg' for place in places),
+    facts = {**facts, 'check': ' '.join(f'{place}/setup/check.png' for place in places),
              'address': f'{base}/share/My%20iPhone'}
     page = SETUP_HTML
     for name, fact in facts.items():
@@ -9279,14 +9154,12 @@ ASSETS = {
     '/page.js': ('text/javascript; charset=utf-8', PAGE_JS),
     '/sw.js': ('text/javascript; charset=utf-8', SW_JS),
     '/setup.js': ('text/javascript; charset=utf-8', SETUP_JS),
-    '/setup/check.svg': ('image/svg+xml', CHECK_SVG),
     '/manifest.webmanifest': ('application/manifest+json', MANIFEST),
-    '/icon.svg': ('image/svg+xml', ICON_SVG),
-    '/icon-maskable.svg': ('image/svg+xml', ICON_MASKABLE_SVG),
-    '/apple-touch-icon.png': ('image/png', ICON_PNG),
+    '/icon.png': ('image/png', ICON_PNG),
+    '/setup/check.png': ('image/png', ICON_PNG),  # whoever can load it trusts the certificate
 }
 # What the `phone` command serves of them.
-PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.svg', '/apple-touch-icon.png')
+PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
 
 # ---------- daemon ------------------------------------------------------------------------
 # Owns three classes: Daemon (wiring, order of start and stop, signals, sd_notify, re-execution),
