@@ -39,6 +39,7 @@ import random
 import re
 import resource
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -3557,11 +3558,84 @@ class TestCommands(DaemonTest):
         daemon.terminate()
         self.assertIn(tiktok_link(2), daemon.run('list').stdout)
 
+    def test_what_the_page_can_do_from_a_terminal(self):
+        daemon = self.new_daemon(downloads={'max_retries': '0', 'retry_delays': '900'})
+        held = self.site.tiktok(title='Katze am Klavier', size=300_000, hold_at=150_000)
+        running = daemon.half_way(held)
+        waiting, dead = daemon.submit(self.site.tiktok()), self.site.tiktok(page={'fail': [500] * 9})
+        self.assertRegex(daemon.run('list').stdout, fr'{running[:8]}  \S+ \S+  \d+ % of it +Katze am Klavier\n')
+        self.assertRegex(daemon.run('cancel', waiting[:8]).stdout, waiting[:8] + ' .*ancel')
+        self.assertIn('cancelled', daemon.run('list', '--status', 'failed').stdout)
+        held.media[0].release()
+        daemon.wait_status(running, 'completed')
+        failed = daemon.fails(dead)['download_id']
+        done = daemon.run('retry', '--failed')
+        self.assertEqual((done.returncode, done.stdout[:8], done.stdout.count('\n')), (0, failed[:8], 1), done.stdout)
+        daemon.wait_for(failed, lambda row: row['status'] == 'failed')
+        name, = daemon.files()
+        for words, said, code in ((['delete', running, '--keep-files'], running[:8], 0),
+                                  (['delete', running[:8]], 'no downloads have an id', 1),
+                                  (['retry', 'f' * 30], 'no downloads have an id', 1),
+                                  (['cancel', failed[:8]], failed[:8], 1)):
+            done = daemon.run(*words)
+            self.assertEqual((done.returncode, said in done.stdout), (code, True), done.stdout)
+        self.assertEqual(daemon.files(), [name])
+        self.assertEqual(daemon.rows('SELECT id FROM downloads WHERE id = ?', running), [])
+
+    def test_list_knows_the_terminal(self):
+        daemon = self.new_daemon(start=False)
+        daemon.run('add', *map(tiktok_link, range(230)))
+        self.assertEqual(daemon.run('list').stdout.count('\n'), v.SHOWN + 2)
+        self.assertEqual(daemon.run('list', '--all').stdout.count('\n'), 231)
+        shown = subprocess.check_output(['script', '-qec', 'stty cols 60; ' + shlex.join(daemon.command_line('list')),
+                                         '/dev/null'], env={**daemon.env, 'TERM': 'xterm'}, encoding='utf-8')
+        rows = [row for row in shown.splitlines() if 'https' in row]
+        self.assertEqual({len(re.sub('\33.*?m', '', row)) for row in rows}, {60})
+        self.assertIn('\33[33mqueued', shown)
+
+    def test_log_shows_its_end_and_goes_on(self):
+        daemon = self.new_daemon()
+        with subprocess.Popen(daemon.command_line('log', '-f'), env=daemon.env, stdout=subprocess.PIPE,
+                              encoding='utf-8') as shown:
+            try:
+                self.assertIn('listening on', shown.stdout.readline())
+                for _ in range(2):
+                    id = daemon.submit(self.site.tiktok())
+                    self.assertTrue(any(id in line for line in iter(shown.stdout.readline, '')))
+                    file = daemon.folder / 'logs/server.log'
+                    file.rename(f'{file}.1')
+                    daemon.restart()
+            finally:
+                shown.kill()
+
+    def test_help_fits_a_screen_and_explains_everything(self):
+        screen = subprocess.check_output([sys.executable, str(HERE / 'videoserverd.py'), '--help'], encoding='utf-8')
+        self.assertLessEqual(len(screen.splitlines()), 24)
+        self.assertLessEqual(max(map(len, screen.splitlines())), 80)
+        self.assertEqual(re.findall(r'(?m)^  ([a-z]+) ', screen), [*v.COMMANDS, 'help'])
+        for parser in next(action.choices for action in v.make_parser()._actions if action.choices).values():
+            self.assertEqual({action.dest for action in parser._actions if not action.help} - {'topic'}, set())
+        settings = v.help_text('settings')
+        for section, keys in v.SETTINGS.items():
+            for key, row in keys.items():
+                self.assertIn(f'[{section}] {key} = {row.default}\n    {row.help}', settings)
+
+    def test_where_a_service_is_installed_commands_by_hand_are_the_services(self):
+        command = Path(tempfile.mkdtemp(dir=RUN)) / 'videoserverd'
+        command.write_text('#!/bin/sh\necho "the service: $*"\n')
+        command.chmod(0o755)
+        daemon = self.new_daemon(start=False, hurry={'INSTALLED': str(command), 'AS_SERVICE': str(command)})
+        for words in (['phone', '--port', '0'], ['list'], ['setup'], []):
+            shown = subprocess.check_output([sys.executable, str(daemon.program), *words], encoding='utf-8')
+            self.assertEqual(shown, f'the service: {" ".join(words)}\n')
+        self.assertEqual(sorted(os.listdir(daemon.program.parent)), ['__pycache__', 'videoserverd.py'])
+        self.assertIn('no database yet', daemon.run('list').stdout)  # --config is another one's
+
     def test_a_terminal_that_lacks_letters_shows_the_list_all_the_same(self):
         daemon = self.new_daemon(start=False)
         daemon.run('add', *map(tiktok_link, range(21)))
         daemon.change_env({'PYTHONIOENCODING': 'latin-1'})
-        self.assertIn('\\u2026 and 1 older ones', daemon.run('list').stdout)
+        self.assertIn('\\u2026 and 1 older ones: list --all', daemon.run('list').stdout)
 
     def test_doctor_names_each_fault_and_what_fixes_it(self):
         daemon = self.new_daemon()

@@ -1839,6 +1839,11 @@ class Store:
             f'WHERE {where} {newest} LIMIT ? OFFSET ?) {newest}', [*args, limit, offset])
         return total, [Record.of(row) for row in rows]
 
+    def ids(self, begin: str) -> list[str]:
+        """The first few ids that begin with this."""
+        return [row['id'] for row in self.read(
+            'SELECT id FROM downloads WHERE id BETWEEN ? AND ? LIMIT 9', (begin, begin + '~'))]
+
     def since(self, created_at: int, ongoing: bool) -> list[sqlite3.Row]:
         """(id, status, file_size) of downloads made since then, newest first, 10,000 at most.
 
@@ -6701,9 +6706,12 @@ class App:
             raise
         except Exception as error:
             reply = self.refuse(request.raw_path, self._as_http_error(request, error))
-        log.info('%s "%s %s" %d %.1fms%s', request.client, request.head.method,
-                 request.shown_path, reply.status,
-                 (time.monotonic() - started) * 1000, request.note)
+        level = logging.INFO  # of what somebody did; not of a page that looks again
+        if reply.status < 400 and request.head.method in ('GET', 'HEAD'):
+            level = logging.DEBUG
+        log.log(level, '%s "%s %s" %d %.1fms%s', request.client, request.head.method,
+                request.shown_path, reply.status,
+                (time.monotonic() - started) * 1000, request.note)
         return reply
 
     def _as_http_error(self, request: Request, error: Exception) -> HTTPError:
@@ -9166,7 +9174,8 @@ PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
 # Care (its thread `care`: what is due each minute or day) and Health (what pauses the queue, what
 # is wrong, figures). No lock: main waits on the pipe `_wishes`. Called by commands only.
 
-INSTALLED = Path('/opt/videoserver/videoserverd.py')  # where install.sh puts this file
+INSTALLED = '/opt/videoserver/videoserverd.py'  # where install.sh puts this file
+AS_SERVICE = '/usr/local/bin/videoserverd'  # its command: that file, as its user, with its config
 CARE_SECONDS = 60.0       # between looks at what is due
 DRAIN_SECONDS = 5.0       # for requests under way when the server stops
 INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a re-execution
@@ -9390,7 +9399,7 @@ def usable_output(config: Config, make: bool = True) -> str | None:
 
 def program(config: Config) -> str:
     """The command line that runs this program, to be shown."""
-    if PROGRAM == INSTALLED:
+    if str(PROGRAM) == INSTALLED:
         return 'sudo videoserverd'
     words = ['python3', str(PROGRAM)]
     if config.file:
@@ -10073,7 +10082,7 @@ def cmd_cert(config: Config, options: Any) -> int:
 
 
 def cmd_update(config: Config, options: Any) -> int:
-    """vendor the newest yt-dlp that this Python can run"""
+    """fetch the newest yt-dlp that this Python can run"""
     vendor = Vendor(config.downloader.ytdlp_directory)
     before = vendor.version()
     after = vendor.install()
@@ -10122,87 +10131,174 @@ def call_server(config: Config, method: str, path: str, body: Any = None) -> dic
         raise Trouble(f'The server at {address} does not answer ({error}).') from None
 
 
-def add_by_hand(config: Config, lock: Lock, texts: Sequence[str],
-                again: bool) -> list[dict[str, Any]]:
-    """Write the database, as its only writer. Raises Trouble."""
-    lock.take()
-    store = Store(config.database.path)
-    store.open()
-    rows = []
+def post_text(config: Config, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """Each link of a text and what became of it, and what is to be sent again. Raises Trouble."""
+    answer = call_server(config, 'POST', '/api/v1/downloads',
+                         {**fields, 'timestamp': time.time_ns()})
+    rows, rest = answer.get('downloads', []), answer.get('keep', '')
+    if not any('download_id' in row for row in rows):  # as when the hour's links are used up
+        return [{'url': fields['text'], 'error': answer.get('message', 'no answer')}], ''
+    return [row for row in rows if 'download_id' in row or row['url'] not in rest.split()], rest
+
+
+def store_text(config: Config, store: Store,
+               fields: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+    """The same without a server, into the database."""
     try:
-        while texts:
-            text, *texts = texts
-            fields = {'text': text, 'client_id': 'command-line', 'again': again}
-            try:
-                items, rest = parse_batch(fields, config.security)
-            except Refused as refusal:
-                items, rest = [(text, refusal)], []
-            if rest:
-                texts = ['\n'.join(rest), *texts]
-            for written, item in items:
-                if isinstance(item, Refused):
-                    rows.append({'url': written, 'error': item.message})
-                else:
-                    rows.append({'url': written, 'download_id': store.add(item, int(time.time())).id})
-    except StoreDown as error:
-        raise Trouble(f'{config.database.path}: cannot be written ({error}).') from None
-    finally:
-        store.close()
-        lock.release()
-    return rows
-
-
-def add_by_server(config: Config, texts: Sequence[str], again: bool) -> list[dict[str, Any]]:
-    """Post every link of the texts; the server answers for each. Raises Trouble."""
+        items, rest = parse_batch(fields, config.security)
+    except Refused as refusal:
+        return [{'url': fields['text'], 'error': refusal.message}], ''
     rows = []
-    while texts:
-        text, *texts = texts
-        answer = call_server(config, 'POST', '/api/v1/downloads', {
-            'text': text, 'client_id': 'command-line', 'timestamp': time.time_ns(), 'again': again})
-        found = answer.get('downloads', [])
-        if not any('download_id' in row for row in found):
-            rows.append({'url': text, 'error': answer.get('message', 'no answer')})
-            continue
-        rest = answer.get('keep', '')
-        if rest:  # also those that were too many for an hour; the next answer says so
-            texts = [rest, *texts]
-        rows += [row for row in found if 'download_id' in row or row['url'] not in rest.split()]
-    return rows
+    for written, item in items:
+        if isinstance(item, Refused):
+            rows.append({'url': written, 'error': item.message})
+        else:
+            rows.append({'url': written, 'download_id': store.add(item, int(time.time())).id})
+    return rows, '\n'.join(rest)
 
 
 def cmd_add(config: Config, options: Any) -> int:
-    """queue URLs: through the running server, or else into the database"""
-    lock = Lock(config.database.path)
-    if lock.running():
-        rows = add_by_server(config, options.url, options.again)
-    else:
-        rows = add_by_hand(config, lock, options.url, options.again)
-    for row in rows:
-        if 'error' in row:
-            print('refused', row['url'], f'({row["error"]})')
-        else:
-            print(row['download_id'], row['url'])
-    return int(any('error' in row for row in rows))
+    """queue links: through the running server, or else into the database"""
+    lock, failed = Lock(config.database.path), False
+    store, send = None, functools.partial(post_text, config)
+    if not lock.running():
+        lock.take()
+        store = Store(config.database.path)
+        store.open()
+        send = functools.partial(store_text, config, store)
+    try:
+        for text in options.url:
+            while text:
+                rows, text = send({'text': text, 'client_id': 'command-line',
+                                   'again': options.again})
+                for row in rows:
+                    failed |= 'error' in row
+                    print(row.get('download_id') or 'refused', row['url'], row.get('error', ''))
+    finally:
+        if store:
+            store.close()
+        lock.release()
+    return int(failed)
+
+
+# -- what the page can do, from a terminal
+
+COLOURS = {'completed': 32, 'failed': 31, 'downloading': 36, 'queued': 33}
+SHOWN = 20  # downloads that `list` shows
+
+
+def database(config: Config) -> Store:
+    """The database, to be read beside a running server. Raises Trouble."""
+    if not config.database.path.exists():
+        raise Trouble(f'{config.database.path}: no database yet; start the server once.')
+    return Store(config.database.path)
+
+
+def describe_state(config: Config, record: Record) -> tuple[str, str]:
+    """What a download is doing, in few words, and its title as far as it is known."""
+    state, title = record['status'], record['title'] or record['url']
+    if state == 'downloading':
+        with suppress(Trouble):
+            live = call_server(config, 'GET', f'/api/v1/status/{record["id"]}')
+            state, title = f'{live["progress"]:.0f} % of it', live['title'] or title
+    elif record['reason'] == 'cancelled':
+        state = 'cancelled'
+    elif (record['next_attempt_at'] or 0) > time.time():
+        state = time.strftime('again %H:%M', time.localtime(record['next_attempt_at']))
+    return state, title
+
+
+def cut_to(text: str, columns: int) -> str:
+    """As much of `text` as fits; wide letters take two columns."""
+    import unicodedata
+    for at, letter in enumerate(text):
+        columns -= 1 + (unicodedata.east_asian_width(letter) in 'WF')
+        if columns < 0:
+            return text[:at]
+    return text
 
 
 def cmd_list(config: Config, options: Any) -> int:
     """show the queue at a glance"""
-    store = Store(config.database.path)
-    if not config.database.path.exists():
-        raise Trouble(f'{config.database.path}: no database yet; start the server once.')
-    try:
-        total, records = store.page(20)
-        counts = store.counts()
-    except StoreDown as error:
-        raise Trouble(f'{config.database.path}: cannot be read ({error}).') from None
-    print('   '.join(f'{n} {status}' for status, n in counts.items()))
+    store, columns, colour = database(config), 10000, '{}'
+    if sys.stdout.isatty():
+        columns = os.get_terminal_size().columns
+        colour = colour if 'NO_COLOR' in os.environ else '\33[{}m{}\33[0m'
+    total, records = store.page(SHOWN, status=options.status)
+    while options.all and len(records) < total:
+        found = store.page(200, len(records), options.status)[1]
+        records += found
+        total = total if found else 0
+    print('   '.join(f'{n} {status}' for status, n in store.counts().items()))
     for record in records:
+        state, title = describe_state(config, record)
+        state = f'{state:<12}'
+        if colour != '{}':
+            state = colour.format(COLOURS[record['status']], state)
         when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record['created_at']))
-        print(f'{when}  {record["status"]:<11} {record["title"] or record["url"]}')
+        print(f'{record["id"][:8]}  {when}  {state} {cut_to(title, columns - 41)}')
         if record['error_message']:
-            print(f'{"":30}{record["error_message"]}')
+            print(f'{"":28}{cut_to(record["error_message"], columns - 28)}')
     if total > len(records):
-        print(f'… and {total - len(records)} older ones')
+        print(f'… and {total - len(records)} older ones: list --all')
+    return 0
+
+
+def change_each(config: Config, ids: Sequence[str], method: str, tail: str) -> int:
+    """Ask the server to do this to each download. Raises Trouble."""
+    failed = False
+    for download_id in ids:
+        answer = call_server(config, method, f'/api/v1/download/{download_id}{tail}')
+        failed |= answer.get('status') == 'error'
+        print(download_id[:8], answer['message'])
+    return int(failed)
+
+
+def full_ids(config: Config, words: Sequence[str]) -> list[str]:
+    """The ids that begin with these words, as `list` shows them. Raises Trouble."""
+    found = []
+    for word in words:
+        ids = database(config).ids(word.lower())
+        if len(ids) != 1:
+            raise Trouble(f'{word}: {len(ids) or "no"} downloads have an id that begins like this')
+        found += ids
+    return found
+
+
+def cmd_retry(config: Config, options: Any) -> int:
+    """queue downloads again, at once: those named, or all that failed"""
+    ids = full_ids(config, options.id)
+    if options.failed:
+        total, records = database(config).page(100000, status='failed')
+        ids += [record['id'] for record in records if record['reason'] != 'cancelled']
+    return change_each(config, ids, 'POST', '/retry')
+
+
+def cmd_cancel(config: Config, options: Any) -> int:
+    """stop downloads, or take them out of the queue"""
+    return change_each(config, full_ids(config, options.id), 'POST', '/cancel')
+
+
+def cmd_delete(config: Config, options: Any) -> int:
+    """forget downloads and delete their files"""
+    tail = '?files=keep' if options.keep_files else ''
+    return change_each(config, full_ids(config, options.id), 'DELETE', tail)
+
+
+def cmd_log(config: Config, options: Any) -> int:
+    """show the end of the log; with -f also what comes"""
+    file = config.logging.file
+    if not file:
+        raise Trouble('[logging] file is empty: look at the terminal of the server, or: '
+                      'journalctl -u videoserver')
+    stream = open(file, encoding='utf-8', errors='replace')
+    print(''.join(deque(stream, 100)), end='', flush=True)
+    while options.follow:
+        time.sleep(0.5)
+        print(''.join(stream), end='', flush=True)
+        with suppress(FileNotFoundError):  # moved aside, and the next one not begun yet
+            if not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
+                stream = open(file, encoding='utf-8', errors='replace')
     return 0
 
 
@@ -10396,7 +10492,7 @@ def tell_first_link(config: Config, since: int) -> None:
 
 
 def cmd_phone(config: Config, options: Any) -> int:
-    """for a new iPhone: the CA and the steps over plain HTTP, for some minutes"""
+    """help a new iPhone: the profile and the steps, for some minutes"""
     if not config.server.tls:
         raise Trouble('[server] tls is off: the phone has to trust the certificate of the proxy in '
                       'front, not ours')
@@ -10437,9 +10533,7 @@ def cmd_phone(config: Config, options: Any) -> int:
 
 def cmd_backup(config: Config, options: Any) -> int:
     """write a consistent copy of the database, while the server runs"""
-    if not config.database.path.exists():
-        raise Trouble(f'{config.database.path}: no database yet; start the server once.')
-    Store(config.database.path).backup(options.file.absolute())
+    database(config).backup(options.file.absolute())
     print(f'{options.file}: {format_size(options.file.stat().st_size)}')
     return 0
 
@@ -10448,6 +10542,7 @@ def cmd_backup(config: Config, options: Any) -> int:
 
 COMMANDS = {
     'setup': cmd_setup, 'cert': cmd_cert, 'update': cmd_update, 'add': cmd_add, 'list': cmd_list,
+    'retry': cmd_retry, 'cancel': cmd_cancel, 'delete': cmd_delete, 'log': cmd_log,
     'doctor': cmd_doctor, 'phone': cmd_phone, 'backup': cmd_backup,
 }
 
@@ -10462,34 +10557,51 @@ def settings_table() -> str:
     return '\n'.join(rows)
 
 
+def help_text(topic: str) -> str:
+    """One screen: the commands; or all settings, where that is the topic."""
+    if topic == 'settings':
+        return 'Each can be set in the environment as VIDEOSERVER_<SECTION>_<KEY>.\n' + ''.join(
+            f'\n[{section}] {key} = {row.default}\n    {row.help}\n'
+            for section, keys in SETTINGS.items() for key, row in keys.items())
+    rows = [f'  {name:<9}{function.__doc__}' for name, function in COMMANDS.items()]
+    return '\n'.join([
+        'usage: videoserverd.py [--config FILE] [COMMAND]', '',
+        'The video inbox people trust. Without a command: run the server.', '', *rows,
+        '  help     explain a command, or all settings: help COMMAND, help settings', '',
+        '  --config FILE  config.ini (default: the one beside this program)',
+        '  --version      show the version', ''])
+
+
 def make_parser() -> Any:
     """The command line; --config is taken before and after the command."""
     import argparse  # the daemon itself has no use for it
     where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     where.add_argument('--config', type=Path, metavar='FILE',
                        help='config.ini (default: the one beside this program)')
-    parser = argparse.ArgumentParser(
-        prog='videoserverd.py', parents=[where],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description='The video inbox people trust. Without a command: run the server.',
-        epilog='Each key of config.ini can be set as VIDEOSERVER_<SECTION>_<KEY>:\n' + '\n'.join(
-            f'  [{section}] {key} = {row.default}\n        {row.help}'
-            for section, keys in SETTINGS.items() for key, row in keys.items()))
+    parser = argparse.ArgumentParser(prog='videoserverd.py', parents=[where])
+    parser.format_help = lambda: help_text('')
     parser.add_argument('--version', action='version', version=f'videoserverd {VERSION}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')
-    added = {name: commands.add_parser(name, parents=[where], help=function.__doc__)
-             for name, function in COMMANDS.items()}
-    added['add'].add_argument('url', nargs='+', metavar='URL')
-    added['add'].add_argument('--again', action='store_true',
-                              help='fetch a video anew that is here already')
-    added['backup'].add_argument('file', type=Path, metavar='FILE')
-    cert = added['cert'].add_argument
-    cert('--force', action='store_true', help='a new leaf even if the old one is good')
-    cert('--new-ca', action='store_true', help='a new CA; every phone must trust it anew')
-    cert('--host', action='append', metavar='NAME', help='a further name')
-    cert('--ip', action='append', metavar='ADDR', help='a further address')
-    added['phone'].add_argument('--minutes', type=whole(1, 1440), default=15)
-    added['phone'].add_argument('--port', type=whole(0, 65535), default=8080)
+    add = {name: commands.add_parser(name, parents=[where], description=function.__doc__
+                                     ).add_argument for name, function in COMMANDS.items()}
+    commands.add_parser('help').add_argument('topic', nargs='?', default='')
+    add['add']('url', nargs='+', metavar='URL', help='a link, or any text with links in it')
+    add['add']('--again', action='store_true', help='fetch a video anew that is here already')
+    add['backup']('file', type=Path, metavar='FILE', help='where the copy goes')
+    add['cert']('--force', action='store_true', help='a new certificate even if it is still good')
+    add['cert']('--new-ca', action='store_true', help='a new CA; every phone must trust it anew')
+    add['cert']('--host', action='append', metavar='NAME', help='a further name')
+    add['cert']('--ip', action='append', metavar='ADDR', help='a further address')
+    add['list']('--status', choices=tuple(STATES), default='', help='only those')
+    add['list']('--all', action='store_true', help=f'not only the newest {SHOWN}')
+    for name in ('retry', 'cancel', 'delete'):
+        add[name]('id', nargs='*' if name == 'retry' else '+', metavar='ID',
+                  help='as `list` shows it')
+    add['retry']('--failed', action='store_true', help='all that failed')
+    add['delete']('--keep-files', action='store_true', help='the files stay')
+    add['log']('-f', dest='follow', action='store_true', help='go on with what comes')
+    add['phone']('--minutes', type=whole(1, 1440), default=15, help='until it ends (15)')
+    add['phone']('--port', type=whole(0, 65535), default=8080, help='of the page (8080)')
     return parser
 
 
@@ -10538,8 +10650,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; trouble becomes one line and an exit code."""
     if sys.platform == 'darwin':
         os.environ['PATH'] = os.pathsep.join((*os.get_exec_path(), *HOMEBREW))
-    options = make_parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = make_parser()
+    options = parser.parse_args(arguments)
+    if options.command == 'help':
+        if options.topic in COMMANDS:
+            parser.parse_args([options.topic, '--help'])
+        print(help_text(options.topic), end='')
+        return 0
     file = getattr(options, 'config', None)
+    if file is None and os.path.exists(INSTALLED) and os.path.exists(AS_SERVICE):
+        os.execv(AS_SERVICE, [AS_SERVICE, *arguments])  # no second CA or database beside it
     beside = PROGRAM.parent / 'config.ini'
     if file is None and beside.exists():
         file = beside
