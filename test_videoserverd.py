@@ -2418,10 +2418,10 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     OWN: 'name_pattern site_gaps only_python end_leftovers host_addresses machine_names mobileconfig operation_of '
          'icloud_url '
          'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delays domains '
-         'http_url proxy_url url_prefix HOST_NAME',
+         'http_url proxy_url notify_url location ROWS retention HOST_NAME',
     63: 'IGNORED', 128: 'parse_name UNSAFE whole escape_like', 255: 'forget_files content_disposition file_name',
-    300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt',
-    2000: 'PATTERNS judge runs_here version_key',
+    300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
+    2000: 'PATTERNS judge Notifier runs_here version_key',
     4096: 'parse_size OPTION_ROWS upto rate version_in Vendor MAGIC PICTURES',
     8192: 'post_url NO_POSTS post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
           'POST_PATHS ADVERTISEMENT',
@@ -6915,7 +6915,6 @@ class TestBucket(WithBucket):
         bucket = v.Bucket(bucket_config)
         for status, answer, said in [
                 (403, b'<Error><Code>InvalidAccessKeyId</Code></Error>', 'check AWS_ACCESS_KEY_ID'),
-                (301, b'<Error><Code>PermanentRedirect</Code></Error>', 'check .s3. endpoint'),
                 (503, b'<Error><Code>SlowDown</Code><Message>Reduce &lt;it&gt;</Message></Error>', 'Reduce <it>'),
                 (500, b'', r'Internal Server Error \(500\)$'),
                 (400, b'<Error><Code>RequestTimeout</Code></Error>', r'\(400 RequestTimeout\)'),
@@ -7060,7 +7059,7 @@ class TestUploader(WithBucket):
     def finish(self, *names, size=300_000, now=0):
         """The id of a download that has finished with these files."""
         media = tuple(v.MediaFile(self.file(name, size).name, size, 'video/mp4') for name in names)
-        id, _ = self.store.add(v.parse_submission({'url': tiktok_link(next(self.numbers))}, self.config.security), now)
+        id, *_ = self.store.add(v.parse_submission({'url': tiktok_link(next(self.numbers))}, self.config.security), now)
         self.store.claim(id, now)
         self.store.finish(id, v.Outcome('done', title='a', files=media), self.output, now)
         return id
@@ -7296,7 +7295,7 @@ class TestNotify(DaemonTest):
         self.addCleanup(store.close)
         outcome = v.Outcome('done', title='a', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),))
         for number, end in enumerate(('finish', 'give_up', 'import')):
-            id, _ = store.add(v.parse_submission({'url': tiktok_link(number)}, v.load_config(None, {}).security), 1)
+            id, *_ = store.add(v.parse_submission({'url': tiktok_link(number)}, v.load_config(None, {}).security), 1)
             store.claim(id, 1)
             if end == 'import':
                 store.write(lambda db, id=id: db.execute("UPDATE downloads SET import_id = 'i' WHERE id = ?", (id,)))
@@ -8706,6 +8705,32 @@ class TestConfigFile(unittest.TestCase):
             body = text.partition(f'\n[{section}]\n')[2].partition('\n[')[0] + '\n'
             for key, row in keys.items():
                 self.assertIn(f'# {row.help}\n{key} = {row.default}'.rstrip() + '\n', body)
+
+    def test_what_is_accepted(self):
+        """Each kind of value, as the environment gives it, and texts that are refused."""
+        for name, fine, values, bad in (
+                ('SERVER_HOST', ['::', '127.0.0.1'], ['::', '127.0.0.1'], ['224.0.0.1', 'pi.local', '']),
+                ('SERVER_ACCEL_REDIRECT', ['', '/a/b-c/'], ['', '/a/b-c/'], ['/a', 'a/', '/ /']),
+                ('SERVER_PUBLIC_BASE_URL', ['', 'https://pi.local:8443/'], [None, 'https://pi.local:8443'],
+                 ['pi.local', 'ftp://a', 'https://a:99999', 'https://u@a', 'https://a?b', 'https://a/#b']),
+                ('SERVER_KEY_FILE', ['"/a b"', '/c'], [Path('/a b'), Path('/c')], ['a\0b']),
+                ('DOWNLOADS_RETRY_DELAYS', ['1, 2'], [(1, 2)], ['', '-1', '1.5']),
+                ('DOWNLOADS_FILENAME', ['%(uploader)s/%(date)s_%(title)s'], None,
+                 ['', 'a', '../%(id)s', '/%(id)s', '%(id)s/a', '%(foo)s%(id)s', '.%(id)s', '%(id)s\ta', 'a/-%(id)s']),
+                ('DOWNLOADER_PROXY', ['', 'socks5h://127.0.0.1:1'], [None, 'socks5h://127.0.0.1:1'], ['127.0.0.1:1']),
+                ('SECURITY_ALLOWED_DOMAINS', ['TikTok.com., a.b', 'a.b,*'], [('tiktok.com', 'a.b'), ('*',)],
+                 ['', 'tiktok', 'https://a.b', 'a b.c']),
+                ('SECURITY_ALLOWED_CLIENTS', ['ANY'], [v.networks('0.0.0.0/0,::/0')], ['', 'me', '192.168.1.1/8']),
+                ('NOTIFY_URL', ['ntfy+http://1.2.3.4/t?auth=x'], None, ['ntfy.sh/t', 'https://u:p@a/', 'https:///a']),
+                ('NOTIFY_EVENTS', ['failed, attention'], [('failed', 'attention')], ['', 'all']),
+                ('S3_REGION', ['eu'], ['eu'], ['']), ('LOGGING_LEVEL', ['info'], ['INFO'], ['loud'])):
+            section, _, key = name.lower().partition('_')
+            for text, value in zip(fine, values or fine):
+                config = v.load_config(None, {f'VIDEOSERVER_{name}': text})
+                self.assertEqual(getattr(getattr(config, section), key), value)
+            for text in bad:
+                with self.assertRaisesRegex(v.ConfigError, fr'{name}: \[{section}\] {key} = .* not accepted: '):
+                    v.load_config(None, {f'VIDEOSERVER_{name}': text})
 
     def test_means_the_same_as_no_file(self):
         self.assertEqual(values_of(v.load_config(HERE / 'config.ini', {})), values_of(v.load_config(None, {})))

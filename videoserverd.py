@@ -132,7 +132,7 @@ def format_size(size: float) -> str:
 
 
 def sync_handle(fd: int) -> None:
-    """What was written to an open file, on stable storage. Raises OSError."""
+    """An open file's bytes on stable storage. Raises OSError."""
     if hasattr(fcntl, 'F_FULLFSYNC'):  # macOS leaves the drive's own cache out of fsync
         with suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
@@ -212,11 +212,11 @@ class TimedReader(io.RawIOBase):
         self.connected, self.until = connected, until
 
     def readable(self) -> bool:
-        """It is there to be read."""
+        """It can be read."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """As RawIOBase has it. Raises OSError."""
+        """See RawIOBase. Raises OSError."""
         left = self.until - time.monotonic()
         if left <= 0:
             raise socket.timeout('timed out')
@@ -249,12 +249,12 @@ class HttpClient:
              context: ssl.SSLContext | None = None) -> tuple[int, Any, bytes]:
         """(status, headers, body) of the answer, of at most `limit` bytes, within
         `answer_seconds` in all. `body` is bytes or an iterator of blocks. Raises OSError."""
-        parts, more = urlsplit(url), {}
-        kind = http.client.HTTPConnection
-        if parts.scheme == 'https':
-            kind, more = http.client.HTTPSConnection, {'context': context}
+        parts = urlsplit(url)
+        kind = functools.partial(http.client.HTTPSConnection, context=context)
+        if parts.scheme == 'http':
+            kind = http.client.HTTPConnection
         try:
-            with closing(kind(parts.hostname, parts.port, timeout=CONNECT_SECONDS, **more)) as line:
+            with closing(kind(parts.hostname, parts.port, timeout=CONNECT_SECONDS)) as line:
                 line.connect()
                 self._socket = line.sock
                 line.sock.settimeout(BLOCK_SECONDS)
@@ -315,10 +315,6 @@ def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
     return parse
 
 
-on_off = one_of({'on': True, 'off': False})
-log_level = one_of({name.lower(): name for name in ('DEBUG', 'INFO', 'WARNING', 'ERROR')})
-
-
 def whole(low: int, high: int) -> Callable[[str], int]:
     """A parser of whole numbers from low to high."""
     def parse(text):
@@ -328,16 +324,13 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def words(text: str) -> tuple[str, ...]:
-    """The comma-separated words of `text`."""
-    return tuple(word.strip() for word in text.split(',') if word.strip())
-
-
-def needed(text: str) -> str:
-    """The text itself, which must not be empty."""
-    if not text:
-        raise ValueError('a value that is not empty')
-    return text
+def matching(pattern: str, accepted: str) -> Callable[[str], str]:
+    """A parser that gives back texts of that form."""
+    def parse(text):
+        if not re.fullmatch(pattern, text, re.A):
+            raise ValueError(accepted)
+        return text
+    return parse
 
 
 def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -345,17 +338,24 @@ def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: parse(text) if text else None
 
 
+def words(text: str) -> tuple[str, ...]:
+    """The comma-separated words of `text`."""
+    return tuple(word.strip() for word in text.split(',') if word.strip())
+
+
+def listing(pattern: str, accepted: str, convert: Any = str) -> Callable[[str], Any]:
+    """A parser of words of that form, 1 to 30."""
+    def parse(text):
+        found = words(text)
+        if not 0 < len(found) <= 30 or not all(re.fullmatch(pattern, word, re.A) for word in found):
+            raise ValueError(accepted)
+        return tuple(map(convert, found))
+    return parse
+
+
 def file_setting(text: str) -> Path:
     """A file or folder, with quotes around it or without."""
     return Path(re.sub(r'^(["\'])(.*)\1$', r'\2', text))
-
-
-def delays(text: str) -> tuple[int, ...]:
-    """Seconds to wait before each retry."""
-    found = words(text)
-    if not found or not all(re.fullmatch(r'\d{1,7}', word, re.A) for word in found):
-        raise ValueError('seconds, separated by commas, such as 60,300,900')
-    return tuple(int(word) for word in found)
 
 
 def retention(text: str) -> tuple[str, int] | None:
@@ -372,9 +372,12 @@ def retention(text: str) -> tuple[str, int] | None:
 def listen_host(text: str) -> str:
     """The address to listen on."""
     try:
-        return str(ipaddress.ip_address(text))
+        address = ipaddress.ip_address(text)
     except ValueError:
-        raise ValueError('an IP address such as 0.0.0.0, 127.0.0.1 or ::') from None
+        address = None
+    if not address or address.is_multicast:
+        raise ValueError('an IP address of this machine, such as 127.0.0.1, or 0.0.0.0 or ::')
+    return str(address)
 
 
 def networks(text: str) -> tuple[Any, ...]:
@@ -399,16 +402,6 @@ def clients(text: str) -> tuple[Any, ...]:
     return networks('0.0.0.0/0,::/0' if text.lower() == 'any' else text)
 
 
-def domains(text: str) -> tuple[str, ...]:
-    """Domain names in lower case, or only '*'."""
-    found = tuple(word.lower().rstrip('.') for word in words(text))
-    if '*' in found:
-        return ('*',)
-    if not found or not all(re.fullmatch(r'[a-z0-9-]+(\.[a-z0-9-]+)+', word) for word in found):
-        raise ValueError('domain names such as tiktok.com, separated by commas, or *')
-    return found
-
-
 def http_url(text: str) -> str:
     """An http or https address without query, fragment or final slash."""
     try:
@@ -421,37 +414,11 @@ def http_url(text: str) -> str:
     return text.rstrip('/')
 
 
-def icloud_url(text: str) -> str:
-    """A Shortcut that was shared by iCloud link."""
-    if not re.fullmatch(r'https://www\.icloud\.com/shortcuts/\w{1,100}/?', text, re.A):
-        raise ValueError('an address such as https://www.icloud.com/shortcuts/0123abcd')
-    return text
-
-
-EVENTS = ('completed', 'failed', 'attention')
-
-
-def event_names(text: str) -> tuple[str, ...]:
-    """Some of EVENTS."""
-    if not set(words(text)) <= set(EVENTS):
-        raise ValueError(f'some of {", ".join(EVENTS)}')
-    return words(text)
-
-
-def notify_url(text: str) -> str:
-    """Who is to be notified: an address that may have a query."""
-    try:
-        http_url(re.sub(r'^ntfy\+|\?[^#]*$', '', text))
-    except ValueError:
-        raise ValueError('an address such as https://ntfy.sh/my-topic') from None
-    return text
-
-
-def proxy_url(text: str) -> str:
-    """A proxy that yt-dlp understands."""
-    if not re.fullmatch(r'(http|socks4a?|socks5h?)://[^\s/]+/?', text):
-        raise ValueError('an address such as http://192.168.1.2:3128 or socks5h://127.0.0.1:1080')
-    return text
+def domains(text: str) -> tuple[str, ...]:
+    """Domain names in lower case, or only '*'."""
+    found = listing(r'\*|[a-z0-9-]+(?:\.[a-z0-9-]+)+\.?', 'domain names such as tiktok.com, '
+                          'separated by commas, or *', lambda word: word.rstrip('.'))(text.lower())
+    return ('*',) if '*' in found else found
 
 
 def site_gaps(text: str) -> dict[str, float]:
@@ -462,112 +429,101 @@ def site_gaps(text: str) -> dict[str, float]:
     return {match[1]: float(match[2]) for match in found}
 
 
-def name_pattern(text: str) -> str:
-    """How files are named: the fields title, id, uploader, site and date; / makes folders."""
-    plain_text = re.sub(r'%\((title|id|uploader|site|date)\)s', 'x', text)
-    fine = all(part and part[0] not in ' .~-' for part in plain_text.split('/'))
-    if not fine or len(text) > 200 or not plain_text.isprintable() \
-            or re.search(r'[%\\:*?"<>|]', plain_text) or not re.search(r'%\((title|id)\)s[^/]*$', text):
-        raise ValueError('a pattern such as %(title)s_%(id)s or %(uploader)s/%(date)s_%(title)s '
-                         'of title, id, uploader, site and date, with title or id in the name')
-    return text
-
-
-def url_prefix(text: str) -> str:
-    """An internal nginx location: starts and ends with a slash."""
-    if text and not re.fullmatch(r'/[\w./-]*', text, re.A):
-        raise ValueError('a path such as /protected/')
-    return text and text.rstrip('/') + '/'
-
-
-SETTINGS: dict[str, dict[str, Setting]] = {
+on_off = one_of({'on': True, 'off': False})
+log_level = one_of({name.lower(): name for name in ('DEBUG', 'INFO', 'WARNING', 'ERROR')})
+delays = listing(r'\d{1,7}', 'seconds, separated by commas, such as 60,300,900', int)
+icloud_url = matching(r'https://www\.icloud\.com/shortcuts/\w{1,100}/?',
+                      'an address such as https://www.icloud.com/shortcuts/0123abcd')
+notify_url = matching(r'(?:ntfy\+)?https?://[^\s"<>\\#@/]+(?:/[^\s"<>\\#]*)?',
+                      'an address such as https://ntfy.sh/my-topic')
+FIELD = r'%\((?:title|id|uploader|site|date)\)s'
+NAME_PART = rf'(?:{FIELD}|[^\s\0-\x1f/.%\\:*?"<>|~-])(?:{FIELD}|[^\0-\x1f/%\\:*?"<>|]){{0,100}}'
+name_pattern = matching(
+    rf'(?=.*%\((?:title|id)\)s[^/]*$){NAME_PART}(?:/{NAME_PART}){{0,5}}',
+    'a pattern such as %(title)s_%(id)s or %(uploader)s/%(date)s_%(title)s of title, id, uploader, '
+    'site and date, with title or id in the name')
+proxy_url = matching(
+    r'(http|socks4a?|socks5h?)://[^\s/]+/?',
+    'an address such as http://192.168.1.2:3128 or socks5h://127.0.0.1:1080')
+location = matching(r'|/(?:[\w.-]+/)*', 'a path such as /protected/')
+EVENTS = 'completed,failed,attention'
+ROWS = {  # section: {key: (default, parser, help)}
     'server': {
-        'host': Setting('0.0.0.0', listen_host, 'address to listen on; :: is IPv6 and IPv4'),
-        'port': Setting('8443', whole(0, 65535), 'TCP port to listen on; 0 takes a free one'),
-        'tls': Setting('on', on_off,
-                       'off only behind a proxy that speaks TLS; answers private networks then'),
-        'cert_file': Setting('certs/server.crt', file_setting,
-                             'certificate of the server; made when missing'),
-        'key_file': Setting('certs/server.key', file_setting, 'its private key'),
-        'ca_file': Setting('certs/ca.crt', file_setting,
-                           'the CA that the phones trust; its key is ca.key beside it'),
-        'names': Setting('', words, 'further names and addresses to be reached by'),
-        'public_base_url': Setting('', optional(http_url),
-                                   'how others reach it; empty: https://<host>.local:<port>'),
-        'trusted_proxies': Setting('', networks, 'proxies whose X-Forwarded-For is believed'),
-        'accel_redirect': Setting('', url_prefix, 'internal nginx location of the videos'),
+        'host': ('0.0.0.0', listen_host, 'address to listen on; :: is IPv6 and IPv4'),
+        'port': ('8443', whole(0, 65535), 'TCP port to listen on; 0 takes a free one'),
+        'tls': ('on', on_off, 'off: plain HTTP, behind a proxy that speaks TLS'),
+        'cert_file': ('certs/server.crt', file_setting, 'certificate; made when missing'),
+        'key_file': ('certs/server.key', file_setting, 'its private key'),
+        'ca_file': ('certs/ca.crt', file_setting, 'the CA; its key is ca.key beside it'),
+        'names': ('', words, 'further names and addresses to be reached by'),
+        'public_base_url': ('', optional(http_url),
+                            'how others reach it; empty: https://<host>.local:<port>'),
+        'trusted_proxies': ('', networks, 'proxies whose X-Forwarded-For is believed'),
+        'accel_redirect': ('', location, 'internal nginx location of the videos'),
     },
     'database': {
-        'path': Setting('data/downloads.db', file_setting, 'the SQLite file, on a local disk'),
-        'backups': Setting('7', whole(0, 365), 'daily copies kept beside it; 0 = none'),
+        'path': ('data/downloads.db', file_setting, 'the SQLite file, on a local disk'),
+        'backups': ('7', whole(0, 365), 'daily copies kept beside it; 0 = none'),
     },
     'downloads': {
-        'output_directory': Setting('~/Downloads/VideoServer', file_setting,
-                                    'where finished files appear'),
-        'max_concurrent': Setting('1', whole(1, 16), 'downloads at the same time'),
-        'max_retries': Setting('3', whole(0, 100), 'retries after a failure that may pass'),
-        'retry_delays': Setting('60,300,900', delays,
-                                'seconds to wait before each retry; the last repeats'),
-        'min_free_space': Setting('500MB', parse_size, 'with less on the disk the queue pauses'),
-        'keep': Setting('forever', retention,
-                        'or 90d, or 200GB: then the oldest videos go, never those with a star'),
-        'filename': Setting('%(title)s_%(id)s', name_pattern,
-                            'names of files: title, id, uploader, site, date; / makes folders'),
-        'slideshow': Setting('on', on_off, 'make a video of a photo post with sound, by ffmpeg'),
-        'metadata': Setting('off', on_off, 'title, author, caption and link inside the videos'),
-        'mtime': Setting('on', on_off, "the time of a file is that of the post"),
+        'output_directory': ('~/Downloads/VideoServer', file_setting, 'where videos go'),
+        'max_concurrent': ('1', whole(1, 16), 'downloads at the same time'),
+        'max_retries': ('3', whole(0, 100), 'retries after a failure that may pass'),
+        'retry_delays': ('60,300,900', delays, 'seconds before each; the last repeats'),
+        'min_free_space': ('500MB', parse_size, 'with less on the disk the queue pauses'),
+        'keep': ('forever', retention,
+                 'or 90d, or 200GB: then the oldest videos go, never those with a star'),
+        'filename': ('%(title)s_%(id)s', name_pattern,
+                     'names of files: title, id, uploader, site, date; / makes folders'),
+        'slideshow': ('on', on_off, 'make a video of a photo post with sound, by ffmpeg'),
+        'metadata': ('off', on_off, 'title, author, caption and link inside the videos'),
+        'mtime': ('on', on_off, 'the time of a file is that of the post'),
     },
     'downloader': {
-        'ytdlp_directory': Setting('vendor', file_setting, 'where the vendored yt-dlp lives'),
-        'auto_update': Setting('on', on_off,
-                               'fetch a newer yt-dlp weekly, and when a site has changed'),
-        'format': Setting('', str, 'yt-dlp format; empty: the best that an iPhone plays, as mp4'),
-        'rate_limit': Setting('', optional(parse_size),
-                              'bytes per second, such as 1M; empty: no limit'),
-        'user_agent_rotation': Setting('on', on_off, 'another browser name for each download'),
-        'page_pace': Setting('tiktok.com 2, instagram.com 6', site_gaps,
-                             'seconds between two requests for pages of a site; empty: none'),
-        'timeout': Setting('300', whole(5, 86400),
-                           'seconds in which an attempt must gain at least 64 KB'),
-        'cookies_file': Setting('', optional(file_setting),
-                                'cookies.txt, for posts that need a login; never written'),
-        'proxy': Setting('', optional(proxy_url), 'proxy for all downloads'),
+        'ytdlp_directory': ('vendor', file_setting, 'where the vendored yt-dlp lives'),
+        'auto_update': ('on', on_off, 'new yt-dlp weekly, and when a site has changed'),
+        'format': ('', str, 'yt-dlp format; empty: the best that an iPhone plays, as mp4'),
+        'rate_limit': ('', optional(parse_size), 'bytes per second; empty: no limit'),
+        'user_agent_rotation': ('on', on_off, 'another browser name for each download'),
+        'page_pace': ('tiktok.com 2, instagram.com 6', site_gaps,
+                      'seconds between requests for pages of a site'),
+        'timeout': ('300', whole(5, 86400), 'seconds in which 64 KB must have come'),
+        'cookies_file': ('', optional(file_setting), 'cookies for what needs a login'),
+        'proxy': ('', optional(proxy_url), 'proxy for all downloads'),
     },
     'security': {
-        'allowed_domains': Setting('tiktok.com,instagram.com', domains,
-                                   'sites to take links of; * = any public site'),
-        'allowed_clients': Setting('private', clients,
-                                   'who is answered: private, any, or networks'),
-        'requests_per_hour': Setting('100', whole(0, 1000000),
-                                     'links per hour and client_id; 0 = no limit'),
-        'max_url_length': Setting('2048', whole(64, 8192), 'longest link taken, in characters'),
-        'max_request_size': Setting('16KB', parse_size, 'longest request body'),
-        'allow_private_targets': Setting('off', on_off, 'may videos come from private addresses?'),
+        'allowed_domains': ('tiktok.com,instagram.com', domains, '* = any public site'),
+        'allowed_clients': ('private', clients, 'who is answered, or any, or networks'),
+        'requests_per_hour': ('100', whole(0, 1000000), 'links of a client; 0 = no limit'),
+        'max_url_length': ('2048', whole(64, 8192), 'longest link taken, in characters'),
+        'max_request_size': ('16KB', parse_size, 'longest request body'),
+        'allow_private_targets': ('off', on_off, 'may videos come from private addresses?'),
     },
     'phone': {
-        'shortcut_url': Setting('', optional(icloud_url), 'iCloud link of your Shortcut, offered on /setup'),
+        'shortcut_url': ('', optional(icloud_url), 'your Shortcut, offered on /setup'),
     },
     'notify': {
-        'url': Setting('', optional(notify_url),
-                       'an ntfy topic or a webhook that is told how downloads end'),
-        'events': Setting(','.join(EVENTS), event_names, 'what it is told'),
+        'url': ('', optional(notify_url), 'an ntfy topic or a webhook to be told'),
+        'events': (EVENTS, listing(EVENTS.replace(',', '|'), f'some of {EVENTS}'),
+                   'what it is told'),
     },
     's3': {
-        'endpoint': Setting('', optional(http_url),
-                            'object storage for a copy of each file; empty: none'),
-        'public_endpoint': Setting('', optional(http_url), 'its address as a phone reaches it'),
-        'bucket': Setting('', str, 'bucket; {bucket} in the endpoint: virtual-host addresses'),
-        'region': Setting('us-east-1', needed, 'region to sign for'),
-        'prefix': Setting('', str, 'put before each object name'),
-        'url_expiry': Setting('86400', whole(60, 604800), 'seconds that a signed link lives'),
+        'endpoint': ('', optional(http_url), 'object storage for a copy of each file'),
+        'public_endpoint': ('', optional(http_url), 'its address as a phone reaches it'),
+        'bucket': ('', str, 'its name; {bucket} in the endpoint: virtual-host addresses'),
+        'region': ('us-east-1', matching('.+', 'not empty'), 'region to sign for'),
+        'prefix': ('', str, 'put before each object name'),
+        'url_expiry': ('86400', whole(60, 604800), 'seconds that a signed link lives'),
     },
     'logging': {
-        'level': Setting('INFO', log_level, 'DEBUG, INFO, WARNING or ERROR'),
-        'file': Setting('logs/server.log', optional(file_setting), 'log file; empty: none'),
-        'max_size': Setting('10MB', parse_size, 'size at which it rotates'),
-        'backup_count': Setting('5', whole(0, 1000), 'rotated files kept'),
+        'level': ('INFO', log_level, 'DEBUG, INFO, WARNING or ERROR'),
+        'file': ('logs/server.log', optional(file_setting), 'log file; empty: none'),
+        'max_size': ('10MB', parse_size, 'size at which it rotates'),
+        'backup_count': ('5', whole(0, 1000), 'rotated files kept'),
     },
 }
+SETTINGS: dict[str, dict[str, Setting]] = {
+    section: {key: Setting(*row) for key, row in rows.items()} for section, rows in ROWS.items()}
 
 # Document B's names for three of them.
 OTHER_NAMES = {
@@ -593,14 +549,11 @@ def file_settings(file: Path) -> Found:
                                        inline_comment_prefixes=('#', ';'))
     try:
         parser.read_string(file.read_text(encoding='utf-8'), str(file))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f'{file}: cannot be read ({error})') from None
-    except configparser.Error as error:
-        raise ConfigError(f'{file}: ' + ' '.join(str(error).split())) from None
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise ConfigError(f'{file}: {" ".join(str(error).split())}') from None
     for section in parser.sections():
         if section not in SETTINGS:
-            accepted = ', '.join(SETTINGS)
-            raise ConfigError(f'{file}: [{section}] is no section; accepted: {accepted}')
+            raise ConfigError(f'{file}: [{section}] is no section; accepted: {", ".join(SETTINGS)}')
         yield from ((str(file), section, key, text) for key, text in parser[section].items())
 
 
@@ -617,40 +570,32 @@ def environment_settings(env: dict[str, str]) -> Found:
             yield f'environment {name}', section, key, text
 
 
-def expand_home(path: Path) -> Path:
-    """`~` as the home folder; a service user without one gets the path as it is."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        return path
-
-
 def parse_setting(where: str, section: str, key: str, text: str, folder: Path) -> Any:
     """The value of one key; relative paths are taken from `folder`. Raises ConfigError."""
-    if key not in SETTINGS[section]:
-        accepted = ', '.join(SETTINGS[section])
-        raise ConfigError(f'{where}: [{section}] {key} is no key; accepted: {accepted}')
+    rows = SETTINGS[section]
+    if key not in rows:
+        raise ConfigError(f'{where}: [{section}] {key} is no key; accepted: {", ".join(rows)}')
     try:
         if '\0' in text or '\n' in text:
             raise ValueError('one line')
-        value = SETTINGS[section][key].parse(text.strip())
+        value = rows[key].parse(text.strip())
     except ValueError as error:
         raise ConfigError(f'{where}: [{section}] {key} = {text!r} is not accepted: '
                           f'{error}') from None
-    return folder / expand_home(value) if isinstance(value, Path) else value
+    if isinstance(value, Path):
+        with suppress(RuntimeError):  # a service user may have no home
+            value = value.expanduser()
+        value = folder / value
+    return value
 
 
 def check_together(config: Config, where: str) -> None:
     """What no single key can tell. Raises ConfigError."""
     if config.s3.endpoint and not config.s3.bucket:
-        raise ConfigError(f'{where}: [s3] bucket is empty; accepted: the name of a bucket, as '
-                          'endpoint is set')
+        raise ConfigError(f'{where}: [s3] bucket is empty, but endpoint is set')
     if config.s3.endpoint and not (config.aws_access_key_id and config.aws_secret_access_key):
         raise ConfigError(f'{where}: [s3] endpoint needs {" and ".join(SECRET_NAMES[2:])} in the '
                           'environment')
-    if config.server.host != '::' and ipaddress.ip_address(config.server.host).is_multicast:
-        raise ConfigError(f'{where}: [server] host is a multicast address; accepted: an address of '
-                          'this machine')
 
 
 def load_config(file: Path | None, env: dict[str, str]) -> Config:
@@ -1043,25 +988,6 @@ def upto(high: int, low: int = 0) -> Callable[[str], int]:
         if not re.fullmatch(r'[0-9]{1,9}', text) or int(text) < low:
             raise ValueError(f'a whole number from {low} to {high}')
         return min(int(text), high)
-    return parse
-
-
-def matching(pattern: str, accepted: str) -> Callable[[str], str]:
-    """A parser of texts that match `pattern`; `accepted` says what that is."""
-    def parse(text):
-        if not re.fullmatch(pattern, text):
-            raise ValueError(accepted)
-        return text
-    return parse
-
-
-def listing(pattern: str, accepted: str) -> Callable[[str], tuple[str, ...]]:
-    """A parser of up to 30 words that match `pattern`, separated by commas."""
-    def parse(text):
-        found = tuple(word.strip() for word in text.split(','))
-        if len(found) > 30 or not all(re.fullmatch(pattern, word) for word in found):
-            raise ValueError(accepted)
-        return found
     return parse
 
 
@@ -5046,9 +4972,6 @@ REFUSALS = {  # S3's words that somebody can do something about
     'SignatureDoesNotMatch': 'refuses the secret key: check AWS_SECRET_ACCESS_KEY',
     'AccessDenied': 'does not let this key in: allow it to get, put and delete objects',
     'NoSuchBucket': 'has no such bucket: create it, or check [s3] bucket',
-    'RequestTimeTooSkewed': 'finds the clock of this machine wrong: set it',
-    'AuthorizationHeaderMalformed': 'keeps this bucket in another region: check [s3] region',
-    'PermanentRedirect': 'keeps this bucket elsewhere: check [s3] endpoint and region',
 }
 NOT_THERE = ('NoSuchKey', 'AccessDenied', 'InvalidRange')  # GET of no object, or an empty one
 NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may put, but not list
@@ -5071,23 +4994,18 @@ class Body:
     halted: threading.Event
 
     def blocks(self) -> Iterator[bytes]:
-        """Its bytes. Raises BucketError."""
+        """Its bytes. Raises OSError."""
+        self.file.seek(self.start)
         left = self.size
-        try:
-            self.file.seek(self.start)
-            while left:
-                block = self.file.read(min(left, UPLOAD_BLOCK))
-                if self.halted.is_set():
-                    raise BucketError('The upload was stopped')
-                if not block:
-                    raise BucketError('The file became shorter during its upload')
-                left -= len(block)
-                yield block
-        except OSError as error:
-            raise BucketError(f'{self.file.name}: {error.strerror}') from None
+        while left:
+            block = self.file.read(min(left, UPLOAD_BLOCK))
+            if self.halted.is_set() or not block:
+                raise OSError('the upload was stopped' if block else 'the file became shorter')
+            left -= len(block)
+            yield block
 
     def digest(self, kind: str) -> str:
-        """Of its bytes, in hex. Raises BucketError."""
+        """Of its bytes, in hex. Raises OSError."""
         import hashlib
         digest = hashlib.new(kind, usedforsecurity=False)
         for block in self.blocks():
@@ -5127,23 +5045,20 @@ class Bucket:
         """Store the file as `key`, unless it is there already. A large one goes in parts; those
         that an earlier try has left in the bucket are not sent again. Raises BucketError."""
         try:
-            file = open(path, 'rb')
+            with open(path, 'rb') as file:
+                info = os.fstat(file.fileno())
+                mtime = '%d.%09d' % divmod(info.st_mtime_ns, 10 ** 9)  # as rclone writes it
+                headers = (('Content-Type', media_type), ('X-Amz-Meta-Mtime', mtime))
+                body = self._body(file, 0, info.st_size)
+                # This also tells a wrong key or bucket before an upload is spent on it.
+                found, _ = self._call('GET', key, (), [('Range', 'bytes=0-0')], fine=NOT_THERE)
+                there = found.get('Content-Range'), found.get('X-Amz-Meta-Mtime')
+                if there == (f'bytes 0-0/{body.size}', mtime):
+                    return
+                send = self._put_parts if body.size > self.multipart_above else self._put_whole
+                send(body, key, headers)
         except OSError as error:
-            raise BucketError(f'{path}: {error.strerror}') from None
-        with file:
-            info = os.fstat(file.fileno())
-            mtime = '%d.%09d' % divmod(info.st_mtime_ns, 10 ** 9)  # as rclone writes it
-            headers = (('Content-Type', media_type), ('X-Amz-Meta-Mtime', mtime))
-            body = self._body(file, 0, info.st_size)
-            # This also tells a wrong key or bucket before an upload is spent on it.
-            found, _ = self._call('GET', key, (), [('Range', 'bytes=0-0')], fine=NOT_THERE)
-            there = found.get('Content-Range'), found.get('X-Amz-Meta-Mtime')
-            if there == (f'bytes 0-0/{body.size}', mtime):
-                return
-            if body.size > self.multipart_above:
-                self._put_parts(body, key, headers)
-            else:
-                self._call('PUT', key, (), headers, body)
+            raise BucketError(f'{path}: {error.strerror or error}') from None
 
     def delete(self, key: str) -> None:
         """Remove an object and its unfinished uploads. Raises BucketError."""
@@ -5163,6 +5078,9 @@ class Bucket:
         _, answer = self._call('GET', '', query, fine=NOT_LISTED)
         pairs = zip(xml_texts(answer, 'Key'), xml_texts(answer, 'UploadId'))
         return [upload for found, upload in pairs if found == key]
+
+    def _put_whole(self, whole: Body, key: str, headers: Pairs) -> None:
+        self._call('PUT', key, (), headers, whole)
 
     def _put_parts(self, whole: Body, key: str, headers: Pairs) -> None:
         """What is there already is trusted by its MD5 only: it may be of an older file."""
@@ -5202,14 +5120,12 @@ class Bucket:
             status, found, answer = self.client.call(method, url, signed, body.blocks(),
                                                      answer_seconds=JOIN_SECONDS)
         except OSError as error:
-            untrusted = isinstance(error, ssl.SSLCertVerificationError)
-            hint = ': name its CA in SSL_CERT_FILE' * untrusted
+            hint = ': name its CA in SSL_CERT_FILE' * isinstance(error, ssl.SSLCertVerificationError)
             raise BucketError(f'The S3 server {host} cannot be reached or was lost: '
                               f'{excerpt(" ".join(str(error).split()), 200)}{hint}') from None
         if status < 300 and b'<Error' not in answer:  # joining parts may fail after its 200
             return found, answer
-        code, text = (excerpt(''.join(xml_texts(answer, tag)[:1]), 200)
-                      for tag in ('Code', 'Message'))
+        code, text = (excerpt(''.join(xml_texts(answer, tag)), 200) for tag in ('Code', 'Message'))
         if code in fine:
             return {}, b''
         meaning = REFUSALS.get(code) or f'answers: {text or http.client.responses.get(status)}'
@@ -5220,12 +5136,11 @@ class Bucket:
 # -- the outbox
 
 class Courier:
-    """A thread that sends what the store's outbox has for another server, one thing at a time.
+    """A thread that sends what the store's outbox has of some `kinds`, one thing at a time.
 
-    `kinds` are those it takes; `send(item, now)` does it and gives what Store.settle is to note,
-    or raises Trouble. `fails` begins the sentence about an error in health."""
+    `send(item, now)` does it and returns what Store.settle is to note, or raises Trouble."""
     kinds: tuple[str, ...] = ()
-    fails = ''
+    fails = ''  # begins the sentence about its error in health
 
     def __init__(self, name: str, client: HttpClient, store: Any, delays: Sequence[int]):
         self.error: str | None = None  # why it fails at present, a sentence; for health
@@ -5297,13 +5212,9 @@ class Courier:
         self.error = None
         return 0
 
-    def send(self, item: Any, now: int) -> tuple[Any, ...]:
-        """What a kind of courier is for."""
-        raise NotImplementedError
-
     def _postpone(self, item: Any, error: str, now: int) -> float:
-        """Seconds of pause; none if nobody wants it any more. The next try comes after the
-        scheduler's delays, then after twice as long each time, up to six hours."""
+        """Seconds of pause; none if nobody wants it any more. The next try comes after `delays`,
+        then after twice as long each time."""
         beyond = item['attempts'] + 1 - len(self.delays)
         delay = max(1, self.delays[min(beyond, 0) - 1]) << min(max(0, beyond), 20)
         delay = min(LONGEST_DELAY, delay)
@@ -5334,25 +5245,26 @@ class Uploader(Courier):
         lost = []
         for file in row['files']:
             path, key = self.output / file.name, self.bucket.key(row['id'], file.name)
-            if os.path.exists(self.output / MARKER) and not os.path.exists(path):
-                lost.append(file.name)  # removed by hand
-                if file.size > self.bucket.multipart_above:
-                    self.bucket.abort(key)
-            else:
+            if path.exists() or not (self.output / MARKER).exists():  # an unplugged disk: put says so
                 self.bucket.put(path, key, file.type)
-        if lost:
-            names = ', '.join(lost)
-            error = f'No longer in the output folder, so not in the bucket either: {names}'
-            log.warning('download %s: %s', row['id'], error)
-            return 'gone', error
-        log.info('download %s: stored in bucket %s', row['id'], self.bucket.s3.bucket)
-        return 'stored', None
+                continue
+            lost.append(file.name)  # removed by hand
+            if file.size > self.bucket.multipart_above:
+                self.bucket.abort(key)
+        if not lost:
+            log.info('download %s: stored in bucket %s', row['id'], self.bucket.s3.bucket)
+            return 'stored', None
+        error = 'No longer in the output folder, so not in the bucket either: ' + ', '.join(lost)
+        log.warning('download %s: %s', row['id'], error)
+        return 'gone', error
 
 
 MOST_NOTICES = 10  # tries of a notification: the last one comes after more than a day
-NTFY_PRIORITY = {'completed': 'default', 'failed': 'high', 'attention': 'high'}
-NTFY_TAGS = {'completed': 'white_check_mark', 'failed': 'x', 'attention': 'warning'}
-NTFY_TITLE = {'completed': 'Video saved', 'failed': 'Not saved', 'attention': 'Please look'}
+NTFY = {  # what an event's title begins with, its priority and its tag
+    'completed': ('Video saved', 'default', 'white_check_mark'),
+    'failed': ('Not saved', 'high', 'x'),
+    'attention': ('Please look', 'high', 'warning'),
+}
 
 
 def header_text(text: str) -> str:
@@ -5365,7 +5277,7 @@ def header_text(text: str) -> str:
 
 class Notifier(Courier):
     """Tells [notify] url what has happened: an ntfy topic in words (docs.ntfy.sh/publish), any
-    other address the download as JSON. Problems are looked at once a minute."""
+    other address the download as JSON."""
     kinds = ('notify',)
     fails = 'Notifications fail'
 
@@ -5380,7 +5292,7 @@ class Notifier(Courier):
         self._looked, self._seen = -math.inf, set()
 
     def step(self, now: float) -> float:
-        """As any courier, after a look at what is wrong."""
+        """As any courier; once a minute after a look at what is wrong."""
         if 'attention' in self.events and not 0 <= now - self._looked < COURIER_NAP:
             found = {re.match(r'\D*', text)[0]: text for text in self.problems()
                      if not text.startswith(self.fails)}
@@ -5413,11 +5325,11 @@ class Notifier(Courier):
     def _compose(self, event: str, told: dict[str, Any], now: int) -> tuple[dict[str, str], bytes]:
         """Headers and body."""
         if self.ntfy:
-            title = told.get('title') or told.get('url')
-            title = f'{NTFY_TITLE[event]}: {title}' if title else NTFY_TITLE[event]
-            click = told.get('public_url') or self.page
-            return {'Title': header_text(title), 'Priority': NTFY_PRIORITY[event],
-                    'Tags': NTFY_TAGS[event], 'Click': click}, told['message'].encode()
+            title, priority, tag = NTFY[event]
+            about = told.get('title') or told.get('url')
+            title = header_text(f'{title}: {about}' if about else title)
+            return {'Title': title, 'Priority': priority, 'Tags': tag,
+                    'Click': told.get('public_url') or self.page}, told['message'].encode()
         body = json.dumps({'event': event, 'sent_at': now, **told}).encode()
         headers = {'Content-Type': 'application/json'}
         if self.secret:
