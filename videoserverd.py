@@ -8061,7 +8061,7 @@ summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--
 @media (min-width: 50rem) {
   :root { --gap: 2rem; }
   .chunk { display: grid; gap: .75rem; margin-bottom: .75rem;
-    grid-template-columns: repeat(auto-fill, minmax(21rem, 1fr)); }
+    grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); }
   article { margin: 0; }
 }
 @keyframes arrive { from { visibility: hidden; } }
@@ -8297,8 +8297,11 @@ function refresh() {
   wake.abort();
 }
 const sight = new IntersectionObserver(entries => {
-  for (const {target, isIntersecting} of entries) near[isIntersecting ? 'add' : 'delete'](target);
-  if (entries.some(entry => entry.isIntersecting)) refresh();  // it may have missed news
+  for (const {target, isIntersecting} of entries) {
+    if (isIntersecting && (target.left || !target.firstChild)) refresh();  // it has missed news
+    near[isIntersecting ? 'add' : 'delete'](target);
+    target.left = !isIntersecting;
+  }
 }, {rootMargin: '600px'});
 
 function stretch(total) {
