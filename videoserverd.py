@@ -623,12 +623,7 @@ def load_config(file: Path | None, env: dict[str, str]) -> Config:
 # the allowlist of yt-dlp options, names of files, back-off, outcomes. No clock, no I/O, no
 # lock: pure functions of their arguments. Called by all sections below.
 
-STATES = {  # as stored and as document A shows them
-    'queued': 'waiting: for a worker, or for next_attempt_at',
-    'downloading': 'in the hands of a worker',
-    'completed': 'every file lies whole under its final name',
-    'failed': 'given up: the reason is permanent, the tries are used up, or somebody cancelled',
-}
+STATES = ('queued', 'downloading', 'completed', 'failed')
 TRANSITIONS = {  # verb of the store: (statuses before, status after); nothing else can happen
     'claim': (('queued',), 'downloading'),
     'finish': (('downloading',), 'completed'),
@@ -694,9 +689,8 @@ class Outcome:
 
 
 def backoff(attempt: int, delays: Sequence[int], jitter: float = 0) -> float:
-    """Seconds to wait after the failed attempt `attempt` (1 = first); the last delay repeats.
-
-    `jitter`, 0 to 1, adds up to a tenth; 0 keeps the promise of 1, 5 and 15 minutes exactly."""
+    """Seconds to wait after failed attempt `attempt` (1 = first); the last delay repeats.
+    `jitter`, 0 to 1, adds up to a tenth."""
     return delays[min(attempt, len(delays)) - 1] * (1 + jitter / 10)
 
 
@@ -706,9 +700,8 @@ STEPS = {'done': 'finish', 'give_up': 'give_up', 'cancelled': 'give_up',
 
 def next_step(outcome: Outcome, attempt: int, max_retries: int,
               delays: Sequence[int]) -> tuple[str, float]:
-    """The store's verb for how attempt `attempt` ended, and seconds to wait before the next.
-
-    Verbs: finish (also without what cannot be had of a post), retry_later, give_up, requeue."""
+    """The store's verb for how an attempt ended, and seconds to wait before the next. What came
+    of a post is finished when the rest cannot be had."""
     if outcome.kind != 'retry':
         return STEPS[outcome.kind], 0
     tries = max_retries + 1
@@ -729,11 +722,8 @@ def last_words(outcome: Outcome, attempt: int) -> str:
 # -- what a phone sends
 
 class Refused(Exception):
-    """A submission that is refused.
-
-    `code` is a stable word, `message` a sentence that a phone can show.
-    Codes: bad_field, no_url, bad_url, url_too_long, domain_not_allowed, private_address,
-    option_not_allowed, bad_option."""
+    """A submission that is refused. `code` is a stable word: bad_field, no_url, bad_url,
+    url_too_long, domain_not_allowed, private_address, option_not_allowed, bad_option."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -742,11 +732,8 @@ class Refused(Exception):
 
 @named_tuple
 class Submission:
-    """A link to be stored: canonical URL, who sent it, options as (name, value) pairs.
-
-    The option `again` asks for a post that is here already to be fetched anew.
-
-    `timestamp` is the sender's, of any size; it is only ever compared."""
+    """A link to be stored. `timestamp` is the sender's, of any size; it is only compared. The
+    option `again` asks for a post that is here already to be fetched anew."""
     url: str
     client_id: str
     timestamp: int | None
@@ -798,7 +785,7 @@ def trim_link(link: str) -> str:
 
 def find_urls(text: str, domains: Sequence[str] = SITES) -> list[str]:
     """The links in a text, in order, as written; without https:// only those to `domains`."""
-    return [('https://' if match[1] else '') + trim_link(match[0]) for match in LINK.finditer(text)
+    return ['https://' * bool(match[1]) + trim_link(match[0]) for match in LINK.finditer(text)
             if not match[1] or is_under(match[1].lower(), domains)]
 
 
@@ -824,8 +811,7 @@ def unwrap_address(address: str) -> Any:
 
 
 def is_public(address: str) -> bool:
-    """Is the address on the Internet: not private, loopback, link-local, multicast or reserved?
-    Raises ValueError."""
+    """Is the address on the Internet? Raises ValueError."""
     ip = unwrap_address(address)
     reserved = any(ip in network for network in NEVER_PUBLIC)
     return ip.is_global and not ip.is_multicast and not reserved
@@ -847,10 +833,8 @@ LABEL = re.compile(r'[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?')
 
 
 def ascii_label(label: str) -> str:
-    """A label of a host name in lower case and ASCII (RFC 3492). Raises ValueError.
-
-    Only what all of IDNA 2003, IDNA 2008 and UTS 46 read alike: letters, marks and digits that
-    no mapping but lower case changes. So no program can take the label for another one."""
+    """A label of a host name in lower case and ASCII (RFC 3492). Raises ValueError unless IDNA
+    2003, IDNA 2008 and UTS 46 all read it alike."""
     lower = label.lower()
     if len(lower) > 63:
         raise ValueError('too long')  # first: encoding thousands of characters takes seconds
@@ -870,9 +854,7 @@ def ascii_label(label: str) -> str:
 
 @functools.lru_cache(maxsize=32)
 def canonical_host(host: str) -> str:
-    """The one spelling of a host: ASCII lower case without final dot, or an address.
-
-    Raises ValueError."""
+    """The one spelling of a host, in ASCII, or an address. Raises ValueError."""
     if host.startswith('['):
         return f'[{ipaddress.IPv6Address(host[1:-1])}]'
     if host.endswith('.'):
@@ -923,8 +905,7 @@ def split_url(text: str) -> tuple[str, str, int, str]:
 def check_url(text: str, security: Any) -> str:
     """The canonical URL of a link: this very text is judged, stored and fetched. Raises Refused.
 
-    Built anew from its parts: no user, no fragment, host in ASCII. To a listed domain always
-    https on its own port; where any site is allowed, scheme and port stay as they are."""
+    Built anew from its parts; to a listed domain always https on its own port."""
     try:
         scheme, host, port, rest = split_url(text[:security.max_url_length + 1])
     except ValueError:
@@ -960,43 +941,44 @@ POST_PATHS = {  # where the path of a link names the post: by site
 
 
 def post_of(url: str) -> tuple[str | None, str | None]:
-    """Site and media id of the post that a canonical URL names, as yt-dlp calls them.
-
-    (None, None) if only the site can tell, as of a short link."""
+    """Site and media id of the post that a canonical URL names; of a short link (None, None)."""
     site = site_of(url)
     named = site in POST_PATHS and POST_PATHS[site].fullmatch(urlsplit(url).path)
-    if not named:
-        return None, None
-    return site, named[1]
+    return (site, named[1]) if named else (None, None)
 
 
-HOW = ('ratelimit', 'retries', 'fragment_retries', 'extractor_retries', 'socket_timeout',
-       'concurrent_fragment_downloads', 'User-Agent', 'Referer', 'again')
+HOW = ('--limit-rate', '--retries', '--fragment-retries', '--extractor-retries', '--socket-timeout',
+       '--concurrent-fragments', '--user-agent', '--referer', 'again')
 
 
 def asked_of(options: Sequence[tuple[str, Any]]) -> str | None:
     """What the options ask of a post, whatever they say of how it is fetched; None: the usual."""
-    wanted = sorted(pair for pair in options if pair[0] not in HOW and pair[1] is not False)
+    wanted = sorted((pair for pair in options if pair[0] not in HOW), key=lambda pair: pair[0])
     return json.dumps(wanted) if wanted else None
 
 
 # -- options of the caller
 
-def upto(high: int, low: int = 0) -> Callable[[str], int]:
+def upto(high: int, low: int = 0) -> Callable[[str], str]:
     """A parser of whole numbers from `low`; more than `high` is taken as `high`."""
     def parse(text):
         if not re.fullmatch(r'[0-9]{1,9}', text) or int(text) < low:
             raise ValueError(f'a whole number from {low} to {high}')
-        return min(int(text), high)
+        return str(min(int(text), high))
     return parse
 
 
-def rate(text: str) -> int:
+def up_to_30(item: str) -> str:
+    """The pattern of a list of items, separated by commas."""
+    return f'{item}(?:,{item}){{0,29}}'
+
+
+def rate(text: str) -> str:
     """Bytes per second, at least 10 KB: slower would hold up the queue for hours."""
     known = re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,3})?[KMG]?', text, re.I | re.A)
     if not known or parse_size(text) < 10 << 10:
         raise ValueError('bytes per second such as 500K or 4.2M, at least 10K')
-    return parse_size(text)
+    return text
 
 
 NUMBER = r'\d+(?:\.\d+)?(?:[kKmMgG]i?[Bb]?)?'
@@ -1028,45 +1010,34 @@ SORT_FIELD = (r'(?a:\+?(?:(?:hasvid|hasaud|lang|quality|source|proto|hdr|id)'
               r'|(?:codec|vcodec|acodec|ext|vext|aext)(?:[~:][\w.-]{1,30}){0,2}))')
 CONTAINERS = '(?:avi|flv|mkv|mov|mp4|webm)(?:/(?:avi|flv|mkv|mov|mp4|webm)){0,5}'
 LANGUAGE = '-?[A-Za-z0-9]{1,12}(?:[_-][A-Za-z0-9]{1,12}){0,4}'  # yt-dlp takes it for a regex
-AUDIO = ('best', 'aac', 'alac', 'flac', 'm4a', 'mp3', 'opus', 'vorbis', 'wav')
+AUDIO = 'best|aac|alac|flac|m4a|mp3|opus|vorbis|wav'
 ITEM = (r'(?a:(?=[^,])(?:[+-]?\d{1,4})?'
         r'(?:[:-](?:[+-]?\d{1,4}|inf(?:inite)?)?(?::[+-]?[1-9]\d{0,3})?)?)')
-OPTION_ROWS = (  # spellings, yt-dlp's name of the parameter, the flag's value or the value's parser
-    ('-f --format', 'format', format_spec),
-    ('-S --format-sort', 'format_sort', listing(SORT_FIELD, 'known fields such as res:720,ext')),
-    ('--merge-output-format', 'merge_output_format', matching(CONTAINERS, 'mp4, mkv or webm')),
-    ('--prefer-free-formats', 'prefer_free_formats', True),
-    ('--no-prefer-free-formats', 'prefer_free_formats', False),
-    ('-r --limit-rate --rate-limit', 'ratelimit', rate),
-    ('-R --retries', 'retries', upto(20)),
-    ('--fragment-retries', 'fragment_retries', upto(20)),
-    ('--extractor-retries', 'extractor_retries', upto(10)),
-    ('--socket-timeout', 'socket_timeout', upto(120, low=5)),
-    ('-N --concurrent-fragments', 'concurrent_fragment_downloads', upto(4, low=1)),
-    ('--user-agent', 'User-Agent', matching('[!-~][ -~]{0,255}', 'up to 256 plain characters')),
-    ('--referer', 'Referer', matching('https?://[!-~]{1,2000}', 'a web address')),
-    ('-I --playlist-items', 'playlist_items',
-     matching(f'{ITEM}(?:,{ITEM}){{0,29}}', 'items such as 1,3:5')),
-    ('--no-playlist', 'noplaylist', True),
-    ('--yes-playlist', 'noplaylist', False),
-    ('-x --extract-audio', 'extractaudio', True),
-    ('--audio-format', 'audioformat', matching('|'.join(AUDIO), ', '.join(AUDIO))),
-    ('--write-subs --write-srt', 'writesubtitles', True),
-    ('--no-write-subs --no-write-srt', 'writesubtitles', False),
-    ('--embed-subs', 'embedsubtitles', True),
-    ('--no-embed-subs', 'embedsubtitles', False),
-    ('--sub-langs --srt-langs', 'subtitleslangs', listing(LANGUAGE, 'languages such as en,de')),
-    ('--embed-metadata --add-metadata', 'addmetadata', True),
-    ('--no-embed-metadata --no-add-metadata', 'addmetadata', False),
-    ('--mtime', 'updatetime', True),
-    ('--no-mtime', 'updatetime', False),
-    ('--restrict-filenames', 'restrictfilenames', True),
-    ('--no-restrict-filenames', 'restrictfilenames', False),
-)
-OPTIONS = {spelling: (name, value)
-           for spellings, name, value in OPTION_ROWS for spelling in spellings.split()}
-JOINED = {  # what becomes of options that are given twice
-    'format_sort': lambda old, new: new + old, 'subtitleslangs': lambda old, new: old + new}
+OPTION_VALUES = {  # spellings, and the parser of the value
+    '-f --format': format_spec,
+    '-S --format-sort': matching(up_to_30(f' ?{SORT_FIELD} ?'), 'known fields such as res:720,ext'),
+    '--merge-output-format': matching(CONTAINERS, 'mp4, mkv or webm'),
+    '-r --limit-rate --rate-limit': rate,
+    '-R --retries': upto(20),
+    '--fragment-retries': upto(20),
+    '--extractor-retries': upto(10),
+    '--socket-timeout': upto(120, low=5),
+    '-N --concurrent-fragments': upto(4, low=1),
+    '--user-agent': matching('[!-~][ -~]{0,255}', 'up to 256 plain characters'),
+    '--referer': matching('https?://[!-~]{1,2000}', 'a web address'),
+    '-I --playlist-items': matching(up_to_30(ITEM), 'items such as 1,3:5'),
+    '--audio-format': matching(AUDIO, AUDIO.replace('|', ', ')),
+    '--sub-langs --srt-langs': matching(up_to_30(f' ?{LANGUAGE} ?'), 'languages such as en,de'),
+}
+FLAGS = ('--prefer-free-formats', '--no-prefer-free-formats', '--no-playlist', '--yes-playlist',
+         '-x --extract-audio', '--write-subs --write-srt', '--no-write-subs --no-write-srt',
+         '--embed-subs', '--no-embed-subs', '--embed-metadata --add-metadata',
+         '--no-embed-metadata --no-add-metadata', '--mtime', '--no-mtime', '--restrict-filenames',
+         '--no-restrict-filenames')
+OPTIONS = {  # by spelling: the long name, and the parser of the value or None
+    spelling: (next(word for word in spellings.split() if word.startswith('--')), parse)
+    for spellings, parse in [*OPTION_VALUES.items(), *((flag, None) for flag in FLAGS)]
+    for spelling in spellings.split()}
 
 
 def option_words(value: Any) -> list[str]:
@@ -1096,76 +1067,27 @@ def split_option(word: str) -> tuple[str, str | None]:
     return word, None
 
 
-def option_value(spelling: str, parse: Callable[[str], Any], argument: str | None) -> Any:
-    """The checked argument of an option. Raises Refused."""
-    if argument is None:
-        raise Refused('bad_option', f'The option {spelling} needs a value.')
-    try:
-        return parse(argument)
-    except ValueError as error:
-        raise Refused('bad_option', f'The option {spelling} takes {error}.') from None
-
-
 def parse_options(value: Any) -> tuple[tuple[str, Any], ...]:
-    """The caller's yt-dlp options, checked against OPTIONS, as (name, value) pairs. Raises Refused.
-
-    Nothing of yt-dlp looks at them before: its own parser reads files, asks and exits."""
-    found: dict[str, Any] = {}
+    """The caller's yt-dlp options, checked against OPTIONS: (long name, value or None). Raises
+    Refused. Only then are they for yt-dlp's own parser, which reads files, asks and exits."""
+    found = []
     rest = deque(option_words(value))
     while rest:
         spelling, argument = split_option(rest.popleft())
         if spelling not in OPTIONS:
             raise Refused('option_not_allowed',
                           f'The option {excerpt(spelling, 40)!r} is not allowed.')
-        name, new = OPTIONS[spelling]
-        if callable(new):
-            if argument is None and rest:
-                argument = rest.popleft()
-            new = option_value(spelling, new, argument)
-            if name in JOINED and name in found:
-                new = JOINED[name](found[name], new)
-        elif argument is not None:
-            raise Refused('bad_option', f'The option {spelling} takes no value.')
-        found[name] = new
-    return tuple(found.items())
-
-
-PARAMS = {name for _, name, _ in OPTION_ROWS} - {  # these stand for one parameter each; others not
-    'User-Agent', 'Referer', 'extractaudio', 'audioformat', 'embedsubtitles', 'addmetadata'}
-
-
-def postprocessors(chosen: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What yt-dlp's command line sets up for -x, --embed-subs and --embed-metadata, in order."""
-    if chosen.get('extractaudio'):
-        yield {'key': 'FFmpegExtractAudio', 'preferredcodec': chosen.get('audioformat', 'best'),
-               'preferredquality': '5', 'nopostoverwrites': False}
-    if chosen.get('embedsubtitles'):
-        yield {'key': 'FFmpegEmbedSubtitle',
-               'already_have_subtitle': bool(chosen.get('writesubtitles'))}
-    if chosen.get('addmetadata'):
-        yield {'key': 'FFmpegMetadata', 'add_chapters': True, 'add_metadata': True,
-               'add_infojson': 'if_exists'}
-
-
-def ytdlp_params(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """What yt-dlp's own parser makes of these options, as YoutubeDL params; always a new dict."""
-    chosen = dict(options)
-    params = {name: value for name, value in chosen.items() if name in PARAMS}
-    for name in JOINED.keys() & params.keys():
-        params[name] = list(params[name])
-    headers = {name: chosen[name] for name in ('User-Agent', 'Referer') if name in chosen}
-    if headers:
-        params['http_headers'] = headers
-    if chosen.get('embedsubtitles'):
-        params['writesubtitles'] = True
-    if chosen.get('extractaudio'):
-        params.setdefault('format', 'bestaudio/best')
-        if chosen.get('audioformat', 'best') != 'best':
-            params['final_ext'] = chosen['audioformat']
-    steps = list(postprocessors(chosen))
-    if steps:
-        params['postprocessors'] = steps
-    return params
+        name, parse = OPTIONS[spelling]
+        if parse and argument is None and rest:
+            argument = rest.popleft()
+        if (argument is None) == bool(parse):
+            need = 'needs a' if parse else 'takes no'
+            raise Refused('bad_option', f'The option {spelling} {need} value.')
+        try:
+            found.append((name, parse and parse(argument)))
+        except ValueError as error:
+            raise Refused('bad_option', f'The option {spelling} takes {error}.') from None
+    return tuple(found)
 
 
 # -- a submission
@@ -1209,11 +1131,13 @@ MOST_LINKS = 500  # of one text
 ADVERTISEMENT = re.compile(r'https://(?:www\.)?tiktok\.com/tiktoklite\b')  # beside shared links
 
 
-def parse_links(text: str, security: Any) -> tuple[dict[str, tuple[str, Any]], list[str]]:
-    """The links of a text in order, each once: {canonical: (as written, canonical or Refused)}.
-
-    And those beyond MOST_LINKS, as written. Raises Refused if there is none."""
-    known = security.allowed_domains
+def parse_links(fields: dict[str, Any], name: str,
+                security: Any) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+    """The links of a text in order, each once: {canonical: (as written, canonical or Refused)};
+    and those beyond MOST_LINKS, as written. Raises Refused if there is none."""
+    text, known = text_field(fields, name), security.allowed_domains
+    if not text:
+        raise Refused('no_url', f'The field "{name}" is missing.')
     if 'tiktok.com' in known or known == ('*',):
         known = (*known, *SITES)
     found: dict[str, tuple[str, Any]] = {}
@@ -1234,26 +1158,18 @@ def parse_links(text: str, security: Any) -> tuple[dict[str, tuple[str, Any]], l
     return found, []
 
 
-def wanted_text(fields: dict[str, Any], name: str) -> str:
-    """The text with the link. Raises Refused, which names a field that is missing."""
-    if not text_field(fields, name):
-        raise Refused('no_url', f'The field "{name}" is missing.')
-    return text_field(fields, name)
-
-
 def parse_again(fields: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The option `again` if it is wanted. Raises Refused."""
     if fields.get('again') not in (None, False, True):
         raise Refused('bad_field', 'again must be true or false.')
-    return (('again', True),) * bool(fields.get('again'))
+    return (('again', None),) * bool(fields.get('again'))
 
 
 def parse_submission(fields: dict[str, Any], security: Any) -> Submission:
-    """What the decoded JSON asks for; `security` is that section of the Config. Raises Refused.
-
-    Of several links in `url` it is the first that can be taken."""
+    """What the decoded JSON asks for: of several links in `url` the first that is good. Raises
+    Refused."""
     fields = known_fields(fields)
-    links = [link for _, link in parse_links(wanted_text(fields, 'url'), security)[0].values()]
+    links = [link for _, link in parse_links(fields, 'url', security)[0].values()]
     url = next((link for link in links if isinstance(link, str)), links[0])
     if isinstance(url, Refused):
         raise url
@@ -1263,12 +1179,11 @@ def parse_submission(fields: dict[str, Any], security: Any) -> Submission:
 
 def parse_batch(fields: dict[str, Any],
                 security: Any) -> tuple[list[tuple[str, Any]], list[str]]:
-    """The links in `text`, once, in order: (as written, Submission or Refused); and the links
-    beyond MOST_LINKS, as written. Raises Refused."""
+    """The links in `text` as parse_links has them, with a Submission for each good one."""
     fields = known_fields(fields)
     client_id, timestamp, again = (
         parse_client_id(fields), parse_timestamp(fields), parse_again(fields))
-    found, rest = parse_links(wanted_text(fields, 'text'), security)
+    found, rest = parse_links(fields, 'text', security)
     items = []
     for written, url in found.values():
         if isinstance(url, str):
@@ -1817,7 +1732,7 @@ class Store:
         post = (*post_of(item.url), asked_of(item.options))
         hour = (item.client_id, now - 3600, now, self.links_per_hour - 1)
         same = post
-        if ('again', True) in item.options:
+        if ('again', None) in item.options:
             same = (None,) * 3
         known = window and db.execute(
             'SELECT id, status, next_attempt_at, files FROM downloads WHERE client_id = ? '
@@ -3620,11 +3535,31 @@ DEFAULTS = {  # that the caller may change
     'retries': 3, 'fragment_retries': 3, 'socket_timeout': 20, 'noplaylist': True,
     'merge_output_format': 'mp4',
     'playlistend': 100}  # a carousel has 20 at most; nobody wants a whole channel by accident
+DEFAULT_WORDS = ('-R3', '--fragment-retries=3', '--socket-timeout=20', '--no-playlist',
+                 '--merge-output-format=mp4')  # the same
 FORCED = {
     'quiet': True, 'noprogress': True, 'color': 'never', 'progress_delta': 1, 'cachedir': False,
     'skip_unavailable_fragments': False, 'hls_prefer_native': True, 'overwrites': False,
     'nopart': False,
     'outtmpl': {'default': '%(playlist_index|0)s-%(id).60B.%(ext)s'}}
+
+
+def caller_params(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """What yt-dlp's own parser makes of the caller's options, where it differs from DEFAULTS."""
+    words = [word for option in options if option[0].startswith('--') for word in option if word]
+    if not words:
+        return {}
+    import yt_dlp
+
+    def read(more):
+        return yt_dlp.parse_options(['--ignore-config', *DEFAULT_WORDS, *more]).ydl_opts
+    usual, found = read([]), read(words)
+    params = {name: value for name, value in found.items() if value != usual[name]}
+    params.pop('_warnings', None)
+    if 'postprocessors' in params:
+        params['postprocessors'] = [step for step in params['postprocessors']
+                                    if step not in usual['postprocessors']]
+    return params
 
 
 # -- the owner's cookies
@@ -4032,8 +3967,8 @@ class Attempt:
 
     def _wants_sound(self) -> bool:
         options = dict(self.job.options)
-        wanted = options.get('format') or self.config.downloader.format
-        return bool(options.get('extractaudio') or re.match(r'\(*(?:b|w|best|worst)a', wanted))
+        wanted = options.get('--format') or self.config.downloader.format
+        return bool('--extract-audio' in options or re.match(r'\(*(?:b|w|best|worst)a', wanted))
 
     def _album(self, info: dict[str, Any], pictures: list[list[str]]) -> dict[str, Any]:
         """A photo post as a playlist of its pictures and its sound; a single picture as it is."""
@@ -4110,7 +4045,7 @@ class Attempt:
             raise Ending('bad_media')
         found = tracks(Path(files[0]['filepath']))
         wanted = announced(got)
-        if dict(self.job.options).get('extractaudio'):
+        if '--extract-audio' in dict(self.job.options):
             wanted = {'audio'}
         if not found & {'video', 'audio'}:
             self.folder.drop(Path(files[0]['filepath']).name)
@@ -4128,7 +4063,7 @@ class Attempt:
         names = {'title': post['title'], 'media_id': post['id'] or self.job.id, 'number': number,
                  'pattern': self.config.downloads.filename, 'uploader': post['uploader'],
                  'site': post['site'], 'date': date}
-        if dict(self.job.options).get('restrictfilenames'):
+        if '--restrict-filenames' in dict(self.job.options):
             from yt_dlp.utils import sanitize_filename
             names['title'] = sanitize_filename(names['title'], restricted=True)
         files = [(Path(got['filepath']), '') for got in info.get('requested_downloads') or ()]
@@ -4316,8 +4251,11 @@ class Attempt:
     def _params(self) -> dict[str, Any]:
         """YoutubeDL's params: ours over the caller's over the defaults; yt-dlp changes the dict."""
         own, ffmpeg = self.config.downloader, which('ffmpeg')
+        options = self.job.options
+        if self.config.downloads.metadata and ffmpeg:
+            options = (*options, ('--embed-metadata', None))
         params = {**DEFAULTS, 'format': own.format or BEST[bool(ffmpeg)],
-                  **ytdlp_params(self.job.options)}
+                  **caller_params(options)}
         rates = [rate for rate in (params.get('ratelimit'), own.rate_limit) if rate]
         way = way_of(self.job, self.config)
         log.info('download %s: asks as %s', self.job.id, way)
@@ -4326,8 +4264,6 @@ class Attempt:
             self.agent = self.agent or WAYS[way] or random_user_agent()
             params['http_headers'] = {
                 **params.get('http_headers', {}), 'User-Agent': self.agent}
-        if self.config.downloads.metadata and ffmpeg and 'addmetadata' not in dict(self.job.options):
-            params.setdefault('postprocessors', []).extend(postprocessors({'addmetadata': True}))
 
         def chat(message):  # errors are told once more when the attempt ends
             log.debug('download %s: %s', self.job.id, excerpt(message, 400))
@@ -5650,7 +5586,7 @@ class Scheduler:
         """How it ends without being fetched: with the files of this post that are here, or later
         if another worker is just fetching them. None: fetch it."""
         job = run.job
-        if not media_id or ('again', True) in job.options:
+        if not media_id or ('again', None) in job.options:
             return None
         post, folder = (site, media_id, asked_of(job.options)), self.config.downloads.output_directory
         with suppress(StoreDown):
@@ -6964,7 +6900,7 @@ def store_links(app: App, links: Sequence[Submission], window: int = 0) -> list[
             continue
         if stored.same_post and stored.status == 'completed' and not app.scheduler.paused and not all(
                 (folder / name).is_file() for name in stored.files):
-            again = links[number]._replace(options=(*links[number].options, ('again', True)))
+            again = links[number]._replace(options=(*links[number].options, ('again', None)))
             stored, = results[number:number + 1] = app.store.add_many([again], now)
         if isinstance(stored, Stored) and stored.status == 'queued':
             # A repeat too: the commit of the first one may have been reported as failed.
