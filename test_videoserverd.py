@@ -5685,7 +5685,8 @@ def make_wheel(version: str, files: Dict[str, str], more: Sequence[Any] = ()) ->
     stream = io.BytesIO()
     info = f'yt_dlp-{version}.dist-info'
     with zipfile.ZipFile(stream, 'w') as archive:
-        own = re.sub('(?m)^__version__ = .*$', f'__version__ = {version!r}', files.get('version.py', '__version__ = 0'))
+        own = re.sub('(?m)^__version__ = .*$', f'__version__ = {version.split(".dev")[0]!r}',
+                     files.get('version.py', '__version__ = 0'))
         for name, text in {**files, 'version.py': own}.items():
             archive.writestr(f'yt_dlp/{name}', text)
         archive.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: yt-dlp\nVersion: {version}\n')
@@ -5805,7 +5806,8 @@ class TestVendor(unittest.TestCase):
 
     def child(self) -> 'subprocess.Popen[bytes]':
         """Another process that installs into the same folder."""
-        return subprocess.Popen(v.apart(v.INSTALL, str(self.folder), self.index.url, '600'), stderr=subprocess.DEVNULL)
+        line = v.apart(v.INSTALL, str(self.folder), self.index.url, '600', 'stable')
+        return subprocess.Popen(line, stderr=subprocess.DEVNULL)
 
     def leftovers(self) -> List[str]:
         return sorted(path.name for path in self.folder.iterdir()
@@ -6114,20 +6116,24 @@ class TestFreshness(unittest.TestCase):
         hidden.start()
         self.addCleanup(hidden.stop)
 
-    def freshness(self, automatic: bool = True) -> Any:
-        return v.Freshness(self.vendor, automatic, lambda: self.loaded)
+    def freshness(self, automatic: bool = True, channel: str = 'stable') -> Any:
+        settings = SimpleNamespace(auto_update=automatic, channel=channel)
+        return v.Freshness(self.vendor, settings, lambda: self.loaded)
 
-    def installed(self, *versions: str) -> Any:
-        """A Freshness whose process has imported the last of these, which were installed one after the other."""
+    def installed(self, *versions: str, channel: str = 'stable') -> Any:
+        """A Freshness whose process has imported the last of these, which were installed one after the other. With
+        all but that one, two sites have worked."""
         for version in versions:
+            if self.vendor.version():
+                self.vendor.remember(proven=self.vendor.state()['version'], sites=['instagram.com', 'tiktok.com'])
             self.index.add(version)
             self.vendor.install()
         self.loaded = self.vendor.current()
-        return self.freshness()
+        return self.freshness(channel=channel)
 
-    def test_daily_when_a_site_changed_and_weekly_otherwise(self) -> None:
+    def test_hourly_when_a_site_changed_and_weekly_otherwise(self) -> None:
         hour, now = 3600, 1.8e9
-        for age, site_changed, due in ((23 * hour, True, False), (25 * hour, True, True), (25 * hour, False, False),
+        for age, site_changed, due in ((hour - 1, True, False), (hour, True, True), (25 * hour, False, False),
                                        (167 * hour, False, False), (169 * hour, False, True), (-23 * hour, True, False),
                                        (-25 * hour, False, True), (now, False, True)):
             self.assertEqual(v.update_due(now, now - age, site_changed), due, (age, site_changed))
@@ -6161,38 +6167,76 @@ class TestFreshness(unittest.TestCase):
     def test_site_changed_brings_the_new_one_within_the_day_and_asks_for_a_re_execution(self) -> None:
         fresh, now = self.installed('9999.1.1'), time.time()
         self.index.add('9999.2.2')
-        fresh.heard(v.Outcome('retry', 'site_changed'))
+        fresh.heard('tiktok.com', v.Outcome('retry', 'site_changed'))
         self.assertFalse(fresh.step(now))
-        self.assertTrue(fresh.step(now + v.DAY + 9))
+        self.assertTrue(fresh.step(now + v.HOUR + 9))
         self.assertEqual(self.vendor.version(), '9999.2.2')
         self.assertFalse(fresh.site_changed)
         self.loaded = self.vendor.current()
         self.assertFalse(fresh.step(now + v.DAY + 9))
 
-    def test_a_new_one_that_crashes_before_it_ever_worked_is_rolled_back(self) -> None:
-        fresh = self.installed('9999.1.1', '9999.2.2')
-        fresh.heard(v.Outcome('retry', 'internal'))  # a mistake of ours does not count against it
-        self.assertFalse(fresh.step(time.time()))
-        fresh.heard(v.Outcome('retry', 'ytdlp'))
-        with self.assertLogs('videoserverd', 'ERROR') as logs:
-            self.assertTrue(fresh.step(time.time()))
-        self.assertRegex(logs.output[0], r'yt-dlp 9999.2.2 crashes: rolled back to 9999.1.1')
-        self.assertEqual(self.vendor.version(), '9999.1.1')
+    def test_only_what_fails_on_several_sites_that_worked_before_is_rolled_back(self) -> None:
+        changed, internal, done = v.Outcome('retry', 'site_changed'), v.Outcome('retry', 'internal'), v.Outcome('done')
+        two, others = ('tiktok.com', 'instagram.com'), ('evil.example', 'worse.example', 'tiktok.com')
+        for heard, rolled_back in (
+                ([(site, changed) for site in two], True), ([(site, internal) for site in two] * 9, False),
+                ([(two[0], changed)] * 9, False), ([(site, changed) for site in others], False),
+                ([(two[0], v.Outcome('retry', 'bad_media')), (two[1], v.Outcome('retry', 'crash'))], True),
+                ([(two[0], done), (two[0], changed), (two[1], changed)], False),
+                ([(site, v.Outcome('retry', 'network')) for site in two], False)):
+            shutil.rmtree(self.vendor.folder)
+            self.index.files.clear()
+            fresh = self.installed('9999.1.1', '9999.2.2')
+            for site, outcome in heard:
+                fresh.heard(site, outcome)
+            with self.subTest(heard=heard):
+                self.assertEqual(fresh.step(self.vendor.last_checked()), rolled_back)
+                self.assertEqual(self.vendor.version(), '9999.1.1' if rolled_back else '9999.2.2')
+                self.assertEqual(self.vendor.state().get('sites', []), sorted(two) if rolled_back else
+                                 ['tiktok.com'] if done in dict(heard).values() or heard[0][1] is done else [])
 
-    def test_one_that_has_worked_is_not_rolled_back(self) -> None:
-        fresh = self.installed('9999.1.1', '9999.2.2')
-        fresh.heard(v.Outcome('done'))
-        fresh.step(time.time())
-        fresh.heard(v.Outcome('retry', 'ytdlp'))
-        self.assertFalse(self.freshness().step(time.time()))
-        self.assertFalse(fresh.step(time.time()))
-        self.assertEqual(self.vendor.version(), '9999.2.2')
+    def test_a_bad_mark_ends_with_the_next_release(self) -> None:
+        self.installed('9999.1.1', '9999.2.2')
+        self.assertEqual(self.vendor.roll_back('9999.2.2'), '9999.1.1')
+        self.assertEqual(self.vendor.install(), '9999.1.1')
+        self.index.add('9999.3.3', BROKEN)
+        with self.assertLogs('videoserverd', 'WARNING'):
+            self.assertEqual(self.vendor.install(), '9999.2.2')
+        self.assertEqual(self.vendor.state()['bad'], ['9999.3.3'])
+
+    def test_a_pre_release_is_taken_where_the_owner_wants_it(self) -> None:
+        changed, now = v.Outcome('retry', 'site_changed'), time.time()
+        for channel, site_changed, newer, taken in (
+                ('stable', True, '', '9999.1.1'), ('auto', False, '', '9999.1.1'), ('nightly', False, '', '9999.5.5.7'),
+                ('auto', True, '', '9999.5.5.7'), ('auto', True, '9999.3.3', '9999.3.3')):
+            shutil.rmtree(self.vendor.folder)
+            self.index.files.clear()
+            fresh = self.installed('9999.1.1', channel=channel)
+            self.index.add('9999.5.5.7.dev0')
+            if newer:
+                self.index.add(newer)
+            if site_changed:
+                fresh.heard('tiktok.com', changed)
+            with self.subTest(channel=channel, site_changed=site_changed, newer=newer):
+                fresh.step(now + (8 * v.DAY if channel == 'nightly' else 1))
+                self.assertEqual(self.vendor.version(), taken)
+        self.index.add('9999.5.6')  # final ones again, once there is a newer one
+        self.vendor.install('auto')
+        self.index.add('9999.5.7.1.dev0')
+        self.assertEqual(self.vendor.install(), '9999.5.6')
+
+    def test_one_that_cannot_be_imported_is_tried_out_and_fetched_again(self) -> None:
+        fresh, now = self.installed('9999.1.1'), time.time()
+        (self.vendor.folder / '9999.1.1/yt_dlp/__init__.py').write_text('raise ImportError')
+        fresh.heard('tiktok.com', v.Outcome('pause', 'ytdlp'))
+        fresh.step(now)
+        self.assertEqual((v.try_out(self.vendor.current(), '9999.1.1'), fresh.unusable), ('', False))
 
     def test_what_an_old_import_does_is_not_blamed_on_the_new_release(self) -> None:
         fresh = self.installed('9999.1.1')
-        self.index.add('9999.2.2')
-        self.vendor.install()
-        fresh.heard(v.Outcome('retry', 'internal'))
+        self.loaded = self.installed('9999.2.2') and self.vendor.folder / '9999.1.1'
+        for site in ('tiktok.com', 'instagram.com'):
+            fresh.heard(site, v.Outcome('retry', 'crash'))
         self.assertTrue(fresh.step(time.time()))
         self.assertEqual(self.vendor.version(), '9999.2.2')
 
@@ -6355,18 +6399,13 @@ class TestFreshDaemon(DaemonTest):
         self.assertEqual((daemon.download(self.site.tiktok())['status'], starts(daemon)), ('completed', 1))
         self.assertRegex('\n'.join(daemon.health()['problems']), 'A restart was refused: .*rubbish')
 
-    def test_a_broken_release_is_rolled_back_and_logged(self) -> None:
+    def test_a_broken_release_is_not_used_and_logged(self) -> None:
         self.index.add('9999.2.2', some_files(downloader__http=('def real_download(self, filename, info_dict):',
                                                                 'def real_download(self, filename):')))
-        self.index.add('9999.3.3', BROKEN)
-        daemon = self.fresh_daemon(some_files(), downloads={'retry_delays': 1})
-        wait_until(lambda: daemon.vendor.version() == '9999.2.2', 40)
-        said = 'yt-dlp 9999.3.3 does not work here .*a_module_that_is_not_there'
-        wait_until(lambda: re.search(said, daemon.log()), 40)
-        row = daemon.download(self.site.tiktok())
-        self.assertGreaterEqual(row['retry_count'], 1)
-        self.assertIn('yt-dlp 9999.2.2 crashes: rolled back to 9999.1.1', daemon.log())
-        self.assertEqual((daemon.health()['ytdlp_version'], starts(daemon)), ('9999.1.1', 2))
+        daemon = self.fresh_daemon(some_files())
+        wait_until(lambda: 'yt-dlp 9999.2.2 does not work here' in daemon.log(), 40)
+        daemon.download(self.site.tiktok())
+        self.assertEqual((daemon.health()['ytdlp_version'], starts(daemon)), ('9999.1.1', 1))
 
     def test_without_a_network_it_runs_says_so_and_fetches_yt_dlp_when_it_can(self) -> None:
         self.index.json_is_there = False
@@ -6381,27 +6420,28 @@ class TestFreshDaemon(DaemonTest):
         wait_until(lambda: 'internet' not in str(daemon.health()['problems']), 10)
 
     def test_a_worker_that_hangs_beyond_cancel_is_ended_by_a_re_execution(self) -> None:
-        there = Path(tempfile.mkdtemp(dir=RUN)) / 'there'
-        hang = f"__import__('pathlib').Path({str(there)!r}).touch() or __import__('threading').Event().wait()"
         daemon = self.fresh_daemon(some_files(extractor__tiktok=(
-            "'universal data', display_id", f"'universal data', {hang}")), checked=time.time())
-        id = daemon.submit(self.site.tiktok())
-        wait_until(there.exists, 20)
+            "'universal data', display_id", "'universal data', __import__('threading').Event().wait()")),
+            checked=time.time())
+        post = self.site.tiktok()
+        id = daemon.submit(post)
+        post.page.wait_hits()
+        time.sleep(0.2)  # it is read, and then nothing ends it
         daemon.client.post(f'/api/v1/download/{id}/cancel')
         wait_until(lambda: starts(daemon) == 2, 20)
         row = daemon.wait_status(id, 'failed')
         self.assertEqual(row['error_message'], 'Cancelled')
         daemon.download(self.site.instagram())
 
-    def test_a_changed_site_brings_an_update_and_the_download_is_tried_again_with_it(self) -> None:
+    def test_a_changed_site_brings_a_pre_release_and_the_link_completes_within_its_own_retries(self) -> None:
         outdated = some_files(extractor__tiktok=('__UNIVERSAL_DATA_FOR_REHYDRATION__', '__OF_LAST_YEAR__'))
-        self.index.add('9999.2.2', some_files())
-        daemon = self.fresh_daemon(outdated, checked=time.time() - v.DAY - 60,
-                                   downloads={'retry_delays': 1, 'max_retries': 60})
-        row = daemon.download(self.site.tiktok(), 60)
+        self.index.add('9999.1.2', outdated)
+        self.index.add('9999.2.2.7.dev0', some_files())
+        daemon = self.fresh_daemon(outdated, checked=time.time(), downloads={'retry_delays': '8,15,40'})
+        row = daemon.download(self.site.tiktok(), 90)
         self.assertIn(' site_changed ', daemon.log())
-        self.assertGreaterEqual(row['retry_count'], 1)
-        self.assertEqual((daemon.health()['ytdlp_version'], starts(daemon)), ('9999.2.2', 2))
+        self.assertTrue(1 <= row['retry_count'] <= 3, row)
+        self.assertEqual(daemon.health()['ytdlp_version'], '9999.2.2.7')
 
 
 # ---------- publish -----------------------------------------------------------------------

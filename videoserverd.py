@@ -482,6 +482,8 @@ ROWS = {  # section: {key: (default, parser, help)}
     'downloader': {
         'ytdlp_directory': ('vendor', file_setting, 'where the vendored yt-dlp lives'),
         'auto_update': ('on', on_off, 'new yt-dlp weekly, and when a site has changed'),
+        'channel': ('auto', one_of({name: name for name in ('stable', 'nightly', 'auto')}),
+                    'auto: a pre-release when a site has changed'),
         'format': ('', str, 'yt-dlp format; empty: the best that an iPhone plays, as mp4'),
         'rate_limit': ('', optional(parse_size), 'bytes per second; empty: no limit'),
         'user_agent_rotation': ('on', on_off, 'another browser name for each download'),
@@ -4304,16 +4306,15 @@ class BrokenRelease(Trouble):
 
 
 def version_key(version: str) -> tuple[int, ...]:
-    """Orders versions; '2026.8.29' equals '2026.08.29'. () for what is no final release."""
-    if len(version) > 99 or not re.fullmatch(r'\d+(\.\d+)*', version, re.A):
-        return ()
-    return tuple(map(int, version.split('.')))
+    """Orders versions; '2026.8.29' equals '2026.08.29'. () if it is none that yt-dlp has."""
+    match = re.fullmatch(r'(\d{1,9}(?:\.\d{1,9}){0,9})(?:\.dev\d{1,9})?', version[:99], re.A)
+    return tuple(map(int, match[1].split('.'))) if match else ()
 
 
 def runs_here(requires: str, python: tuple[int, ...] = sys.version_info[:3]) -> bool:
-    """Is this Python within the bounds of a Requires-Python such as '>=3.9,<4'? Whatever else stands there is left to
-    trying the release out; yt-dlp has never had more than a lower bound."""
-    bounds = re.findall(r'(>=|<)\s*(\d+(?:\.\d+)*)', requires[:200], re.A)
+    """Is this Python within a Requires-Python such as '>=3.9,<4'? What else stands there is left
+    to the try-out."""
+    bounds = re.findall(r'(>=|<)\s*(\d{1,9}(?:\.\d{1,9}){0,9})', requires, re.A)
     return all((python >= version_key(version)) == (sign == '>=') for sign, version in bounds)
 
 
@@ -4331,34 +4332,40 @@ def fetch_url(url: str) -> bytes:
 
 
 def parse_index(body: bytes, base: str) -> list[Release]:
-    """The final releases with a pure wheel in the index's JSON, newest first. Raises Trouble."""
+    """The releases with a pure wheel in the index's JSON, newest first. Raises Trouble."""
+    found = []
     try:
-        found = [Release(version, file['requires_python'] or '', file['digests']['sha256'], urljoin(base, file['url']))
-                 for version, files in json.loads(body)['releases'].items() if version_key(version)
-                 for file in files if file['filename'].endswith('-py3-none-any.whl') and not file['yanked']]
+        for version, files in json.loads(body)['releases'].items():
+            for file in files if version_key(version) else ():
+                if file['filename'].endswith('-py3-none-any.whl') and not file['yanked']:
+                    found.append(Release(version, file['requires_python'] or '',
+                                         file['digests']['sha256'], urljoin(base, file['url'])))
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Trouble(f'{base} does not answer as a package index does') from None
     return sorted(found, key=lambda release: version_key(release.version), reverse=True)
 
 
 def run_helper(*command: str) -> Any:
-    """Runs a process without our secrets and without yt-dlp's plugins, in a folder that is nobody's: `python -m pip`
-    would take a pip.py that lies where somebody called us. Raises Trouble when it hangs or is killed."""
+    """Run a process without our secrets and yt-dlp's plugins, in a folder that is nobody's: a pip.py
+    that lies where somebody called us is not run. Raises Trouble when it hangs or is killed."""
     import subprocess
     env = {name: value for name, value in os.environ.items() if name not in SECRET_NAMES}
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              encoding='utf-8', errors='replace', env={**env, 'YTDLP_NO_PLUGINS': '1'},
-                              cwd='/', timeout=HELPER_TIMEOUT)
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            encoding='utf-8', errors='replace', env={**env, 'YTDLP_NO_PLUGINS': '1'}, cwd='/',
+            timeout=HELPER_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise Trouble(f'the update of yt-dlp hung for {HELPER_TIMEOUT} seconds') from None
     if done.returncode < 0:
-        raise Trouble(f'the update of yt-dlp was killed by signal {-done.returncode}; is there memory left?')
+        raise Trouble(f'the update of yt-dlp was killed by signal {-done.returncode}; is there '
+                      'memory left?')
     return done
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """Unpacks yt_dlp/ and its dist-info into `folder`, nothing else (zipfile makes no links). Raises BrokenRelease."""
+    """Put yt_dlp/ and its dist-info into `folder`, nothing else; zipfile makes no links. Raises
+    BrokenRelease."""
     import zipfile
     import zlib
     inside = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
@@ -4372,7 +4379,7 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 
 def version_in(folder: Path) -> str:
-    """The version of the yt-dlp in `folder`, as it writes it itself; '' when there is none."""
+    """The version of the yt-dlp in `folder`, as it writes it itself; '' if there is none."""
     return find_line(folder / 'yt_dlp/version.py', r"^__version__ = '(\d[\d.]*)'")
 
 
@@ -4458,7 +4465,7 @@ def apart(script: str, *words: str) -> tuple[str, ...]:
 
 
 def try_out(folder: Path, version: str) -> str:
-    """Compiles the yt-dlp in `folder` and uses it in a process of its own: why it does not work, '' when it does."""
+    """Compile and use the yt-dlp in `folder`: why it does not work, '' if it does."""
     import tempfile
     run_helper(sys.executable, '-m', 'compileall', '-q', str(folder / 'yt_dlp'))
     with tempfile.TemporaryDirectory() as output:
@@ -4476,117 +4483,135 @@ class Vendor:
         self.pointer = folder / f'current-{PYTHON}'
 
     def state(self, pointer: Path | None = None) -> dict[str, Any]:
-        """What a pointer says, this Python's unless told: version, previous, proven, bad, checked, newest."""
+        """What a pointer says, this Python's unless told: version, previous, proven (it worked),
+        sites (that worked with it), before (with the previous one), bad, newest, checked, searched
+        (for a pre-release, in vain; epoch seconds)."""
         try:
             state = json.loads((pointer or self.pointer).read_text(encoding='utf-8'))
-        except (OSError, ValueError):
+            return dict(state)
+        except (OSError, ValueError, TypeError):
             return {}
-        return state if isinstance(state, dict) else {}
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Waits until no other process writes here. Raises Trouble when this one cannot."""
+        """Wait until no other process writes here. Raises Trouble if this one cannot."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(os.open(self.folder / '.lock', os.O_WRONLY | os.O_CREAT, 0o600), 'w') as lock:  # by us alone
+            fd = os.open(self.folder / '.lock', os.O_WRONLY | os.O_CREAT, 0o600)
+            with open(fd, 'w') as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
         except OSError as error:
-            raise Trouble(f'yt-dlp cannot be kept in {self.folder} ({error.strerror or error}): make room, or let '
-                          'this user write there') from None
+            raise Trouble(f'yt-dlp cannot be kept in {self.folder} ({error.strerror or error}): '
+                          'make room, or let this user write there') from None
 
     def remember(self, **changes: Any) -> None:
-        """Writes the pointer with these changes."""
+        """Write the pointer with these changes."""
         write_whole(self.pointer, json.dumps({**self.state(), **changes}))
 
-    def broken(self, release: str) -> list[str]:
-        """The releases known as broken, and now this one."""
-        return [*self.state().get('bad', ()), release][-5:]
+    def mark_bad(self, release: str, **changes: Any) -> None:
+        """Known as broken, until there is a newer one."""
+        self.remember(bad=[*self.state().get('bad', ()), release][-5:], **changes)
 
     def fits(self, name: str, version: str, requires: str) -> bool:
-        """May this Python use it? Not when it is unsafe or known as broken."""
+        """May this Python use it? Not if it is unsafe or known as broken."""
         safe = PYTHON == '3.9' or version_key(version) >= version_key(OLDEST_SAFE)
         return safe and runs_here(requires) and name not in self.state().get('bad', ())
 
     def usable(self, folder: Path) -> bool:
         """Does `folder` hold a yt-dlp that fits?"""
-        version, about = version_in(folder), next(folder.glob('yt_dlp-*.dist-info/METADATA'), folder)
-        return bool(version) and self.fits(folder.name, version, find_line(about, r'^Requires-Python: (.+)$'))
+        version = version_in(folder)
+        about = next(folder.glob('yt_dlp-*.dist-info/METADATA'), folder)
+        requires = find_line(about, r'^Requires-Python: (.+)$')
+        return bool(version) and self.fits(folder.name, version, requires)
 
     def unpacked(self) -> list[Path]:
         """The folders of releases, newest first."""
-        found = [path for path in self.folder.glob('[0-9]*.*') if version_key(path.name) and path.is_dir()]
+        found = [path for path in self.folder.glob('[0-9]*.*') if version_key(path.name)]
         return sorted(found, key=lambda path: version_key(path.name), reverse=True)
 
     def current(self) -> Path | None:
-        """The folder for sys.path: what the pointer names, else the last good one, else what somebody has put here
-        (as `pip install --target` does), else any other release. None when this Python can use none of them."""
+        """The folder for sys.path: what the pointer names, else the last good one, else what
+        somebody has put here (as `pip install --target` does), else any other release; None if
+        this Python can use none of them."""
         state = self.state()
         named = [self.folder / state[key] for key in ('version', 'previous') if state.get(key)]
-        return next((path for path in [*named, self.folder, *self.unpacked()] if self.usable(path)), None)
+        found = [*named, self.folder, *self.unpacked()]
+        return next((path for path in found if self.usable(path)), None)
 
     def version(self) -> str | None:
         """The version of `current`."""
-        folder = self.current()
-        return version_in(folder) if folder else None
+        return version_in(self.current() or Path(os.devnull)) or None
 
-    def last_checked(self) -> float:
+    def last_checked(self, channel: str = 'stable') -> float:
         """When the index was last asked with success, in epoch seconds; 0: never."""
-        return float(self.state().get('checked', 0))
+        return float(self.state().get('searched' if channel == 'auto' else 'checked', 0))
 
     def held_back(self) -> str | None:
-        """A sentence when newer releases do not run on this Python; also known before the index was ever asked."""
+        """A sentence if newer releases do not run on this Python; before the index was asked too."""
         newest, requires = self.state().get('newest') or ('of today', NEEDS)
         if runs_here(requires):
             return None
-        return f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads will break as the ' \
-            'sites change; start the server with a newer Python (Debian 12 and Raspberry Pi OS 12 bring one)'
+        return (f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads '
+                'will break as the sites change; start the server with a newer Python (Debian 12 '
+                'and Raspberry Pi OS 12 bring one)')
 
     def pip(self, *words: str) -> str | None:
-        """What pip printed, None when it failed or is not there. Its own configuration holds: mirrors, proxies, CAs."""
-        elsewhere = () if self.index == INDEX else ('--index-url', f'{self.index}/simple')
-        done = run_helper(sys.executable, '-m', 'pip', *words, '--quiet', '--no-input', '--retries', '1', '--no-deps',
-                          '--disable-pip-version-check', '--only-binary', ':all:', *elsewhere)
+        """What pip printed, None if it failed or is not there. Its own configuration holds: mirrors,
+        proxies, CAs."""
+        if self.index != INDEX:
+            words += ('--index-url', f'{self.index}/simple')
+        done = run_helper(sys.executable, '-m', 'pip', *words, '--quiet', '--no-input', '--retries',
+                          '1', '--no-deps', '--disable-pip-version-check', '--only-binary', ':all:')
         if done.returncode:
             log.debug('pip: %s', done.stderr.strip())
-        return None if done.returncode else done.stdout
+            return None
+        return done.stdout
 
-    def catalogue(self) -> list[Release]:
-        """The releases on the index, newest first: from its JSON, else (a mirror may be all that this machine
-        reaches) the one that pip would take. Raises Trouble."""
+    def catalogue(self, channel: str) -> list[Release]:
+        """The releases on the index, newest first: from its JSON, else (a mirror may be all that
+        this machine reaches) the one that pip would take. Raises Trouble."""
         base = f'{self.index}/pypi/yt-dlp/json'
         try:
-            return parse_index(fetch_url(base), base)
+            return [release for release in parse_index(fetch_url(base), base)
+                    if channel != 'stable' or 'dev' not in release.version]
         except Trouble as error:
             reason = error
+        pre = ['--pre'] if channel != 'stable' else []
         try:
-            report = self.pip('install', '--dry-run', '--ignore-installed', '--report', '-', 'yt-dlp')
+            report = self.pip('install', '--dry-run', '--ignore-installed', *pre, '--report', '-',
+                              'yt-dlp')
             found = json.loads(report or '')['install'][0]
-            return [Release(found['metadata']['version'], found['metadata'].get('requires_python', ''),
-                            found['download_info']['archive_info'].get('hash', '').partition('=')[2], '')]
+            about, archive = found['metadata'], found['download_info']['archive_info']
+            return [Release(about['version'], about.get('requires_python', ''),
+                            archive.get('hash', '').partition('=')[2], '')]
         except (ValueError, LookupError):
-            raise Trouble(f'yt-dlp cannot be fetched: {reason}; connect this machine to the internet, then run: '
-                          'python3 videoserverd.py update') from None
+            raise Trouble(f'yt-dlp cannot be fetched: {reason}; connect this machine to the '
+                          'internet, then run: python3 videoserverd.py update') from None
 
     def fetch(self, release: Release, folder: Path) -> Path:
-        """The wheel of `release`, put into `folder` by pip where there is one. Its SHA-256 is the one that the index
-        named before: no mirror, cache or proxy that pip goes through can put another in its place. Raises Trouble."""
+        """The wheel of `release`, put into `folder` by pip where there is one. Its SHA-256 is the
+        one that the index named: no mirror, cache or proxy that pip goes through can put another
+        in its place. Raises Trouble."""
+        import hashlib
         pinned, wheel = folder / 'requirements.txt', folder / 'yt_dlp.whl'
-        pinned.write_text(f'yt-dlp=={release.version} --hash=sha256:{release.sha256}\n', encoding='utf-8')
+        pinned.write_text(f'yt-dlp=={release.version} --hash=sha256:{release.sha256}\n')
         if self.pip('download', '--dest', str(folder), '--requirement', str(pinned)) is not None:
             os.replace(next(folder.glob('*-py3-none-any.whl')), wheel)
         elif release.url:
             wheel.write_bytes(fetch_url(release.url))
         else:
-            raise Trouble(f'pip cannot download yt-dlp {release.version}; to see why: python3 -m pip download yt-dlp')
-        import hashlib
+            raise Trouble(f'pip cannot download yt-dlp {release.version}; to see why: '
+                          'python3 -m pip download yt-dlp')
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != release.sha256:
-            raise Trouble(f'yt-dlp {release.version} arrived without the SHA-256 that the index names and was thrown '
-                          'away: try later; if it stays so, look at the proxy or mirror in between')
+            raise Trouble(f'yt-dlp {release.version} arrived without the SHA-256 that the index '
+                          'names and was thrown away: try later; if it stays so, look at the proxy '
+                          'or mirror in between')
         return wheel
 
     def bring_in(self, release: Release) -> None:
-        """Fetches, checks and tries `release`, then moves it to its place whole. Raises Trouble, OSError."""
+        """Fetch, check and try `release`, then move it to its place whole. Raises Trouble,
+        OSError."""
         fresh, place = self.folder / '.new', self.folder / release.version
         remove_folder(fresh)
         (fresh / 'wheel').mkdir(parents=True)
@@ -4600,75 +4625,98 @@ class Vendor:
         os.replace(fresh / 'tree', place)
 
     def take(self, release: Release) -> None:
-        """Makes `release` the current one; it is fetched unless it is here and works. Raises Trouble, OSError."""
-        place, current = self.folder / release.version, self.current()
+        """Make `release` the current one; it is fetched unless it is here and works. Raises Trouble,
+        OSError."""
+        place, current, state = self.folder / release.version, self.current(), self.state()
         if not self.usable(place) or try_out(place, release.version):
             self.bring_in(release)
-        if self.state().get('version') != release.version:
-            good = os.path.relpath(current, self.folder) if current not in (None, place) else None
-            self.remember(version=release.version, previous=good)
+        if state.get('version') != release.version:
+            good = None
+            if current not in (None, place):
+                good = os.path.relpath(current, self.folder)
+            self.remember(version=release.version, previous=good, before=state.get('sites', []),
+                          sites=[], searched=0)
 
     def clean(self) -> None:
-        """Removes what an interrupted installation left, and releases that are not in use and no pointer names."""
+        """Remove what an interrupted installation left, and releases that no pointer names."""
         states = [self.state(file) for file in self.folder.glob('current-*')]
         named = {state.get(key) for state in states for key in ('version', 'previous')}
         for path in [self.folder / '.new', *self.unpacked()]:
             if path.name not in named and path != self.current():
                 remove_folder(path)
 
-    def install(self) -> str:
-        """Makes the newest release that this Python can use the current one and returns its version. One that is
-        broken is remembered as such, and the next one tried. Raises Trouble; what was in use then stays in use."""
+    def candidates(self, channel: str) -> list[Release]:
+        """What may be taken, the best first: of `auto` a pre-release only if no final one is newer
+        than what is here. A newer release ends the marks of the broken ones before it."""
+        releases, least = self.catalogue(channel), version_key(self.version() or '')
+        if releases:
+            newest = version_key(releases[0].version)
+            self.remember(newest=releases[0][:2], bad=[
+                name for name in self.state().get('bad', ()) if version_key(name) >= newest])
+        fitting = [release for release in releases if version_key(release.version) >= least
+                   and self.fits(release.version, release.version, release.requires)]
+        final = [release for release in fitting if 'dev' not in release.version]
+        if channel == 'auto' and final and version_key(final[0].version) > least:
+            return final
+        return fitting
+
+    def install(self, channel: str = 'stable') -> str:
+        """Make the newest release that this Python can use the current one and return its version.
+        One that is broken is marked so, and the next one tried. `channel`: stable, nightly, or auto
+        when a site has changed. Raises Trouble; what was in use then stays in use."""
         with self.locked():
-            releases, least = self.catalogue(), version_key(self.version() or '')
-            self.remember(newest=releases[0][:2] if releases else None)
-            fitting = [release for release in releases if self.fits(release.version, release.version, release.requires)
-                       and version_key(release.version) >= least]
-            for release in fitting[:3]:  # three broken ones in a row: the fault lies here
+            now = int(time.time())
+            if channel == 'auto':
+                self.remember(searched=now)
+            for release in self.candidates(channel)[:3]:  # three broken ones: the fault lies here
                 try:
                     self.take(release)
                     break
                 except BrokenRelease as error:
                     log.warning('%s; it is not used', error)
-                    self.remember(bad=self.broken(release.version))
+                    self.mark_bad(release.version)
             self.clean()
-            self.remember(checked=int(time.time()))
+            self.remember(checked=now)
         version = self.version()
         if not version:
-            raise Trouble(f'{self.index} has no yt-dlp that works with Python {PYTHON}: install a newer Python')
+            raise Trouble(f'{self.index} has no yt-dlp that works with Python {PYTHON}: install a '
+                          'newer Python')
         return version
 
     def roll_back(self, version: str) -> str | None:
-        """From `version` back to the last good release, for good; returns which. None, and no change, when there is
-        none, or `version` has been replaced meanwhile."""
+        """From `version` back to the last good release; returns which. None, and no change, if there
+        is none, or `version` has been replaced meanwhile."""
         with self.locked():
             state = self.state()
-            previous = state.get('previous') if state.get('version') == version else None
-            if not previous or not self.usable(self.folder / previous):
+            previous = state.get('previous')
+            if state.get('version') != version or not previous \
+                    or not self.usable(self.folder / previous):
                 return None
-            self.remember(version=previous, previous=None, bad=self.broken(version))
+            self.mark_bad(version, version=previous, previous=None, sites=state.get('before', []))
         return self.version()
 
 
 # -- the daemon's side
 
-DAY = 86400  # seconds
-RETRY_GAPS = (60, 300, 900, 3600)  # seconds after a look-up that failed: the network may be back; then hourly
+HOUR, DAY = 3600, 86400  # seconds
+RETRY_GAPS = (60, 300, 900, 3600)  # seconds after a failed look-up; the last repeats
 INSTALL = '''
-v.signal.alarm(int(sys.argv[5]))  # whatever it waits for, an index that drips or a lock: `care` waits for it
+v.signal.alarm(int(sys.argv[5]))  # whatever it waits for, an index that drips or a lock
 try:
-    v.Vendor(pathlib.Path(sys.argv[3]), sys.argv[4]).install()
+    v.Vendor(pathlib.Path(sys.argv[3]), sys.argv[4]).install(sys.argv[6])
 except v.Trouble as error:
     sys.exit(str(error))
 '''
 
 
-def update_due(now: float, last_checked: float, site_changed: bool, failures: int = 0, last_tried: float = 0) -> bool:
-    """Is it time to look for a newer yt-dlp? At most daily when an extractor failed because its site has changed,
-    weekly otherwise, at growing gaps after failures. A clock set back by more than a day makes it due, too."""
-    gap = RETRY_GAPS[min(failures, len(RETRY_GAPS)) - 1] if failures else 0
+def update_due(now: float, last_checked: float, site_changed: bool, failures: int = 0,
+               last_tried: float = 0) -> bool:
+    """Is it time to look for a newer yt-dlp? At most hourly when a site has changed, else weekly, at
+    growing gaps after failures. A clock set back by more than a day makes it due, too."""
+    if failures and 0 <= now - last_tried < RETRY_GAPS[min(failures, len(RETRY_GAPS)) - 1]:
+        return False
     age = now - last_checked
-    return not 0 <= now - last_tried < gap and (age >= (DAY if site_changed else 7 * DAY) or age < -DAY)
+    return age >= (HOUR if site_changed else 7 * DAY) or age < -DAY
 
 
 def loaded_ytdlp() -> Path | None:
@@ -4678,70 +4726,90 @@ def loaded_ytdlp() -> Path | None:
 
 
 class Freshness:
-    """Keeps the daemon's yt-dlp fresh, and a release that proves broken out of use. `heard` (flags only) and `stop`
-    may be called by any thread, `step` by `care` alone."""
+    """Keeps the daemon's yt-dlp fresh, and a release that proves broken out of use. `heard` (flags
+    only) and `stop` may be called by any thread, `step` by `care` alone."""
 
-    def __init__(self, vendor: Vendor, automatic: bool, loaded: Callable[[], Path | None] = loaded_ytdlp):
-        self.vendor, self.automatic, self.loaded = vendor, automatic, loaded
-        self.site_changed = self.worked = self.crashed = self.stopped = False
+    def __init__(self, vendor: Vendor, downloader: Any,
+                 loaded: Callable[[], Path | None] = loaded_ytdlp):
+        self.vendor, self.settings, self.loaded = vendor, downloader, loaded
+        self.site_changed = self.unusable = self.stopped = False
+        self.worked: set[str] = set()  # sites
+        self.failed: set[str] = set()  # sites, in a way that may be yt-dlp's
         self.failures, self.last_tried = 0, 0.0
         self.trouble = ''  # why the last look-up failed, a sentence
         self.child: Any = None
 
-    def heard(self, outcome: Outcome) -> None:
+    def heard(self, site: str, outcome: Outcome) -> None:
         """How a download ended, as far as it tells about yt-dlp."""
-        self.worked |= outcome.kind == 'done'
-        self.crashed |= outcome.reason == 'ytdlp'  # 'internal' is a mistake of ours
+        if outcome.kind == 'done':
+            self.worked.add(site)
+        elif outcome.reason in ('site_changed', 'bad_media', 'crash'):
+            self.failed.add(site)
+        self.unusable |= outcome.reason == 'ytdlp'
         self.site_changed |= outcome.reason == 'site_changed'
 
     def step(self, now: float) -> bool:
-        """Does what is due at `now`, epoch seconds. True: the daemon should re-execute itself when it is idle, as
-        another yt-dlp than the one that it has imported is to be used. Raises Trouble."""
+        """Do what is due at `now`, epoch seconds. True: the daemon should re-execute itself when it
+        is idle, as another yt-dlp than the one that it has imported is to be used. Raises
+        Trouble."""
         loaded, current = self.loaded(), self.vendor.current()
         if loaded in (None, current):
             self.judge()
-        checked = self.vendor.last_checked() if current else 0
-        if (self.automatic or not current) \
-                and update_due(now, checked, self.site_changed, self.failures, self.last_tried):
-            self.look(now)
+        channel = self.settings.channel
+        if channel == 'auto' and not self.site_changed:
+            channel = 'stable'
+        checked = 0.0
+        if current and not self.unusable:
+            checked = self.vendor.last_checked(channel)
+        if (self.settings.auto_update or not current) and update_due(
+                now, checked, self.site_changed, self.failures, self.last_tried):
+            self.look(now, channel)
         current = self.vendor.current()
         return None not in (loaded, current) and loaded != current
 
     def judge(self) -> None:
-        """A release is trusted for good once a download worked; one that crashes before that is rolled back."""
-        state = self.vendor.state()
-        if state.get('version') != state.get('proven'):
-            if self.worked:
-                with self.vendor.locked():
-                    self.vendor.remember(proven=state['version'])
-            elif self.crashed and self.vendor.roll_back(state['version']):
-                log.error('yt-dlp %s crashes: rolled back to %s', state['version'], self.vendor.version())
-        self.worked = self.crashed = False
+        """A release is trusted once a download worked. Before, it is rolled back if posts of two
+        sites fail that worked with the one before. What a single site does proves nothing."""
+        state, worked, failed = self.vendor.state(), set(self.worked), set(self.failed)
+        version, sites = state.get('version'), set(state.get('sites', ()))
+        if version and not worked <= sites:
+            with self.vendor.locked():
+                self.vendor.remember(proven=version, sites=sorted(sites | worked)[:50])
+        elif version != state.get('proven') and len(failed & set(state.get('before', ()))) > 1:
+            if self.vendor.roll_back(version):
+                log.error('yt-dlp %s fails where %s worked: rolled back', version,
+                          self.vendor.version())
+                self.failed.clear()
 
-    def look(self, now: float) -> None:
-        """Installs the newest release, in a process of its own: its memory comes back, and it can be stopped."""
+    def look(self, now: float, channel: str) -> None:
+        """Install the newest release, in a process of its own: its memory comes back, and it can be
+        stopped."""
         import subprocess
         self.failures, self.last_tried = self.failures + 1, now
-        with subprocess.Popen(apart(INSTALL, str(self.vendor.folder), self.vendor.index, str(4 * HELPER_TIMEOUT)),
-                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                              encoding='utf-8', errors='replace', start_new_session=True) as self.child:
+        line = apart(INSTALL, str(self.vendor.folder), self.vendor.index, str(4 * HELPER_TIMEOUT),
+                     channel)
+        with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                              stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
+                              start_new_session=True) as self.child:
             if self.stopped:
                 self.stop()
             lines = self.child.communicate()[1].strip().splitlines()
-        failed = self.child.returncode != 0
-        self.trouble = (lines or ['the update of yt-dlp was stopped']).pop() if failed else ''
         for line in lines:
             log.warning('%s', line)
-        if not failed:
+        if self.child.returncode:
+            self.trouble = (lines or ['the update of yt-dlp was stopped']).pop()
+        else:
             log.info('the newest yt-dlp for this Python is %s', self.vendor.version())
-            self.failures, self.site_changed = 0, False
+            self.trouble, self.failures = '', 0
+            self.site_changed = self.unusable = False
 
     def stop(self) -> None:
-        """Ends the installation that is under way with all its processes; none begins."""
+        """End the installation that is under way with all its processes; none begins."""
         self.stopped = True
         if self.child and self.child.poll() is None:
             with suppress(ProcessLookupError):
                 os.killpg(self.child.pid, signal.SIGKILL)
+
 
 # ---------- publish -----------------------------------------------------------------------
 # Owns the ways to a finished file: links and their signatures, the bucket (AWS Signature 4,
@@ -9343,7 +9411,7 @@ class Care:
     def __init__(self, config: Config, store: Store, board: Board, restart: Callable[[], None]):
         self.config, self.store, self.board, self.restart = config, store, board, restart
         self.vendor = Vendor(config.downloader.ytdlp_directory)
-        self.freshness = Freshness(self.vendor, config.downloader.auto_update)
+        self.freshness = Freshness(self.vendor, config.downloader)
         self.ytdlp: Path | None = None  # the folder new attempts import from
         self.certificate: Certificate | None = None
         self.thumbs = config.database.path.parent / 'thumbs'
@@ -9367,7 +9435,7 @@ class Care:
         """How a download ended: a finished one gets a picture, a changed site a newer yt-dlp."""
         if outcome.kind == 'done':
             self._unpictured.append((job.id, outcome.files[0].name))
-        self.freshness.heard(outcome)
+        self.freshness.heard(site_of(job.url), outcome)
         self._due.set()
 
     def _loop(self) -> None:
@@ -9929,7 +9997,7 @@ def cmd_update(config: Config, options: Any) -> int:
     """fetch the newest yt-dlp that this Python can run"""
     vendor = Vendor(config.downloader.ytdlp_directory)
     before = vendor.version()
-    after = vendor.install()
+    after = vendor.install(config.downloader.channel.replace('auto', 'stable'))
     if before == after:
         print(f'yt-dlp {after} is the newest; it was there already.')
     else:
