@@ -9953,7 +9953,7 @@ def cmd_run(config: Config, options: Any) -> int:
 
 def cmd_setup(config: Config, options: Any) -> int:
     """make directories, database, certificate and yt-dlp, then exit"""
-    lock = Lock(config.database.path)
+    lock, vendor = Lock(config.database.path), Vendor(config.downloader.ytdlp_directory)
     if not lock.running():
         lock.take()
         store = Store(config.database.path)
@@ -9965,14 +9965,13 @@ def cmd_setup(config: Config, options: Any) -> int:
         certificate, changed = ensure_certificate(config, time.time())
         done = 'made' if changed else 'kept'
         print(f'certificate  {config.server.cert_file} ({done}; {days_left(certificate)} days)')
-    message = usable_output(config)
-    print(f'videos       {message or config.downloads.output_directory}')
-    vendor = Vendor(config.downloader.ytdlp_directory)
+    fault = usable_output(config)
+    print(f'videos       {fault or config.downloads.output_directory}')
     if vendor.current() is None:
         print('yt-dlp       being fetched …', flush=True)
         vendor.install()
     print(f'yt-dlp       {vendor.version()} in {vendor.folder}')
-    return int(bool(message))
+    return int(bool(fault))
 
 
 def cmd_cert(config: Config, options: Any) -> int:
@@ -9982,12 +9981,11 @@ def cmd_cert(config: Config, options: Any) -> int:
         config, time.time(), names, options.force, options.new_ca)
     if certificate.own:
         print(f'{config.server.cert_file} is your own certificate; it is left alone.')
-    else:
-        done = 'made' if changed else 'still good'
-        print(f'{config.server.cert_file}: {done}, for {days_left(certificate)} days '
-              'and these names:')
-        print('  ' + ' '.join([*certificate.names, *certificate.addresses]))
-        print(f'CA SHA-256: {ca_fingerprint(config)}')
+        return 0
+    done = 'made' if changed else 'still good'
+    print(f'{config.server.cert_file}: {done}, for {days_left(certificate)} days and these names:')
+    print(' ', *certificate.names, *certificate.addresses)
+    print(f'CA SHA-256: {ca_fingerprint(config)}')
     if changed and Lock(config.database.path).running():
         print('The running server takes it up within a minute.')
     return 0
@@ -9998,10 +9996,7 @@ def cmd_update(config: Config, options: Any) -> int:
     vendor = Vendor(config.downloader.ytdlp_directory)
     before = vendor.version()
     after = vendor.install(config.downloader.channel.replace('auto', 'stable'))
-    if before == after:
-        print(f'yt-dlp {after} is the newest; it was there already.')
-    else:
-        print(f'yt-dlp {after} is ready (before: {before or "none"}).')
+    print(f'The newest yt-dlp is {after}; before it was {before or "missing"}.')
     if vendor.held_back():
         print(vendor.held_back())
     if before != after and Lock(config.database.path).running():
@@ -10009,38 +10004,31 @@ def cmd_update(config: Config, options: Any) -> int:
     return 0
 
 
-def server_url(config: Config, facts: dict[str, Any]) -> str:
-    """Where the running server is reached from here."""
-    scheme = 'https' if config.server.tls else 'http'
-    host = facts.get('host', config.server.host)
-    host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
-    host = f'[{host}]' if ':' in host else host
-    return f'{scheme}://{host}:{facts.get("port", config.server.port)}'
-
-
-def local_context(config: Config) -> ssl.SSLContext:
-    """TLS to our own server: its very certificate is trusted, whoever has signed it."""
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.load_verify_locations(config.server.cert_file)
-    context.check_hostname = False
-    context.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME  # even an old leaf is the anchor
-    return context
-
+# -- asking the running server
 
 def call_server(config: Config, method: str, path: str, body: Any = None) -> dict[str, Any]:
     """The running server's JSON answer; `body`, if any, goes as JSON. Raises Trouble."""
-    address, context = server_url(config, Lock(config.database.path).running()), None
+    facts = Lock(config.database.path).running()
+    host = facts.get('host', config.server.host)
+    host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
+    if ':' in host:
+        host = f'[{host}]'
     headers = {'Content-Type': 'application/json'}
     if config.api_keys:
         headers['X-API-Key'] = config.api_keys[0]
+    scheme, context = 'http', None
     try:
         if config.server.tls:
-            context = local_context(config)
-        answer = HttpClient().call(method, address + path, headers,
-                                   body and json.dumps(body).encode(), context=context)
+            scheme, context = 'https', ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.load_verify_locations(config.server.cert_file)
+            context.check_hostname = False
+            context.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME  # even an old leaf is the anchor
+        answer = HttpClient().call(
+            method, f'{scheme}://{host}:{facts.get("port", config.server.port)}{path}', headers,
+            body and json.dumps(body).encode(), context=context)
         return json.loads(answer[2])
     except (OSError, ValueError) as error:
-        raise Trouble(f'The server at {address} does not answer ({error}).') from None
+        raise Trouble(f'The server does not answer ({error}). Fix: start it.') from None
 
 
 def post_text(config: Config, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
@@ -10112,8 +10100,8 @@ def describe_state(config: Config, record: Record) -> tuple[str, str]:
     if state == 'downloading':
         with suppress(Trouble):
             live = call_server(config, 'GET', f'/api/v1/status/{record["id"]}')
-            state, title = f'{live["progress"]:.0f} % of it', live['title'] or title
-    elif record['reason'] == 'cancelled':
+            return f'{live["progress"]:.0f} % of it', live['title'] or title
+    if record['reason'] == 'cancelled':
         state = 'cancelled'
     elif (record['next_attempt_at'] or 0) > time.time():
         state = time.strftime('again %H:%M', time.localtime(record['next_attempt_at']))
@@ -10132,21 +10120,17 @@ def cut_to(text: str, columns: int) -> str:
 
 def cmd_list(config: Config, options: Any) -> int:
     """show the queue at a glance"""
-    store, columns, colour = database(config), 10000, '{}'
+    store, columns, colour = database(config), 10000, '{1}'
     if sys.stdout.isatty():
         columns = os.get_terminal_size().columns
-        colour = colour if 'NO_COLOR' in os.environ else '\33[{}m{}\33[0m'
-    total, records = store.page(SHOWN, status=options.status)
-    while options.all and len(records) < total:
-        found = store.page(200, len(records), options.status)[1]
-        records += found
-        total = total if found else 0
+        if 'NO_COLOR' not in os.environ:
+            colour = '\33[{0}m{1}\33[0m'
+    limit = 1 << 30 if options.all else SHOWN
+    total, records = store.page(limit, status=options.status)
     print('   '.join(f'{n} {status}' for status, n in store.counts().items()))
     for record in records:
         state, title = describe_state(config, record)
-        state = f'{state:<12}'
-        if colour != '{}':
-            state = colour.format(COLOURS[record['status']], state)
+        state = colour.format(COLOURS[record['status']], f'{state:<12}')
         when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record['created_at']))
         print(f'{record["id"][:8]}  {when}  {state} {cut_to(title, columns - 41)}')
         if record['error_message']:
@@ -10156,9 +10140,25 @@ def cmd_list(config: Config, options: Any) -> int:
     return 0
 
 
-def change_each(config: Config, ids: Sequence[str], method: str, tail: str) -> int:
-    """Ask the server to do this to each download. Raises Trouble."""
-    failed = False
+CHANGES = {  # what the server can do to a download: help, method, tail of the path
+    'retry': ('queue downloads again, at once: those named, or all that failed', 'POST', '/retry'),
+    'cancel': ('stop downloads, or take them out of the queue', 'POST', '/cancel'),
+    'delete': ('forget downloads and delete their files', 'DELETE', ''),
+}
+
+
+def cmd_change(config: Config, options: Any) -> int:
+    """do that to each of the downloads, or say which could not be found"""
+    store, ids, failed = database(config), [], False
+    for word in options.id:
+        found = store.ids(word.lower())
+        if len(found) != 1:
+            raise Trouble(f'{word}: {len(found) or "no"} downloads have an id that begins so')
+        ids += found
+    if options.failed:
+        records = store.page(1 << 30, status='failed')[1]
+        ids += [record['id'] for record in records if record['reason'] != 'cancelled']
+    _, method, tail = CHANGES[options.command]
     for download_id in ids:
         answer = call_server(config, method, f'/api/v1/download/{download_id}{tail}')
         failed |= answer.get('status') == 'error'
@@ -10166,71 +10166,58 @@ def change_each(config: Config, ids: Sequence[str], method: str, tail: str) -> i
     return int(failed)
 
 
-def full_ids(config: Config, words: Sequence[str]) -> list[str]:
-    """The ids that begin with these words, as `list` shows them. Raises Trouble."""
-    found = []
-    for word in words:
-        ids = database(config).ids(word.lower())
-        if len(ids) != 1:
-            raise Trouble(f'{word}: {len(ids) or "no"} downloads have an id that begins like this')
-        found += ids
-    return found
-
-
-def cmd_retry(config: Config, options: Any) -> int:
-    """queue downloads again, at once: those named, or all that failed"""
-    ids = full_ids(config, options.id)
-    if options.failed:
-        total, records = database(config).page(100000, status='failed')
-        ids += [record['id'] for record in records if record['reason'] != 'cancelled']
-    return change_each(config, ids, 'POST', '/retry')
-
-
-def cmd_cancel(config: Config, options: Any) -> int:
-    """stop downloads, or take them out of the queue"""
-    return change_each(config, full_ids(config, options.id), 'POST', '/cancel')
-
-
-def cmd_delete(config: Config, options: Any) -> int:
-    """forget downloads and delete their files"""
-    tail = '?files=keep' if options.keep_files else ''
-    return change_each(config, full_ids(config, options.id), 'DELETE', tail)
-
-
 def cmd_log(config: Config, options: Any) -> int:
     """show the end of the log; with -f also what comes"""
-    file = config.logging.file
+    file, stream = config.logging.file, None
     if not file:
         raise Trouble('[logging] file is empty: look at the terminal of the server, or: '
                       'journalctl -u videoserver')
-    stream = open(file, encoding='utf-8', errors='replace')
-    print(''.join(deque(stream, 100)), end='', flush=True)
-    while options.follow:
-        time.sleep(0.5)
-        print(''.join(stream), end='', flush=True)
+    while True:
         with suppress(FileNotFoundError):  # moved aside, and the next one not begun yet
-            if not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
+            if not stream or not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
                 stream = open(file, encoding='utf-8', errors='replace')
-    return 0
+        print(''.join(deque(stream, 100)), end='', flush=True)
+        if not options.follow:
+            return 0
+        time.sleep(0.5)
 
 
 # -- doctor
 
-Finding = tuple[str, str]  # what was seen; the command that fixes it, '' if nothing is wrong
+Faults = Iterator[tuple[str, str]]  # what is wrong, and the command that fixes it
 
 
-def finding(fine: bool, seen: str, fault: str, fix: str) -> Finding:
-    """What doctor says of one thing: `seen` if it is fine, else the fault and what fixes it."""
-    return (seen, '') if fine else (fault, fix)
+def split_fix(sentence: str) -> tuple[str, str]:
+    """The fault and the cure of 'Fault. Fix: cure'."""
+    fault, _, fix = sentence.partition(' Fix: ')
+    return fault, fix or 'look at the log'
 
 
-def check_database(config: Config) -> Iterator[Finding]:
-    """The database, its lock, its copies; who may read it and the keys."""
-    path, running = config.database.path, Lock(config.database.path).running()
-    yield finding(
-        bool(running), f'server: process {running.get("pid")} on port {running.get("port")}',
-        'server: not running on this database',
-        f'{program(config)}, or: sudo systemctl start videoserver')
+def check_server(config: Config) -> Faults:
+    """Whether it runs and is well."""
+    if not Lock(config.database.path).running():
+        yield ('server: not running on this database',
+               f'{program(config)}, or: sudo systemctl start videoserver')
+        try:
+            listen(config.server.host, config.server.port).close()
+        except Trouble as error:
+            yield str(error), f'sudo ss -ltnp "sport = :{config.server.port}"'
+        return
+    try:
+        health = call_server(config, 'GET', '/api/v1/health')
+    except Trouble:
+        yield 'health: the server does not answer', 'sudo systemctl restart videoserver'
+        return
+    if 'problems' not in health:
+        yield f'health: {health.get("message", health)}', 'look at the log'
+    for problem in health.get('problems', ()):
+        fault, fix = split_fix(problem)
+        yield f'health: {fault}', fix
+
+
+def check_database(config: Config) -> Faults:
+    """The database and its copies; who may read what is private."""
+    path = config.database.path
     if not path.exists():
         yield f'database: {path} is missing', f'{program(config)} setup'
         return
@@ -10239,14 +10226,12 @@ def check_database(config: Config) -> Iterator[Finding]:
             found = quick_check(db)
     except sqlite3.Error as error:
         found = str(error)
-    yield finding(
-        not found, f'database: {path} is whole', f'database: {path}: {found}',
-        f'stop the server, then copy the newest whole file of {path.parent / "backups"} to {path}')
-    yield finding(os.access(path, os.W_OK), 'database: writable by this user',
-                  f'database: {path} is not writable by this user',
-                  f'sudo chown {user_name()} {path}')
-    files = certificate_files(config).items()
-    keys = [file for name, file in files if name.endswith('.key')]
+    if found:
+        yield (f'database: {path}: {found}', 'stop the server, then copy the newest whole file of '
+               f'{path.parent / "backups"} to {path}')
+    if not os.access(path, os.W_OK):
+        yield f'database: this user may not write {path}', f'sudo chown {user_name()} {path}'
+    keys = [file for name, file in certificate_files(config).items() if name.endswith('.key')]
     for file in (path, *keys, Cookies(config).file):  # a group may be let in on purpose
         with suppress(OSError):  # it is not there, or where this user may not look
             if file.stat().st_mode & 0o007:
@@ -10254,123 +10239,73 @@ def check_database(config: Config) -> Iterator[Finding]:
                        f'sudo chmod o= {file}')
 
 
-def check_certificate(config: Config) -> Iterator[Finding]:
+def check_certificate(config: Config) -> Faults:
     """Days, names and key of the certificate."""
     if not config.server.tls:
         return
-    shown = f'clock: {time.strftime("%Y-%m-%d %H:%M")}'
-    yield finding(time.time() > BUILT, shown, f'{shown} is wrong', 'sudo timedatectl set-ntp true')
-    yield finding(which('openssl') is not None, 'openssl: installed',
-                  'openssl is missing: no certificate can be made', 'sudo apt-get install openssl')
-    remedy = f'{program(config)} cert'
+    if time.time() < BUILT:
+        yield f'clock: {time.strftime("%Y-%m-%d %H:%M")} is wrong', 'sudo timedatectl set-ntp true'
+    if not which('openssl'):
+        yield 'openssl is missing: no certificate can be made', 'sudo apt-get install openssl'
+    fix = f'{program(config)} cert'
     try:
         server_context(config)
         leaf = look_at_certificate(config)
     except (Trouble, OSError) as error:
-        yield f'certificate: {error}', remedy
+        yield f'certificate: {error}', fix
         return
-    seen = f'certificate: {days_left(leaf)} days left'
-    yield finding(days_left(leaf) > CERTIFICATE_WARNING_DAYS, seen, seen, remedy)
-    missing = sorted({*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses})
+    if days_left(leaf) <= CERTIFICATE_WARNING_DAYS:
+        yield f'certificate: {days_left(leaf)} days left', fix
+    missing = {*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses}
     permitted = remembered_names(config)[1]
-    missing = [name for name in missing if not leaf.own and may_sign(name, permitted)]
-    yield finding(not missing, 'certificate: names this machine',
-                  f'certificate: does not name {", ".join(missing)}', remedy)
+    missing = [name for name in sorted(missing) if not leaf.own and may_sign(name, permitted)]
+    if missing:
+        yield f'certificate: does not name {", ".join(missing)}', fix
 
 
-def check_ytdlp(config: Config) -> Iterator[Finding]:
+def check_downloads(config: Config) -> Faults:
+    """Output folder, disk, ffmpeg, cookies."""
+    fault, free = usable_output(config, make=False), free_output(config)
+    least = config.downloads.min_free_space
+    if fault:
+        fault, fix = split_fix(fault)
+        yield f'output folder: {fault}', fix
+    if free is not None and free < least:
+        yield (f'disk: only {format_size(free)} free, {format_size(least)} wanted',
+               'delete videos, or set [downloads] min_free_space lower')
+    if not which('ffmpeg'):
+        yield ('ffmpeg is missing: the best video cannot be merged with its sound',
+               'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
+    for fine, told in Cookies(config).report(time.time()):
+        if not fine:
+            fault, fix = split_fix(told)
+            yield f'cookies: {fault}', fix
+
+
+def check_ytdlp(config: Config) -> Faults:
     """Whether there is one, and how old it is."""
-    vendor, remedy = Vendor(config.downloader.ytdlp_directory), f'{program(config)} update'
-    yield finding(vendor.current() is not None, f'yt-dlp: {vendor.version()}',
-                  'yt-dlp is missing: nothing can be downloaded', remedy)
-    age = (time.time() - vendor.last_checked()) / DAY
-    if age < 9999:
-        seen = f'yt-dlp: looked for a newer one {age:.0f} days ago'
-        yield finding(age < 30, seen, seen, remedy)
-    else:
-        yield 'yt-dlp: never updated', remedy
+    vendor, fix = Vendor(config.downloader.ytdlp_directory), f'{program(config)} update'
+    if vendor.current() is None:
+        yield 'yt-dlp is missing: nothing can be downloaded', fix
+    if time.time() - vendor.last_checked() > 30 * DAY:
+        yield 'yt-dlp: not looked for a newer one for a month', fix
     if vendor.held_back():
         yield f'yt-dlp: {vendor.held_back()}', 'install Python 3.11 or later'
 
 
-def check_downloads(config: Config) -> Iterator[Finding]:
-    """Output folder, disk, ffmpeg, yt-dlp."""
-    message = usable_output(config, make=False)
-    fault, _, remedy = (message or '').partition(' Fix: ')
-    yield finding(not message, f'output folder: {config.downloads.output_directory}',
-                  f'output folder: {fault}', remedy)
-    free, least = free_output(config), config.downloads.min_free_space
-    if free is not None:
-        yield finding(free >= least, f'disk: {format_size(free)} free',
-                      f'disk: only {format_size(free)} free, {format_size(least)} wanted',
-                      'delete videos, or set [downloads] min_free_space lower')
-    yield finding(which('ffmpeg') is not None, 'ffmpeg: installed',
-                  'ffmpeg is missing: the best video cannot be merged with its sound',
-                  'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
-    yield from check_ytdlp(config)
-    yield finding(has_ca_store(), 'CA certificates: installed',
-                  'CA certificates are missing: no site can be verified',
-                  'sudo apt-get install ca-certificates (a Mac: Install Certificates.command)')
-    ignored = [name for name in os.environ if re.fullmatch('(?i)(?:https?|all)_proxy', name)]
-    if ignored:
-        yield f'proxy: downloads ignore {", ".join(ignored)}; [downloader] proxy is theirs', ''
-    for fine, told in Cookies(config).report(time.time()):
-        fault, _, remedy = told.partition(' Fix: ')
-        yield finding(fine, f'cookies: {told}', f'cookies: {fault}', remedy)
-
-
-def check_port(config: Config) -> Iterator[Finding]:
-    """Whether the running server answers, or the port is free."""
-    if not Lock(config.database.path).running():
-        try:
-            listen(config.server.host, config.server.port).close()
-            yield f'port: {config.server.port} is free', ''
-        except Trouble as error:
-            yield f'port: {error}', f'sudo ss -ltnp "sport = :{config.server.port}"'
-        return
-    try:
-        answer = call_server(config, 'GET', '/api/v1/health')
-    except Trouble as error:
-        yield f'health: {error}', 'sudo systemctl restart videoserver'
-        return
-    well = answer.get('status') in ('healthy', 'degraded')
-    yield finding(well, f'health: {answer.get("status")}',
-                  f'health: {answer.get("message", answer)}', 'look at the log')
-    for problem in answer.get('problems', []):
-        fault, _, remedy = problem.partition(' Fix: ')
-        yield f'health: {fault}', remedy or 'look at the log'
-
-
-def check_service(config: Config) -> Iterator[Finding]:
-    """The systemd service, where there is one."""
-    import subprocess
-    if not which('systemctl') or not Path('/etc/systemd/system/videoserver.service').exists():
-        return
-    done = subprocess.run(['systemctl', 'is-active', 'videoserver'], stdout=subprocess.PIPE)
-    state = done.stdout.decode().strip()
-    yield finding(state == 'active', f'service: {state}', f'service: {state}',
-                  'sudo systemctl restart videoserver; journalctl -u videoserver -n 50')
-
-
 def cmd_doctor(config: Config, options: Any) -> int:
     """say what is wrong with this installation and how to fix it"""
-    faults = 0
+    count = 0
     print(f'configuration: {config.file or "built-in values"}')
-    for check in (check_database, check_certificate, check_downloads, check_port, check_service):
-        for seen, fix in check(config):
-            if fix:
-                print(f'BAD  {seen}\n       fix: {fix}')
-                faults += 1
-            else:
-                print(f' ok  {seen}')
-    print(f'{faults} to fix.' if faults else 'Nothing is wrong.')
-    return int(faults > 0)
-
-
-def first_address(port: int) -> str:
-    """The plain-HTTP address of this machine on its network."""
-    private = [ip for ip in host_addresses() if ':' not in ip and not ip.startswith('127.')]
-    return f'http://{[*private, "127.0.0.1"][0]}:{port}/'
+    for check in (check_server, check_database, check_certificate, check_downloads, check_ytdlp):
+        faults = list(check(config))
+        for fault, fix in faults:
+            print(f'BAD  {fault}\n       fix: {fix}')
+        if not faults:
+            print(f' ok  {check.__name__[6:]}: {check.__doc__}')
+        count += len(faults)
+    print(f'{count} to fix.' if count else 'Nothing is wrong.')
+    return int(count > 0)
 
 
 # -- first contact
@@ -10380,14 +10315,18 @@ PHONE_NEWS = {  # what the console says when the phone asks for it the first tim
     '/seen/trusted': 'It trusts the server. Next: make the Shortcut.'}
 
 
+def tell(news: str) -> None:
+    """A line on the console of `phone`."""
+    print(f'{time.strftime("%H:%M:%S")}  {news}', flush=True)
+
+
 def told_once(news: str, content: Any) -> Callable[[], Any]:
     """An asset's content that says `news` on the console when it is first asked for."""
-    told = []
+    waiting = [news]
 
     def answer(request: Request) -> Any:
-        if not told:
-            told.append(news)
-            print(f'{time.strftime("%H:%M:%S")}  {news}', flush=True)
+        if waiting:
+            tell(waiting.pop())
         return content(request) if callable(content) else content
     return answer
 
@@ -10399,8 +10338,7 @@ def tell_first_link(config: Config, since: int) -> None:
         time.sleep(1)
         with suppress(StoreDown):
             records = config.database.path.exists() and store.page(1)[1]
-    print(f'{time.strftime("%H:%M:%S")}  It works: {records[0]["url"]} from '
-          f'{records[0]["client_id"]}.', flush=True)
+    tell(f'It works: {records[0]["url"]} from {records[0]["client_id"]}.')
 
 
 def cmd_phone(config: Config, options: Any) -> int:
@@ -10412,30 +10350,28 @@ def cmd_phone(config: Config, options: Any) -> int:
         ensure_certificate(config, time.time())
     running = Lock(config.database.path).running()
     port = running.get('port', config.server.port)
-    assets = {**{path: ASSETS[path] for path in PHONE_ASSETS}, **ca_assets(config)}
     facts = setup_facts(config, port, False, True)
-    assets['/'] = assets['/setup'] = ('text/html; charset=utf-8', lambda _: setup_page(facts))
-    assets['/seen/trusted'] = ('text/plain', '')
+    assets = {**{path: ASSETS[path] for path in PHONE_ASSETS}, **ca_assets(config),
+              '/': ('text/html; charset=utf-8', lambda _: setup_page(facts)),
+              '/seen/trusted': ('text/plain', '')}
     for path, news in PHONE_NEWS.items():
         kind, content = assets[path]
         assets[path] = (kind, told_once(news, content))
     assets['/setup'] = assets['/']
     routes = tuple(Route('GET', path, get_asset, 'Set-up', 'open') for path in assets)
-    origin = f' {public_base(config, port)}'
-    app = App(config, assets=assets, routes=routes, image_origin=origin)
+    app = App(config, assets=assets, routes=routes, image_origin=f' {public_base(config, port)}')
     app.hosts = known_hosts(config)
-    sock = listen('0.0.0.0', options.port)
-    server = Server(sock, app, None)
-    url = first_address(sock.getsockname()[1])
+    server = Server(listen('0.0.0.0', options.port), app, None)
+    private = [ip for ip in host_addresses() if ':' not in ip and not ip.startswith('127.')]
+    url = f'http://{[*private, "127.0.0.1"][0]}:{server.server_address[1]}/'
     print(qr_code(url, 'ANSIUTF8'))
     print(f'Open this on the iPhone (in Safari, on the same Wi-Fi):  {url}\n')
     print(f'The fingerprint of the certificate it offers:\n  {ca_fingerprint(config)}\n')
     if not running:
         print(f'The server does not run yet: start it with  {program(config)}')
     print(f'This page goes away in {options.minutes} minutes; Ctrl-C ends it at once.', flush=True)
-    timer = threading.Timer(options.minutes * 60, server.shutdown)
-    watch = threading.Thread(target=tell_first_link, args=(config, int(time.time())))
-    for thread in (timer, watch):
+    for thread in (threading.Timer(options.minutes * 60, server.shutdown),
+                   threading.Thread(target=tell_first_link, args=(config, int(time.time())))):
         thread.daemon = True
         thread.start()
     with suppress(KeyboardInterrupt):
@@ -10454,19 +10390,10 @@ def cmd_backup(config: Config, options: Any) -> int:
 
 COMMANDS = {
     'setup': cmd_setup, 'cert': cmd_cert, 'update': cmd_update, 'add': cmd_add, 'list': cmd_list,
-    'retry': cmd_retry, 'cancel': cmd_cancel, 'delete': cmd_delete, 'log': cmd_log,
+    'retry': cmd_change, 'cancel': cmd_change, 'delete': cmd_change, 'log': cmd_log,
     'doctor': cmd_doctor, 'phone': cmd_phone, 'backup': cmd_backup,
 }
-
-
-def settings_table() -> str:
-    """The README's table of all keys, from SETTINGS."""
-    rows = ['| section | key | default | meaning |', '| --- | --- | --- | --- |']
-    for section, keys in SETTINGS.items():
-        for key, row in keys.items():
-            default = f'`{row.default}`' if row.default else '(empty)'
-            rows.append(f'| {section} | `{key}` | {default} | {row.help} |')
-    return '\n'.join(rows)
+HELP = {name: CHANGES.get(name, [run.__doc__])[0] for name, run in COMMANDS.items()}
 
 
 def help_text(topic: str) -> str:
@@ -10475,10 +10402,10 @@ def help_text(topic: str) -> str:
         return 'Each can be set in the environment as VIDEOSERVER_<SECTION>_<KEY>.\n' + ''.join(
             f'\n[{section}] {key} = {row.default}\n    {row.help}\n'
             for section, keys in SETTINGS.items() for key, row in keys.items())
-    rows = [f'  {name:<9}{function.__doc__}' for name, function in COMMANDS.items()]
     return '\n'.join([
         'usage: videoserverd.py [--config FILE] [COMMAND]', '',
-        'The video inbox people trust. Without a command: run the server.', '', *rows,
+        'The video inbox people trust. Without a command: run the server.', '',
+        *(f'  {name:<9}{told}' for name, told in HELP.items()),
         '  help     explain a command, or all settings: help COMMAND, help settings', '',
         '  --config FILE  config.ini (default: the one beside this program)',
         '  --version      show the version', ''])
@@ -10494,8 +10421,8 @@ def make_parser() -> Any:
     parser.format_help = lambda: help_text('')
     parser.add_argument('--version', action='version', version=f'videoserverd {VERSION}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')
-    add = {name: commands.add_parser(name, parents=[where], description=function.__doc__
-                                     ).add_argument for name, function in COMMANDS.items()}
+    add = {name: commands.add_parser(name, parents=[where], description=told).add_argument
+           for name, told in HELP.items()}
     commands.add_parser('help').add_argument('topic', nargs='?', default='')
     add['add']('url', nargs='+', metavar='URL', help='a link, or any text with links in it')
     add['add']('--again', action='store_true', help='fetch a video anew that is here already')
@@ -10506,18 +10433,31 @@ def make_parser() -> Any:
     add['cert']('--ip', action='append', metavar='ADDR', help='a further address')
     add['list']('--status', choices=tuple(STATES), default='', help='only those')
     add['list']('--all', action='store_true', help=f'not only the newest {SHOWN}')
-    for name in ('retry', 'cancel', 'delete'):
-        add[name]('id', nargs='*' if name == 'retry' else '+', metavar='ID',
-                  help='as `list` shows it')
-    add['retry']('--failed', action='store_true', help='all that failed')
-    add['delete']('--keep-files', action='store_true', help='the files stay')
+    for name in CHANGES:
+        add[name]('id', nargs='*', metavar='ID', help='as `list` shows it')
+        add[name]('--failed', action='store_true', help='all that failed')
     add['log']('-f', dest='follow', action='store_true', help='go on with what comes')
     add['phone']('--minutes', type=whole(1, 1440), default=15, help='until it ends (15)')
     add['phone']('--port', type=whole(0, 65535), default=8080, help='of the page (8080)')
     return parser
 
 
-def go_on(config: Config) -> None:
+def act(file: Path | None, command: Callable[[Config, Any], int], options: Any = None) -> int:
+    """Load the configuration and run a command; trouble becomes one line and an exit code."""
+    with suppress(AttributeError):  # None where it is closed
+        sys.stdout.reconfigure(errors='backslashreplace')  # a terminal of Latin-1 lacks letters
+    try:
+        return command(load_config(file, dict(os.environ)), options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 0
+    except (Trouble, StoreDown, OSError) as error:  # a full disk, a folder of somebody else
+        print(f'videoserverd: {error}', file=sys.stderr)
+        return getattr(error, 'exit_code', 1)
+
+
+def go_on(config: Config, options: Any) -> int:
     """Become the server proper; in the foreground, as the child of a small parent."""
     compile_program()
     os.environ.setdefault('MALLOC_ARENA_MAX', '1')  # else glibc keeps a heap per thread
@@ -10527,39 +10467,16 @@ def go_on(config: Config) -> None:
     os.execv(line[0], line)
 
 
-def act(file: Path | None, options: Any) -> int:
-    """Load the configuration and do what is asked; `options` None: serve."""
-    with suppress(AttributeError):  # None where it is closed
-        sys.stdout.reconfigure(errors='backslashreplace')  # a terminal of Latin-1 lacks letters
-    try:
-        config = load_config(file, dict(os.environ))
-        if options is None:
-            return cmd_run(config, None)
-        if options.command:
-            return COMMANDS[options.command](config, options)
-        go_on(config)
-    except Trouble as error:
-        print(f'videoserverd: {error}', file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        return 0
-    except (StoreDown, OSError) as error:  # a full disk, a folder of somebody else
-        print(f'videoserverd: {error}', file=sys.stderr)
-    return 1
-
-
 def serve(file: str) -> int:
     """Run the server with this config.ini, '' for none."""
-    return act(Path(file) if file else None, None)
+    return act(Path(file) if file else None, cmd_run)
 
 
 HOMEBREW = ('/opt/homebrew/bin', '/usr/local/bin')  # not in launchd's PATH, nor in ssh's
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; trouble becomes one line and an exit code."""
+    """What the command line says."""
     if sys.platform == 'darwin':
         os.environ['PATH'] = os.pathsep.join((*os.get_exec_path(), *HOMEBREW))
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -10576,7 +10493,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     beside = PROGRAM.parent / 'config.ini'
     if file is None and beside.exists():
         file = beside
-    return act(file, options)
+    return act(file, COMMANDS.get(options.command, go_on), options)
 
 
 if __name__ == '__main__':
