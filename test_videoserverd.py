@@ -8411,6 +8411,16 @@ class TestDailyCare(unittest.TestCase):
             config.server.key_file.write_bytes(key)
             care.renew_certificate(time.time())
 
+    def test_the_first_minute_without_yt_dlp_is_no_fault(self):
+        daemon = v.Daemon(new_config())
+        daemon.store.open()
+        self.addCleanup(daemon.store.close)
+        for problems, status in (({}, 'healthy'), ({'ytdlp': 'It cannot be fetched.'}, 'degraded')):
+            daemon.care.problems = problems
+            report = daemon.health.report()
+            self.assertEqual((report['preparing'], report['status']), (not problems, status), report)
+            self.assertIn('yt-dlp is', report['paused'])
+
     def test_a_certificate_that_expired_meanwhile_is_renewed_once_the_clock_is_right(self):
         config, now = new_config(), time.time()
         v.ensure_certificate(config, now)
@@ -9997,18 +10007,77 @@ class TestPage(DaemonTest):
             self.browser.wait('return window.rounds > arguments[0]', number)
         self.assertLessEqual(self.browser.run('return window.most'), 2)
 
-    def test_search_and_filter_by_state(self):
+    def test_search_filter_and_several_at_once(self):
         self.daemon.download(str(self.site.tiktok(title='Needle in the hay')))
         self.daemon.fails(str(self.site.tiktok(state='private')))
-        for _ in range(3):  # from the fifth video on there is something to search
+        for _ in range(4):  # from the fifth video on there is something to search
             self.daemon.download(str(self.site.tiktok(title='Hay')))
+        self.browser.run('window.confirm = question => { window.asked = question; return true; }')
         self.browser.type('#search', 'needle')
         self.browser.wait(f'{ROWS}.length === 1')
         self.browser.click('#states [value=failed]')
         self.browser.until('#nothing', 'checkVisibility()')
         self.browser.click('#show-all')
+        self.browser.screen(390, 844)
+        self.browser.wait(f'{ROWS}.length > 4 && document.querySelector("article").getBoundingClientRect().top < 230')
         self.browser.click('#states [value=failed]')
-        self.browser.wait(f'{ROWS}.every(row => row.status === "failed")')
+        self.browser.wait(f'{ROWS}.length && {ROWS[7:]}.every(row => row.status === "failed")')
+        self.browser.click('#bulk [value=clear]')
+        self.browser.wait('return !document.querySelector("article")')
+        self.assertEqual(self.daemon.rows("SELECT * FROM downloads WHERE status = 'failed'"), [])
+        self.assertRegex(self.browser.run('return window.asked'), r'Take \d+ off this list. Their files stay')
+        self.browser.click('#states [value=""]')
+        self.browser.click('#pick')
+        chosen = self.browser.wait(f'{ROWS}[0]?.download_id')
+        self.browser.click('article input')
+        self.browser.until('#bulk b', 'textContent === "1 selected"')
+        self.browser.click('#bulk [value=delete]')
+        self.browser.wait(f'{ROWS}.every(row => row.download_id !== "{chosen}")')
+        self.assertEqual(self.daemon.client.get(f'/api/v1/status/{chosen}').status, 404)
+
+    def before_each_page(self, script: str) -> None:
+        """Runs `script` in each page of this test before the page's own."""
+        made = self.browser.devtools('Page.addScriptToEvaluateOnNewDocument', source=script)
+        self.addCleanup(self.browser.devtools, 'Page.removeScriptToEvaluateOnNewDocument', **made)
+
+    def test_share_hands_over_the_file_itself_also_without_what_ios_16_lacks(self):
+        self.before_each_page("""
+            delete AbortSignal.any;
+            Object.assign(navigator, {canShare: () => true, share: async ({files}) => {
+              window.tries = (window.tries ?? 0) + 1;
+              if (window.tries === 1) throw new DOMException('too late', 'NotAllowedError');
+              window.shared = files.map(file => [file.name, file.type, file.size]);
+            }})""")
+        row = self.daemon.download(str(self.site.instagram('video', 'video')))
+        self.visit()
+        self.row(row['download_id'])
+        self.press(row['download_id'], 'share')
+        self.browser.until('#offer', 'textContent === "Share"')  # it took longer than a tap lasts
+        self.browser.click('#offer')
+        self.assertEqual(self.browser.wait('return window.shared'),
+                         [[file['name'], file['type'], file['size']] for file in row['files']])
+        self.press(row['download_id'], 'play')
+        self.browser.click('#player .share')
+        self.browser.wait('return window.tries === 3 && window.shared.length === 1')
+
+    def test_it_opens_while_the_server_is_gone_and_sends_what_was_added_once(self):
+        self.expected = 'ERR_CONNECTION_REFUSED|ERR_FAILED|icon from the Manifest'
+        daemon = self.new_daemon()
+        self.visit(daemon=daemon)
+        self.browser.wait('return navigator.serviceWorker.ready'
+                          '.then(() => Boolean(navigator.serviceWorker.controller))')
+        daemon.configure(server={'port': daemon.port})
+        daemon.terminate()
+        self.browser.open(f'https://127.0.0.1:{daemon.port}/')
+        self.browser.until('#pulse', 'textContent === "No connection"')
+        link = tiktok_link(8)
+        self.send(link)
+        self.browser.until('.lost #outbox', 'innerText.includes("Kept here")')
+        self.browser.open(f'https://127.0.0.1:{daemon.port}/')
+        self.browser.until('.lost #outbox', f'innerText.includes("{link}")')
+        daemon.start()
+        self.browser.until('.live #outbox', 'hidden')
+        self.assertEqual([row['url'] for row in daemon.rows()], [link])
 
     def test_a_deep_link_and_the_share_target_only_fill_the_box(self):
         before, link = self.newest(), 'https://vm.tiktok.com/ZM1/'
@@ -10136,16 +10205,38 @@ class TestPage(DaemonTest):
             self.browser.run('scrollTo(0, arguments[0] / 9 * document.body.scrollHeight)', step)
             self.browser.wait(ONE_ROW, f'Math.abs(parseInt(row.title.slice(7)) - {9999 - 1111 * step}) < 100')
 
-    def test_every_width_from_320_to_2560_fits_and_fingers_hit(self):
+    def test_every_width_fits_with_large_letters_too_and_fingers_hit(self):
         self.row(self.daemon.download(str(self.site.tiktok(title='Wide ' * 60)))['download_id'])
-        for width in (320, 390, 640, 1440, 2560):
-            self.browser.screen(width, 800)
-            self.assertLessEqual(self.browser.run('return document.documentElement.scrollWidth'), width)
-            sizes = self.browser.run(
-                'return [...document.querySelectorAll("button, input, textarea, a.button, a.act")]'
-                '.filter(node => node.checkVisibility())'
-                '.map(node => [node.id + node.className, Math.min(node.offsetWidth, node.offsetHeight)])')
-            self.assertEqual((width, [name for name, size in sizes if size < FINGER]), (width, []))
+        for path in ('/', '/setup#profile', '/setup#share'):
+            for width, height, letters in ((320, 640, 1), (320, 640, 2), (390, 844, 1), (430, 932, 2), (844, 390, 2),
+                                           (768, 1024, 1), (1440, 900, 1), (2560, 1440, 1)):
+                self.browser.screen(width, height)
+                self.visit('/sw.js')
+                self.visit(path)
+                self.browser.run('document.documentElement.style.fontSize = arguments[0] + "%"', 100 * letters)
+                beyond, small = self.browser.run("""
+                    const nodes = [...document.querySelectorAll('body *')].filter(node => node.checkVisibility());
+                    const name = node => node.tagName + node.id + node.className;
+                    const wide = node => node.getBoundingClientRect().right > document.documentElement.clientWidth + 1;
+                    return [nodes.filter(wide).map(name),
+                      nodes.filter(node => node.matches('button, input:not([type]), textarea, a.button, summary')
+                        && Math.min(node.offsetWidth, node.offsetHeight) < arguments[0]).map(name)]""", FINGER)
+                self.assertEqual((path, width, letters, beyond, small), (path, width, letters, [], []))
+
+    def test_news_lies_over_no_button(self):
+        self.row(self.daemon.download(str(self.site.tiktok()))['download_id'])
+        self.browser.screen(390, 500)
+        self.browser.run('document.querySelector("article .copy").click()')
+        self.browser.until('#note', 'textContent')
+        hidden = """scrollTo(0, 1e6);
+            return [...document.querySelectorAll('article:last-of-type .act, summary')].filter(node => {
+              const {left, top, width, height} = node.getBoundingClientRect();
+              return node.checkVisibility() && top > 0
+                && !node.contains(document.elementFromPoint(left + width / 2, top + height / 2));
+            }).map(node => node.textContent)"""
+        self.assertEqual(self.browser.run(hidden), [])
+        self.browser.click('#hush')
+        self.browser.until('#notes', 'offsetHeight === 0')
 
     @unittest.skipUnless(AXE_CORE.exists(), 'axe-core is not there; AXE_CORE names axe.min.js')
     def test_axe_finds_no_violation(self):

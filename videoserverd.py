@@ -6869,7 +6869,7 @@ SCHEMAS = {
     'Health': object_schema(
         'status! version! uptime:integer! queue_size:integer! message! problems:[string '
         'paused:string? free_disk:integer? ytdlp_version:string? certificate_days:integer? '
-        's3:boolean keys:boolean'),
+        's3:boolean keys:boolean preparing:boolean'),
     'Deleted': object_schema('status:=deleted! download_id! message! timestamp:integer!'),
     'Initiate': object_schema('videoURL! ytdlpCLIParameters:Options again:boolean?'),
     'Initiated': object_schema('downloadUUID!'),
@@ -7827,7 +7827,7 @@ PAGE_HTML = r'''<!DOCTYPE html>
   <p id="old">This page needs JavaScript, and iOS 16 or a browser from 2022 or later.</p>
   <section id="health" aria-label="Health" hidden
     ><h2></h2><ul id="problems"></ul>
-    <progress class="bar" max="100" aria-label="Getting ready" hidden></progress>
+    <progress class="bar" aria-label="Getting ready" hidden></progress>
     <button id="update" class="button quiet" hidden>Update yt-dlp</button></section>
   <form id="add">
     <textarea id="box" rows="1" aria-label="Links" placeholder="Paste links" autocomplete="off"
@@ -8022,7 +8022,7 @@ dialog::backdrop { background: #000b; }
 .lead, .step { display: flex; flex-direction: column; gap: 1rem; }
 .setup :is(h1, h2) { font-size: 1.5rem; letter-spacing: -.02em; }
 .setup h2:focus { outline: 0; }
-#way { display: flex; gap: .5rem; padding: 0; counter-reset: step; list-style: none;
+#way { display: flex; flex-wrap: wrap; gap: 0 .5rem; padding: 0; counter-reset: step; list-style: none;
   font-size: .875rem; }
 #way li { flex: 1 0 auto; border-top: 4px solid var(--line); counter-increment: step; }
 #way li::before { content: counter(step) '\a0'; color: var(--soft); }
@@ -8058,7 +8058,7 @@ summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--
 @media (min-width: 50rem) {
   :root { --gap: 2rem; }
   .chunk { display: grid; gap: .75rem; margin-bottom: .75rem;
-    grid-template-columns: repeat(auto-fill, minmax(26rem, 1fr)); }
+    grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); }
   article { margin: 0; }
 }
 @keyframes arrive { from { visibility: hidden; } }
@@ -8214,23 +8214,23 @@ async function makeRound() {
   if (online) flush();
 }
 function watchHealth() {
-  const trouble = health.problems?.length || !online;
+  const trouble = health.problems?.length || health.preparing || !online;
   if (Date.now() - looked > (trouble ? ROUND / 10 : ROUND)) makeRound();
 }
 function paintHealth() {
   const {problems = [], free_disk: free, ytdlp_version: version, cookies, preparing} = health;
   const lost = online === false && 'What you add is kept here, and sent when the server is back.';
-  const faults = filled([lost, ...problems]), ready = preparing == null;
+  const faults = filled([lost, ...problems]);
   write($('pulse'), lost ? 'No connection' : 'Live');
   const facts = [free && size(free) + ' free', version && 'yt-dlp ' + version];
   write($('facts'), filled(facts).join(' · '));
-  $('health').hidden = ready && !faults.length;
-  write($('health').firstChild, ready ? 'Needs your attention' : 'Getting ready…');
+  $('health').hidden = !preparing && !faults.length;
+  write($('health').firstChild, preparing ? 'Getting ready…' : 'Needs your attention');
   $('problems').replaceChildren(...faults.map(text => element('li', {}, ...withCommands(text))));
-  Object.assign(part($('health'), 'bar'), {hidden: ready, value: preparing ?? 0});
+  part($('health'), 'bar').hidden = !preparing;
   $('update').hidden = !faults.some(text => / update`/.test(text));
-  write($('cookies'), cookies || 'There are no cookies.');
-  $('forget-cookies').hidden = !cookies;
+  write($('cookies'), cookies?.join('\n') || 'There are no cookies.');
+  $('forget-cookies').hidden = !cookies?.length;
 }
 // `commands` in a sentence are set as code.
 const withCommands = text =>
@@ -8738,7 +8738,8 @@ function listen() {
   on('player', 'click', event => { if (event.target === $('player')) $('player').close(); });
   on('player', 'close', closed);
   on('update', 'click', () => told('POST', 'api/v1/update'));
-  on('cookie-file', 'change', event => told('PUT', 'api/v1/cookies', event.target.files[0]));
+  on('cookie-file', 'change', ({target}) =>
+    told('PUT', 'api/v1/cookies', new Blob(target.files, {type: 'text/plain'})));
   on('forget-cookies', 'click', () => told('DELETE', 'api/v1/cookies'));
   on('key-form', 'submit', () => useKey($('key').value.trim()));
   on('door', 'close', () => { if (locked) askForKey(); });
@@ -9560,6 +9561,9 @@ class Care:
             raise Trouble(self.freshness.trouble)
 
 
+GETTING_READY = 'Getting ready: yt-dlp is being fetched.'  # the first minute; no fault
+
+
 class Health:
     """What pauses the queue, what is wrong, the figures of /metrics."""
 
@@ -9578,6 +9582,8 @@ class Health:
         if free is not None and free < least:
             return (f'The disk is full: {format_size(free)} free, {format_size(least)} wanted. '
                     'Fix: delete videos, or set [downloads] min_free_space lower.')
+        if self.care.ytdlp is None and 'ytdlp' not in self.care.problems:
+            return GETTING_READY
         if self.care.ytdlp is None:
             return f'yt-dlp is missing. Fix: `{program(self.config)} update`'
         if self.care.restart_when_idle:
@@ -9597,7 +9603,9 @@ class Health:
     def problems(self, paused: str | None) -> list[str]:
         """What is wrong, each a sentence with what fixes it."""
         days = self.certificate_days()
-        found = [paused, *self.care.problems.values(), self.care.vendor.held_back()]
+        found = [*self.care.problems.values(), self.care.vendor.held_back()]
+        if paused != GETTING_READY:
+            found.insert(0, paused)
         if self.store.error:
             found.append(f'Links cannot be stored: {self.store.error}. '
                          f'Fix: look at the disk of {self.config.database.path}')
@@ -9625,7 +9633,8 @@ class Health:
         return {
             'status': 'degraded' if problems else 'healthy', 'version': VERSION,
             'uptime': max(0, int(time.time() - self.started)), 'queue_size': size,
-            'problems': problems, 'paused': paused, 'free_disk': free_output(self.config),
+            'problems': problems, 'paused': paused, 'preparing': paused == GETTING_READY,
+            'free_disk': free_output(self.config),
             'ytdlp_version': self.care.vendor.version(),
             'certificate_days': self.certificate_days(), 's3': bool(self.config.s3.endpoint),
             'keys': bool(self.config.api_keys), 'storing': not self.store.error}
