@@ -2425,7 +2425,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     63: 'IGNORED', 128: 'parse_name UNSAFE whole escape_like', 255: 'forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
     2000: 'PATTERNS judge Notifier runs_here version_key',
-    4096: 'parse_size OPTION_VALUES upto rate version_in Vendor MAGIC PICTURES',
+    4096: 'parse_size OPTION_VALUES upto rate version_in Vendor MAGIC',
     8192: 'post_url NO_POSTS post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
           'POST_PATHS ADVERTISEMENT',
     16 << 10: 'B_PATH SHARE_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
@@ -4156,7 +4156,7 @@ class TestPosts(DownloadTest):
         for ext, body in whole.items():
             for cut in (body, body[:-3]):
                 file.write_bytes(cut)
-                self.assertEqual(v.picture_extension(file), ext if cut == body else None)
+                self.assertEqual((v.media_extension(file), v.is_picture(file)), (ext, cut == body))
         for body in (HTML, picture(1)[:-3], b'', movie(2000)):
             post = self.site.tiktok(pictures=2)
             post.media[1].set(body=body)
@@ -4765,19 +4765,6 @@ class TestFailures(DownloadTest):
                   for expected in (True, False)]
         for error in [kind('\r[download] Got error: foo') for kind in errors]:
             self.assertNotIn('foo', v.judge(error, self.output, True).outcome.message)
-
-    @unittest.skipUnless(hasattr(os, 'posix_fadvise'), 'this system cannot be told')
-    def test_the_disk_begins_while_more_is_coming(self):
-        told = []
-        with unittest.mock.patch.object(v, 'WRITE_BACK', 100_000), \
-                unittest.mock.patch('os.posix_fadvise', lambda fd, start, size, advice: told.append((start, size))):
-            self.assertEqual(self.fetch(self.site.tiktok(size=3_000_000, speed=6_000_000)).kind, 'done')
-            self.assertGreater(len(told), 3)
-            self.assertEqual([start for start, _ in told], [0, *(start + size for start, size in told)][:-1])
-            told.clear()
-            if shutil.which('ffmpeg'):  # what is merged and removed need not get there at all
-                self.assertEqual(self.fetch(self.site.instagram(dash='h264', size=3_000_000)).kind, 'done')
-        self.assertEqual(told, [])
 
     def test_what_costs_time_or_memory_is_had_once_and_in_small_pieces(self):
         v.import_ytdlp(ytdlp_folder())

@@ -2658,7 +2658,7 @@ def watch_process() -> None:
 
 PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
     ('disk', 'No space left on device|Disk quota exceeded'),
-    ('ffmpeg', 'ffmpeg (?:is )?not (?:installed|found)'),
+    ('ffmpeg', 'ffmpeg (?:is )?not (?:installed|found)|Requested format is not available'),
     ('unsupported', r'No suitable extractor|no video in this|No video formats|\bDRM\b|live event'
                     r'|not currently live'),
     ('geo', r'not available (?:in|from) your (?:country|region|location)|geo.?restrict'),
@@ -2680,22 +2680,18 @@ NETWORKING = re.compile(r'(?:/http/|/urllib/|/networking/|(?:^|/)(?:socket|ssl|s
 
 # -- what went wrong
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """The error and its causes; the context of an ExtractorError is an earlier, other error."""
-    found: list[BaseException] = []
-    waiting: list[Any] = [error]
+def chain(error: BaseException) -> Iterator[tuple[BaseException, set[str]]]:
+    """The error and its causes, each with the names of its classes: those of yt-dlp are not
+    imported here. The context of an ExtractorError is an earlier, other error."""
+    seen, waiting = [], [error]
     while waiting:
         error = waiting.pop(0)
-        if isinstance(error, BaseException) and error not in found:
-            found.append(error)
-            yield error
-            waiting += [getattr(error, 'cause', None), error.__cause__,
-                        None if hasattr(error, 'orig_msg') else error.__context__]
-
-
-def is_a(error: BaseException, *names: str) -> bool:
-    """Is the error of one of these classes? By name, as those of yt-dlp are not imported here."""
-    return any(kind.__name__ in names for kind in type(error).__mro__)
+        if isinstance(error, BaseException) and error not in seen:
+            seen.append(error)
+            yield error, {kind.__name__ for kind in type(error).__mro__}
+            waiting += [getattr(error, 'cause', None), error.__cause__]
+            if not hasattr(error, 'orig_msg'):
+                waiting.append(error.__context__)
 
 
 def has_ca_store() -> bool:
@@ -2731,32 +2727,8 @@ def system_reason(error: BaseException, output: Path) -> str | None:
     return 'output' if ours and path and number in (errno.EACCES, errno.EPERM) else None
 
 
-def judge_words(links: Sequence[BaseException], text: str, output: Path) -> Ending:
-    """What yt-dlp says in words only."""
-    if 'Requested format is not available' in text:
-        if which('ffmpeg'):
-            return Ending('unsupported', 'not in the format asked for')
-        return Ending('ffmpeg')
-    reasons = [reason for link in links for name, reason in CLASSES.items() if is_a(link, name)]
-    extraction = [link for link in links if hasattr(link, 'orig_msg')]
-    helper = any(is_a(link, 'PostProcessingError') for link in links)
-    full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
-    reasons += [reason for reason, pattern in PATTERNS
-                if pattern.search(text) and (reason != 'disk' or full)]
-    if reasons:
-        return Ending(reasons[0])
-    if extraction and extraction[0].expected:
-        return Ending('unsupported')
-    if extraction:
-        return Ending('site_changed')
-    if helper:
-        return Ending('crash')
-    if is_a(links[0], 'DownloadError'):
-        return Ending('network')
-    came_through = where_raised(links[0])
-    if came_through and '/yt_dlp/' in came_through[-1]:  # it trips over what the site sent
-        return Ending('site_changed')
-    return Ending('internal')
+TRANSPORT = {'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeout', 'SSLError',
+             'HTTPException'}
 
 
 def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
@@ -2764,27 +2736,52 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
 
     `in_page`: it came before there was any media."""
     links = list(chain(error))
-    for link in links:
+    classes = set().union(*(names for _, names in links))
+    for link, _ in links:
         reason = isinstance(link, OSError) and system_reason(link, output)
         if reason:
             return Ending(reason)
-    said = [str(getattr(link, 'orig_msg', link)) for link in links if is_a(link, 'YoutubeDLError')]
+    said = [str(getattr(link, 'orig_msg', link)) for link, names in links
+            if 'YoutubeDLError' in names]
     text = (' '.join(said) or str(error))[:2000]  # a site's words may be of any length
     told = re.search(r'HTTP Error (\d{3})', text)
-    status = next((link.status for link in links if is_a(link, 'HTTPError')), told and int(told[1]))
+    status = next((link.status for link, names in links if 'HTTPError' in names),
+                  told and int(told[1]))
     if in_page and status in STATUSES:
         return Ending(STATUSES[status])
     if status:  # the address of a medium expires: the next try asks for a new one
         passing = status >= 500 or status in PASSING_STATUSES
         return Ending('http', f'HTTP {status}', tries=None if passing else 2)
-    transport = [link for link in links if is_a(
-        link, 'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeout', 'SSLError',
-        'HTTPException')]
-    if not has_ca_store() and any(is_a(link, 'SSLCertVerificationError') for link in links):
+    if 'SSLCertVerificationError' in classes and not has_ca_store():
         return Ending('ca_store')
-    if transport:
+    if TRANSPORT & classes:
         return Ending('network')
-    return judge_words(links, text, output)
+    if 'Requested format is not available' in text and which('ffmpeg'):
+        return Ending('unsupported', 'not in the format asked for')
+    extraction = [link for link, _ in links if hasattr(link, 'orig_msg')]
+    return Ending(judge_words(classes, extraction, text, output) or judge_place(error))
+
+
+def judge_words(classes: set[str], extraction: list[Any], text: str, output: Path) -> str:
+    """The reason that yt-dlp gives in words only; '' if it gives none."""
+    helper = 'PostProcessingError' in classes
+    full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
+    reasons = [reason for name, reason in CLASSES.items() if name in classes]
+    reasons += [reason for reason, pattern in PATTERNS
+                if pattern.search(text) and (reason != 'disk' or full)]
+    if extraction:
+        reasons.append('unsupported' if extraction[0].expected else 'site_changed')
+    if helper:
+        reasons.append('crash')
+    if 'DownloadError' in classes:
+        reasons.append('network')
+    return next(iter(reasons), '')
+
+
+def judge_place(error: BaseException) -> str:
+    """'site_changed' where yt-dlp trips over what the site sent; else the mistake is ours."""
+    files = where_raised(error)
+    return 'site_changed' if files and '/yt_dlp/' in files[-1] else 'internal'
 
 
 # -- posts
@@ -2822,16 +2819,15 @@ def web_addresses(*found: Any) -> list[str]:
 
 
 class Pictures:
-    """For Instagram's extractors: `pictures`, a list of the addresses of each, where is no video."""
+    """Gives Instagram's extractors `pictures`: the addresses of each, best first."""
 
     def _extract_product_media(self, media, *args, **more):
         info = super()._extract_product_media(media, *args, **more)
         if media.get('media_type') == 2 or any(
                 media.get(key) for key in ('video_versions', 'video_dash_manifest')):
             return info
-        sizes = [size for size in (media.get('image_versions2') or {}).get('candidates') or ()
-                 if isinstance(size, dict)]
-        sizes.sort(key=lambda size: size.get('width') or 0, reverse=True)
+        sizes = (media.get('image_versions2') or {}).get('candidates') or ()
+        sizes = sorted(sizes, key=lambda size: -(size.get('width') or 0))
         return self._picture(info, [size.get('url') for size in sizes], media.get('code'))
 
     def _picture(self, info, urls, code):
@@ -2870,31 +2866,28 @@ def post_extractors() -> list[Any]:
                                 for image in images]
             return info
 
-    class InstagramIE(Pictures, instagram.InstagramIE):
-        """Of one post."""
-
-    class InstagramStoryIE(Pictures, instagram.InstagramStoryIE):
-        """Of one story."""
-    return [TikTokIE(), tiktok.TikTokVMIE(), InstagramIE(), InstagramStoryIE()]
+    instagram_ie = type('InstagramIE', (Pictures, instagram.InstagramIE), {})
+    story_ie = type('InstagramStoryIE', (Pictures, instagram.InstagramStoryIE), {})
+    return [TikTokIE(), tiktok.TikTokVMIE(), instagram_ie(), story_ie()]
 
 
 def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
-    """What the site tells of a post: id, site, title, uploader, duration, description, upload_date.
-
-    The title of TikTok and Instagram is the first line of the caption: theirs is cut or made up."""
+    """What the site tells of a post. The title of TikTok and Instagram is the first line of the
+    caption: theirs is cut or made up."""
     site, title = site_of(url), str(info.get('title') or '')
-    caption = str(info.get('description') or '')
-    if site in SITES and caption.strip():
-        title = caption.strip().splitlines()[0][:200]
-    uploader = info.get('channel') if site == 'instagram.com' else info.get('uploader')
-    made = re.fullmatch(r'(?:Post|Video|Story) by (.+)', str(info.get('title')))
-    date = info.get('upload_date') or ''
-    if info.get('timestamp') and not date:
-        date = time.strftime('%Y%m%d', time.gmtime(info['timestamp']))
+    caption = str(info.get('description') or '').strip()
+    made_up = re.fullmatch(r'(?:Post|Video|Story) by (.+)', title)
+    if site in SITES and caption:
+        title = caption.splitlines()[0][:200]
+    uploader = info.get('uploader') or made_up and made_up[1]
+    if site == 'instagram.com':  # there `uploader` is the full name
+        uploader = info.get('channel') or uploader
+    date, moment = info.get('upload_date') or '', info.get('timestamp')
+    if moment and not date:
+        date = time.strftime('%Y%m%d', time.gmtime(moment))
     return {'id': str(info.get('id') or ''), 'site': site, 'title': title[:LONGEST_TITLE],
-            'uploader': str(uploader or made and made[1] or info.get('uploader') or ''),
-            'duration': info.get('duration'), 'description': caption, 'upload_date': date,
-            'timestamp': info.get('timestamp')}
+            'uploader': str(uploader or ''), 'duration': info.get('duration'),
+            'description': caption, 'upload_date': date, 'timestamp': moment}
 
 
 def announced(info: dict[str, Any]) -> set[str]:
@@ -3216,12 +3209,6 @@ def rename_result(source: Path, output: Path, result: dict[str, Any],
                 raise
 
 
-def write_back(path: str, start: int, size: int) -> None:
-    """Start writing these bytes of a growing file to disk: else the sync at its end is long."""
-    with suppress(OSError, AttributeError), open(path, 'rb') as file:  # macOS has no such call
-        os.posix_fadvise(file.fileno(), start, size, os.POSIX_FADV_DONTNEED)
-
-
 class JobFolder:
     """<output>/.incomplete/<id>: partial files; job.json says what they are and where results go.
 
@@ -3393,7 +3380,13 @@ def forget_files(config: Config, job_id: str, files: Iterable[str]) -> None:
 
 # First bytes of a file, and the extensions that fit them.
 MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (
-    (rb'.{4}ftyp(?!avi[fs]|hei[cfx]|mif1)', 'mp4 m4a m4v mov 3gp'),
+    (rb'\xff\xd8\xff', 'jpg'),
+    (rb'\x89PNG\r\n', 'png'),
+    (rb'GIF8[79]a', 'gif'),
+    (rb'RIFF.{4}WEBP', 'webp'),
+    (rb'.{4}ftypavi[fs]', 'avif'),
+    (rb'.{4}ftyp(?:hei[cfx]|mif1|msf1)', 'heic'),
+    (rb'.{4}ftyp', 'mp4 m4a m4v mov 3gp'),
     (rb'.{4}(?:moov|mdat|wide|free|skip)', 'mov mp4'),
     (rb'\x1a\x45\xdf\xa3', 'mkv webm mka weba'),
     (rb'OggS', 'ogg opus'),
@@ -3403,36 +3396,29 @@ MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (
     (rb'RIFF.{4}WAVE', 'wav'),
     (rb'RIFF.{4}AVI ', 'avi'),
     (rb'FLV\x01', 'flv'),
-    (rb'GIF8[79]a', 'gif'),
     (rb'\x47.{187}\x47', 'ts'),
     (rb'\x00\x00\x01\xba', 'mpg'),
 ))
-
-
 STILLS = {'.jpg': 'jpeg_pipe', '.png': 'png_pipe', '.webp': 'webp_pipe', '.gif': 'gif'}
 
 
 def still_format(path: Path) -> list[str]:
     """For ffmpeg: the format of a picture. By itself it takes a % in the name for a series."""
-    kind = STILLS.get(path.suffix)
-    return ['-f', kind] if kind else []
+    return ['-f', STILLS[path.suffix]] if path.suffix in STILLS else []
 
 
-def magic_kinds(path: Path) -> list[str]:
-    """The extensions that fit the first bytes of a file; none if they are of no medium."""
+def media_extension(path: Path) -> str:
+    """The extension that fits the file's first bytes; '' if they are of no medium."""
     with path.open('rb') as file:
         start = file.read(256)
-    return next((kinds for pattern, kinds in MAGIC if pattern.match(start)), [])
-
-
-def media_extension(path: Path) -> str | None:
-    """The extension that fits the file's first bytes; None if they are of no medium."""
-    own, kinds = path.suffix[1:].lower(), magic_kinds(path)
-    return own if own in kinds else next(iter(kinds), None)
+    kinds = next((kinds for pattern, kinds in MAGIC if pattern.match(start)), [''])
+    own = path.suffix[1:].lower()
+    return own if own in kinds else kinds[0]
 
 
 MOST_BOXES = 100_000  # looked at in an mp4; one of fragments has thousands
 MP4_PARENTS = (b'moov', b'trak', b'mdia', b'minf', b'stbl')
+MP4_KINDS = ('mp4', 'm4a', 'm4v', 'mov', '3gp')
 MP4_TRACKS = {b'vide': 'video', b'soun': 'audio'}
 
 
@@ -3466,31 +3452,22 @@ def mp4_tracks(path: Path) -> set[str]:
     return {kind for kind, some in samples.items() if kind and some}
 
 
-PICTURES = (  # extension, how such a picture begins, what is near its end
-    ('jpg', re.compile(rb'\xff\xd8\xff'), b'\xff\xd9'),
-    ('png', re.compile(rb'\x89PNG\r\n\x1a\n'), b'IEND\xaeB`\x82'),
-    ('gif', re.compile(rb'GIF8[79]a'), b';'),
-    ('webp', re.compile(rb'RIFF.{4}WEBP', re.S), b''),
-    ('avif', re.compile(rb'.{4}ftypavi[fs]', re.S), b''),
-    ('heic', re.compile(rb'.{4}ftyp(?:hei[cx]|mif1|msf1)', re.S), b''))
+PICTURE_ENDS = {'jpg': b'\xff\xd9', 'png': b'IEND\xaeB`\x82', 'gif': b';'}
 
 
-def picture_extension(path: Path) -> str | None:
-    """What kind of picture a file is; None if it is none, or not whole."""
-    size = path.stat().st_size
+def is_picture(path: Path) -> bool:
+    """Is it a picture, and whole?"""
+    kind, size = media_extension(path), path.stat().st_size
     with path.open('rb') as file:
-        start = file.read(64)
+        start = file.read(8)
         file.seek(max(size - 1024, 0))
         end = file.read()
-    ext = next((ext for ext, begin, last in PICTURES if begin.match(start) and last in end), None)
-    if ext == 'webp' and size < struct.unpack('<I', start[4:8])[0] + 8:
-        return None
-    if ext in ('avif', 'heic'):
+    if kind == 'webp':
+        return size >= int.from_bytes(start[4:], 'little') + 8
+    if kind in ('avif', 'heic'):
         with suppress(ValueError):
-            mp4_tracks(path)
-            return ext
-        return None
-    return ext
+            return not mp4_tracks(path)
+    return kind in PICTURE_ENDS and PICTURE_ENDS[kind] in end
 
 
 def tracks(path: Path) -> set[str]:
@@ -3500,7 +3477,7 @@ def tracks(path: Path) -> set[str]:
     import subprocess
 
     from yt_dlp.utils import Popen
-    if 'mp4' in magic_kinds(path):
+    if media_extension(path) in MP4_KINDS:
         try:
             return mp4_tracks(path)
         except ValueError:
@@ -3528,7 +3505,6 @@ PROTOCOLS = ('http', 'https', 'm3u8', 'm3u8_native', 'http_dash_segments',
              'http_dash_segments_generator', 'ism')
 PLAIN = {'picture': '.jpg', 'sound': '.m4a'}  # what is fetched as one file, and its usual kind
 LACKING = {'audio': 'sound', 'video': 'picture'}
-WRITE_BACK = 8 << 20  # bytes that the disk begins with at a time, while more is coming
 FEWEST_BYTES = 64 << 10  # to be gained within [downloader] timeout
 DEFAULTS = {  # that the caller may change
     'retries': 3, 'fragment_retries': 3, 'socket_timeout': 20, 'noplaylist': True,
@@ -3798,8 +3774,7 @@ class Attempt:
         self.failures: dict[int, tuple[str, Outcome]] = {}  # by item: what it is, how it ended
         self.stopper = Stopper()
         self.reach = Reach(config, self.folder.path, self.stopper)
-        self._writer, self._begun = threading.Thread(), 0.0  # how much of this file the disk has begun with
-        self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; then bytes, last write, steps
+        self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; bytes, last write, steps
 
     @property
     def stopped_at(self) -> float | None:
@@ -3878,9 +3853,6 @@ class Attempt:
         if free - needed < least:  # the queue can go on, this one cannot
             raise Ending('disk', f'this takes {format_size(needed)}, {format_size(free)} are free',
                          kind='retry')
-        self._begun = 0.0
-        if len(formats) > 1:
-            self._begun = math.inf  # parts are deleted after the merge: spare the disk
         self.meter.plan(info, formats)
 
     def begin_file(self, name: str, info: dict[str, Any]) -> None:
@@ -3894,19 +3866,10 @@ class Attempt:
         if told['status'] == 'finished':
             file = Path(told['filename'])
             self.folder.finished(file.name, told.get('info_dict') or {})
-            if 'mp4' in magic_kinds(file):  # else ffmpeg would hide what is missing
+            if media_extension(file) in MP4_KINDS:  # else ffmpeg would hide what is missing
                 tracks(file)
-        else:
-            self._write_back(told.get('tmpfilename', ''), told.get('downloaded_bytes') or 0)
         if self.meter.hear(told):
             self.check(time.monotonic())
-
-    def _write_back(self, file: str, size: int) -> None:
-        if size - self._begun >= WRITE_BACK and not self._writer.is_alive():
-            start, self._begun = self._begun, size
-            self._writer = threading.Thread(
-                target=write_back, args=(file, start, size - start), daemon=True)
-            self._writer.start()
 
     def _on_step(self, told: dict[str, Any]) -> None:
         self.stopper.go_on()
@@ -3993,7 +3956,7 @@ class Attempt:
             try:
                 self.choose(part)
                 self.session.dl(str(path), part)
-                if picture_extension(path) if kind == 'picture' else 'audio' in tracks(path):
+                if is_picture(path) if kind == 'picture' else 'audio' in tracks(path):
                     return {**info, 'requested_downloads': [{'filepath': str(path)}]}
             except (Exception, Ending) as error:
                 self.stopper.go_on()
@@ -4074,9 +4037,7 @@ class Attempt:
                 continue
             if moment and dict(self.job.options).get('updatetime', True):
                 os.utime(path, (moment, moment))
-            extension = picture_extension(path) or media_extension(path)
-            if part:
-                extension = path.suffix[1:]
+            extension = path.suffix[1:] if part else media_extension(path)
             if not extension:
                 self.folder.drop(path.name)
                 raise Ending('bad_media')
