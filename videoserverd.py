@@ -2890,6 +2890,11 @@ def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
             'description': caption, 'upload_date': date, 'timestamp': moment}
 
 
+def dashed(date: str) -> str:
+    """'2026-11-27' for '20261127', '' for ''."""
+    return '-'.join(filter(None, (date[:4], date[4:6], date[6:])))
+
+
 def announced(info: dict[str, Any]) -> set[str]:
     """Whether yt-dlp says that there is 'video' and 'audio' in a format, or in those it merges."""
     kinds = set()
@@ -3773,6 +3778,7 @@ class Attempt:
         self.jar: io.StringIO | None = None  # cookies, once the site has asked for a login
         self.failures: dict[int, tuple[str, Outcome]] = {}  # by item: what it is, how it ended
         self.stopper = Stopper()
+        self.stop = self.stopper.stop
         self.reach = Reach(config, self.folder.path, self.stopper)
         self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; bytes, last write, steps
 
@@ -3780,11 +3786,6 @@ class Attempt:
     def stopped_at(self) -> float | None:
         """When it was told to stop, by time.monotonic()."""
         return self.stopper.stopped_at
-
-    def stop(self, reason: str) -> None:
-        """End it: 'cancelled', 'stopped', 'timeout' or 'disk'; the first reason stays. From any
-        thread."""
-        self.stopper.stop(reason)
 
     def check(self, now: float) -> None:
         """Stop it if the disk gets full or nothing is gained for too long. `now`: time.monotonic()."""
@@ -3891,23 +3892,15 @@ class Attempt:
             return None
 
     def _take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
-        single = info.get('_type', 'video') == 'video'
-        if not self.folder.post and (single or 'entries' in info):
-            self.folder.post = post_facts(info, self.job.url)
-        if single or 'entries' in info:
-            self._identify(info)
-        if not single:
-            return process(info)
-        self.folder.total = max(self.folder.total, extra.get('n_entries') or 1)
+        if info.get('_type', 'video') != 'video' and 'entries' not in info:
+            return process(info)  # a link that leads on
+        self._describe(info)
         pictures = info.pop('pictures', None)
         if pictures and not self._wants_sound():
             info = self._album(info, pictures)
-            if 'entries' in info:
-                return process(info)
-        if site_of(self.job.url) in SITES and self.config.downloads.metadata:
-            post = self.folder.post  # not the music, which yt-dlp would put first
-            info.update(title=post['title'], uploader=post['uploader'], track=None, album=None,
-                        artists=None)
+        if 'entries' in info:
+            return process(info)
+        self.folder.total = max(self.folder.total, extra.get('n_entries') or 1)
         if 'addresses' in info:
             got = self._fetch_plain(info, extra)
         else:
@@ -3915,13 +3908,17 @@ class Attempt:
         self._keep(got, extra.get('playlist_index') or 1)
         return got
 
-    def _identify(self, info: dict[str, Any]) -> None:
-        """End the attempt if the files of this post are here already. Raises Ending."""
+    def _describe(self, info: dict[str, Any]) -> None:
+        """Note what is known of the post. Raises Ending if its files are here already."""
+        post = self.folder.post = self.folder.post or post_facts(info, self.job.url)
+        if post['site'] in SITES:  # not the music, which yt-dlp would write into the file
+            info.update(title=post['title'], uploader=post['uploader'], track=None, album=None,
+                        artists=None)
         first, self._identified = not self._identified, True
-        if not first or not info.get('id') or info.get('extractor_key') == 'Generic':
+        if not first or not post['id'] or info.get('extractor_key') == 'Generic':
             return  # the generic extractor's ids are not unique
-        self.folder.post['media_id'] = str(info['id'])[:200]
-        found = self.on_identity(self.folder.post['site'], self.folder.post['media_id'])
+        post['media_id'] = post['id'][:200]
+        found = self.on_identity(post['site'], post['media_id'])
         if found:
             ending = Ending('done')
             ending.outcome = found
@@ -3947,12 +3944,11 @@ class Attempt:
     def _fetch_plain(self, info: dict[str, Any], extra: Any) -> dict[str, Any]:
         """A picture or a sound, from the first of its addresses that has it."""
         kind, failure = info['kind'], Ending('bad_media')
+        headers = {**self.session.params['http_headers'], **(info.get('http_headers') or {})}
         for number, url in enumerate(info['addresses']):
             part = {**extra, 'url': url, 'format_id': kind, 'protocol': urlsplit(url).scheme,
-                    'http_headers': {**self.session.params['http_headers'],
-                                     **(info.get('http_headers') or {})}}
-            name = f'{extra.get("playlist_index") or 0}-{kind}-{number}{PLAIN[kind]}'
-            path = self.folder.path / name
+                    'http_headers': headers}
+            path = self.folder.path / f'{extra.get("playlist_index", 0)}-{number}{PLAIN[kind]}'
             try:
                 self.choose(part)
                 self.session.dl(str(path), part)
@@ -3970,7 +3966,7 @@ class Attempt:
         formats, best = self._formats(info), None
         while not best or formats:
             if formats:
-                info = {**info, 'formats': [dict(part) for part in formats]}
+                info['formats'] = [dict(part) for part in formats]
             try:
                 got = process(dict(info))
             except Exception as error:
@@ -3994,7 +3990,7 @@ class Attempt:
     def _formats(self, info: dict[str, Any]) -> list[dict[str, Any]]:
         """The formats that may stand for the post: not the music alone. Raises Ending."""
         formats = [part for part in info.get('formats') or () if part.get('format_id') != 'picture']
-        if site_of(self.job.url) not in SITES or self._wants_sound():
+        if self.folder.post['site'] not in SITES or self._wants_sound():
             return formats
         if formats and not any('video' in announced(part) for part in formats):
             raise Ending('unsupported', 'it is a photo post, and yt-dlp tells only its music')
@@ -4006,36 +4002,34 @@ class Attempt:
         if not files:
             raise Ending('bad_media')
         found = tracks(Path(files[0]['filepath']))
-        wanted = announced(got)
-        if '--extract-audio' in dict(self.job.options):
-            wanted = {'audio'}
-        if not found & {'video', 'audio'}:
+        if not found:
             self.folder.drop(Path(files[0]['filepath']).name)
             raise Ending('bad_media')
-        return next(iter(sorted(wanted - found)), '')
+        wanted = {'audio'} if '--extract-audio' in dict(self.job.options) else announced(got)
+        return min(wanted - found, default='')
 
-    def _keep(self, info: dict[str, Any], at: int) -> None:
+    def _keep(self, info: dict[str, Any], at: int, number: str | None = None) -> None:
         """Note the files of item `at` as results, its subtitles after it. Raises Ending."""
-        post, number = self.folder.post, ''
+        post, options = self.folder.post, dict(self.job.options)
         if post['site'] not in SITES:
-            post = post_facts(info, self.job.url)
-        elif self.folder.total > 1:
-            number = str(at)
-        date = re.sub(r'(\d{4})(\d\d)(\d\d)', r'\1-\2-\3', post['upload_date'])
+            post, number = post_facts(info, self.job.url), ''
+        if number is None:
+            number = str(at) if self.folder.total > 1 else ''
         names = {'title': post['title'], 'media_id': post['id'] or self.job.id, 'number': number,
                  'pattern': self.config.downloads.filename, 'uploader': post['uploader'],
-                 'site': post['site'], 'date': date}
-        if '--restrict-filenames' in dict(self.job.options):
+                 'site': post['site'], 'date': dashed(post['upload_date'])}
+        if '--restrict-filenames' in options:
             from yt_dlp.utils import sanitize_filename
             names['title'] = sanitize_filename(names['title'], restricted=True)
-        files = [(Path(got['filepath']), '') for got in info.get('requested_downloads') or ()]
-        files += [(Path(text['filepath']), language) for language, text
-                  in (info.get('requested_subtitles') or {}).items() if text.get('filepath')]
+        files = [(got['filepath'], '') for got in info.get('requested_downloads') or ()]
+        files += [(text.get('filepath', ''), language) for language, text
+                  in (info.get('requested_subtitles') or {}).items()]
         moment = self.config.downloads.mtime and post['timestamp']
-        for path, part in files:
-            if not path.exists():  # it was embedded
+        for file, part in files:
+            path = Path(file)
+            if not path.is_file():  # a subtitle that was embedded
                 continue
-            if moment and dict(self.job.options).get('updatetime', True):
+            if moment and '--no-mtime' not in options:
                 os.utime(path, (moment, moment))
             extension = path.suffix[1:] if part else media_extension(path)
             if not extension:
@@ -4106,7 +4100,7 @@ class Attempt:
                 self.failures[at] = 'video', Ending('gone').outcome
             folder.missing = sorted(self.failures)
             if not came:
-                return self._worst() if self.failures else Ending('bad_media').outcome
+                return self._outcome(()) if self.failures else Ending('bad_media').outcome
             folder.results.sort(key=lambda result: result['item'])
             folder.save()
         self.meter.enter('file')
@@ -4121,27 +4115,20 @@ class Attempt:
 
     def _add_slideshow(self) -> None:
         """A video of a TikTok photo post, once all of it is here; it may do without."""
-        results, video = self.folder.results, self.folder.path / 'slideshow.mp4'
-        *pictures, sound = sorted(results, key=lambda result: result['item']) or [{}]
+        results = sorted(self.folder.results, key=lambda result: result['item'])
         kinds = [media_type('x.' + result['ext']).partition('/')[0] for result in results]
-        if not self.config.downloads.slideshow or self.failures or not which('ffmpeg') \
-                or sorted(kinds) != ['audio'] + ['image'] * len(pictures) or not pictures:
+        if self.failures or kinds[:1] != ['image'] or kinds[-1] != 'audio' \
+                or not self.config.downloads.slideshow or not which('ffmpeg'):
             return
         self.meter.enter('merge')
+        *paths, video = (self.folder.path / name for name in (
+            *(result['source'] for result in results), 'slideshow.mp4'))
         try:
-            paths = [self.folder.path / result['source'] for result in (*pictures, sound)]
             make_slideshow(paths[:-1], paths[-1], video)
-            names = {**sound['names'], 'number': ''}
-            self._keep({'requested_downloads': [{'filepath': str(video)}]}, sound['item'] + 1)
-            results[-1]['names'] = names
+            self._keep({'requested_downloads': [{'filepath': str(video)}]}, len(paths) + 1, '')
         except (Exception, Ending) as error:
             self.stopper.go_on()
             log.warning('download %s: no slideshow: %s', self.job.id, error)
-
-    def _worst(self) -> Outcome:
-        """Of the items that failed one that can be tried again, if there is one."""
-        outcomes = [outcome for _, outcome in self.failures.values()]
-        return next((outcome for outcome in outcomes if outcome.kind == 'retry'), outcomes[0])
 
     def _outcome(self, files: tuple[MediaFile, ...]) -> Outcome:
         """How it ended, with `files` in place: done, or a retry for the items that are missing."""
@@ -4149,7 +4136,10 @@ class Attempt:
         if self.failures:
             names = [f'{kind} {at}' for at, (kind, _) in sorted(self.failures.items())]
             verb, total = 'is' if len(names) == 1 else 'are', self.folder.total
-            worst = self._worst()
+            worst = max((outcome for _, outcome in self.failures.values()),
+                        key=lambda outcome: outcome.kind == 'retry')
+            if not files:
+                return worst
             notes.insert(0, f'{total - len(names)} of {total}: {" and ".join(names)} {verb} '
                             f'missing. {worst.message}')
             if worst.kind == 'retry':
