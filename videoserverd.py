@@ -2731,6 +2731,28 @@ TRANSPORT = {'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeo
              'HTTPException'}
 
 
+def judge_words(classes: set[str], extraction: list[Any], text: str, output: Path) -> str:
+    """The reason that yt-dlp gives in words only; '' if it gives none."""
+    helper = 'PostProcessingError' in classes
+    full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
+    reasons = [reason for name, reason in CLASSES.items() if name in classes]
+    reasons += [reason for reason, pattern in PATTERNS
+                if pattern.search(text) and (reason != 'disk' or full)]
+    if extraction:
+        reasons.append('unsupported' if extraction[0].expected else 'site_changed')
+    if helper:
+        reasons.append('crash')
+    if 'DownloadError' in classes:
+        reasons.append('network')
+    return next(iter(reasons), '')
+
+
+def judge_place(error: BaseException) -> str:
+    """'site_changed' where yt-dlp trips over what the site sent; else the mistake is ours."""
+    files = where_raised(error)
+    return 'site_changed' if files and '/yt_dlp/' in files[-1] else 'internal'
+
+
 def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
     """What an exception out of yt-dlp means, in our words: its own are for the log.
 
@@ -2760,28 +2782,6 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
         return Ending('unsupported', 'not in the format asked for')
     extraction = [link for link, _ in links if hasattr(link, 'orig_msg')]
     return Ending(judge_words(classes, extraction, text, output) or judge_place(error))
-
-
-def judge_words(classes: set[str], extraction: list[Any], text: str, output: Path) -> str:
-    """The reason that yt-dlp gives in words only; '' if it gives none."""
-    helper = 'PostProcessingError' in classes
-    full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
-    reasons = [reason for name, reason in CLASSES.items() if name in classes]
-    reasons += [reason for reason, pattern in PATTERNS
-                if pattern.search(text) and (reason != 'disk' or full)]
-    if extraction:
-        reasons.append('unsupported' if extraction[0].expected else 'site_changed')
-    if helper:
-        reasons.append('crash')
-    if 'DownloadError' in classes:
-        reasons.append('network')
-    return next(iter(reasons), '')
-
-
-def judge_place(error: BaseException) -> str:
-    """'site_changed' where yt-dlp trips over what the site sent; else the mistake is ours."""
-    files = where_raised(error)
-    return 'site_changed' if files and '/yt_dlp/' in files[-1] else 'internal'
 
 
 # -- posts
@@ -3055,7 +3055,7 @@ NO_PAGES = ('/', '/api/v1/web/get_ruling_for_content/')  # before the page of an
 
 def way_of(job: Job, config: Config) -> str:
     """How the site is asked in this attempt."""
-    if not config.downloader.user_agent_rotation or 'User-Agent' in dict(job.options):
+    if not config.downloader.user_agent_rotation or '--user-agent' in dict(job.options):
         return 'own'
     return list(WAYS)[(job.attempt - 1) % len(WAYS)]
 
