@@ -714,9 +714,9 @@ def next_step(outcome: Outcome, attempt: int, max_retries: int,
     return 'retry_later', backoff(attempt, delays)
 
 
-def last_words(outcome: Outcome, attempt: int) -> str:
+def last_words(outcome: Outcome, attempt: int, step: str = 'give_up') -> str:
     """The sentence that stays on a download that failed."""
-    if attempt > 1 and outcome.kind == 'retry':
+    if attempt > 1 and outcome.kind == 'retry' and step == 'give_up':
         return f'{outcome.message} Tried {attempt} times.'
     return outcome.message
 
@@ -1277,10 +1277,10 @@ def file_name(title: str, media_id: str, ext: str, part: str = '', number: str =
 
 DOCUMENT_A_SCHEMA = '''
 CREATE TABLE IF NOT EXISTS downloads (
-    id TEXT PRIMARY KEY,              -- UUID v4
+    id TEXT PRIMARY KEY,
     url TEXT NOT NULL,                -- the checked URL
     client_id TEXT NOT NULL,
-    status TEXT NOT NULL,             -- queued|downloading|completed|failed
+    status TEXT NOT NULL,             -- one of STATES
     filename TEXT,                    -- first file, NULL until completed
     file_path TEXT,
     file_size INTEGER,                -- bytes, all files
@@ -1296,19 +1296,19 @@ CREATE INDEX IF NOT EXISTS idx_created_at ON downloads(created_at DESC);
 CREATE INDEX IF NOT EXISTS idx_client_id ON downloads(client_id);
 '''
 OUR_SCHEMA = '''
-ALTER TABLE downloads ADD COLUMN timestamp TEXT;         -- the client's, any size, only compared
-ALTER TABLE downloads ADD COLUMN options TEXT;           -- JSON pairs
-ALTER TABLE downloads ADD COLUMN title TEXT;
-ALTER TABLE downloads ADD COLUMN files TEXT;             -- JSON [[name, size, type], ...]
-ALTER TABLE downloads ADD COLUMN reason TEXT;            -- stable word of the last failure
-ALTER TABLE downloads ADD COLUMN next_attempt_at INTEGER;
-ALTER TABLE downloads ADD COLUMN crashes INTEGER NOT NULL DEFAULT 0;  -- unclean ends in a row
-ALTER TABLE downloads ADD COLUMN s3_state TEXT;          -- waiting|failing|stored|gone, or NULL
-ALTER TABLE downloads ADD COLUMN s3_attempts INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE downloads ADD COLUMN s3_due INTEGER;
-ALTER TABLE downloads ADD COLUMN s3_error TEXT;
+ADD timestamp TEXT;       -- the client's, any size, only compared
+ADD options TEXT;         -- JSON pairs
+ADD title TEXT;
+ADD files TEXT;           -- JSON [[name, size, type], ...]
+ADD reason TEXT;          -- stable word of the last failure
+ADD next_attempt_at INTEGER;
+ADD crashes INTEGER NOT NULL DEFAULT 0;  -- unclean ends in a row
+ADD s3_state TEXT;        -- waiting|failing|stored|gone, or NULL
+ADD s3_attempts INTEGER NOT NULL DEFAULT 0;
+ADD s3_due INTEGER;
+ADD s3_error TEXT;
 CREATE UNIQUE INDEX idx_repeat ON downloads(client_id, url, timestamp) WHERE timestamp IS NOT NULL;
-DROP INDEX idx_status;     -- replaced by wider ones: every index costs a page with each link
+DROP INDEX idx_status;    -- replaced by wider ones: every index costs a page with each link
 DROP INDEX idx_client_id;
 CREATE INDEX idx_status ON downloads(status, created_at DESC);
 CREATE INDEX idx_client_id ON downloads(client_id, created_at);
@@ -1329,35 +1329,31 @@ CREATE TRIGGER tally_update AFTER UPDATE OF status ON downloads WHEN old.status 
 END;
 '''
 POST_SCHEMA = '''
-ALTER TABLE downloads ADD COLUMN note TEXT;              -- what a completed one lacks, a sentence
-ALTER TABLE downloads ADD COLUMN site TEXT;              -- of the post: 'tiktok.com'
-ALTER TABLE downloads ADD COLUMN media_id TEXT;          -- the site's id of the post, once known
-ALTER TABLE downloads ADD COLUMN asked TEXT;             -- what the options ask of the post
-ALTER TABLE downloads ADD COLUMN uploader TEXT;
-ALTER TABLE downloads ADD COLUMN duration REAL;          -- seconds
-ALTER TABLE downloads ADD COLUMN description TEXT;       -- the whole caption
-ALTER TABLE downloads ADD COLUMN upload_date TEXT;       -- YYYYMMDD
-ALTER TABLE downloads ADD COLUMN starred INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE downloads ADD COLUMN import_id TEXT;         -- the import it came with
+ADD note TEXT;            -- what a completed one lacks, a sentence
+ADD site TEXT;            -- of the post: 'tiktok.com'
+ADD media_id TEXT;        -- the site's id of the post, once known
+ADD asked TEXT;           -- what the options ask of the post
+ADD uploader TEXT;
+ADD duration REAL;        -- seconds
+ADD description TEXT;     -- the whole caption
+ADD upload_date TEXT;     -- YYYYMMDD
+ADD starred INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX idx_post ON downloads(site, media_id) WHERE media_id IS NOT NULL;
-'''
-OUTBOX_SCHEMA = '''
 -- What another server is to be told: written with what gives reason to, deleted once it is done.
 CREATE TABLE outbox (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    kind TEXT NOT NULL,                -- upload|delete|notify, or known: a problem was told
+    kind TEXT NOT NULL,   -- upload|delete|notify, or known: a problem was told
     download_id TEXT,
-    payload TEXT NOT NULL,             -- the store's verb, a sentence, or JSON names of objects
+    payload TEXT NOT NULL,  -- the store's verb, a sentence, or JSON names of objects
     attempts INTEGER NOT NULL DEFAULT 0,
     due INTEGER NOT NULL
 );
 CREATE INDEX idx_outbox ON outbox(kind, due);
 INSERT INTO outbox (kind, download_id, payload, attempts, due)
     SELECT 'upload', id, '', s3_attempts, s3_due FROM downloads WHERE s3_due IS NOT NULL;
-DROP INDEX idx_s3_due;                 -- s3_due and s3_attempts are not used any more
+DROP INDEX idx_s3_due;    -- s3_due and s3_attempts are not used any more
 '''
-# user_version counts those that have run.
-MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA, OUTBOX_SCHEMA)
+MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts those that have run
 HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
 REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
 LAST_ROOM = 20 << 20  # bytes free on the database's disk, below which links are refused
@@ -1367,14 +1363,12 @@ FROZE = 'This page made the whole server freeze for a minute; it is not tried ag
 SUSPECT = 'The server froze while it downloaded this and others; each is tried again alone.'
 CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked in full
 
-# The link whose hour has to pass before the client may send another. A row of the future (the
-# clock was set back) does not count.
+# The link whose hour has to pass before the client may send another; none of the future counts.
 HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? '
              'AND created_at <= ? ORDER BY created_at DESC LIMIT 1 OFFSET ?')
-# The same post, if it is here or on its way. What an import brings waits for long: it is no match.
-SAME_POST = ('SELECT id, status, next_attempt_at, files FROM downloads '
-             "WHERE site = ? AND media_id = ? AND asked IS ? AND (status IN ('completed', 'downloading') "
-             "OR status = 'queued' AND import_id IS NULL) ORDER BY status, created_at DESC LIMIT 1")
+KNOWN = 'SELECT id, status, next_attempt_at, files FROM downloads WHERE '
+SAME_POST = (KNOWN + "site = ? AND media_id = ? AND asked IS ? AND status <> 'failed' "
+             "AND reason IS NOT 'room' ORDER BY status, created_at DESC LIMIT 1")
 INSERT_LINK = (  # one statement: each one hands the interpreter to another thread twice
     'INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, timestamp, '
     "options, site, media_id, asked) SELECT ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ? "
@@ -1400,7 +1394,7 @@ class StoreDown(Exception):
 
 
 class DiskLow(StoreDown):
-    """The database's disk has only LAST_ROOM left, which what runs needs to end well."""
+    """The database's disk has only LAST_ROOM left."""
     sentence = ('The disk of the database is almost full, so links are not accepted; '
                 'keep this one and send it again later.')
 
@@ -1411,16 +1405,6 @@ class RateLimited(Exception):
     def __init__(self, retry_after: int, limit: int):
         super().__init__(f'This device has sent {limit} links within an hour; try again later.')
         self.retry_after = retry_after
-
-
-class Ticket:
-    """One piece of work for the commit thread, and the place where its answer is left."""
-    __slots__ = ('work', 'result', 'error', 'done')
-
-    def __init__(self, work: Callable[[sqlite3.Connection], Any]):
-        self.work, self.result, self.error = work, None, None
-        self.done = threading.Lock()  # held until answered: a third of an Event's cost
-        self.done.acquire()
 
 
 class Record(dict):
@@ -1435,7 +1419,7 @@ class Record(dict):
 
 def job_of(row: sqlite3.Row) -> Job:
     """The try at this download that comes next."""
-    options = tuple((name, value) for name, value in json.loads(row['options'] or '[]'))
+    options = tuple(map(tuple, json.loads(row['options'] or '[]')))
     return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1,
                Record.of(row)['files'], row['site'], row['media_id'])
 
@@ -1478,19 +1462,26 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         raise Trouble(f'{path}: made by a newer videoserverd (schema {version}); '
                       'install that version again.')
     for number, script in enumerate(MIGRATIONS[version:], version + 1):
+        script = script.replace('\nADD ', '\nALTER TABLE downloads ADD COLUMN ')
         db.executescript(f'BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;')
 
 
 def new_id() -> str:
     """A random UUID (RFC 9562 section 5.4); the module uuid would take 0.2 MB for it."""
-    number = int.from_bytes(os.urandom(16), 'big') & ~(15 << 76 | 3 << 62) | 4 << 76 | 2 << 62
-    digits = f'{number:032x}'
-    return '-'.join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+    digits = os.urandom(16).hex()
+    return f'{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}'
 
 
-def escape_like(text: str) -> str:
-    """`text` for LIKE … ESCAPE '\\'."""
-    return '%' + re.sub(r'([%_\\])', r'\\\1', text) + '%'
+FRESH = {'error_message': None, 'reason': None, 'crashes': 0, 'next_attempt_at': None}
+USUAL = {  # columns that a verb sets, unless told otherwise
+    'claim': {'next_attempt_at': None},
+    'finish': FRESH,
+    'retry_later': {'crashes': 0},
+    'give_up': {'crashes': 0},
+    'requeue': {'crashes': 0, 'next_attempt_at': None},
+    'cancel': {'error_message': 'Cancelled', 'reason': 'cancelled', 'next_attempt_at': None},
+    'retry': {**FRESH, 'retry_count': 0},
+}
 
 
 class Store:
@@ -1504,8 +1495,7 @@ class Store:
         self._queue: deque = deque()
         self._tickets = threading.Condition()  # guards _queue and _closed
         self._closed = False
-        self._pool: list[sqlite3.Connection] = []
-        self._pool_lock = threading.Lock()  # guards _pool: readers nobody uses now
+        self._pool: deque = deque()  # readers that nobody uses now
         self._writer: sqlite3.Connection | None = None
         self.thread = threading.Thread(target=self._commit_loop, name='commit', daemon=True)
 
@@ -1516,7 +1506,7 @@ class Store:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # links are private
-            self._writer = self._connect_writer()
+            self._connect_writer()
             found = quick_check(self._writer, CHECK_SECONDS)
             if found:
                 raise corrupt(self.path, found)
@@ -1542,14 +1532,18 @@ class Store:
             reader.close()
         self._pool.clear()
 
-    def _connect_writer(self) -> sqlite3.Connection:
-        db = sqlite3.connect(str(self.path), timeout=5, isolation_level=None,
-                             check_same_thread=False)
+    def _connect(self, mode: str, *pragmas: str) -> sqlite3.Connection:
+        db = sqlite3.connect(f'{self.path.as_uri()}?mode={mode}', uri=True, timeout=5,
+                             isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
-        for pragma in ('journal_mode=WAL', 'synchronous=FULL', 'fullfsync=1',
-                       'checkpoint_fullfsync=1', 'journal_size_limit=4194304', 'cache_size=-1024'):
+        for pragma in pragmas:
             db.execute(f'PRAGMA {pragma}').fetchall()
         return db
+
+    def _connect_writer(self) -> None:
+        self._writer = self._connect(
+            'rwc', 'journal_mode=WAL', 'synchronous=FULL', 'fullfsync=1', 'checkpoint_fullfsync=1',
+            'journal_size_limit=4194304', 'cache_size=-1024')
 
     # -- the group commit
 
@@ -1565,11 +1559,11 @@ class Store:
             self._commit(batch)
         self._shut_writer('PRAGMA wal_checkpoint(TRUNCATE)')
 
-    def _commit(self, batch: list[Ticket]) -> None:
+    def _commit(self, batch: list[Any]) -> None:
         """One transaction, one sync, for all of `batch`; every ticket is answered in any case."""
         try:
             if self._writer is None:
-                self._writer = self._connect_writer()
+                self._connect_writer()
             self._writer.execute('BEGIN IMMEDIATE')
             for ticket in batch:
                 self._work(ticket)
@@ -1581,18 +1575,19 @@ class Store:
         for ticket in batch:
             ticket.done.release()
 
-    def _work(self, ticket: Ticket) -> None:
+    def _work(self, ticket: Any) -> None:
         """A verb refuses before it writes, so that its refusal leaves the others' work whole."""
         try:
             ticket.result = ticket.work(self._writer)
         except (RateLimited, LookupError, ValueError, TypeError, OverflowError) as error:
             ticket.error = error
 
-    def _fail(self, batch: list[Ticket], error: Exception) -> None:
+    def _fail(self, batch: list[Any], error: Exception) -> None:
         """Nobody knows what a failed sync left behind: tell all, reopen with the next batch."""
-        if self.error is None or not isinstance(error, (sqlite3.Error, OSError)):
+        ours = not isinstance(error, (sqlite3.Error, OSError))
+        if self.error is None or ours:
             log.error('database: commit failed, links are refused until it works: %s', error,
-                      exc_info=not isinstance(error, (sqlite3.Error, OSError)))
+                      exc_info=ours)
         self.error = str(error) or type(error).__name__
         for ticket in batch:
             ticket.error = StoreDown(self.error)
@@ -1611,7 +1606,8 @@ class Store:
 
     def write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
         """Run `work` in the next transaction; returns its result once that is on stable storage."""
-        ticket = Ticket(work)
+        ticket = SimpleNamespace(work=work, result=None, error=None, done=threading.Lock())
+        ticket.done.acquire()  # until it is answered: a third of an Event's cost
         with self._tickets:
             if self._closed:
                 raise StoreDown('the server is stopping')
@@ -1626,30 +1622,21 @@ class Store:
 
     def read(self, sql: str, args: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """The rows of a query, on a connection that cannot write."""
-        with self._pool_lock:
-            reader = next(iter(self._pool[-1:]), None)
-            del self._pool[-1:]
+        reader = None
+        with suppress(IndexError):
+            reader = self._pool.pop()
         try:
-            reader = reader or self._connect_reader()
+            reader = reader or self._connect('ro', 'cache_size=-512')
             rows = reader.execute(sql, args).fetchall()
         except sqlite3.Error as error:
             if reader:
                 reader.close()
             raise StoreDown(str(error)) from None
-        with self._pool_lock:
-            keep = len(self._pool) < 4 and not self._closed
-            if keep:
-                self._pool.append(reader)
-        if not keep:
+        if len(self._pool) < 4 and not self._closed:
+            self._pool.append(reader)
+        else:
             reader.close()
         return rows
-
-    def _connect_reader(self) -> sqlite3.Connection:
-        reader = sqlite3.connect(f'{self.path.as_uri()}?mode=ro', uri=True, timeout=5,
-                                 isolation_level=None, check_same_thread=False)
-        reader.row_factory = sqlite3.Row
-        reader.execute('PRAGMA cache_size=-512')
-        return reader
 
     def get(self, download_id: str) -> Record:
         """One download. Raises LookupError."""
@@ -1670,9 +1657,9 @@ class Store:
         if status:
             where, args = 'status = ?', [status]
         if q:
-            where += (r" AND (url LIKE ? ESCAPE '\' OR title LIKE ? ESCAPE '\'"
-                      r" OR filename LIKE ? ESCAPE '\')")
-            args += [escape_like(q)] * 3
+            fields = [rf"{name} LIKE ? ESCAPE '\'" for name in ('url', 'title', 'filename')]
+            where += f' AND ({" OR ".join(fields)})'
+            args += ['%' + re.sub(r'([%_\\])', r'\\\1', q) + '%'] * 3
             total = self.read(f'SELECT count(*) FROM downloads WHERE {where}', args)[0][0]
         else:
             total = sum(n for name, n in self.counts().items() if status in ('', name))
@@ -1688,10 +1675,9 @@ class Store:
             'SELECT id FROM downloads WHERE id BETWEEN ? AND ? LIMIT 9', (begin, begin + '~'))]
 
     def since(self, created_at: int, ongoing: bool) -> list[sqlite3.Row]:
-        """(id, status, file_size) of downloads made since then, newest first, 10,000 at most.
-
-        With `ongoing` only the unfinished."""
-        return self.read("SELECT id, status, file_size FROM downloads WHERE created_at >= ? "
+        """(id, status, file_size) of downloads made since then, or of the unfinished ones of them,
+        newest first, 10,000 at most."""
+        return self.read('SELECT id, status, file_size FROM downloads WHERE created_at >= ? '
                          "AND (NOT ? OR status IN ('queued', 'downloading')) "
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
@@ -1708,16 +1694,11 @@ class Store:
 
     # -- submissions
 
-    def add(self, submission: Submission, now: int, window: int = 0) -> Stored:
-        """Store a link. Raises RateLimited, StoreDown.
+    def add_many(self, submissions: Sequence[Submission], now: int, window: int = 0) -> list[Any]:
+        """Store links in one commit: for each where it is, or RateLimited.
 
         A repeat of the same client, URL and timestamp, or of client and URL within `window`
         seconds, is where the first one is; so is a link that names a post which is here."""
-        self.check_room()
-        return self.write(lambda db: self._insert(db, submission, now, window))
-
-    def add_many(self, submissions: Sequence[Submission], now: int, window: int = 0) -> list[Any]:
-        """Store links in one commit; for each what `add` returns, or the RateLimited it raises."""
         self.check_room()
 
         def insert(db, submission):
@@ -1728,37 +1709,40 @@ class Store:
         return self.write(lambda db: [insert(db, submission) for submission in submissions])
 
     def _insert(self, db: sqlite3.Connection, item: Submission, now: int, window: int) -> Stored:
-        row = (new_id(), item.url, item.client_id, now, now)
-        timestamp = None if item.timestamp is None else str(item.timestamp)
-        options = json.dumps(item.options) if item.options else None
-        post = (*post_of(item.url), asked_of(item.options))
-        hour = (item.client_id, now - 3600, now, self.links_per_hour - 1)
-        same = post
+        client, url, timestamp, options = item.client_id, item.url, None, None
+        if item.timestamp is not None:
+            timestamp = str(item.timestamp)
+        if item.options:
+            options = json.dumps(item.options)
+        post = same = (*post_of(url), asked_of(item.options))
         if ('again', None) in item.options:
             same = (None,) * 3
-        known = window and db.execute(
-            'SELECT id, status, next_attempt_at, files FROM downloads WHERE client_id = ? '
-            'AND created_at > ? AND created_at <= ? AND url = ? ORDER BY created_at DESC LIMIT 1',
-            (item.client_id, now - window, now, item.url)).fetchone()
+        hour = (client, now - 3600, now, self.links_per_hour - 1)
+
+        def first(sql, *args):
+            return db.execute(sql, args).fetchone()
+        known, same_post = window and first(
+            KNOWN + 'client_id = ? AND created_at > ? AND created_at <= ? AND url = ? '
+            'ORDER BY created_at DESC LIMIT 1', client, now - window, now, url), False
+        download_id = new_id()
         if not known and db.execute(INSERT_LINK, (
-                *row, timestamp, options, *post, self.links_per_hour, *hour, *same)).rowcount == 1:
-            return Stored(row[0], True)
-        known, same_post = known or db.execute(
-            'SELECT id, status, next_attempt_at, files FROM downloads '
-            'WHERE client_id = ? AND url = ? AND timestamp = ?',
-            (item.client_id, item.url, timestamp)).fetchone(), False
+                download_id, url, client, now, now, timestamp, options, *post,
+                self.links_per_hour, *hour, *same)).rowcount == 1:
+            return Stored(download_id, True)
+        known = known or first(KNOWN + 'client_id = ? AND url = ? AND timestamp = ?',
+                               client, url, timestamp)
         if not known:
-            known, same_post = db.execute(SAME_POST, same).fetchone(), True
+            known, same_post = first(SAME_POST, *same), True
         if not known:
-            last = db.execute(HOUR_FULL, hour).fetchone()
-            raise RateLimited(max(1, last['created_at'] + 3600 - now), self.links_per_hour)
-        self._count_repeat(item.client_id, now)
+            wait = first(HOUR_FULL, *hour)['created_at'] + 3600 - now
+            raise RateLimited(max(1, wait), self.links_per_hour)
+        self._count_repeat(client, now)
         files = tuple(file[0] for file in json.loads(known['files'] or '[]'))
         return Stored(known['id'], False, known['status'], known['next_attempt_at'] or 0, files,
                       same_post)
 
     def _count_repeat(self, client_id: str, now: int) -> None:
-        """Repeats cost no row, yet a client may send as many as links only. Raises RateLimited."""
+        """A client may send as many repeats as links. Raises RateLimited."""
         began, repeats = self._repeats.get(client_id, (now, 0))
         if not began <= now < began + 3600:  # the hour is over, or the clock was set back
             began, repeats = now, 0
@@ -1779,31 +1763,30 @@ class Store:
     def _change(self, db: sqlite3.Connection, verb: str, download_id: str, now: int,
                 due: int | None = None, **columns: Any) -> bool:
         """Change the status as TRANSITIONS lets `verb`, with further columns; whether it could.
-
         With `due` only what is due by then."""
         before, after = TRANSITIONS[verb]
         where = f'WHERE id = ? AND status IN ({", ".join("?" * len(before))})'
         if due is not None:
             where += f' AND coalesce(next_attempt_at, 0) <= {due:d}'
-        if not after:
-            found = db.execute(f'DELETE FROM downloads {where}', (download_id, *before))
-        else:
-            sets = ''.join(f'{name} = ?, ' for name in columns)
-            found = db.execute(f'UPDATE downloads SET {sets} status = ?, last_updated = ? {where}',
-                               (*columns.values(), after, now, download_id, *before))
-        if found.rowcount == 1:
+        sql, args = 'DELETE FROM downloads ', ()
+        if after:
+            columns = {**USUAL.get(verb, {}), **columns, 'status': after, 'last_updated': now}
+            sql = f'UPDATE downloads SET {", ".join(f"{name} = ?" for name in columns)} '
+            args = columns.values()
+        changed = db.execute(sql + where, (*args, download_id, *before)).rowcount == 1
+        if changed:
             self._post(db, verb, download_id, now)
-        return found.rowcount == 1
+        return changed
 
-    def _move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
-        """_change in a transaction of its own."""
+    def move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
+        """Change the status as TRANSITIONS and USUAL have it: requeue, cancel or retry it;
+        whether it could."""
         return self.write(lambda db: self._change(db, verb, download_id, now, **columns))
 
     def claim(self, download_id: str, now: int) -> Job | None:
         """Take a queued download to work on; None if it is queued no more, or not due yet."""
         def work(db):  # one transaction: a row that is taken but cannot be read would be nobody's
-            if not self._change(db, 'claim', download_id, now, due=now, started_at=now,
-                                next_attempt_at=None):
+            if not self._change(db, 'claim', download_id, now, due=now, started_at=now):
                 return None
             return job_of(db.execute('SELECT * FROM downloads WHERE id = ?',
                                      (download_id,)).fetchone())
@@ -1812,8 +1795,7 @@ class Store:
     def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int) -> bool:
         """The files are on disk and synced: completed. False if they were those of a download
         that has been deleted in the meantime."""
-        columns = {'completed_at': now, 'error_message': None, 'reason': None, 'crashes': 0,
-                   **self._delivered(outcome, folder)}
+        columns = {'completed_at': now, **self._delivered(outcome, folder)}
         if 'upload' in self.outgoing.get('finish', ()):
             columns['s3_state'] = 'waiting'
 
@@ -1832,56 +1814,30 @@ class Store:
             f'AND {HAS_FILES} ORDER BY created_at DESC', (site, media_id, asked))]
 
     def _delivered(self, outcome: Outcome, folder: Path) -> dict[str, Any]:
-        """The columns of what is in place."""
-        def text(value, length):  # a lone surrogate cannot be stored
-            return str(value)[:length].encode('utf-8', 'replace').decode() if value else None
-        post, files = outcome.post, outcome.files
-        names = [name for name in ('site', 'media_id') if post.get('media_id')]
-        return {**{name: post[name] for name in names},
-                'title': excerpt(' '.join(outcome.title.split()), 300) or None,
+        """The columns of what is in place; a lone surrogate cannot be stored."""
+        post, files, columns = outcome.post, outcome.files, {}
+        if post.get('media_id'):
+            columns.update(site=post['site'], media_id=post['media_id'])
+        for name, length in (('uploader', 200), ('description', 5000), ('upload_date', 8)):
+            text = str(post.get(name) or '')[:length]
+            columns[name] = text.encode('utf-8', 'replace').decode() or None
+        return {**columns, 'title': excerpt(' '.join(outcome.title.split()), 300) or None,
                 'filename': files[0].name, 'file_path': str(folder / files[0].name),
                 'file_size': sum(file.size for file in files), 'files': json.dumps(files),
-                'note': excerpt(outcome.note, 500) or None, 'duration': post.get('duration'),
-                'uploader': text(post.get('uploader'), 200),
-                'description': text(post.get('description'), 5000),
-                'upload_date': text(post.get('upload_date'), 8)}
+                'note': excerpt(outcome.note, 500) or None, 'duration': post.get('duration')}
 
-    def retry_later(self, download_id: str, attempt: int, due: int, outcome: Outcome,
-                    now: int, folder: Path) -> bool:
-        """The attempt failed; the next one is due then, for what is still missing."""
-        delivered = self._delivered(outcome, folder) if outcome.files else {}
-        return self._move('retry_later', download_id, now, retry_count=attempt, next_attempt_at=due,
-                          error_message=excerpt(outcome.message, 500), reason=outcome.reason,
-                          crashes=0, **delivered)
-
-    def give_up(self, download_id: str, attempt: int, outcome: Outcome, now: int) -> bool:
-        """No further attempt."""
-        return self._move('give_up', download_id, now, retry_count=attempt - 1,
-                          error_message=excerpt(outcome.message, 500), reason=outcome.reason,
-                          crashes=0, next_attempt_at=None)
-
-    def requeue(self, download_id: str, now: int, due: int = 0,
-                post: dict[str, Any] | None = None) -> bool:
-        """Stopped through no fault of its own: back in the queue, no attempt counted."""
-        columns = {'crashes': 0, 'next_attempt_at': due or None}
-        if post:
-            columns.update(post)
-        return self._move('requeue', download_id, now, **columns)
-
-    def cancel(self, download_id: str, now: int) -> bool:
-        """Take it out of the queue; whether it was there (the scheduler stops a running one)."""
-        return self._move('cancel', download_id, now, error_message='Cancelled', reason='cancelled',
-                          next_attempt_at=None)
-
-    def retry(self, download_id: str, now: int) -> bool:
-        """Queue a failed one again, or a waiting one for now; retry count from zero."""
-        return self._move('retry', download_id, now, retry_count=0, next_attempt_at=None,
-                          error_message=None, reason=None, crashes=0)
+    def fail(self, verb: str, job: Job, outcome: Outcome, now: int, folder: Path,
+             due: int | None = None) -> bool:
+        """The attempt failed: retry_later, due then, for what is still missing; or give_up."""
+        columns = self._delivered(outcome, folder) if outcome.files else {}
+        return self.move(verb, job.id, now, retry_count=job.attempt - (verb == 'give_up'),
+                         next_attempt_at=due, reason=outcome.reason,
+                         error_message=excerpt(outcome.message, 500), **columns)
 
     def forget(self, download_id: str,
                copies: Sequence[str] = ()) -> tuple[MediaFile, ...] | None:
-        """Delete the row, and let its `copies` in the bucket be deleted: its files that no other
-        download shares. None if it is downloading."""
+        """Delete the row, and let its `copies` in the bucket be deleted: the files that no other
+        download has. None if it is downloading."""
         def work(db):
             row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
             if not row or not self._change(db, 'forget', download_id, 0):
@@ -1896,8 +1852,8 @@ class Store:
     def _unshared(self, db: sqlite3.Connection, row: sqlite3.Row) -> tuple[MediaFile, ...]:
         """The files of a download that no other one has."""
         others = db.execute(
-            f'SELECT files FROM downloads WHERE site = ? AND media_id = ? AND id <> ? AND {HAS_FILES}',
-            (row['site'], row['media_id'], row['id'])).fetchall()
+            'SELECT files FROM downloads WHERE site = ? AND media_id = ? AND id <> ? '
+            f'AND {HAS_FILES}', (row['site'], row['media_id'], row['id'])).fetchall()
         kept = {file[0] for other in others for file in json.loads(other['files'] or '[]')}
         return tuple(file for file in Record.of(row)['files'] if file.name not in kept)
 
@@ -1945,7 +1901,7 @@ class Store:
                 if frozen and len(rows) == 1:
                     over.append((job_of(row), Outcome('give_up', 'freeze', FROZE)))
                 elif frozen:
-                    self._change(db, 'requeue', row['id'], now, crashes=0, reason='freeze',
+                    self._change(db, 'requeue', row['id'], now, reason='freeze',
                                  error_message=SUSPECT)
                 elif row['crashes'] + 1 < CRASH_LIMIT:
                     self._change(db, 'requeue', row['id'], now, crashes=row['crashes'] + 1)
@@ -1968,16 +1924,9 @@ class Store:
     # -- the outbox
 
     def _post(self, db: sqlite3.Connection, event: str, download_id: str, now: int) -> None:
-        for kind in self.outgoing.get(event, ()):  # an import tells when all of it is done
-            db.execute('INSERT INTO outbox (kind, download_id, payload, due) '
-                       'SELECT ?, id, ?, ? FROM downloads '
-                       "WHERE id = ? AND (import_id IS NULL OR ? = 'upload')",
-                       (kind, event, now, download_id, kind))
-
-    def announce(self, sentence: str, now: int) -> None:
-        """Have whoever is to be notified told this, as an event `attention`."""
-        self.write(lambda db: db.execute(
-            "INSERT INTO outbox (kind, payload, due) VALUES ('notify', ?, ?)", (sentence, now)))
+        for kind in self.outgoing.get(event, ()):
+            db.execute('INSERT INTO outbox (kind, download_id, payload, due) VALUES (?, ?, ?, ?)',
+                       (kind, download_id, event, now))
 
     def note_problems(self, there: Iterable[str], new: dict[str, str], now: int) -> None:
         """Announce the problems `new`, by name, once, until they are not `there` any more."""
@@ -2031,9 +1980,9 @@ class Store:
 
         def work(db):
             now = int(time.time())
-            db.execute('INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, '
-                       "timestamp) VALUES ('probe', ?, '', 'queued', ?, ?, '')",
-                       ('x' * 2048, now, now))
+            db.execute(
+                'INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, '
+                "timestamp) VALUES ('probe', ?, '', 'queued', ?, ?, '')", ('x' * 2048, now, now))
             db.execute("DELETE FROM downloads WHERE id = 'probe'")
         self.write(work)
 
@@ -2052,18 +2001,14 @@ class Store:
             part.unlink(missing_ok=True)
 
     def _copy_to(self, part: Path) -> None:
-        source, copy = self._connect_reader(), sqlite3.connect(str(part))
-        try:
-            for db in (source, copy):
-                db.execute('PRAGMA cache_size=-256')
+        with closing(self._connect('ro', 'cache_size=-256')) as source, \
+                closing(sqlite3.connect(str(part))) as copy:
+            copy.execute('PRAGMA cache_size=-256')
             source.backup(copy, pages=64, sleep=0.01)
             copy.execute('PRAGMA journal_mode=DELETE')
             found = quick_check(copy)
             if found:
                 raise sqlite3.DatabaseError(found)
-        finally:
-            source.close()
-            copy.close()
 
 
 class Lock:
@@ -2095,11 +2040,9 @@ class Lock:
                 time.sleep(0.02)  # running() of another process has it for a moment
         else:
             holder = self.holder()
-            os.close(self.fd)
-            self.fd = None
-            raise Trouble(f'{self.path}: another videoserverd (process '
-                          f'{holder.get("pid", "unknown")}, port {holder.get("port", "unknown")}) '
-                          'uses this database; stop it first.') from None
+            self.release()
+            raise Trouble(f'{self.path}: another videoserverd (process {holder.get("pid", "?")}, '
+                          f'port {holder.get("port", "?")}) uses this database; stop it first.')
         self.tell({'pid': os.getpid()})
 
     def tell(self, facts: dict[str, Any]) -> None:
@@ -5411,7 +5354,7 @@ class Scheduler:
 
     def cancel(self, download_id: str, now: float) -> bool:
         """Stop it wherever it is; whether there was something to stop."""
-        if self.store.cancel(download_id, int(now)):
+        if self.store.move('cancel', download_id, int(now)):
             self.board.post(download_id)
             return True
         with self._changed:
@@ -5424,7 +5367,7 @@ class Scheduler:
             gone = self._changed.wait_for(
                 lambda: run is None or self._running.get(download_id) is not run, 5)
         # Its attempt may have ended just then, with another one to follow.
-        late = gone and self.store.cancel(download_id, int(now))
+        late = gone and self.store.move('cancel', download_id, int(now))
         if late:
             self.board.post(download_id)
         return gone and run is not None or late
@@ -5618,7 +5561,7 @@ class Scheduler:
         with suppress(LookupError):
             record = self.store.get(download_id)
             if record['status'] == 'downloading':  # by nobody but us: we hold its place in _running
-                self.store.requeue(download_id, int(time.time()))
+                self.store.move('requeue', download_id, int(time.time()))
             if record['status'] in ('queued', 'downloading'):
                 self.push(download_id, record['next_attempt_at'] or 0)
 
@@ -5651,27 +5594,26 @@ class Scheduler:
             if outcome.shared and not over:
                 self._put_back(job, outcome, now)
             return over
-        if step == 'retry_later':
-            due = int(now + delay)
-            self.store.retry_later(job.id, job.attempt, due, outcome, int(now),
-                                   downloads.output_directory)
-            self.push(job.id, due)  # even if a commit that was reported as failed has stored it
-        elif step == 'give_up':
-            outcome = outcome._replace(message=last_words(outcome, job.attempt))
-            self.store.give_up(job.id, job.attempt, outcome, int(now))
-        else:
+        if step == 'requeue':
             self._put_back(job, outcome, now)
-        return step in ('finish', 'give_up')
+            return False
+        due = int(now + delay) if step == 'retry_later' else None
+        outcome = outcome._replace(message=last_words(outcome, job.attempt, step))
+        self.store.fail(step, job, outcome, int(now), downloads.output_directory, due)
+        if due:
+            self.push(job.id, due)  # even if a commit that was reported as failed has stored it
+        return not due
 
     def _put_back(self, job: Job, outcome: Outcome, now: float) -> None:
         """Stopped, or nothing can be downloaded now: queued again, no attempt counted."""
         if outcome.kind == 'pause':
             self._pause_until = time.monotonic() + PAUSE_SECONDS
             self._pause_message, self._looked = outcome.message, -math.inf
-        due, post = 0, None
+        due, columns = 0, {}
         if outcome.reason == 'same_post':
-            due, post = int(now + SAME_POST_NAP), outcome.post
-        self.store.requeue(job.id, int(now), due, post)
+            due = int(now + SAME_POST_NAP)
+            columns = {'next_attempt_at': due, **outcome.post}
+        self.store.move('requeue', job.id, int(now), **columns)
         self.push(job.id, due)
 
 
@@ -7039,7 +6981,7 @@ def post_cancel(app: App, request: Request) -> Reply:
 def post_retry(app: App, request: Request) -> Reply:
     """POST /api/v1/download/{id}/retry"""
     record = app.record(request)
-    if not app.store.retry(record['id'], int(time.time())):
+    if not app.store.move('retry', record['id'], int(time.time())):
         raise HTTPError(409, 'not_failed', f'It is {record["status"]}; only a failed or waiting '
                         'one can be tried again.')
     app.scheduler.push(record['id'])
@@ -7326,7 +7268,7 @@ def store_shared(app: App, request: Request) -> tuple[str, Reply]:
     if not saved:
         raise results[0]
     for stored in saved:
-        if stored.status == 'failed' and app.store.retry(stored.id, now):
+        if stored.status == 'failed' and app.store.move('retry', stored.id, now):
             app.scheduler.push(stored.id)
     app.board.observe(time.monotonic() - started)
     return saved[0].id, tell_shared(app, saved, len(items))
@@ -10013,7 +9955,7 @@ def store_text(config: Config, store: Store,
         if isinstance(item, Refused):
             rows.append({'url': written, 'error': item.message})
         else:
-            rows.append({'url': written, 'download_id': store.add(item, int(time.time())).id})
+            rows.append({'url': written, 'download_id': store.add_many([item], int(time.time()))[0].id})
     return rows, '\n'.join(rest)
 
 
