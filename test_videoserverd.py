@@ -4758,7 +4758,7 @@ class TestFailures(DownloadTest):
         with self.assertLogs(v.log, 'WARNING') as logs:
             outcome = self.fetch(post, options=['-R', '1'])
         self.assert_ends(outcome, 'retry', 'network')
-        self.assertEqual(outcome.message, f'{v.ENDINGS["network"][2]}.')
+        self.assertEqual(outcome.message, f'{v.ENDINGS["network"][1]}.')
         self.assertIn('Got error', '\n'.join(logs.output))
         errors = [type(name, (Exception,), {'orig_msg': '\r[x] foo --bar', 'expected': expected})
                   for name in ('DownloadError', 'PostProcessingError', 'TransportError', 'YoutubeDLError', 'Other')

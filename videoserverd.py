@@ -2153,53 +2153,51 @@ class Board:
 # that our own threads start are free; those that an attempt starts are the attempt's; all others
 # may do nothing. Lock: Stopper._changed guards what stop() has to end. Called by download, vendor.
 
-ENDINGS: dict[str, tuple[str, int | None, str]] = {
-    'done': ('done', None, 'It is here'),  # the post was here already
-    'cancelled': ('cancelled', None, 'Cancelled'),
-    'stopped': ('stopped', None, 'The server was stopped'),
-    'disk': ('pause', None, 'The disk is nearly full: delete videos, and the downloads go on'),
-    'output': ('pause', None, 'The output folder is not there yet, or its disk fails: mount it'),
-    'read_only': ('pause', None, 'The output folder is read-only here: mount it for writing, or '
-                                 'name it to the service with `sudo ./install.sh --output DIR`'),
-    'ytdlp': ('pause', None, 'yt-dlp is missing or damaged: the command "update" fetches it'),
-    'ca_store': ('pause', None, 'This machine has no CA certificates, so that no site can be '
-                 'verified: install ca-certificates (a Mac: Install Certificates.command)'),
-    'timeout': ('retry', None, 'Nothing more came from the site'),
-    'network': ('retry', None, 'The connection to the site failed'),
-    'http': ('retry', None, 'The site answered with an error'),
-    'site_changed': ('retry', None, 'The site has changed: yt-dlp needs an update'),
-    'bad_media': ('retry', None, 'The site sent something that is no video'),
-    'crash': ('retry', None, 'A program that helps with the video failed'),
-    'internal': ('retry', None, 'The server made a mistake; its log tells more'),
-    'login': ('retry', 2, 'The site asks for a login: put cookies of an account into '
-                          'cookies_file, or try again later'),
-    'blocked': ('retry', 2, "The site blocks this server's address for now: "
-                            'wait some hours, or set a proxy'),
-    'gone': ('give_up', None, 'This post is not there (any more)'),
-    'session': ('retry', 2, 'The site no longer takes the login in your cookies: export them again'),
-    'private': ('give_up', None, 'This post is private: it takes cookies of an account '
-                                 'that may see it (cookies_file)'),
-    'geo': ('give_up', None, 'This post is not shown in the country of this server: '
-                             'only a proxy elsewhere helps'),
-    'unsupported': ('give_up', None, 'There is no video behind this link that can be downloaded'),
-    'filtered': ('retry', None, 'The name service of your network hides the site: allow it in the '
-                 'DNS filter, the router or the VPN'),
-    'no_post': ('give_up', None, 'Share the video or photo itself'),
-    'refused_address': ('give_up', None, 'The link leads to an address that is not on the Internet'),
-    'ffmpeg': ('give_up', None, 'Picture and sound come apart and need ffmpeg: '
-                                'install it, then retry'),
-}
-# What yt-dlp says; the first pattern that fits decides.
+ENDINGS = {reason: (kind, text) for kind, texts in {  # what a person reads
+    'done': {'done': 'It is here'},  # the post was here already
+    'cancelled': {'cancelled': 'Cancelled'},
+    'stopped': {'stopped': 'The server was stopped'},
+    'pause': {
+        'disk': 'The disk is nearly full: delete videos, and the downloads go on',
+        'output': 'The output folder is not there yet, or its disk fails: mount it',
+        'read_only': 'The output folder is read-only here: mount it for writing, or '
+                     'name it to the service with `sudo ./install.sh --output DIR`',
+        'ytdlp': 'yt-dlp is missing or damaged: the command "update" fetches it',
+        'ca_store': 'No site can be verified: install ca-certificates '
+                    '(on a Mac: run Install Certificates.command)'},
+    'retry': {
+        'timeout': 'Nothing more came from the site',
+        'network': 'The connection to the site failed',
+        'http': 'The site answered with an error',
+        'site_changed': 'The site has changed: yt-dlp needs an update',
+        'bad_media': 'The site sent something that is no video',
+        'crash': 'A program that helps with the video failed',
+        'internal': 'The server made a mistake; its log tells more',
+        'login': 'The site asks for a login: give cookies of an account, or try again later',
+        'session': 'The site no longer takes the login in your cookies: export them again',
+        'blocked': "The site blocks this server's address: wait some hours, or set a proxy",
+        'filtered': 'A DNS filter, the router or a VPN hides the site: allow it there'},
+    'give_up': {
+        'gone': 'This post is gone or was deleted',
+        'private': 'This post is private: it takes cookies of an account that may see it',
+        'geo': 'This post is not shown in your country: only a proxy elsewhere helps',
+        'unsupported': 'There is no video behind this link that can be downloaded',
+        'no_post': 'Share the video or photo itself',
+        'refused_address': 'The link leads to an address that is not on the Internet',
+        'ffmpeg': 'Picture and sound come apart: install ffmpeg, then retry'},
+}.items() for reason, text in texts.items()}
+FEW_TRIES = ('login', 'blocked', 'session')  # asked again and again, a site shuts for good
 
 
 class Ending(BaseException):
     """Ends an attempt with this outcome. Not an Exception: extractors catch those."""
 
     def __init__(self, reason: str, detail: str = '', **changes: Any):
-        kind, tries, text = ENDINGS[reason]
+        kind, text = ENDINGS[reason]
         message = f'{text}: {detail}.' if detail else f'{text}.'
         if reason == 'cancelled':
             message = text  # a word of document A's
+        tries = 2 if reason in FEW_TRIES else None
         self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
         super().__init__(message)
 
@@ -2207,10 +2205,8 @@ class Ending(BaseException):
 # -- how it is stopped
 
 class Stopper:
-    """Ends what an attempt does in well under a second, whatever it waits for.
-
-    What blocks in system calls (name servers, connecting, fsync) is done by helper threads, what
-    reads is woken by shutting its socket down, child processes are killed."""
+    """Ends what an attempt does in well under a second: what blocks in system calls (name servers,
+    connecting, fsync) is left behind, sockets are shut down, child processes killed."""
 
     def __init__(self):
         self.reason = ''  # of the first stop
@@ -2281,26 +2277,25 @@ class Stopper:
 LARGEST_PAGE = 8 << 20  # bytes, unpacked; pages, manifests and keys are held in memory
 LARGEST_FRAGMENT = 128 << 20  # bytes; those of HLS and DASH, too
 FAKE = tuple(map(ipaddress.ip_network, ('0.0.0.0/32', '198.18.0.0/15')))  # what filters answer with
-PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # all that may be run; deno gets no permission from yt-dlp
-LOCAL_FILES = (  # the last: demuxers by name, so that a playlist that calls itself a video is not followed
+PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # deno gets no permission from yt-dlp
+LOCAL_FILES = (  # demuxers by name: a playlist that calls itself a video is not followed
     '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
-    'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,jpeg_pipe,png_pipe,webp_pipe,webvtt,srt,'
-    'ass,ffmetadata')
+    'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata')
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 def own_networks() -> list[Any]:
     """The networks in which this machine has an address, by getifaddrs(3)."""
     import ctypes
     libc, first, found = ctypes.CDLL(None), ctypes.c_void_p(), []
-    if libc.getifaddrs(ctypes.byref(first)):
-        return []
+    libc.getifaddrs(ctypes.byref(first))
     at = first.value
     while at:
         # struct ifaddrs: the next one, name, flags, address, mask
         at, _, _, address, mask = (ctypes.c_void_p * 5).from_address(at)
-        family = ctypes.string_at(address, 2) if address else b''  # BSD puts a length before it
+        family = ctypes.string_at(address, 2) if address and mask else b''  # BSD: length, family
         for kind, start, size in ((socket.AF_INET, 4, 4), (socket.AF_INET6, 8, 16)):
-            if kind in family and address and mask:
+            if kind in family:
                 bits = int.from_bytes(ctypes.string_at(mask + start, size), 'big')
                 packed = ctypes.string_at(address + start, size)
                 found.append(ipaddress.ip_network((packed, f'{bits:b}'.count('1')), strict=False))
@@ -2324,7 +2319,6 @@ def host_of(url: str) -> str:
 
 def die_with_us() -> Callable[[], None] | None:
     """For preexec_fn: Linux kills the child when the thread that started it ends, be it by kill -9.
-
     Elsewhere None: the next attempt ends what is left over (`end_leftovers`)."""
     if not sys.platform.startswith('linux'):
         return None
@@ -2341,20 +2335,32 @@ def die_with_us() -> Callable[[], None] | None:
 def local_only(args: Sequence[str]) -> list[str]:
     """A command line that reads nothing but files, even if a file names an address; with a URL
     in it, or of another program, it is as if the program was not installed. Raises OSError."""
-    words = [os.fsdecode(word) for word in args]
-    name, count, line = os.path.basename(words[0]), len(LOCAL_FILES), [words[0]]
-    if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', word) for word in words):
-        raise FileNotFoundError(errno.ENOENT, 'not to be run', words[0])
-    for word in words[1:]:
-        asked = name == 'ffmpeg' and word == '-i' or name == 'ffprobe' and len(line) == 1
-        if asked and tuple(line[-count:]) != LOCAL_FILES and tuple(words[1:count + 1]) != LOCAL_FILES:
-            line += LOCAL_FILES
-        line.append(word)
+    name = os.path.basename(args[0])
+    if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', arg) for arg in args):
+        raise FileNotFoundError(errno.ENOENT, 'not to be run', args[0])
+    line = [args[0], *LOCAL_FILES] if name == 'ffprobe' else [args[0]]
+    for arg in args[1:]:
+        line += (*LOCAL_FILES, arg) if name == 'ffmpeg' and arg == '-i' else (arg,)
     return line
 
 
+class Here(threading.local):
+    """`reach`: that of the attempt this thread works for, None in the program's own threads.
+    `line`: the command line that it may run."""
+    unknown: Any = None  # reach of threads that nobody known has started
+
+    def __init__(self):
+        super().__init__()
+        self.reach = vars(threading.current_thread()).get('reach', self.unknown)
+        self.line: list[str] = []
+
+
+here = Here()
+
+
 class Reach:
-    """What the threads of one attempt may connect to, run and write."""
+    """What the threads of one attempt may connect to, run and write. What the hook asks, may_…,
+    raises Ending or OSError."""
 
     def __init__(self, config: Config, folder: Path, stopper: Stopper):
         self.security, self.stopper = config.security, stopper
@@ -2363,15 +2369,11 @@ class Reach:
         proxy = urlsplit(config.downloader.proxy or '')
         self.proxy = proxy.hostname  # everything goes through it
         self._ports = (proxy.port,) if proxy.port else (80, 443, 1080)
-        self._resolves = proxy.scheme != 'socks4'
+        self._names_are_ours = not self.proxy or proxy.scheme == 'socks4'  # to resolve
         self._doors: set[tuple[str, int]] = set()  # addresses of the proxy
 
-    def is_proxy(self, host: str, port: int) -> bool:
-        """Is this the proxy of the configuration?"""
-        return bool(self.proxy) and host.lower() == self.proxy and port in self._ports
-
     def allows(self, address: str, port: int) -> bool:
-        """May it be connected to? Only what is on the Internet; behind a proxy, only that."""
+        """May it be connected to? Only what is on the Internet; where there is a proxy, only it."""
         if self.proxy:
             return (address, port) in self._doors
         if self.security.allow_private_targets:
@@ -2384,22 +2386,19 @@ class Reach:
 
     def look_up(self, real: Callable[..., Any], host: str, port: int, *args: Any,
                 **more: Any) -> list[Any]:
-        """socket.getaddrinfo that ends with a stop; those of the addresses that may be connected
-        to. Raises Ending if there are none, OSError."""
+        """socket.getaddrinfo, up to a stop: the addresses that may be connected to. Raises Ending if
+        there are none: a name service that hides a site gives one that no site can have."""
         found = self.stopper.unless_stopped(real, host, port, *args, **more)
-        if self.is_proxy(host, port):
+        if self.proxy == host.lower() and port in self._ports:
             self._doors.update(entry[4][:2] for entry in found)
         allowed = [entry for entry in found if self.allows(*entry[4][:2])]
-        if found and not allowed and (self._resolves or not self.proxy):
-            raise self._refusal(host, found[0][4][0])
-        return allowed or found
-
-    def _refusal(self, host: str, address: str) -> Ending:
-        """A name service that hides a site says so with an address that no site can have."""
-        listed = is_under(host, (*SITES, *self.security.allowed_domains))
-        if address != host and (listed or any(unwrap_address(address) in net for net in FAKE)):
-            return Ending('filtered', f'{host} is {address}')
-        return Ending('refused_address', f'{host} is {address}')
+        if allowed or not found or self.proxy and self._names_are_ours:
+            return allowed or found
+        address, reason = found[0][4][0], 'refused_address'
+        if address != host and (is_under(host, (*SITES, *self.security.allowed_domains))
+                                or any(unwrap_address(address) in net for net in FAKE)):
+            reason = 'filtered'
+        raise Ending(reason, f'{host} is {address}')
 
     def allow_link(self, url: str) -> None:
         """Raise Ending unless the page, asked for or led to, is of an allowed domain."""
@@ -2407,35 +2406,31 @@ class Reach:
         if domains != ('*',) and not is_under(host_of(url), domains):
             raise Ending('unsupported', f'it leads to {excerpt(url)}')
 
-    # -- what the hook asks; each raises Ending or OSError
-
     def may_connect(self, sock: socket.socket, address: Any) -> None:
-        """Is the very address that a socket connects to allowed?"""
+        """The very address that a socket connects to."""
         self.stopper.go_on()
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or not self.allows(*address[:2]):
-            raise PermissionError(errno.EACCES, f'no connection to {address} is allowed')
+            self.refuse(address)
 
     def may_look_up(self, host: Any, *_: Any) -> None:
-        """Behind a proxy, names are its to resolve."""
+        """Names are the proxy's to resolve."""
         self.stopper.go_on()
-        if self.proxy and self._resolves and str(host).lower() != self.proxy:
+        if not self._names_are_ours and str(host).lower() != self.proxy:
             raise Ending('refused_address', excerpt(str(host)))
 
     def may_request(self, url: str, *_: Any) -> None:
-        """Each hop of a request: behind a proxy, hosts are judged by their spelling."""
+        """Each hop of a request; with a proxy, hosts are judged by their spelling."""
         scheme, host = url.partition(':')[0].lower(), host_of(url)
         if scheme not in ('http', 'https', 'data'):
             raise Ending('unsupported', f'it leads to {excerpt(url)}')
-        literal = re.fullmatch(r'[\d.]+|\[.*', host)
-        if self.proxy and scheme != 'data' and not self.security.allow_private_targets and (
-                literal or is_private_host(host)):
+        literal = is_private_host(host) or re.fullmatch(r'[\d.]+|\[.*', host)
+        if self.proxy and not self.security.allow_private_targets and literal and scheme != 'data':
             raise Ending('refused_address', excerpt(urlsplit(url).netloc))
 
     def may_run(self, executable: Any, args: Any, *_: Any) -> None:
-        """Only PROGRAMS, and of these only command lines that read and write files."""
+        """Only a command line that `start_process` has made."""
         self.stopper.go_on()
-        if local_only(args) != list(args) or os.path.basename(executable) not in PROGRAMS \
-                or self._inside(args[0]):
+        if args != here.line or executable != args[0] or self._inside(executable):
             raise FileNotFoundError(errno.ENOENT, 'not to be run', executable)
 
     def may_kill(self, pid: int, *_: Any) -> None:
@@ -2443,17 +2438,11 @@ class Reach:
         if pid not in [child.pid for child in self.stopper.children]:
             self.refuse(pid)
 
-    def may_open(self, path: Any, _: Any, flags: int) -> None:
-        """A file, for reading or writing."""
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND):
-            self.may_write(path)
-
     def may_write(self, *paths: Any) -> None:
         """Make, change or remove these: only in the folder of the download."""
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)) and not self._inside(path):
-                raise PermissionError(errno.EACCES, 'outside the folder of the download',
-                                      os.fsdecode(path))
+                raise PermissionError(errno.EACCES, 'outside the download', os.fsdecode(path))
 
     def _inside(self, path: Any) -> bool:
         path = os.path.abspath(os.fsdecode(path))
@@ -2462,24 +2451,6 @@ class Reach:
     def refuse(self, *what: Any) -> None:
         """What no download needs."""
         raise PermissionError(errno.EPERM, f'not for a download: {excerpt(str(what))}')
-
-
-WATCHED: list[bool] = []  # [True] once the hook is installed
-NOWHERE = Reach(SimpleNamespace(security=None, downloader=SimpleNamespace(proxy='')),
-                Path(os.devnull, 'nowhere'), Stopper())
-NOWHERE.stopper.stop('stopped')
-
-
-class Here(threading.local):
-    """`reach`: that of the attempt this thread works for, None in the program's own threads."""
-
-    def __init__(self):
-        super().__init__()
-        unknown = NOWHERE if WATCHED else None
-        self.reach = vars(threading.current_thread()).get('reach', unknown)
-
-
-here = Here()
 
 
 @contextmanager
@@ -2492,22 +2463,25 @@ def within(reach: Reach) -> Iterator[None]:
         here.reach = before
 
 
+def each(check: Callable[..., None], names: str) -> dict[str, Callable[..., None]]:
+    """The same check for some events."""
+    return dict.fromkeys(names.split(), check)
+
+
 CHECKS: dict[str, Callable[..., None]] = {
     'socket.__new__': lambda reach, sock, *_: reach.stopper.hold(sock),
-    'socket.connect': Reach.may_connect, 'socket.getaddrinfo': Reach.may_look_up,
-    'socket.gethostbyname': Reach.may_look_up, 'urllib.Request': Reach.may_request,
-    'subprocess.Popen': Reach.may_run, 'os.kill': Reach.may_kill, 'open': Reach.may_open,
+    'socket.connect': Reach.may_connect, 'urllib.Request': Reach.may_request,
+    'subprocess.Popen': Reach.may_run, 'os.kill': Reach.may_kill,
+    'open': lambda reach, path, _, flags: reach.may_write(*[path] * bool(flags & WRITING)),
     'os.rename': lambda reach, source, target, *_: reach.may_write(source, target),
     'ctypes.dlopen': lambda reach, name: name is None or reach.refuse(name),
-    **dict.fromkeys((f'os.{name}' for name in (
-        'remove rmdir mkdir truncate chmod chown chflags lchflags lchmod utime setxattr '
-        'removexattr').split()), lambda reach, path, *_: reach.may_write(path)),
-    'sqlite3.connect': Reach.may_write,
-    **dict.fromkeys((
-        'os.link os.symlink os.chdir os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty '
-        'os.killpg pty.spawn signal.pthread_kill socket.bind socket.sendto socket.sendmsg '
-        'socket.gethostbyaddr socket.getnameinfo socket.sethostname webbrowser.open').split(),
-        Reach.refuse)}
+    **each(Reach.may_look_up, 'socket.getaddrinfo socket.gethostbyname'),
+    **each(lambda reach, path, *_: reach.may_write(path),
+           'os.remove os.rmdir os.mkdir os.truncate os.chmod os.chown os.chflags os.utime '
+           'os.setxattr os.removexattr sqlite3.connect'),
+    **each(Reach.refuse,
+           'os.link os.symlink os.chdir os.system os.exec os.posix_spawn os.spawn os.fork '
+           'os.forkpty os.killpg pty.spawn socket.bind socket.sendto socket.sendmsg')}
 
 
 def audit(event: str, args: tuple[Any, ...]) -> None:
@@ -2518,8 +2492,6 @@ def audit(event: str, args: tuple[Any, ...]) -> None:
 
 
 # -- what ends with a stop, and what memory it may take
-
-
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
     """owner.name becomes make(what it was). Raises AttributeError if there is no such name."""
@@ -2544,6 +2516,12 @@ def small_page(page: bytes) -> bytes:
     return page
 
 
+def decompress(_: Reach, __: Any, data: bytes, wbits: int = 15) -> bytes:
+    """zlib.decompress with a limit. Raises Ending."""
+    import zlib
+    return small_page(zlib.decompressobj(wbits).decompress(data, LARGEST_PAGE + 1))
+
+
 def read_answer(reach: Reach, real: Callable[..., bytes], answer: Any, size: Any = None) -> bytes:
     """HTTPResponse.read with limits. Raises Ending."""
     if size is None and (answer.length is None or answer.length > LARGEST_PAGE):
@@ -2558,19 +2536,14 @@ def read_answer(reach: Reach, real: Callable[..., bytes], answer: Any, size: Any
 def start_process(reach: Reach, real: Callable[..., None], process: Any, args: Any, *rest: Any,
                   **more: Any) -> None:
     """Popen.__init__ for a child that reads only files, and ends with us and with a stop."""
-    real(process, local_only(args), *rest, **{**more, 'preexec_fn': die_with_us()})
+    here.line = local_only(args)
+    real(process, here.line, *rest, **{**more, 'preexec_fn': die_with_us()})
     reach.stopper.adopt(process)
-
-
-def decompress(_: Reach, __: Any, data: bytes, wbits: int = 15) -> bytes:
-    """zlib.decompress with a limit. Raises Ending."""
-    import zlib
-    return small_page(zlib.decompressobj(wbits).decompress(data, LARGEST_PAGE + 1))
 
 
 def watch_process() -> None:
     """Install the hook, once. All threads there are by then are the program's own."""
-    if WATCHED:
+    if Here.unknown:
         return
     import http.client
     import subprocess
@@ -2584,7 +2557,9 @@ def watch_process() -> None:
     replace(threading.Thread, 'start', inherit)
     for thread in threading.enumerate():
         vars(thread).setdefault('reach', None)
-    WATCHED.append(True)
+    nothing = SimpleNamespace(security=None, downloader=SimpleNamespace(proxy='nobody'))
+    Here.unknown = Reach(nothing, Path(os.devnull, 'nowhere'), Stopper())
+    Here.unknown.stopper.stop('stopped')
     for_attempts(time, 'sleep', lambda reach, _, seconds: reach.stopper.nap(seconds))
     for_attempts(socket, 'getaddrinfo', Reach.look_up)
     for_attempts(socket.socket, 'connect', lambda reach, *call: reach.stopper.unless_stopped(*call))
