@@ -7784,7 +7784,7 @@ h1, h2 { line-height: 1.25; }
 ul { list-style: none; }
 ol { display: grid; gap: .7rem; padding-left: 1.4rem; text-align: left; }
 li::marker { color: var(--accent); font-weight: 700; }
-a { color: var(--accent); text-underline-offset: .18em; }
+a { color: var(--accent); }
 button, input, textarea, .button, .pick { min-height: 2.75rem; font: inherit; color: inherit; }
 button, .button { display: inline-flex; align-items: center; justify-content: center; gap: .4rem;
   border: 0; border-radius: .8rem; background: none; text-decoration: none;
@@ -7795,7 +7795,8 @@ button, .button { display: inline-flex; align-items: center; justify-content: ce
 .button { padding: .5rem 1.1rem; background: var(--accent); color: var(--on-accent);
   font-weight: 600; }
 .quiet, .play, .retry, .share, .save { background: var(--tint); color: var(--accent); }
-input, textarea { padding: .6rem .9rem; border: 1px solid var(--edge); border-radius: .8rem;
+input, textarea { min-width: 0; padding: .6rem .9rem; border-radius: .8rem;
+  border: 1px solid var(--edge);
   background: var(--card); }
 ::placeholder { color: var(--soft); opacity: 1; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
@@ -7819,14 +7820,14 @@ main { flex: 1; display: flex; flex-direction: column; gap: .6rem; }
   border-radius: 1rem; background: var(--warn); }
 #add, #filters, #states, #bulk { display: flex; flex-wrap: wrap; gap: .4rem; }
 #states { gap: 0 .1rem; margin-left: -.45rem; }
-#box { flex: 1 1 7rem; min-width: 0; max-height: 40vh; resize: none; field-sizing: content; }
+#box { flex: 1 1 7rem; max-height: 40vh; resize: none; field-sizing: content; }
 #refusal { flex: 1 0 100%; color: var(--bad); font-weight: 500; white-space: pre-line; }
 :is(#refusal, .reason, #note):empty, #note:empty ~ button, #outbox:not([hidden]) ~ #empty {
   display: none; }
 #outbox li { display: flex; align-items: center; padding: .4rem .4rem .4rem 1rem;
   margin-bottom: .4rem; border: 1px dashed var(--edge); border-radius: 1rem; }
 #outbox li > span { flex: 1; white-space: pre-line; }
-#search { flex: 1 1 9rem; min-width: 0; }
+#search { flex: 1 1 9rem; }
 #filters button { padding: .3rem .45rem; color: var(--soft); gap: .3rem; font-size: .875rem; }
 #filters [aria-pressed="true"] { background: var(--card); color: var(--ink);
   box-shadow: inset 0 0 0 1px var(--line); }
@@ -7888,9 +7889,10 @@ dialog::backdrop { background: #000b; }
 
 .setup main { gap: 1rem; max-width: 34rem; width: 100%; margin: 0 auto; padding: 1.5rem 0 3rem; }
 .lead, .step { display: flex; flex-direction: column; gap: 1rem; }
-.setup :is(h1, h2) { font-size: 1.5rem; letter-spacing: -.02em; }
+.setup :is(h1, h2) { font-size: 1.5rem; }
 .setup h2:focus { outline: 0; }
-#way { display: flex; flex-wrap: wrap; gap: 0 .5rem; padding: 0; counter-reset: step; list-style: none;
+#way { display: flex; flex-wrap: wrap; gap: 0 .5rem; padding: 0; list-style: none;
+  counter-reset: step;
   font-size: .875rem; }
 #way li { flex: 1 0 auto; border-top: 4px solid var(--line); counter-increment: step; }
 #way li::before { content: counter(step) '\a0'; color: var(--soft); }
@@ -7903,10 +7905,10 @@ dialog::backdrop { background: #000b; }
 .shot .l { text-anchor: start; }
 .shot .r { text-anchor: end; }
 .shot .do { fill: var(--accent); font-weight: 600; }
-.shot .box { fill: var(--card); stroke: var(--line); }
-.shot .tap { fill: var(--tint); stroke: var(--accent); }
-.shot .on { fill: var(--accent); stroke: none; }
-.shot .knob { fill: #fff; stroke: none; }
+.box { fill: var(--card); stroke: var(--line); }
+.tap { fill: var(--tint); stroke: var(--accent); }
+.on { fill: var(--accent); stroke: none; }
+.knob { fill: #fff; stroke: none; }
 dt { font-weight: 600; margin-top: .9rem; }
 dd { color: var(--soft); }
 .go { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; }
@@ -7914,7 +7916,7 @@ dd { color: var(--soft); }
 .qr svg { width: 12rem; height: 12rem; padding: .5rem; border-radius: .8rem; background: #fff; }
 .print { display: block; margin-top: .4rem; padding: .6rem .8rem; }
 .field { display: flex; flex-wrap: wrap; gap: .5rem; }
-.field input { flex: 1 1 12rem; min-width: 0; }
+.field input { flex: 1 1 12rem; }
 .step label { display: grid; gap: .3rem; font-weight: 600; }
 details { border-top: 1px solid var(--line); }
 summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--accent); }
@@ -8778,7 +8780,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
     AirDrop. Or save it to iCloud Drive and tap it in <b>Files</b>. (iOS 27 may take a profile only
     this way, or over https.)</dd>
   <dt>Profile Downloaded is not there</dt>
-  <dd>A profile that is not installed within 8 minutes disappears. Get it again.</dd>
+  <dd>It disappears after 8 minutes. Get the profile again.</dd>
   <dt>It is never trusted</dt>
   <dd>Is the switch of step 3 on? Is the phone in the same Wi-Fi? Does the server run?</dd>
   <dt>Safari warned about this page</dt>
@@ -8787,7 +8789,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
   <dd><b>Settings</b> → <b>Privacy &amp; Security</b> → <b>Local Network</b>: turn on
     <b>Safari</b> and <b>Shortcuts</b>. Turn off the VPN, or let it reach the local network.</dd>
   <dt>The name is not found</dt>
-  <dd>Some routers do not pass on names that end in <b>.local</b>. Use an address by number instead:
+  <dd>Not every network knows names that end in <b>.local</b>. Use an address by number:
     {{ADDRESSES}}</dd></dl></details>
 <!--secure--><details><summary>Photos, away from home, other devices</summary><dl>
   <dt>The video straight into Photos</dt>
@@ -8800,14 +8802,12 @@ SETUP_HTML = r'''<!DOCTYPE html>
   <dt>A browser on a computer</dt>
   <dd>Drag this into its bookmarks: <a id="bookmarklet"
     href="javascript:void(open('{{BASE_URL}}/?url='+encodeURIComponent(location.href)))">Save
-    video</a> A click on it brings the page you are on here.</dd>
-  <dt>Android</dt>
-  <dd><!--fingerprint-->Install <a href="ca.crt">the certificate</a>: Settings → Security →
-    Install a certificate → CA certificate. <!--/fingerprint-->Open {{BASE_URL}}
-    in Chrome, menu → <b>Add to Home screen</b>. It is in the share sheet then.</dd>
-  <!--fingerprint--><dt>Macs and PCs</dt>
-  <dd>Open <a href="ca.crt">the certificate</a> and trust it for websites.</dd>
-  <dt>Remove it all</dt>
+    video</a></dd>
+  <dt>Android, Macs and PCs</dt>
+  <dd><!--fingerprint-->Install <a href="ca.crt">the certificate</a> (Android: Settings → Security →
+    CA certificate) and trust it for websites. <!--/fingerprint-->Open {{BASE_URL}}. In Chrome on
+    Android, menu → <b>Add to Home screen</b> puts it into the share sheet.</dd>
+  <!--fingerprint-->  <dt>Remove it all</dt>
   <dd><b>Settings</b> → <b>General</b> → <b>VPN &amp; Device Management</b> → <b>videoserverd on
     {{HOST}}</b> → <b>Remove Profile</b>. Delete the Shortcut and the Home Screen page.</dd
   ><!--/fingerprint--></dl></details><!--/secure-->
