@@ -8957,15 +8957,15 @@ PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
 
 INSTALLED = '/opt/videoserver/videoserverd.py'  # where install.sh puts this file
 AS_SERVICE = '/usr/local/bin/videoserverd'  # its command: that file, as its user, with its config
-CARE_SECONDS = 60.0       # between looks at what is due
-DRAIN_SECONDS = 5.0       # for requests under way when the server stops
+CARE_SECONDS = 60.0    # between looks at what is due
+DRAIN_SECONDS = 5.0    # for requests under way when the server stops
 INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a re-execution
-FREEZE_SECONDS = 60.0     # without a turn of the interpreter, after which the watchdog ends us
-PULSE_SECONDS = 15.0      # between two turns of main
+FREEZE_SECONDS = 60.0  # without a turn of the interpreter, after which the watchdog ends us
+PULSE_SECONDS = 15.0   # between two turns of main
 OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LOG_NAP = 0.05            # seconds that a line of the log may be late
-LONGEST_MESSAGE = 3000    # characters of it: a link has 2048
-STALE_SECONDS = 120.0     # a thread that has not come round for this long is stuck
+LOG_NAP = 0.05         # seconds that a line of the log may be late
+LONGEST_MESSAGE = 3000  # characters of it: a link has 2048
+STALE_SECONDS = 120.0  # a thread that has not come round for this long is stuck
 CERTIFICATE_WARNING_DAYS = 14
 
 
@@ -8973,21 +8973,6 @@ CERTIFICATE_WARNING_DAYS = 14
 def log_time(now: int) -> str:
     """'2026-11-27 09:16:04' for epoch seconds, by the clock on the wall."""
     return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
-
-
-class OneLine(logging.Formatter):
-    """One line a record, of bounded length, whatever a client has sent."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        message = record.getMessage()[:LONGEST_MESSAGE]
-        if not message.isprintable():
-            message = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
-        record.message = message
-        record.asctime = f'{log_time(int(record.created))},{int(record.msecs):03d}'
-        text = self.formatMessage(record)
-        if record.exc_info:
-            text += '\n    ' + self.formatException(record.exc_info).replace('\n', '\n    ')
-        return text + '\n'
 
 
 class LogWriter(logging.Handler):
@@ -9005,13 +8990,24 @@ class LogWriter(logging.Handler):
         self.lines: deque = deque(maxlen=10000)  # where stderr takes nothing, the oldest go
         self.wake = threading.Event()
         self.writing = threading.Lock()  # guards fd and size, and the order of lines
-        by_systemd = 'INVOCATION_ID' in os.environ
+        self.by_systemd = 'INVOCATION_ID' in os.environ  # the journal has its own clock
         if self.file:
             self._open()
-        self.to_stderr = self.fd < 0 or by_systemd or sys.stderr.isatty()
-        when = '%(asctime)s ' * (not by_systemd)  # the journal has its own clock
-        self.setFormatter(OneLine(f'{when}%(levelname)s %(message)s'))
+        self.to_stderr = self.fd < 0 or self.by_systemd or sys.stderr.isatty()
         threading.Thread(target=self._loop, name='log', daemon=True).start()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line, of bounded length, whatever a client has sent."""
+        message = record.getMessage()[:LONGEST_MESSAGE]
+        if not message.isprintable():
+            message = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
+        text = f'{record.levelname} {message}\n'
+        if not self.by_systemd:
+            text = f'{log_time(int(record.created))},{int(record.msecs):03d} {text}'
+        if record.exc_info:
+            import traceback
+            text += '    ' + '    '.join(traceback.format_exception(*record.exc_info))
+        return text
 
     def handle(self, record: logging.LogRecord) -> bool:
         """Without the lock that a Handler takes: whoever waits for it hands the interpreter on."""
@@ -9046,11 +9042,10 @@ class LogWriter(logging.Handler):
             self.flush()
 
     def _open(self) -> None:
-        """Private to us: it tells who shared which link."""
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self.fd = os.open(self.file, flags, 0o600)
+            self.fd = os.open(self.file, flags, 0o600)  # it tells who shared which link
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
         except OSError as error:
             os.write(2, f'{self.file}: cannot be written ({error.strerror})\n'.encode())
@@ -9095,20 +9090,14 @@ def sd_notify(text: str) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises Trouble."""
-    family = socket.AF_INET6 if ':' in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
+    """A listening socket; on :: for IPv4 too. Raises Trouble."""
+    family = (socket.AF_INET, socket.AF_INET6)[':' in host]
     try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        if family == socket.AF_INET6:
-            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-        sock.bind((host, port))
-        sock.listen(128)
+        return socket.create_server((host, port), family=family, backlog=128,
+                                    dualstack_ipv6=host == '::')
     except OSError as error:
-        sock.close()
-        raise Trouble(f'port {port} on {host}: {error.strerror}; stop what uses it or set '
-                      '[server] port.') from None
-    return sock
+        raise Trouble(f'port {port} on {host}: {os.strerror(error.errno)}; stop what uses it or '
+                      'set [server] port.') from None
 
 
 SERVE = 'sys.exit(v.serve(sys.argv[3]))'  # the running server, imported: parsing costs 15 MB
@@ -9154,9 +9143,8 @@ def usable_output(config: Config, make: bool = True) -> str | None:
     try:
         expected = known.exists() and known.read_text(encoding='utf-8') == str(folder)
         if expected and not (folder / MARKER).exists():
-            return (f'The output folder {folder} is not what it was: is its disk plugged in? '
-                    f'Fix: mount it, or, to begin anew: `mkdir -p {folder} && '
-                    f'touch {folder / MARKER}`')
+            return (f'The output folder {folder} is not what it was: is its disk plugged in? Fix: '
+                    f'mount it, or, to begin anew: `mkdir -p {folder} && touch {folder / MARKER}`')
         if not expected and make:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MARKER).touch()
@@ -9164,18 +9152,12 @@ def usable_output(config: Config, make: bool = True) -> str | None:
         if make:
             (folder / '.incomplete').mkdir(exist_ok=True)
     except OSError as error:
-        if error.errno == errno.EROFS:
-            return (f'The output folder {folder} is read-only here. '
-                    f'Fix: `sudo ./install.sh --output {folder}`')
         return (f'The output folder {folder} cannot be used ({error.strerror}). '
                 f'Fix: `ls -ld {folder}`')
-    if not folder.exists():
-        return f'The output folder {folder} is not there yet. Fix: start the server, it is made then'
-    for place in (folder, folder / '.incomplete'):
-        if not os.access(place, os.W_OK | os.X_OK):
-            return (f'The output folder {folder} is read-only for this user. '
-                    f'Fix: `sudo chown {user_name()} {folder}`')
-    return None
+    if all(os.access(place, os.W_OK | os.X_OK) for place in (folder, folder / '.incomplete')):
+        return None
+    return (f'The output folder {folder} is read-only for this user. '
+            f'Fix: `sudo chown {user_name()} {folder}`')
 
 
 def program(config: Config) -> str:
@@ -9190,18 +9172,20 @@ def program(config: Config) -> str:
 
 def known_hosts(config: Config) -> frozenset:
     """All names and addresses by which a Host header may call us."""
-    base = urlsplit(config.server.public_base_url or '').hostname
-    names = (*host_names(config), *host_addresses(), *config.server.names,
-             'localhost', '127.0.0.1', '::1', base or '')
-    return frozenset(name.lower().rstrip('.') for name in names if name)
+    base = urlsplit(config.server.public_base_url or '').hostname or ''
+    names = (*host_names(config), *host_addresses(), *config.server.names, base)
+    return frozenset(name.lower().rstrip('.') for name in (
+        *names, 'localhost', '127.0.0.1', '::1') if name)
 
 
 def ca_assets(config: Config) -> dict[str, Any]:
     """The CA as the iPhone and as others take it, where it is ours."""
     if not config.server.tls or not config.server.ca_file.exists():
         return {}
-    return {'/ca.mobileconfig': ('application/x-apple-aspen-config', lambda _: mobileconfig(config)),
-            '/ca.crt': ('application/x-x509-ca-cert', lambda _: read_ca(config.server.ca_file)[0])}
+    return {'/ca.mobileconfig': ('application/x-apple-aspen-config',
+                                 lambda _: mobileconfig(config)),
+            '/ca.crt': ('application/x-x509-ca-cert',
+                        lambda _: read_ca(config.server.ca_file)[0])}
 
 
 @functools.lru_cache(maxsize=4)  # anybody may ask for the set-up page
@@ -9224,32 +9208,32 @@ def bases_by_number(port: int) -> str:
 
 def setup_facts(config: Config, port: int, secure: bool, at_home: bool) -> dict[str, str]:
     """What the set-up page is filled in with; our addresses only for those `at_home`."""
-    base = public_base(config, port)
-    facts = {'base_url': base, 'addresses': bases_by_number(port) * at_home, 'fingerprint': '',
-             'has_keys': '', 'secure': '', 'qr_svg': '', 'shortcut_url': config.phone.shortcut_url,
-             'host': socket.gethostname().split('.')[0]}
+    base, fingerprint, picture = public_base(config, port), '', ''
     if ca_assets(config):
-        facts['fingerprint'] = ca_fingerprint(config)
-    if config.api_keys:
-        facts['has_keys'] = 'yes'
+        fingerprint = ca_fingerprint(config)
     if secure:
         picture = re.sub(r'^.*?(?=<svg)', '', qr_code(f'{base}/setup', 'SVG'), flags=re.S)
-        facts.update(secure='yes', qr_svg=picture)
-    return facts
+    return {
+        'base_url': base, 'addresses': bases_by_number(port) * at_home, 'qr_svg': picture,
+        'fingerprint': fingerprint, 'has_keys': 'yes' * bool(config.api_keys),
+        'secure': 'yes' * secure, 'shortcut_url': config.phone.shortcut_url,
+        'host': socket.gethostname().split('.')[0]}
 
 
 def welcome(config: Config, port: int, ytdlp: str | None) -> str:
     """One screen: where it listens, what to open on the phone."""
-    base = public_base(config, port)
-    rows = [f'videoserverd {VERSION} is running.', '',
-            f'  page      {base}/',
-            f'  iPhone    {base}/setup   (first time: {program(config)} phone)',
-            f'  videos    {config.downloads.output_directory}',
-            f'  links     {config.database.path}',
-            f'  yt-dlp    {ytdlp or "being fetched; links are taken meanwhile"}']
+    base, told = public_base(config, port), ''
     if sys.stdout.isatty() and ca_assets(config):  # hashing costs 0.6 MB for good
-        rows.append(f'  CA        SHA-256 {ca_fingerprint(config)}')
-    return '\n'.join([*rows, '', 'Ctrl-C stops it; nothing is lost.'])
+        told = f'  CA        SHA-256 {ca_fingerprint(config)}\n'
+    return f'''videoserverd {VERSION} is running.
+
+  page      {base}/
+  iPhone    {base}/setup   (first time: {program(config)} phone)
+  videos    {config.downloads.output_directory}
+  links     {config.database.path}
+  yt-dlp    {ytdlp or "being fetched; links are taken meanwhile"}
+{told}
+Ctrl-C stops it; nothing is lost.'''
 
 
 def free_output(config: Config) -> int | None:
@@ -9260,22 +9244,14 @@ def free_output(config: Config) -> int | None:
         return None
 
 
-def gauge(name: str, value: float | None) -> list[tuple[str, float]]:
-    """The lines of one gauge of /metrics, none if there is no value."""
-    if value is None:
-        return []
-    family = name.partition('{')[0]
-    return [(f'# TYPE videoserverd_{family} gauge', 0.0), (f'videoserverd_{name}', value)]
-
-
 def days_left(certificate: Certificate) -> int:
     """Days that a certificate still lives."""
     return int((certificate.not_after - time.time()) // DAY)
 
 
 class Care:
-    """The thread `care`: what is due each minute or day. What goes wrong there is in `problems`,
-    for health. `restart` asks the daemon to start anew in place."""
+    """The thread `care`: what is due each minute or day. `problems` has what goes wrong there;
+    `restart` asks the daemon to start anew in place."""
 
     def __init__(self, config: Config, store: Store, board: Board, restart: Callable[[], None]):
         self.config, self.store, self.board, self.restart = config, store, board, restart
@@ -9332,8 +9308,7 @@ class Care:
             return
         folders = list((self.config.downloads.output_directory / '.incomplete').iterdir())
         wanted = self.store.unfinished()
-        for folder in folders:
-            # A link could lead us to folders that are not ours.
+        for folder in folders:  # .incomplete may be a link: others' folders stay
             if folder.name not in wanted and UUID_PATTERN.fullmatch(folder.name):
                 remove_folder(folder)
         self._tidy = True
@@ -9381,22 +9356,28 @@ class Care:
     def make_room(self, now: float) -> None:
         """Hourly, delete what [downloads] keep gives up, oldest first. A day before the first
         time for this setting, health says so. Raises Trouble, OSError."""
-        if 0 <= now - self._room_seen < 3600:
-            if self._room_notice:
-                raise Trouble(self._room_notice)
-            return
-        ids, self._room_seen, self._room_notice = self._beyond_keep(int(now)), now, ''
-        file, setting = Path(f'{self.config.database.path}.keep'), str(self.config.downloads.keep)
-        known, _, since = file.read_text().partition('\n') if file.exists() else ('', '', '')
-        if ids and known != setting:
-            since = str(int(now))
-            write_whole(file, f'{setting}\n{since}')
-        if ids and now < int(since) + DAY:
-            day = time.strftime('%d %B, %H:%M', time.localtime(int(since) + DAY))
-            self._room_notice = (f'From {day} the oldest videos are deleted to make room '
-                                 '([downloads] keep). Those with a star stay.')
+        if not 0 <= now - self._room_seen < 3600:
+            self._room_seen = now
+            self._room_notice = self._forget_oldest(int(now))
+        if self._room_notice:
             raise Trouble(self._room_notice)
-        done = self.store.make_room(ids, int(now)) if self.config.downloads.keep else []
+
+    def _forget_oldest(self, now: int) -> str:
+        """Delete a hundred at most, or what is to be said before."""
+        setting, ids = self.config.downloads.keep, self._beyond_keep(now)
+        file = Path(f'{self.config.database.path}.keep')  # the setting, and since when it counts
+        if not setting:
+            return ''
+        known = file.read_text().split('\n') if file.exists() else ['', str(now)]
+        if ids and known[0] != str(setting):
+            known = [str(setting), str(now)]
+            write_whole(file, '\n'.join(known))
+        begin = int(known[1]) + DAY
+        if ids and now < begin:
+            day = time.strftime('%d %B, %H:%M', time.localtime(begin))
+            return (f'From {day} the oldest videos are deleted to make room ([downloads] keep). '
+                    'Those with a star stay.')
+        done = self.store.make_room(ids, now)  # also what a kill has left half done
         for download_id, files in done:
             forget_files(self.config, download_id, [file.name for file in files])
             self.board.post(download_id)
@@ -9404,13 +9385,14 @@ class Care:
             log.info('%d downloads deleted to make room', len(done))
             self.store.room_made([download_id for download_id, _ in done])
             self._room_seen = -math.inf  # there may be more
+        return ''
 
     def _beyond_keep(self, now: int) -> list[str]:
-        """Ids of what is not kept, oldest first, a hundred at most."""
         kind, amount = self.config.downloads.keep or ('', 0)
         if kind == 'days':
             return [row['id'] for row in self.store.oldest(now - amount * DAY)]
-        excess, ids = self.store.bytes_kept() - amount if kind else 0, []
+        ids: list[str] = []
+        excess = self.store.bytes_kept() - amount if kind else 0
         for row in self.store.oldest(now) if excess > 0 else ():
             if excess > 0:
                 ids.append(row['id'])
@@ -9443,10 +9425,10 @@ class Health:
 
     def preflight(self) -> str | None:
         """Why nothing may start, None if it may."""
-        message = usable_output(self.config)
+        message, free = usable_output(self.config), free_output(self.config)
+        least = self.config.downloads.min_free_space
         if message:
             return message
-        free, least = free_output(self.config), self.config.downloads.min_free_space
         if free is not None and free < least:
             return (f'The disk is full: {format_size(free)} free, {format_size(least)} wanted. '
                     'Fix: delete videos, or set [downloads] min_free_space lower.')
@@ -9464,9 +9446,8 @@ class Health:
         return counts['queued'] + counts['downloading']
 
     def certificate_days(self) -> int | None:
-        """Days that the certificate still lives."""
-        certificate = self.care.certificate
-        return days_left(certificate) if certificate else None
+        """Days that the certificate still lives, None without one."""
+        return self.care.certificate and days_left(self.care.certificate)
 
     def problems(self, paused: str | None) -> list[str]:
         """What is wrong, each a sentence with what fixes it."""
@@ -9513,13 +9494,16 @@ class Health:
         for status, number in self.store.counts().items():
             rows.append((f'videoserverd_downloads{{status="{status}"}}', number))
         version = self.care.vendor.version() or ''
-        rows += gauge('free_disk_bytes', free_output(self.config))
-        rows += gauge('certificate_days', self.certificate_days())
-        rows += gauge('uptime_seconds', time.time() - self.started)
-        rows += gauge('paused', float(paused))
-        rows += gauge(f'ytdlp_info{{version="{version}"}}', 1.0)
+        for family, labels, value in (
+                ('free_disk_bytes', '', free_output(self.config)),
+                ('certificate_days', '', self.certificate_days()),
+                ('uptime_seconds', '', time.time() - self.started), ('paused', '', float(paused)),
+                ('ytdlp_info', f'{{version="{version}"}}', 1.0)):
+            if value is not None:
+                rows += [(f'# TYPE videoserverd_{family} gauge', 0.0),
+                         (f'videoserverd_{family}{labels}', value)]
         counters = list(self.board.counters.items())
-        for family in ('attempts_total', 'downloaded_bytes_total'):
+        for family in ('attempts_total', 'downloaded_bytes_total', 'ways_total'):
             rows.append((f'# TYPE videoserverd_{family} counter', 0.0))
             rows += [row for row in counters if row[0].startswith(f'videoserverd_{family}')]
         rows.append(('# TYPE videoserverd_ack_seconds histogram', 0.0))
@@ -9536,8 +9520,7 @@ class Daemon:
         self.board = Board(int(time.time()) % 10 ** 8)
         self.care = Care(config, self.store, self.board, lambda: self._ask('restart'))
         self.couriers: list[Courier] = []
-        self.health = Health(config, self.store, self.board, self.care,
-                             self.couriers)
+        self.health = Health(config, self.store, self.board, self.care, self.couriers)
         self.scheduler = Scheduler(config, self.store, self.board, self._new_attempt,
                                    self.health.preflight, self._on_outcome,
                                    lambda: self._ask('restart'))
@@ -9570,7 +9553,7 @@ class Daemon:
         return self._stop(self._wait())
 
     def _set_watchdog(self) -> None:
-        """Read what the watchdog of the last life has left, and begin a new file for this one's."""
+        """Read what the watchdog of the last life has left; begin a new file for this one's."""
         file, found = dump_file(self.config), ''
         for old in (file, Path(f'{file}.last')):
             with suppress(OSError):
@@ -9580,7 +9563,7 @@ class Daemon:
             log.error('the server froze and was ended by its watchdog: %s', found[:4000])
         vendor = str(self.config.downloader.ytdlp_directory)
         self.scheduler.frozen = vendor.encode('ascii', 'backslashreplace').decode() in found
-        with suppress(OSError):  # a full disk; the service manager's own watchdog is left
+        with suppress(OSError):  # a full disk; systemd's watchdog is left
             self._dump = open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), 'w')
 
     def _make_context(self) -> ssl.SSLContext | None:
@@ -9618,9 +9601,8 @@ class Daemon:
         self._start_couriers(app)
         self.server = Server(sock, app, context)
         self.scheduler.start()
-        accept = threading.Thread(target=self.server.serve_forever, args=(0.5,), name='accept')
-        accept.daemon = True
-        accept.start()
+        threading.Thread(target=self.server.serve_forever, args=(0.5,), name='accept',
+                         daemon=True).start()
         self.care.start(self.scheduler, self.server)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
@@ -9641,21 +9623,17 @@ class Daemon:
 
     def _make_app(self, port: int) -> App:
         config = self.config
-
-        def setup(request: Request) -> str:
-            return setup_page(setup_facts(config, port, True, is_at_home(request)))
-        assets = {**ASSETS, **ca_assets(config), '/setup': ('text/html; charset=utf-8', setup)}
-        routes = list(ROUTES)
-        for path, (kind, _) in assets.items():
-            kind = kind.split(';')[0]
-            routes.append(Route('GET', path, get_asset, 'Part of the page', 'open', kind))
+        assets = {**ASSETS, **ca_assets(config), '/setup': (
+            'text/html; charset=utf-8', lambda request: setup_page(
+                setup_facts(config, port, True, is_at_home(request))))}
+        routes = [Route('GET', path, get_asset, 'Part of the page', 'open', kind.split(';')[0])
+                  for path, (kind, _) in assets.items()]
         # The set-up page asks for a picture by another name: Safari may have been told to visit the
         # name that is in the address bar although nothing vouches for it.
         origins = f' {public_base(config, port)} {bases_by_number(port)}'
         app = App(config, self.store, self.board, self.scheduler, assets=assets,
-                  routes=tuple(routes), health=self.health.report, forget=self._forget,
-                  bucket=self.bucket, thumbs=self.care.thumbs,
-                  image_origin=origins,
+                  routes=(*ROUTES, *routes), health=self.health.report, forget=self._forget,
+                  bucket=self.bucket, thumbs=self.care.thumbs, image_origin=origins,
                   gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
@@ -9672,14 +9650,14 @@ class Daemon:
     # -- signals, waiting, stopping
 
     def _handle_signals(self) -> None:
-        """The wake-up descriptor: a signal just before select() would else wait for the next."""
+        """By a wake-up descriptor: a signal just before select() would else wait for the next."""
         os.set_blocking(self._wishes[1], False)
         signal.set_wakeup_fd(self._wishes[1], warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: self._ask('stop'))
-        from_terminal = sys.stdin is not None and sys.stdin.isatty()
-        wish = 'stop' if from_terminal else 'restart'
-        signal.signal(signal.SIGHUP, lambda *_: self._ask(wish))
+        wishes = ['stop', 'stop', 'restart']
+        if sys.stdin is not None and sys.stdin.isatty():  # the terminal is gone
+            wishes[2] = 'stop'
+        for number, wish in zip(OUR_SIGNALS, wishes):
+            signal.signal(number, lambda *_, wish=wish: self._ask(wish))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
     def _ask(self, wish: str) -> None:
@@ -9712,17 +9690,15 @@ class Daemon:
                 and now - self.server.beat < STALE_SECONDS)
 
     def _may_restart(self) -> bool:
-        """Whether a re-execution would succeed: configuration, program, port. If not, the old
-        one runs on."""
+        """Whether a re-execution would succeed; if not, the old one runs on."""
         try:
             config = load_config(self.config.file, dict(os.environ))
             compile(PROGRAM.read_bytes(), str(PROGRAM), 'exec')
             if config.server.tls and config.server.cert_file.exists():
                 server_context(config)
-            other = config.database.path != self.config.database.path
-            if other and Lock(config.database.path).running():
-                raise Trouble(f'{config.database.path}: another server uses this database')
-            place = (config.server.host, config.server.port)
+            path, place = config.database.path, (config.server.host, config.server.port)
+            if path != self.config.database.path and Lock(path).running():
+                raise Trouble(f'{path}: another server uses this database')
             if place != (self.config.server.host, self.config.server.port) and place[1]:
                 # Last: after a refusal it would be in the way of the next try.
                 self.next_socket = listen(*place)
@@ -9736,12 +9712,9 @@ class Daemon:
     def _stop(self, restart: bool) -> int:
         """Requests end, downloads go back into the queue, the database is closed; then exit or
         re-execute."""
-        if restart:
-            log.info('stopping to start anew in place')
-            sd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}')
-        else:
-            log.info('stopping')
-            sd_notify('STOPPING=1')
+        log.info('stopping%s', ' to start anew in place' * restart)
+        sd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}' if restart
+                  else 'STOPPING=1')
         self.board.release()
         stopper = threading.Thread(target=self.scheduler.stop, daemon=True)
         stopper.start()
@@ -9769,12 +9742,11 @@ class Daemon:
     def _re_execute(self) -> None:
         """The same process, the newest program and configuration. Socket and lock stay open, so
         that a phone only waits a moment."""
-        sock = self.next_socket or self.server.socket
-        for fd in (sock.fileno(), self.lock.fd):
+        kept = (self.next_socket or self.server.socket).fileno(), self.lock.fd
+        for fd in kept:
             os.set_inheritable(fd, True)
-        os.environ[INHERIT] = f'{sock.fileno()} {self.lock.fd}'
+        os.environ[INHERIT] = f'{kept[0]} {kept[1]}'
         compile_program()
-        logging.shutdown()
         os.execv(sys.executable, apart(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for
