@@ -48,6 +48,7 @@ import ssl
 import stat
 import struct
 import subprocess
+import symtable
 import sys
 import tempfile
 import textwrap
@@ -736,12 +737,33 @@ class TestLaw(unittest.TestCase):
         self.assertEqual(long, [])
 
     def test_lines_are_short_and_statements_are_not_packed(self):
-        for file in (HERE / 'videoserverd.py', Path(__file__)):
+        for file, longest in ((HERE / 'videoserverd.py', 100), (Path(__file__), LONGEST_LINE)):
             text = file.read_text(encoding='utf-8')
-            wide = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > LONGEST_LINE]
+            wide = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > longest]
             tokens = tokenize.generate_tokens(io.StringIO(text).readline)
             packed = [token.start[0] for token in tokens if token.type == tokenize.OP and token.string == ';']
             self.assertEqual((file.name, wide, packed), (file.name, [], []))
+
+    def test_few_conditional_expressions_and_none_inside_another(self):
+        found = [node for node in ast.walk(TREE) if isinstance(node, ast.IfExp)]
+        nested = [node.lineno for node in found for inner in ast.walk(node)
+                  if isinstance(inner, ast.IfExp) and inner is not node]
+        lines = sum(bool(line.strip()) for line in SOURCE.splitlines())
+        self.assertEqual((nested, len(found) * 1000 > 12 * lines), ([], False))
+
+    def test_no_local_name_hides_one_of_the_module(self):
+        tables = [symtable.symtable(SOURCE, 'videoserverd.py', 'exec')]
+        ours = {symbol.get_name() for symbol in tables[0].get_symbols() if symbol.is_assigned() or symbol.is_imported()}
+        hidden = []
+        for table in tables:  # it grows
+            tables += table.get_children()
+            if table.get_type() == 'function':
+                hidden += [(table.get_lineno(), symbol.get_name()) for symbol in table.get_symbols()
+                           if symbol.is_local() and not symbol.is_imported() and symbol.get_name() in ours]
+        self.assertEqual(hidden, [])
+
+    def test_plain_words(self):
+        self.assertEqual(re.findall(r'(?i)\bmend\w*', SOURCE), [])
 
     def test_the_program_is_small(self):
         self.assertLessEqual(len(SOURCE.encode()), MOST_BYTES)

@@ -23,12 +23,16 @@ The map. One law: a name is used only below the line that defines it; calls poin
     daemon       wiring, order of start and stop, signals, re-execution
     commands     what the command line offers
 
-Threads: main waits for signals; `accept` takes connections, and breaks off those that are late;
-`request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp; `commit`
-alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`; `upload`
-(with [s3] only) feeds the bucket; `care` does what is due daily (certificate, copies, yt-dlp);
-`log` writes the lines of the log.
-faulthandler's ends the process when no thread has got a turn for a minute.
+Threads: main waits for signals and re-arms the watchdog; `accept` takes connections and ends late
+ones; `request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp;
+`commit` alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`;
+`upload` and `notify` empty the outbox; `care` does what is due by the minute or day; `log` writes
+the log. faulthandler's ends the process when no thread has had a turn for a minute.
+
+Locks, never two at once: Store._tickets and _pool_lock, Board._changed, Scheduler._changed,
+Courier._changed, Stopper._changed (sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is
+imported once), NAMES_LOCK (a free name is taken), Pace._lock, App._guard, Server._guard,
+LogWriter.writing; between processes flock on <database>.lock and <ytdlp_directory>/.lock.
 """
 from __future__ import annotations
 
@@ -48,9 +52,9 @@ try:
     import ssl
     from http import HTTPStatus
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-except ImportError as error:
+except ImportError as no_module:
     sys.exit('videoserverd needs all of Python, and this one has no %s (%s). Fix: sudo apt-get '
-             'install python3 (a Mac: brew install python)' % (error.name, sys.executable))
+             'install python3 (a Mac: brew install python)' % (no_module.name, sys.executable))
 import binascii
 import bisect
 import errno
@@ -338,7 +342,7 @@ def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
     return lambda text: parse(text) if text else None
 
 
-def words(text: str) -> tuple[str, ...]:
+def word_list(text: str) -> tuple[str, ...]:
     """The comma-separated words of `text`."""
     return tuple(word.strip() for word in text.split(',') if word.strip())
 
@@ -346,7 +350,7 @@ def words(text: str) -> tuple[str, ...]:
 def listing(pattern: str, accepted: str, convert: Any = str) -> Callable[[str], Any]:
     """A parser of words of that form, 1 to 30."""
     def parse(text):
-        found = words(text)
+        found = word_list(text)
         if not 0 < len(found) <= 30 or not all(re.fullmatch(pattern, word, re.A) for word in found):
             raise ValueError(accepted)
         return tuple(map(convert, found))
@@ -383,7 +387,7 @@ def listen_host(text: str) -> str:
 def networks(text: str) -> tuple[Any, ...]:
     """CIDR networks; a bare address is a network of one."""
     try:
-        return tuple(ipaddress.ip_network(word) for word in words(text))
+        return tuple(ipaddress.ip_network(word) for word in word_list(text))
     except ValueError:
         raise ValueError('networks such as 192.168.1.0/24, separated by commas') from None
 
@@ -397,7 +401,7 @@ def clients(text: str) -> tuple[Any, ...]:
     """The networks whose clients are answered."""
     if text.lower() == 'private':
         return PRIVATE_NETWORKS
-    if not words(text):
+    if not word_list(text):
         raise ValueError('private, any, or networks such as 192.168.1.0/24')
     return networks('0.0.0.0/0,::/0' if text.lower() == 'any' else text)
 
@@ -414,7 +418,7 @@ def http_url(text: str) -> str:
     return text.rstrip('/')
 
 
-def domains(text: str) -> tuple[str, ...]:
+def domain_list(text: str) -> tuple[str, ...]:
     """Domain names in lower case, or only '*'."""
     found = listing(r'\*|[a-z0-9-]+(?:\.[a-z0-9-]+)+\.?', 'domain names such as tiktok.com, '
                           'separated by commas, or *', lambda word: word.rstrip('.'))(text.lower())
@@ -423,7 +427,7 @@ def domains(text: str) -> tuple[str, ...]:
 
 def site_gaps(text: str) -> dict[str, float]:
     """Seconds by site."""
-    found = [re.fullmatch(r'([a-z0-9.-]+) +(\d{1,4}(?:\.\d)?)', word) for word in words(text)]
+    found = [re.fullmatch(r'([a-z0-9.-]+) +(\d{1,4}(?:\.\d)?)', word) for word in word_list(text)]
     if not all(found):
         raise ValueError('sites and seconds such as tiktok.com 2, instagram.com 6')
     return {match[1]: float(match[2]) for match in found}
@@ -431,7 +435,7 @@ def site_gaps(text: str) -> dict[str, float]:
 
 on_off = one_of({'on': True, 'off': False})
 log_level = one_of({name.lower(): name for name in ('DEBUG', 'INFO', 'WARNING', 'ERROR')})
-delays = listing(r'\d{1,7}', 'seconds, separated by commas, such as 60,300,900', int)
+delay_list = listing(r'\d{1,7}', 'seconds, separated by commas, such as 60,300,900', int)
 icloud_url = matching(r'https://www\.icloud\.com/shortcuts/\w{1,100}/?',
                       'an address such as https://www.icloud.com/shortcuts/0123abcd')
 notify_url = matching(r'(?:ntfy\+)?https?://[^\s"<>\\#@/]+(?:/[^\s"<>\\#]*)?',
@@ -455,7 +459,7 @@ ROWS = {  # section: {key: (default, parser, help)}
         'cert_file': ('certs/server.crt', file_setting, 'certificate; made when missing'),
         'key_file': ('certs/server.key', file_setting, 'its private key'),
         'ca_file': ('certs/ca.crt', file_setting, 'the CA; its key is ca.key beside it'),
-        'names': ('', words, 'further names and addresses to be reached by'),
+        'names': ('', word_list, 'further names and addresses to be reached by'),
         'public_base_url': ('', optional(http_url),
                             'how others reach it; empty: https://<host>.local:<port>'),
         'trusted_proxies': ('', networks, 'proxies whose X-Forwarded-For is believed'),
@@ -469,7 +473,7 @@ ROWS = {  # section: {key: (default, parser, help)}
         'output_directory': ('~/Downloads/VideoServer', file_setting, 'where videos go'),
         'max_concurrent': ('1', whole(1, 16), 'downloads at the same time'),
         'max_retries': ('3', whole(0, 100), 'retries after a failure that may pass'),
-        'retry_delays': ('60,300,900', delays, 'seconds before each; the last repeats'),
+        'retry_delays': ('60,300,900', delay_list, 'seconds before each; the last repeats'),
         'min_free_space': ('500MB', parse_size, 'with less on the disk the queue pauses'),
         'keep': ('forever', retention,
                  'or 90d, or 200GB: then the oldest videos go, never those with a star'),
@@ -494,7 +498,7 @@ ROWS = {  # section: {key: (default, parser, help)}
         'proxy': ('', optional(proxy_url), 'proxy for all downloads'),
     },
     'security': {
-        'allowed_domains': ('tiktok.com,instagram.com', domains, '* = any public site'),
+        'allowed_domains': ('tiktok.com,instagram.com', domain_list, '* = any public site'),
         'allowed_clients': ('private', clients, 'who is answered, or any, or networks'),
         'requests_per_hour': ('100', whole(0, 1000000), 'links of a client; 0 = no limit'),
         'max_url_length': ('2048', whole(64, 8192), 'longest link taken, in characters'),
@@ -612,7 +616,7 @@ def load_config(file: Path | None, env: dict[str, str]) -> Config:
         value = parse_setting(where, section, key, text, folder)
         vars(config).setdefault(section, SimpleNamespace())
         setattr(getattr(config, section), key, value)
-    config.api_keys = words(env.get('VIDEOSERVER_API_KEYS', ''))
+    config.api_keys = word_list(env.get('VIDEOSERVER_API_KEYS', ''))
     config.notify_secret = env.get('VIDEOSERVER_NOTIFY_SECRET', '')
     config.aws_access_key_id = env.get('AWS_ACCESS_KEY_ID', '')
     config.aws_secret_access_key = env.get('AWS_SECRET_ACCESS_KEY', '')
@@ -1593,12 +1597,12 @@ class Store:
             ticket.error = StoreDown(self.error)
         self._shut_writer('ROLLBACK')
 
-    def _shut_writer(self, last_words: str) -> None:
+    def _shut_writer(self, statement: str) -> None:
         writer, self._writer = self._writer, None
         if writer is None:
             return
         with suppress(sqlite3.Error):  # it may be rolled back already; the next start checkpoints
-            writer.execute(last_words).fetchall()
+            writer.execute(statement).fetchall()
         try:
             writer.close()
         except sqlite3.Error as error:
@@ -2174,7 +2178,7 @@ ENDINGS = {reason: (kind, text) for kind, texts in {  # what a person reads
         'crash': 'A program that helps with the video failed',
         'internal': 'The server made a mistake; its log tells more',
         'login': 'The site asks for a login: give cookies of an account, or try again later',
-        'session': 'The site no longer takes the login in your cookies: export them again',
+        'session': 'The site refuses the login in your cookies: export them again',
         'blocked': "The site blocks this server's address: wait some hours, or set a proxy",
         'filtered': 'A DNS filter, the router or a VPN hides the site: allow it there'},
     'give_up': {
@@ -2183,7 +2187,7 @@ ENDINGS = {reason: (kind, text) for kind, texts in {  # what a person reads
         'geo': 'This post is not shown in your country: only a proxy elsewhere helps',
         'unsupported': 'There is no video behind this link that can be downloaded',
         'no_post': 'Share the video or photo itself',
-        'refused_address': 'The link leads to an address that is not on the Internet',
+        'refused_address': 'The link leads to an address outside the Internet',
         'ffmpeg': 'Picture and sound come apart: install ffmpeg, then retry'},
 }.items() for reason, text in texts.items()}
 FEW_TRIES = ('login', 'blocked', 'session')  # asked again and again, a site shuts for good
@@ -2386,7 +2390,7 @@ class Reach:
 
     def look_up(self, real: Callable[..., Any], host: str, port: int, *args: Any,
                 **more: Any) -> list[Any]:
-        """socket.getaddrinfo, up to a stop: the addresses that may be connected to. Raises Ending if
+        """socket.getaddrinfo, up to a stop: addresses that may be connected to. Raises Ending if
         there are none: a name service that hides a site gives one that no site can have."""
         found = self.stopper.unless_stopped(real, host, port, *args, **more)
         if self.proxy == host.lower() and port in self._ports:
@@ -2933,7 +2937,8 @@ def only_python() -> None:
     imported, the script's folder. A `requests` or `certifi` there would replace what is guarded."""
     home = os.path.dirname(os.__file__)
     archive = 'python{}{}.zip'.format(*sys.version_info)
-    sys.path[:] = [entry for entry in sys.path if entry == home or os.path.basename(entry) in ('lib-dynload', archive)]
+    sys.path[:] = [entry for entry in sys.path
+                   if entry == home or os.path.basename(entry) in ('lib-dynload', archive)]
     sys.meta_path[:] = [finder for finder in sys.meta_path
                         if getattr(finder, '__module__', '').startswith('_frozen_importlib')]
     for name, module in list(sys.modules.items()):
@@ -2944,7 +2949,7 @@ def only_python() -> None:
 def import_ytdlp(folder: Path) -> Any:
     """The class Session over the yt-dlp in `folder`, imported and guarded once per process.
 
-    Raises whatever a damaged copy raises; nothing of that stays, so that another one can be tried."""
+    Raises whatever a damaged copy raises; nothing of that stays: another one can be tried."""
     with IMPORT_LOCK:
         if not IMPORTED:
             os.environ['YTDLP_NO_PLUGINS'] = '1'
@@ -2963,7 +2968,7 @@ def import_ytdlp(folder: Path) -> Any:
 
 # -- how a site is asked
 
-WAYS = {  # what failed is not repeated in the same way: by attempt, the family of the browser's name
+WAYS = {  # by attempt, the family of the browser's name: no two tries in the same way
     'chrome': '',  # by yt-dlp: Chrome on Windows
     'firefox': 'Mozilla/5.0 (Windows NT 10.0; Win64; x64; rv:145.0) Gecko/20100101 Firefox/145.0',
     'safari': 'Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/605.1.15 '
@@ -3624,7 +3629,7 @@ class Cookies:
         return True, f'{what}, valid till {day}' if end else what
 
     def save(self, data: bytes) -> None:
-        """Keep what the page was given, only for sites that are allowed. Raises Refused, OSError."""
+        """Keep what the page was given, for allowed sites only. Raises Refused, OSError."""
         if self.configured:
             raise Refused('cookies_file', f'The cookies are in {self.file}, as config.ini says.')
         found = self.read(data)
@@ -3663,7 +3668,7 @@ def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
     told = run_gently('ffprobe', '-v', 'error', '-show_entries', 'format=duration',
                       '-of', 'csv=p=0', f'file:{sound}')
     frames = math.ceil(max(float(told.strip()) / len(pictures), SLIDE_SECONDS) * SLIDE_RATE)
-    with open(video.with_suffix('.ts'), 'wb') as whole:
+    with open(video.with_suffix('.ts'), 'wb') as joined:
         for at, path in enumerate(pictures):
             piece = video.with_suffix('.piece')
             run_gently('ffmpeg', '-v', 'error', '-y', '-threads', 1, *still_format(path),
@@ -3671,11 +3676,12 @@ def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
                        '-frames:v', frames, '-r', SLIDE_RATE, '-c:v', 'libx264', '-threads', 1,
                        '-preset', 'ultrafast', '-tune', 'stillimage', '-f', 'mpegts',
                        '-output_ts_offset', at * frames / SLIDE_RATE, f'file:{piece}')
-            whole.write(piece.read_bytes())
+            joined.write(piece.read_bytes())
     codec = 'copy' if sound.suffix == '.m4a' else 'aac'
     run_gently('ffmpeg', '-v', 'error', '-y', '-i', f'file:{whole.name}', '-stream_loop', -1,
                '-i', f'file:{sound}', '-map', '0:v', '-map', '1:a', '-c:v', 'copy', '-c:a', codec,
-               '-t', len(pictures) * frames / SLIDE_RATE, '-movflags', '+faststart', f'file:{video}')
+               '-t', len(pictures) * frames / SLIDE_RATE, '-movflags', '+faststart',
+               f'file:{video}')
 
 
 class Attempt:
@@ -3706,7 +3712,7 @@ class Attempt:
         return self.stopper.stopped_at
 
     def check(self, now: float) -> None:
-        """Stop it if the disk gets full or nothing is gained for too long. `now`: time.monotonic()."""
+        """Stop it if the disk is full or nothing comes for too long. `now`: time.monotonic()."""
         with suppress(OSError):  # the folder is gone: the next write says so
             if free_space(self.output) < self.config.downloads.min_free_space:
                 self.stop('disk')
@@ -4124,7 +4130,7 @@ class Attempt:
             options = (*options, ('--embed-metadata', None))
         params = {**DEFAULTS, 'format': own.format or BEST[bool(ffmpeg)],
                   **caller_params(options)}
-        rates = [rate for rate in (params.get('ratelimit'), own.rate_limit) if rate]
+        rates = [limit for limit in (params.get('ratelimit'), own.rate_limit) if limit]
         way = way_of(self.job, self.config)
         log.info('download %s: asks as %s', self.job.id, way)
         if way != 'own':
@@ -4215,8 +4221,8 @@ def parse_index(body: bytes, base: str) -> list[Release]:
 
 
 def run_helper(*command: str) -> Any:
-    """Run a process without our secrets and yt-dlp's plugins, in a folder that is nobody's: a pip.py
-    that lies where somebody called us is not run. Raises Trouble when it hangs or is killed."""
+    """Run a process without our secrets and yt-dlp's plugins, in a folder that is nobody's: no
+    pip.py that lies where we were called is run. Raises Trouble when it hangs or is killed."""
     import subprocess
     env = {name: value for name, value in os.environ.items() if name not in SECRET_NAMES}
     try:
@@ -4237,11 +4243,11 @@ def unpack(wheel: Path, folder: Path) -> None:
     BrokenRelease."""
     import zipfile
     import zlib
-    inside = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
+    wanted = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
     try:
         with zipfile.ZipFile(wheel) as archive:
             for entry in archive.infolist():
-                if inside.fullmatch(entry.filename):
+                if wanted.fullmatch(entry.filename):
                     archive.extract(entry, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise BrokenRelease(f'{wheel.name} cannot be unpacked ({error})') from None
@@ -4288,8 +4294,9 @@ class Site(http.server.BaseHTTPRequestHandler):
 
 def ends(url, reason, proxy=''):
     config = v.load_config(None, {
-        'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(output), 'VIDEOSERVER_DOWNLOADER_PROXY': proxy,
-        'VIDEOSERVER_SECURITY_ALLOWED_DOMAINS': '*', 'VIDEOSERVER_DOWNLOADS_MIN_FREE_SPACE': '0'})
+        'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(output),
+        'VIDEOSERVER_DOWNLOADS_MIN_FREE_SPACE': '0', 'VIDEOSERVER_DOWNLOADER_PROXY': proxy,
+        'VIDEOSERVER_SECURITY_ALLOWED_DOMAINS': '*'})
     attempt = v.Attempt(v.Job('try', url, (), 1), config, folder, lambda progress: None)
     outcome = attempt.run()
     if reason not in f'{outcome.reason} {outcome.message}':
@@ -4417,7 +4424,7 @@ class Vendor:
         return float(self.state().get('searched' if channel == 'auto' else 'checked', 0))
 
     def held_back(self) -> str | None:
-        """A sentence if newer releases do not run on this Python; before the index was asked too."""
+        """A sentence if newer releases do not run on this Python."""
         newest, requires = self.state().get('newest') or ('of today', NEEDS)
         if runs_here(requires):
             return None
@@ -4426,8 +4433,7 @@ class Vendor:
                 'and Raspberry Pi OS 12 bring one)')
 
     def pip(self, *words: str) -> str | None:
-        """What pip printed, None if it failed or is not there. Its own configuration holds: mirrors,
-        proxies, CAs."""
+        """What pip printed, None if it failed or is not there. Its own configuration holds."""
         if self.index != INDEX:
             words += ('--index-url', f'{self.index}/simple')
         done = run_helper(sys.executable, '-m', 'pip', *words, '--quiet', '--no-input', '--retries',
@@ -4494,7 +4500,7 @@ class Vendor:
         os.replace(fresh / 'tree', place)
 
     def take(self, release: Release) -> None:
-        """Make `release` the current one; it is fetched unless it is here and works. Raises Trouble,
+        """Make `release` the current one, fetched unless it is here and works. Raises Trouble,
         OSError."""
         place, current, state = self.folder / release.version, self.current(), self.state()
         if not self.usable(place) or try_out(place, release.version):
@@ -4553,8 +4559,8 @@ class Vendor:
         return version
 
     def roll_back(self, version: str) -> str | None:
-        """From `version` back to the last good release; returns which. None, and no change, if there
-        is none, or `version` has been replaced meanwhile."""
+        """From `version` back to the last good release; returns which. None, and no change, if
+        there is none, or `version` has been replaced meanwhile."""
         with self.locked():
             state = self.state()
             previous = state.get('previous')
@@ -4580,8 +4586,8 @@ except v.Trouble as error:
 
 def update_due(now: float, last_checked: float, site_changed: bool, failures: int = 0,
                last_tried: float = 0) -> bool:
-    """Is it time to look for a newer yt-dlp? At most hourly when a site has changed, else weekly, at
-    growing gaps after failures. A clock set back by more than a day makes it due, too."""
+    """Is it time to look for a newer yt-dlp? At most hourly when a site has changed, else weekly,
+    at growing gaps after failures. A clock set back by more than a day makes it due, too."""
     if failures and 0 <= now - last_tried < RETRY_GAPS[min(failures, len(RETRY_GAPS)) - 1]:
         return False
     age = now - last_checked
@@ -4910,14 +4916,14 @@ class Bucket:
         query = [('response-content-disposition', content_disposition(name))]
         return presign_v4(self.keys, now, base, path, query, seconds)
 
-    def put(self, path: Path, key: str, media_type: str) -> None:
+    def put(self, path: Path, key: str, kind: str) -> None:
         """Store the file as `key`, unless it is there already. A large one goes in parts, of
         which those that an earlier try has left are not sent again. Raises BucketError."""
         try:
             with open(path, 'rb') as file:
                 info = os.fstat(file.fileno())
                 mtime = '%d.%09d' % divmod(info.st_mtime_ns, 10 ** 9)  # as rclone writes it
-                headers = (('Content-Type', media_type), ('X-Amz-Meta-Mtime', mtime))
+                headers = (('Content-Type', kind), ('X-Amz-Meta-Mtime', mtime))
                 body = Body(file, 0, info.st_size, self.client.halted)
                 # This also tells a wrong key or bucket before an upload is spent on it.
                 found, _ = self._call('GET', key, (), [('Range', 'bytes=0-0')], fine=NOT_THERE)
@@ -4947,7 +4953,7 @@ class Bucket:
         pairs = zip(xml_texts(answer, 'Key'), xml_texts(answer, 'UploadId'))
         return [upload for found, upload in pairs if found == key]
 
-    def _put_parts(self, whole: Body, key: str, headers: Pairs) -> None:
+    def _put_parts(self, everything: Body, key: str, headers: Pairs) -> None:
         """What is there already is trusted by its MD5 only: it may be of an older file."""
         size, stored = self.part_size, {}
         upload = next(iter(self._unfinished(key)), '')
@@ -4958,8 +4964,8 @@ class Bucket:
             _, answer = self._call('POST', key, [('uploads', '')], headers)
             upload = ''.join(xml_texts(answer, 'UploadId'))
         listed = ''
-        for number, start in enumerate(range(0, whole.size, size), 1):
-            part = whole._replace(start=start, size=min(size, whole.size - start))
+        for number, start in enumerate(range(0, everything.size, size), 1):
+            part = everything._replace(start=start, size=min(size, everything.size - start))
             etag = stored.get(str(number), '')
             if not etag or etag.strip('"') != part.digest('md5'):
                 query = [('partNumber', str(number)), ('uploadId', upload)]
@@ -4986,9 +4992,11 @@ class Bucket:
             status, found, answer = self.client.call(method, url, signed, body.blocks(),
                                                      answer_seconds=JOIN_SECONDS)
         except OSError as error:
-            hint = ': name its CA in SSL_CERT_FILE' * isinstance(error, ssl.SSLCertVerificationError)
+            text = excerpt(' '.join(str(error).split()), 200)
+            if isinstance(error, ssl.SSLCertVerificationError):
+                text += ': name its CA in SSL_CERT_FILE'
             raise BucketError(f'The S3 server {host} cannot be reached or was lost: '
-                              f'{excerpt(" ".join(str(error).split()), 200)}{hint}') from None
+                              f'{text}') from None
         if status < 300 and b'<Error' not in answer:  # joining parts may fail after its 200
             return found, answer
         code, text = (excerpt(''.join(xml_texts(answer, tag)), 200) for tag in ('Code', 'Message'))
@@ -5111,8 +5119,8 @@ class Uploader(Courier):
         lost = []
         for file in row['files']:
             path, key = self.output / file.name, self.bucket.key(row['id'], file.name)
-            if path.exists() or not (self.output / MARKER).exists():  # an unplugged disk: put says so
-                self.bucket.put(path, key, file.type)
+            if path.exists() or not (self.output / MARKER).exists():
+                self.bucket.put(path, key, file.type)  # says so if the disk is unplugged
                 continue
             lost.append(file.name)  # removed by hand
             if file.size > self.bucket.multipart_above:
@@ -5260,8 +5268,8 @@ class Run:
 class Scheduler:
     """Starts what is due, watches what runs, stores how it ended.
 
-    `new_attempt(job, on_progress, on_identity)` makes an Attempt, `preflight()` tells why nothing may start
-    (None: it may), `on_outcome(job, outcome, over)` and `on_hang()` are the daemon's."""
+    `new_attempt(job, on_progress, on_identity)` makes an Attempt, `preflight()` tells why nothing
+    may start (None: it may), `on_outcome(job, outcome, over)` and `on_hang()` are the daemon's."""
 
     def __init__(self, config: Config, store: Store, board: Board,
                  new_attempt: Callable[..., Any], preflight: Callable[[], str | None],
@@ -5518,7 +5526,8 @@ class Scheduler:
         job = run.job
         if not media_id or ('again', None) in job.options:
             return None
-        post, folder = (site, media_id, asked_of(job.options)), self.config.downloads.output_directory
+        folder = self.config.downloads.output_directory
+        post = site, media_id, asked_of(job.options)
         with suppress(StoreDown):
             for record in self.store.same_post(*post):
                 if all((folder / file.name).is_file() for file in record['files']):
@@ -6827,8 +6836,8 @@ def store_links(app: App, links: Sequence[Submission], window: int = 0) -> list[
     for number, stored in enumerate(results):
         if isinstance(stored, RateLimited):
             continue
-        if stored.same_post and stored.status == 'completed' and not app.scheduler.paused and not all(
-                (folder / name).is_file() for name in stored.files):
+        done = stored.same_post and stored.status == 'completed' and not app.scheduler.paused
+        if done and not all((folder / name).is_file() for name in stored.files):
             again = links[number]._replace(options=(*links[number].options, ('again', None)))
             stored, = results[number:number + 1] = app.store.add_many([again], now)
         if isinstance(stored, Stored) and stored.status == 'queued':
@@ -6857,7 +6866,7 @@ def submit(app: App, request: Request, fields: dict[str, Any]) -> Stored:
 
 def queued_message(app: App, sentence: str) -> str:
     """What the phone shows; while the queue is paused it says so."""
-    why = re.split(' (?:Fix|Mend):', app.scheduler.paused or '')[0]
+    why = (app.scheduler.paused or '').partition(' Fix:')[0]
     return sentence + f'. The queue is paused: {why}' * bool(why)
 
 
@@ -8633,7 +8642,7 @@ await makeRound();
 watch();
 '''
 
-SW_JS = r'''// Keeps the page itself, so that it opens from the Home Screen while the server is out of reach.
+SW_JS = r'''// Keeps the page: it opens from the Home Screen while the server is out of reach.
 const KEPT = ['./', 'page.css', 'page.js', 'icon.png', 'manifest.webmanifest'];
 const places = KEPT.map(path => new URL(path, location).href);
 
@@ -8816,7 +8825,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
 </html>
 '''
 
-SETUP_JS = r'''// Shows one step at a time, and moves on by itself. Without JavaScript all steps are shown.
+SETUP_JS = r'''// One step at a time; moves on by itself. Without JavaScript all are shown.
 const $ = id => document.getElementById(id);
 const main = document.querySelector('main'), steps = [...document.querySelectorAll('.step')];
 const plain = location.protocol === 'http:';
@@ -9902,7 +9911,8 @@ def store_text(config: Config, store: Store,
         if isinstance(item, Refused):
             rows.append({'url': written, 'error': item.message})
         else:
-            rows.append({'url': written, 'download_id': store.add_many([item], int(time.time()))[0].id})
+            stored = store.add_many([item], int(time.time()))[0]
+            rows.append({'url': written, 'download_id': stored.id})
     return rows, '\n'.join(rest)
 
 
@@ -9936,7 +9946,7 @@ COLOURS = {'completed': 32, 'failed': 31, 'downloading': 36, 'queued': 33}
 SHOWN = 20  # downloads that `list` shows
 
 
-def database(config: Config) -> Store:
+def opened_store(config: Config) -> Store:
     """The database, to be read beside a running server. Raises Trouble."""
     if not config.database.path.exists():
         raise Trouble(f'{config.database.path}: no database yet; start the server once.')
@@ -9969,7 +9979,7 @@ def cut_to(text: str, columns: int) -> str:
 
 def cmd_list(config: Config, options: Any) -> int:
     """show the queue at a glance"""
-    store, columns, colour = database(config), 10000, '{1}'
+    store, columns, colour = opened_store(config), 10000, '{1}'
     if sys.stdout.isatty():
         columns = os.get_terminal_size().columns
         if 'NO_COLOR' not in os.environ:
@@ -9998,7 +10008,7 @@ CHANGES = {  # what the server can do to a download: help, method, tail of the p
 
 def cmd_change(config: Config, options: Any) -> int:
     """do that to each of the downloads, or say which could not be found"""
-    store, ids, failed = database(config), [], False
+    store, ids, failed = opened_store(config), [], False
     for word in options.id:
         found = store.ids(word.lower())
         if len(found) != 1:
@@ -10164,7 +10174,7 @@ PHONE_NEWS = {  # what the console says when the phone asks for it the first tim
     '/seen/trusted': 'It trusts the server. Next: make the Shortcut.'}
 
 
-def tell(news: str) -> None:
+def print_news(news: str) -> None:
     """A line on the console of `phone`."""
     print(f'{time.strftime("%H:%M:%S")}  {news}', flush=True)
 
@@ -10175,7 +10185,7 @@ def told_once(news: str, content: Any) -> Callable[[], Any]:
 
     def answer(request: Request) -> Any:
         if waiting:
-            tell(waiting.pop())
+            print_news(waiting.pop())
         return content(request) if callable(content) else content
     return answer
 
@@ -10187,7 +10197,7 @@ def tell_first_link(config: Config, since: int) -> None:
         time.sleep(1)
         with suppress(StoreDown):
             records = config.database.path.exists() and store.page(1)[1]
-    tell(f'It works: {records[0]["url"]} from {records[0]["client_id"]}.')
+    print_news(f'It works: {records[0]["url"]} from {records[0]["client_id"]}.')
 
 
 def cmd_phone(config: Config, options: Any) -> int:
@@ -10230,7 +10240,7 @@ def cmd_phone(config: Config, options: Any) -> int:
 
 def cmd_backup(config: Config, options: Any) -> int:
     """write a consistent copy of the database, while the server runs"""
-    database(config).backup(options.file.absolute())
+    opened_store(config).backup(options.file.absolute())
     print(f'{options.file}: {format_size(options.file.stat().st_size)}')
     return 0
 
