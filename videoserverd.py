@@ -753,16 +753,15 @@ SITES = ('tiktok.com', 'instagram.com', TIKTOKV)  # links to them are known with
 
 
 def excerpt(text: str, length: int = 60) -> str:
-    """`text` fit to be shown in a message: one short line."""
+    """`text` as one short line for a message."""
     start = UNSAFE.sub('\ufffd', text[:length])
     if len(text) > length:
         return start[:-1] + '…'
     return start
 
 
-# A link in running text ends at a space, quote or bracket, and at any character that is neither
-# ASCII nor of an alphabet with spaces between words: Chinese text or an emoji may follow it. A host
-# does not end there, nor at a line's end: what a browser might read on is judged as a whole.
+# A link in running text ends at a space, quote or bracket, and where Chinese text or an emoji
+# follows. A host does not end there, nor at a line's end: what a browser might read on is judged.
 LINK_CHARACTER = r'[!#-;=?-~\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f]'
 NEXT_LINK = r'(?<![=/])https?://'  # after / or = it belongs to the link before
 REST = rf'(?:[/?#](?:(?!{NEXT_LINK}){LINK_CHARACTER})*)'
@@ -832,42 +831,20 @@ def is_private_host(host: str) -> bool:
         return '.' not in host or is_under(host, PRIVATE_NAMES)
 
 
-# Characters that browsers drop from a host although they count as letters or marks.
-IGNORED = re.compile('[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\ufe00-\ufe0f\uffa0'
-                     '\U000e0100-\U000e01ef]')
-LABEL = re.compile(r'[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?')
-
-
-def ascii_label(label: str) -> str:
-    """A label of a host name in lower case and ASCII (RFC 3492). Raises ValueError unless IDNA
-    2003, IDNA 2008 and UTS 46 all read it alike."""
-    lower = label.lower()
-    if len(lower) > 63:
-        raise ValueError('too long')  # first: encoding thousands of characters takes seconds
-    if not lower.isascii():
-        import unicodedata  # 0.1 MB that plain links can do without
-        mapped = unicodedata.normalize('NFKC', label.casefold()) != lower
-        kinds = {unicodedata.category(character)[0] for character in lower if character != '-'}
-        if mapped or IGNORED.search(lower) or kinds - set('LMN'):
-            raise ValueError('ambiguous')
-        lower = 'xn--' + lower.encode('punycode').decode('ascii')
-    elif lower.startswith('xn--') and ascii_label(lower[4:].encode().decode('punycode')) != lower:
-        raise ValueError('not canonical')
-    if not LABEL.fullmatch(lower):
-        raise ValueError('not a label')
-    return lower
+# Names beyond ASCII are refused, also as xn--: not all programs read them alike.
+LABEL = re.compile(r'(?!xn--)[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?')
 
 
 @functools.lru_cache(maxsize=32)
 def canonical_host(host: str) -> str:
-    """The one spelling of a host, in ASCII, or an address. Raises ValueError."""
+    """The one spelling of a host in ASCII, or an address. Raises ValueError."""
     if host.startswith('['):
         return f'[{ipaddress.IPv6Address(host[1:-1])}]'
-    if host.endswith('.'):
-        host = host[:-1]
-    host = '.'.join(map(ascii_label, host.split('.')))
-    if len(host) > 253:
-        raise ValueError('too long')
+    if not host.isascii():
+        raise ValueError('not ASCII')
+    host = re.sub(r'\.$', '', host.lower())
+    if len(host) > 253 or not all(map(LABEL.fullmatch, host.split('.'))):
+        raise ValueError('not a host name')
     number = re.fullmatch(r'[0-9]+|0x[0-9a-f]*', host.rpartition('.')[2])
     if number and str(ipaddress.IPv4Address(host)) != host:
         raise ValueError('an address in disguise')  # 127.1, 0177.0.0.1, 0x7f000001 and the like
@@ -875,7 +852,7 @@ def canonical_host(host: str) -> str:
 
 
 def check_host(host: str, security: Any) -> None:
-    """Raise Refused unless links to the canonical `host` are taken."""
+    """Raise Refused unless links to `host` are accepted."""
     domains = security.allowed_domains
     if 'tiktok.com' in domains:
         domains = (*domains, TIKTOKV)
@@ -996,8 +973,8 @@ GROUP = re.compile(rf'\({SELECTORS.pattern}\)', re.A)
 
 
 def format_spec(text: str) -> str:
-    """A yt-dlp format. No ~= (a regex can be made to run for ever), no - (asks on the terminal),
-    no all and no comma (one file per video is what the file's name stands for)."""
+    """A yt-dlp format without ~= (a pattern that may run for ever), - (asks on the terminal), all
+    and comma (a post has one file of each video)."""
     rest = text
     if len(text) > 300 or re.search(r'~|^ ?- ?$|\b(merge)?all\b', text):
         rest = ''
@@ -1008,8 +985,7 @@ def format_spec(text: str) -> str:
     return text
 
 
-# Fields of yt-dlp's FormatSorter. It keeps what it does not know, or a limit that is no number,
-# for all later downloads of the process.
+# Fields of yt-dlp's FormatSorter, which keeps others and odd limits for later downloads.
 SORT_FIELD = (r'(?a:\+?(?:(?:hasvid|hasaud|lang|quality|source|proto|hdr|id)'
               r'|(?:res|height|width|fps|channels|br|tbr|vbr|abr|asr)(?:[~:]\d{1,9})?'
               r'|(?:size|filesize|fs_approx)(?:[~:]\d{1,9}[KMGkmg]?)?'
@@ -1064,7 +1040,7 @@ def option_words(value: Any) -> list[str]:
 
 
 def split_option(word: str) -> tuple[str, str | None]:
-    """'--name=value' and '-fvalue' in two; the value is None where it stands apart."""
+    """'--name=value' and '-fvalue' in two."""
     if word.startswith('--'):
         name, *value = word.split('=', 1)
         return name, value[0] if value else None
@@ -1074,8 +1050,9 @@ def split_option(word: str) -> tuple[str, str | None]:
 
 
 def parse_options(value: Any) -> tuple[tuple[str, Any], ...]:
-    """The caller's yt-dlp options, checked against OPTIONS: (long name, value or None). Raises
-    Refused. Only then are they for yt-dlp's own parser, which reads files, asks and exits."""
+    """The caller's yt-dlp options as (long name, value or None). Raises Refused.
+
+    Only what is in OPTIONS is for yt-dlp's own parser, which reads files, asks and exits."""
     found = []
     rest = deque(option_words(value))
     while rest:
@@ -1237,7 +1214,7 @@ def cut(text: str, size: int) -> str:
 
 
 def token(text: str, size: int) -> str:
-    """`text` as a part of a file name of at most `size` bytes; different texts stay different."""
+    """`text` as a part of a file name; different texts stay different."""
     import hashlib
     plain_text = re.sub(r'[^\w.-]', '_', readable(text)).strip('.')
     if text and plain_text == text and len(text.encode()) <= size:
@@ -1248,11 +1225,9 @@ def token(text: str, size: int) -> str:
 
 def file_name(title: str, media_id: str, ext: str, part: str = '', number: str = '',
               pattern: str = '%(title)s_%(id)s', limit: int = NAME_BYTES, **fields: str) -> str:
-    """The name of a file by the owner's `pattern`, each part of it within `limit` bytes of UTF-8.
-
-    The title is cut; id, number and extension stay: 'title_id_number.ext'. `part` tells files of
-    one medium apart, such as a subtitle's language: 'title_id.part.ext'. `fields`: uploader, site,
-    date. A field that is empty goes with what joins it to the next. Nothing leads out of here."""
+    """'title_id_number.part.ext' by the owner's `pattern`, each folder and name within `limit`
+    bytes of UTF-8: the title is cut. `part` is such as a subtitle's language; `fields`: uploader,
+    site, date. An empty field goes with what joins it to the next."""
     values = {name: cut(readable(text), 60) for name, text in fields.items()}
     values['id'] = token(media_id, min(100, limit // 2))
     ext = re.sub('[^A-Za-z0-9]', '', ext[:99])[:10] or 'bin'
@@ -1276,8 +1251,8 @@ def file_name(title: str, media_id: str, ext: str, part: str = '', number: str =
 # ---------- store -------------------------------------------------------------------------
 # Owns the SQLite database: schema, migrations, the verbs of the domain, the group commit. One
 # connection writes and checkpoints, all others only read (sqlite.org/wal.html, "WAL-reset bug").
-# Locks: `_tickets` (a Condition) guards the queue to the commit thread, `_pool_lock` the idle
-# readers. Called by scheduler, http, publish's uploader, daemon and commands, from any thread.
+# Lock: `_tickets` guards the queue to the commit thread. Called by scheduler, http, publish, daemon
+# and commands, from any thread.
 
 DOCUMENT_A_SCHEMA = '''
 CREATE TABLE IF NOT EXISTS downloads (
@@ -1382,8 +1357,7 @@ INSERT_LINK = (  # one statement: each one hands the interpreter to another thre
 
 @named_tuple
 class Stored:
-    """Where a link is stored. `fresh`: as a new download; `same_post`: it is a post that another
-    link has brought. `due`: epoch seconds from which it may start."""
+    """Where a link is stored. `fresh`: as a new download; `same_post`: with another link."""
     id: str
     fresh: bool
     status: str = 'queued'
@@ -1436,27 +1410,24 @@ def full_sync(file: str) -> None:
 
 
 def corrupt(path: Path, error: object) -> Trouble:
-    """What to say of a damaged database; nothing is touched."""
+    """What to say of a damaged database."""
     return Trouble(
         f'{path}: the database is damaged ({" ".join(str(error).split())}). Nothing was changed. '
         'Stop the server, move this file and its -wal and -shm away, and copy here the newest of '
         f'{path.parent / "backups"}.')
 
 
-def quick_check(db: sqlite3.Connection, seconds: float | None = None) -> str | None:
-    """What SQLite finds wrong with the database, None if nothing; stops looking after `seconds`."""
-    if seconds:
-        end = time.monotonic() + seconds
-        db.set_progress_handler(lambda: time.monotonic() > end, 10000)
+def quick_check(db: sqlite3.Connection, seconds: float = math.inf) -> str | None:
+    """What SQLite finds wrong within `seconds`, None if nothing."""
+    end = time.monotonic() + seconds
+    db.set_progress_handler(lambda: time.monotonic() > end, 10000)
     try:
         found = db.execute('PRAGMA quick_check(1)').fetchone()[0]
     except sqlite3.DatabaseError as error:
         found = str(error)
     finally:
         db.set_progress_handler(None, 0)
-    if found in ('ok', 'interrupted'):
-        return None
-    return found
+    return None if found in ('ok', 'interrupted') else found
 
 
 def migrate(db: sqlite3.Connection, path: Path) -> None:
@@ -1609,7 +1580,7 @@ class Store:
             log.error('database: closing failed: %s', error)
 
     def write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
-        """Run `work` in the next transaction; returns its result once that is on stable storage."""
+        """The result of `work` in the next transaction, once that is on stable storage."""
         ticket = SimpleNamespace(work=work, result=None, error=None, done=threading.Lock())
         ticket.done.acquire()  # until it is answered: a third of an Event's cost
         with self._tickets:
@@ -1642,12 +1613,16 @@ class Store:
             reader.close()
         return rows
 
+    def records(self, where: str, *args: Any) -> list[Record]:
+        """The downloads for which this is true."""
+        return [Record.of(row) for row in self.read(f'SELECT * FROM downloads WHERE {where}', args)]
+
     def get(self, download_id: str) -> Record:
         """One download. Raises LookupError."""
-        rows = self.read('SELECT * FROM downloads WHERE id = ?', (download_id,))
-        if not rows:
+        found = self.records('id = ?', download_id)
+        if not found:
             raise LookupError(download_id)
-        return Record.of(rows[0])
+        return found[0]
 
     def counts(self) -> dict[str, int]:
         """Downloads by status."""
@@ -1668,10 +1643,9 @@ class Store:
         else:
             total = sum(n for name, n in self.counts().items() if status in ('', name))
         newest = 'ORDER BY created_at DESC, rowid DESC'
-        rows = self.read(  # the inner query walks an index only: a deep offset costs little
-            'SELECT * FROM downloads WHERE rowid IN (SELECT rowid FROM downloads '
-            f'WHERE {where} {newest} LIMIT ? OFFSET ?) {newest}', [*args, limit, offset])
-        return total, [Record.of(row) for row in rows]
+        # The inner query walks an index only: a deep offset costs little.
+        return total, self.records(f'rowid IN (SELECT rowid FROM downloads WHERE {where} {newest} '
+                                   f'LIMIT ? OFFSET ?) {newest}', *args, limit, offset)
 
     def ids(self, begin: str) -> list[str]:
         """The first few ids that begin with this."""
@@ -1758,9 +1732,9 @@ class Store:
 
     def first_of(self, client_id: str, since: int) -> Record | None:
         """The first link of a phone since then, None if there is none."""
-        rows = self.read('SELECT * FROM downloads WHERE client_id = ? AND created_at >= ? '
-                         'ORDER BY created_at LIMIT 1', (client_id, since))
-        return Record.of(rows[0]) if rows else None
+        found = self.records('client_id = ? AND created_at >= ? ORDER BY created_at LIMIT 1',
+                             client_id, since)
+        return found[0] if found else None
 
     # -- the way of a download
 
@@ -1797,8 +1771,7 @@ class Store:
         return self.write(work)
 
     def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int) -> bool:
-        """The files are on disk and synced: completed. False if they were those of a download
-        that has been deleted in the meantime."""
+        """Completed: the files are on disk and synced. False if they were a deleted download's."""
         columns = {'completed_at': now, **self._delivered(outcome, folder)}
         if 'upload' in self.outgoing.get('finish', ()):
             columns['s3_state'] = 'waiting'
@@ -1813,9 +1786,8 @@ class Store:
 
     def same_post(self, site: str, media_id: str, asked: str | None) -> list[Record]:
         """Completed downloads of this post, newest first."""
-        return [Record.of(row) for row in self.read(
-            'SELECT * FROM downloads WHERE site = ? AND media_id = ? AND asked IS ? '
-            f'AND {HAS_FILES} ORDER BY created_at DESC', (site, media_id, asked))]
+        return self.records('site = ? AND media_id = ? AND asked IS ? '
+                            f'AND {HAS_FILES} ORDER BY created_at DESC', site, media_id, asked)
 
     def _delivered(self, outcome: Outcome, folder: Path) -> dict[str, Any]:
         """The columns of what is in place; a lone surrogate cannot be stored."""
@@ -1892,11 +1864,8 @@ class Store:
                                              [(download_id,) for download_id in ids]))
 
     def recover(self, now: int, frozen: bool) -> list[tuple[Job, Outcome]]:
-        """After a start: what was being downloaded is queued again, no attempt counted. But those
-        that are returned, with how they ended: CRASH_LIMIT unclean ends in a row cost an attempt.
-
-        `frozen`: a freeze in yt-dlp ended the last life. If one download ran, it is given up; if
-        several did, each is a suspect."""
+        """After a start: what was being downloaded is queued again. But those that are returned
+        ended so: at CRASH_LIMIT unclean ends in a row, or alone as yt-dlp froze (`frozen`)."""
         over: list[tuple[Job, Outcome]] = []
 
         def work(db):
@@ -2017,8 +1986,7 @@ class Store:
 
 class Lock:
     """One server on one database: flock on `<database>.lock`, which tells who and where it is.
-
-    The kernel drops it with the process; across a re-execution the descriptor is kept."""
+    Across a re-execution the descriptor is kept."""
 
     def __init__(self, database: Path, fd: int | None = None):
         self.path, self.fd = Path(f'{database}.lock'), fd
