@@ -61,6 +61,7 @@ import unittest.mock
 import urllib.request
 import uuid
 import warnings
+import xml.etree.ElementTree
 import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -7741,6 +7742,98 @@ class TestDeleted(FilesTest):
         self.assertEqual((picture.exists(), self.get(path).status), (False, 404))
 
 
+class TestFeed(FilesTest):
+    """The inbox as an Atom feed (RFC 4287), for programs that can send no key."""
+    env = {'VIDEOSERVER_API_KEYS': FILES_KEY}
+    atom = '{http://www.w3.org/2005/Atom}'
+
+    def feed(self, path: str = '/feed.xml', **headers: str) -> Any:
+        status, fields, body = self.get(path, **headers)
+        self.assertEqual((status, fields['Content-Type']), (200, 'application/atom+xml; charset=utf-8'))
+        return xml.etree.ElementTree.fromstring(body)
+
+    def test_each_file_is_an_enclosure_that_a_player_can_get(self):
+        feed = self.feed(X_API_Key=FILES_KEY)
+        links = {link.get('rel'): link.get('href') for link in feed.findall(self.atom + 'link')}
+        address = urlsplit(links['self'])
+        self.assertEqual(len(self.feed(f'{address.path}?{address.query}')), len(feed))
+        for wrong in ('/feed.xml', f'{address.path}?{address.query[:-1]}x', '/feed.xml?signature=%C3%BC'):
+            self.assertEqual(self.get(wrong).status, 401)
+        self.assertEqual(self.get(f'/api/v1/history?{address.query}').status, 401)
+        self.assertEqual({feed.find(self.atom + name) is None for name in ('id', 'title', 'updated')}, {False})
+        entries = feed.findall(self.atom + 'entry')
+        self.assertEqual(len(entries), len(self.ids) + 1)
+        enclosures = []
+        for entry in entries:
+            for name in ('id', 'title', 'updated', 'author/' + self.atom + 'name'):
+                self.assertTrue(entry.find(self.atom + name).text, name)
+            self.assertRegex(entry.find(self.atom + 'updated').text, r'^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ$')
+            enclosures += [link for link in entry.findall(self.atom + 'link') if link.get('rel') == 'enclosure']
+        clip, = (link for link in enclosures if 'cat_1' in link.get('href'))
+        self.assertEqual((clip.get('type'), clip.get('length')), ('video/mp4', '50000'))
+        address = urlsplit(clip.get('href'))
+        self.assertEqual(self.get(f'{address.path}?{address.query}').json, self.data())
+
+
+class TestSmallRoutes(DaemonTest):
+    """Stars, cookies, the update of yt-dlp; and that every object of /api/v1 can be shown."""
+    settings = {'downloads': {'min_free_space': '9000GB'}}
+    env = {'VIDEOSERVER_API_KEYS': 'key'}
+
+    def setUp(self):
+        super().setUp()
+        self.client = self.daemon.new_client(key='key')
+
+    def test_a_star_stays_until_it_is_taken_away(self):
+        id = self.client.post('/api/v1/download', {'url': tiktok_link(1)}).json['download_id']
+        for verb, starred in (('star', True), ('star', True), ('unstar', False)):
+            answer = self.client.post(f'/api/v1/download/{id}/{verb}')
+            self.assertEqual((answer.status, answer.json['starred']), (200, starred))
+            self.assertEqual(self.client.get('/api/v1/history').json['downloads'][0]['starred'], starred)
+        self.assertEqual(self.client.post(f'/api/v1/download/{uuid.uuid4()}/star').status, 404)
+
+    def test_cookies_of_allowed_sites_are_kept_privately_and_told_of(self):
+        rows = [('.instagram.com', 'sessionid', 'secret-1'), ('.example.com', 'other', 'secret-2')]
+        text = '# Netscape HTTP Cookie File\n' + ''.join(
+            f'{domain}\tTRUE\t/\tTRUE\t2147483647\t{name}\t{value}\n' for domain, name, value in rows)
+        file = self.daemon.database.parent / 'cookies.txt'
+        self.assertEqual(self.daemon.client.request('PUT', '/api/v1/cookies', text.encode()).status, 401)
+        self.assertEqual(self.client.request('PUT', '/api/v1/cookies', b'x' * (1 << 20 | 1)).status, 413)
+        answer = self.client.request('PUT', '/api/v1/cookies', text.encode(), Origin='https://a.example')
+        self.assertEqual(answer.status, 403)
+        self.assertEqual(self.client.request('PUT', '/api/v1/cookies', b'no cookies').status, 400)
+        self.assertFalse(file.exists())
+        answer = self.client.request('PUT', '/api/v1/cookies', text.encode() + b'#' * 500_000)
+        self.assertEqual((answer.status, answer.json['message'].partition(',')[0]),
+                         (200, '1 cookies for instagram.com'))
+        self.assertEqual(stat.S_IMODE(file.stat().st_mode), 0o600)
+        self.assertIn('secret-1', file.read_text())
+        self.assertNotIn('secret-2', file.read_text())
+        self.assertEqual(len(self.client.get('/api/v1/health').json['cookies']), 1)
+        self.assertEqual(self.client.delete('/api/v1/cookies').status, 200)
+        self.assertEqual((file.exists(), self.client.get('/api/v1/health').json['cookies']), (False, []))
+        self.assertNotIn('secret', self.daemon.log())
+
+    def test_every_json_object_of_the_api_has_a_message(self):
+        self.daemon.client.post('/api/v1/update')  # refused: no key
+        seen = set()
+        for route in v.ROUTES:
+            if not route.path.startswith('/api/v1/') or 'update' in route.path:
+                continue
+            id = self.client.post('/api/v1/download', {'url': tiktok_link(2), 'again': True}).json['download_id']
+            path = route.path.replace('{id}', id)
+            for body in (None, {'url': tiktok_link(3), 'text': tiktok_link(4), 'name': 'phone'}, b'{'):
+                answer = self.client.request(route.method, path, body)
+                if isinstance(answer.json, dict):
+                    self.assertTrue(answer.json['message'], (route.path, answer))
+                    seen.add((route.path, answer.status < 300))
+        fine = {path for path, good in seen if good}
+        self.assertEqual({route.path for route in v.ROUTES if route.path.startswith('/api/v1/')} - fine,
+                         {'/api/v1/update', '/api/v1/cookies', '/api/v1/thumbnail/{id}'} - fine)
+        self.assertTrue(all(row['message'] for row in self.client.get('/api/v1/history').json['downloads']))
+        self.assertEqual(self.client.get('/api/v1/status/' + id).status, 200)
+
+
 class TestSignedLinks(FilesTest):
     """With API keys on, links carry an expiring signature; a forged, expired or moved one gets 403."""
     env = {'VIDEOSERVER_API_KEYS': FILES_KEY}
@@ -9141,8 +9234,8 @@ class TestBehindNginx(DaemonTest):
 
     def test_client_address_comes_from_a_trusted_proxy_only(self):
         health = '/videodownloader/api/v1/health'
-        self.assertEqual(self.nginx.client('127.0.0.2').get(health).status, 200)
-        wait_until(lambda: '127.0.0.2 "GET /videodownloader/api/v1/health"' in self.daemon.log())
+        self.assertEqual(self.nginx.client('127.0.0.2').post(health).status, 405)
+        wait_until(lambda: '127.0.0.2 "POST /videodownloader/api/v1/health"' in self.daemon.log())
         refused = self.nginx.client('127.0.0.3')
         self.assertEqual(refused.get(health).json['code'], 'client_not_allowed')
         self.assertEqual(refused.get(health, X_Forwarded_For='127.0.0.2').status, 403)  # nginx does not pass that on

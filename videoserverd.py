@@ -1730,6 +1730,11 @@ class Store:
             self._repeats.clear()
         self._repeats[client_id] = began, repeats + 1
 
+    def star(self, download_id: str, starred: bool) -> None:
+        """Star it, or take the star away."""
+        self.write(lambda db: db.execute(
+            'UPDATE downloads SET starred = ? WHERE id = ?', (starred, download_id)))
+
     def first_of(self, client_id: str, since: int) -> Record | None:
         """The first link of a phone since then, None if there is none."""
         found = self.records('client_id = ? AND created_at >= ? ORDER BY created_at LIMIT 1',
@@ -4579,6 +4584,7 @@ class Freshness:
         self.worked: set[str] = set()  # sites
         self.failed: set[str] = set()  # sites, in a way that may be yt-dlp's
         self.failures, self.last_tried = 0, 0.0
+        self.wanted = False  # somebody has asked for it
         self.trouble = ''  # why the last look-up failed, a sentence
         self.child: Any = None
 
@@ -4604,8 +4610,9 @@ class Freshness:
         checked = 0.0
         if current and not self.unusable:
             checked = self.vendor.last_checked(channel)
-        if (self.settings.auto_update or not current) and update_due(
+        if self.wanted or (self.settings.auto_update or not current) and update_due(
                 now, checked, self.site_changed, self.failures, self.last_tried):
+            self.wanted = False
             self.look(now, channel)
         current = self.vendor.current()
         return None not in (loaded, current) and loaded != current
@@ -6005,7 +6012,7 @@ def mobileconfig(config: Config) -> bytes:
 
 # ---------- http --------------------------------------------------------------------------
 # Owns the TLS server and its limits, the strict reading of requests, ROUTES (dispatch and
-# OpenAPI both come from that one table), both dialects and /share, files. Lock: `Server._guard`
+# OpenAPI both come from that one table), both dialects, /share and files. Lock: `Server._guard`
 # guards the table of connections. Handlers validate, call one verb and reply; trouble is raised
 # and becomes a reply in one place, App.respond. Called by daemon and `phone`.
 
@@ -6024,6 +6031,7 @@ WRONG_KEY_MEMORY = 600   # seconds
 SLOWEST_BODY = 32 << 10  # bytes a second: what a large body may be sent at
 HEAD_LIMIT = 16 << 10    # bytes of a request head
 LINE_LIMIT = 8 << 10     # bytes of a request line
+LARGE_BODY = 1 << 20     # bytes of a list of links, or of a file of cookies
 CONNECTIONS = 128        # a thread each
 PER_ADDRESS = 16         # a browser opens 6
 BLOCK = 256 << 10        # bytes read and sent at a time: large enough for TLS to be the limit
@@ -6031,6 +6039,7 @@ WATCHERS = 8             # pages that may wait for news; on a Pi a thread for ea
 VIDEO_WAITERS = 8        # phones that may wait for a video
 VIDEO_SECONDS = 50.0     # for that; a phone itself gives up after 60
 LONGEST_NAME = 64        # characters of a phone's name
+FEED_ENTRIES = 50
 SHARE_PATH = re.compile(r'/share(/|$)')
 SIGNED_NAME = re.compile(r'(.+)\.([A-Za-z0-9_-]{43})', re.S)
 SIGNATURE = re.compile(r'(?:\.|%2e)[\w%-]{40,}', re.I | re.A)  # of a share address, as it is sent
@@ -6048,27 +6057,29 @@ LINE_END = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
 CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: "
        "data:{images}; media-src 'self'; connect-src 'self'; manifest-src 'self'; "
        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-FILE_CSP = ("default-src 'none'; media-src 'self'; img-src 'self'; style-src 'unsafe-inline'; "
-            'sandbox')
+NO_STORE = ('Cache-Control', 'no-store')
 SAME_HEADERS = {
     'Server': 'videoserverd', 'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
     'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin',
-    'Content-Security-Policy': FILE_CSP}
+    'Content-Security-Policy': "default-src 'none'; media-src 'self'; img-src 'self'; "
+                               "style-src 'unsafe-inline'; sandbox"}
 REASONS = {status.value: status.phrase for status in HTTPStatus}
 LOOPBACK = networks('127.0.0.0/8,::1')
-REFUSAL_STATUS = {'domain_not_allowed': 403}  # the other codes of Refused are 400
+CODES = {401: 'key_wanted', 404: 'not_found', 411: 'length_required', 413: 'too_large',
+         414: 'uri_too_long', 415: 'not_json', 431: 'headers_too_large'}  # else bad_request
 STORED_FIELDS = ('url', 'status', 'filename', 'file_size', 'error_message', 'next_attempt_at',
                  'client_id', 'created_at', 'started_at', 'completed_at', 'note', 'uploader',
-                 'duration', 'description', 'upload_date')
+                 'duration')
 PROGRESS_FIELDS = ('phase', 'downloaded', 'speed', 'eta')
 
 
 class HTTPError(Exception):
-    """A refusal: status, stable code, one sentence a phone can show, further headers."""
+    """A refusal: status, one sentence a phone can show, stable code, further headers."""
 
-    def __init__(self, status: int, code: str, message: str, **headers: str):
+    def __init__(self, status: int, message: str, code: str = '', **headers: str):
         super().__init__(message)
-        self.status, self.code, self.message = status, code, message
+        self.status, self.message = status, message
+        self.code = code or CODES.get(status, 'bad_request')
         self.headers = tuple((name.replace('_', '-'), text) for name, text in headers.items())
 
 
@@ -6102,10 +6113,6 @@ class Reply:
     headers: tuple[tuple[str, str], ...] = ()
     content: Content | None = None
 
-    def size(self) -> int:
-        """Bytes that follow the head."""
-        return self.content.length if self.content else len(self.body)
-
 
 # -- reading a request
 
@@ -6114,11 +6121,11 @@ def parse_fields(lines: Sequence[str]) -> dict[str, list[str]]:
     """Header fields by lower-case name (RFC 9112 section 5). Raises HTTPError."""
     fields: dict[str, list[str]] = {}
     if len(lines) > 100:
-        raise HTTPError(431, 'headers_too_large', 'The request has too many headers.')
+        raise HTTPError(431, 'The request has too many headers.')
     for line in lines:
         match = FIELD_LINE.fullmatch(line)
         if not match:
-            raise HTTPError(400, 'bad_request', 'The request has a malformed header.')
+            raise HTTPError(400, 'The request has a malformed header.')
         fields.setdefault(match[1].lower(), []).append(match[2].strip('\t '))
     return fields
 
@@ -6129,12 +6136,12 @@ def parse_head(data: bytes) -> Head:
     Stricter than it must be: whatever two readers could understand in two ways is refused."""
     first, *lines = data.decode('latin-1').split('\r\n')
     if len(first) > LINE_LIMIT:
-        raise HTTPError(414, 'uri_too_long', 'The address of the request is too long.')
+        raise HTTPError(414, 'The address of the request is too long.')
     match = REQUEST_LINE.fullmatch(first)
     if not match:
-        raise HTTPError(400, 'bad_request', 'The first line of the request is not HTTP/1.1.')
+        raise HTTPError(400, 'The first line of the request is not HTTP/1.1.')
     if not TARGET.fullmatch(match[2]):
-        raise HTTPError(400, 'bad_request', 'The request asks for something that is not a path.')
+        raise HTTPError(400, 'The request asks for something that is not a path.')
     return Head(match[1], match[2], match[3], parse_fields(lines))
 
 
@@ -6145,23 +6152,21 @@ def decode_path(raw: str) -> str:
     except UnicodeDecodeError:
         path = '..'
     if BAD_PATH.search(raw) or DOTS.search(path):
-        raise HTTPError(400, 'bad_request', 'The request asks for a path that is not allowed.')
+        raise HTTPError(400, 'The request asks for a path that is not allowed.')
     return path
 
 
 def body_length(fields: dict[str, list[str]]) -> int | None:
     """Content-Length, None if there is none (RFC 9112 section 6). Raises HTTPError."""
-    lengths = fields.get('content-length', [])
-    codings = ','.join(fields.get('transfer-encoding', ())).lower()
-    if 'transfer-encoding' in fields and not lengths and codings.strip() != 'chunked':
-        raise HTTPError(501, 'unknown_coding', 'The transfer coding of the request is not known.')
-    if 'transfer-encoding' in fields and not lengths:
-        raise HTTPError(411, 'length_required', 'Send the body with a Content-Length.')
+    lengths, codings = fields.get('content-length'), fields.get('transfer-encoding')
+    if codings and not lengths:
+        if ','.join(codings).strip().lower() != 'chunked':
+            raise HTTPError(501, 'The transfer coding of the request is not known.')
+        raise HTTPError(411, 'Send the body with a Content-Length.')
     if not lengths:
         return None
-    one_number = len(lengths) == 1 and re.fullmatch(r'\d{1,15}', lengths[0], re.A)
-    if codings or not one_number:
-        raise HTTPError(400, 'bad_request', 'The length of the body is not one number.')
+    if codings or len(lengths) > 1 or not re.fullmatch(r'\d{1,15}', lengths[0], re.A):
+        raise HTTPError(400, 'The length of the body is not one number.')
     return int(lengths[0])
 
 
@@ -6170,7 +6175,7 @@ def request_host(fields: dict[str, list[str]]) -> str:
     hosts = fields.get('host', [])
     match = len(hosts) == 1 and HOST_FIELD.fullmatch(hosts[0])
     if not match:
-        raise HTTPError(400, 'bad_request', 'The request must name one host.')
+        raise HTTPError(400, 'The request must name one host.')
     return match[1].strip('[]').lower().rstrip('.')
 
 
@@ -6223,16 +6228,15 @@ class Request:
     def json(self) -> dict[str, Any]:
         """The body as a JSON object. Raises HTTPError, ClientGone."""
         if self.content_type()[0] != 'application/json':
-            raise HTTPError(
-                415, 'not_json', 'Send JSON, with the header Content-Type: application/json.')
+            raise HTTPError(415, 'Send JSON, with the header Content-Type: application/json.')
         if 'content-length' not in self.head.fields:
-            raise HTTPError(411, 'length_required', 'Send the body with a Content-Length.')
+            raise HTTPError(411, 'Send the body with a Content-Length.')
         try:
             fields = STRICT_JSON.decode(self.body().decode('utf-8'))
         except (ValueError, RecursionError):
-            raise HTTPError(400, 'bad_json', 'The request is not valid JSON.') from None
+            raise HTTPError(400, 'The request is not valid JSON.', 'bad_json') from None
         if not isinstance(fields, dict):
-            raise HTTPError(400, 'bad_json', 'The request must be a JSON object.')
+            raise HTTPError(400, 'The request must be a JSON object.', 'bad_json')
         return fields
 
 
@@ -6244,19 +6248,19 @@ class Param:
     """A query parameter: `parse` raises ValueError(what is accepted)."""
     name: str
     parse: Callable[[str], Any]
-    default: Any
-    schema: dict[str, Any]
+    default: Any = None
+    type: str = 'string'
     required: bool = False
 
 
 @named_tuple
 class Route:
-    """A row of ROUTES. `access`: key (X-API-Key where keys are on), link or share (or a
-    signature), open. `limit`: bytes of a body, where more than configured."""
+    """A row of ROUTES; the docstring of `handler` is its summary. `access`: key (X-API-Key where
+    keys are on), link or share (or a signature), open. `limit`: bytes of a body, if they may be
+    more than elsewhere."""
     method: str
     path: str
     handler: Callable[['App', Request], Reply]
-    summary: str
     access: str = 'key'
     answer: str = 'Object'
     body: str = ''
@@ -6266,41 +6270,29 @@ class Route:
     limit: int = 0
 
 
-def number_param(name: str, default: int | None, low: int, high: int) -> Param:
-    """A whole number from low to high."""
-    return Param(name, whole(low, high), default,
-                 {'type': 'integer', 'minimum': low, 'maximum': high})
-
-
-def choice_param(name: str, choices: dict[str, Any], default: Any, required: bool = False) -> Param:
-    """One of some words, as they are written."""
-    def parse(word):
-        if word not in choices:
-            raise ValueError(' or '.join(choices))
-        return choices[word]
-    return Param(name, parse, default, {'type': 'string', 'enum': list(choices)}, required)
-
-
-def text_param(name: str, limit: int, required: bool = False) -> Param:
-    """Any text of at most `limit` characters."""
-    def parse(given):
-        if len(given) > limit or (required and not given):
-            raise ValueError(f'a text of at most {limit} characters')
-        return given
-    kind = {'type': 'string', 'maxLength': limit, 'minLength': int(required)}
-    return Param(name, parse, '', kind, required)
+def short_text(given: str) -> str:
+    """A parser of texts to search for."""
+    if len(given) > 200:
+        raise ValueError('a text of at most 200 characters')
+    return given
 
 
 def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> Reply:
     """A JSON answer that nobody keeps."""
     data = COMPACT_JSON.encode(body).encode('utf-8', 'replace')
-    return Reply(status, data, headers=(('Cache-Control', 'no-store'), *headers))
+    return Reply(status, data, headers=(NO_STORE, *headers))
+
+
+def done_reply(status: str, message: str, **more: Any) -> Reply:
+    """A JSON answer that says what was done."""
+    return json_reply(200, {'status': status, **more, 'message': message,
+                            'timestamp': int(time.time())})
 
 
 def text_reply(status: int, sentence: str, *headers: tuple[str, str]) -> Reply:
     """One sentence, which a Shortcut can show as it is."""
     return Reply(status, sentence.encode('utf-8', 'replace'), 'text/plain; charset=utf-8',
-                 (('Cache-Control', 'no-store'), *headers))
+                 (NO_STORE, *headers))
 
 
 def parse_name(given: Any) -> str:
@@ -6369,16 +6361,11 @@ def status_message(record: Record, percent: int, now: float) -> str:
     if record['status'] == 'downloading':
         return f'Downloading: {percent} %.'
     if record['status'] == 'completed':
-        return record.get('note') or 'The video is ready.'
+        return record['note'] or 'The video is ready.'
     wait = (record['next_attempt_at'] or 0) - now
     if record['status'] == 'queued' and wait > 0:
         return f'{record["error_message"]} It is tried again in {math.ceil(wait / 60)} min.'
     return record['error_message'] or 'Waiting for its turn.'
-
-
-KEY_WANTED = {
-    'key': 'Send a valid key in the header X-API-Key.',
-    'share': 'This address is not valid any more. Make a new one on the set-up page.'}
 
 
 class App:
@@ -6390,21 +6377,26 @@ class App:
         self.port = 0
         self.hosts: frozenset = frozenset()  # names and addresses that are ours
         self.assets: dict[str, Any] = more.get('assets', {})
-        self.health: Callable[[], dict[str, Any]] = more.get('health', dict)
+        self.health: Callable[[], dict[str, Any]] = more.get('health')
         self.forget: Callable[[Record, bool], bool] = more.get('forget')
+        self.update: Callable[[], None] = more.get('update')
         self.bucket = more.get('bucket')
         self.link_secret: bytes = more.get('link_secret', b'')
         self.thumbs: Path | None = more.get('thumbs')
         self.image_origin: str = more.get('image_origin', '')  # names the machine's addresses
-        self.gauges: Callable[[], list[tuple[str, float]]] = more.get('gauges', list)
+        self.gauges: Callable[[], list[tuple[str, float]]] = more.get('gauges')
         self.routes: tuple[Route, ...] = more.get('routes', ())
         self.prefix = urlsplit(config.server.public_base_url or '').path
-        self._wrong_keys: dict[str, tuple[int, float]] = {}  # how many of an address, and when
-        self._guard = threading.Lock()  # guards _wrong_keys
         self.watchers = threading.BoundedSemaphore(WATCHERS)
         self.video_waiters = threading.BoundedSemaphore(VIDEO_WAITERS)
+        self._wrong_keys: dict[str, tuple[int, float]] = {}  # how many of an address, and when
+        self._guard = threading.Lock()  # guards _wrong_keys
 
     # -- links and rows
+
+    def base(self) -> str:
+        """How others reach us."""
+        return public_base(self.config, self.port)
 
     def link(self, download_id: str, name: str) -> str:
         """The path of a finished file below our base, signed where keys are on."""
@@ -6421,19 +6413,19 @@ class App:
 
     def describe(self, record: Record) -> dict[str, Any]:
         """A download as the API shows it."""
-        progress, base = self.progress(record), public_base(self.config, self.port)
-        percent, files = shown_percent(record, progress), []
+        progress, files = self.progress(record), []
         for file in record['files'] * (record['reason'] != 'room'):
             path = self.link(record['id'], file.name)
-            files.append({**file._asdict(), 'url': base + path, 'path': path.lstrip('/')})
+            files.append({**file._asdict(), 'url': self.base() + path, 'path': path.lstrip('/')})
+        percent = shown_percent(record, progress)
         row = {name: record[name] for name in STORED_FIELDS}
         row.update((name, getattr(progress, name, None)) for name in PROGRESS_FIELDS)
         row.update({
             'download_id': record['id'], 'files': files, 'site': site_of(record['url']),
             'title': record['title'] or getattr(progress, 'title', None) or None,
             'progress': percent, 'message': status_message(record, percent, time.time()),
-            'retry_count': record['retry_count'] or 0, 'public_url': None, 'thumbnail': None,
-            's3': None})
+            'retry_count': record['retry_count'] or 0, 'starred': bool(record['starred']),
+            'public_url': None, 'thumbnail': None, 's3': None})
         if files:
             row['public_url'] = files[0]['url']
             if (self.thumbs / f'{record["id"]}.jpg').exists():
@@ -6447,7 +6439,7 @@ class App:
         try:
             return self.store.get(request.params['id'])
         except LookupError:
-            raise HTTPError(404, 'not_found', 'There is no such download.') from None
+            raise HTTPError(404, 'There is no such download.') from None
 
     # -- the gates, in this order
 
@@ -6473,27 +6465,26 @@ class App:
         if isinstance(error, HTTPError):
             return error
         if isinstance(error, Refused):
-            return HTTPError(REFUSAL_STATUS.get(error.code, 400), error.code, error.message)
+            return HTTPError(400 + 3 * (error.code == 'domain_not_allowed'), error.message,
+                             error.code)
         if isinstance(error, RateLimited):
-            return HTTPError(429, 'rate_limited', str(error), Retry_After=str(error.retry_after))
+            return HTTPError(429, str(error), 'rate_limited', Retry_After=str(error.retry_after))
         if isinstance(error, StoreDown):
             log.error('request: the database does not answer: %s', error)
-            return HTTPError(503, 'cannot_store', error.sentence, Retry_After='30')
-        log.exception('request: %s %s failed inside', request.head.method,
-                      request.shown_path)
-        return HTTPError(500, 'internal', 'The server made a mistake; its log tells more.')
+            return HTTPError(503, error.sentence, 'cannot_store', Retry_After='30')
+        log.exception('request: %s %s failed inside', request.head.method, request.shown_path)
+        return HTTPError(500, 'The server made a mistake; its log tells more.', 'internal')
 
     def _pass_gates(self, request: Request) -> Reply:
         self._check_client(request)
         self._check_host(request)
-        size = body_length(request.head.fields) or 0
+        request.unread = size = body_length(request.head.fields) or 0
         route = self._find_route(request)
         limit = max(self.config.security.max_request_size, route.limit)
         if size > limit:
-            raise HTTPError(413, 'too_large', f'The request is over {format_size(limit)}.')
-        request.unread = size
+            raise HTTPError(413, f'The request is over {format_size(limit)}.')
         if request.field('expect').lower() not in ('', '100-continue'):
-            raise HTTPError(417, 'bad_request', 'The header Expect asks for something unknown.')
+            raise HTTPError(417, 'The header Expect asks for something unknown.')
         self._check_origin(request)
         self._check_key(request, route)
         request.query = self._parse_query(request, route)
@@ -6503,68 +6494,71 @@ class App:
 
     def _check_client(self, request: Request) -> None:
         """Only allowed networks are answered; a trusted proxy may speak for a client."""
-        forwarded = request.field('x-forwarded-for')
+        forwarded, server = request.field('x-forwarded-for'), self.config.server
+        peer = client = request.peer.address
         if request.peer.admitted and not forwarded:
             return
-        client = request.peer.address
         for hop in reversed(forwarded.split(',')):
-            if not is_within(client, self.config.server.trusted_proxies) or not hop.strip():
+            if not is_within(client, server.trusted_proxies) or not hop.strip():
                 break
             try:
                 client = str(plain_address(hop.strip()))
             except ValueError:
-                raise HTTPError(
-                    400, 'bad_request', 'X-Forwarded-For names no address.') from None
+                raise HTTPError(400, 'X-Forwarded-For names no address.') from None
         request.client = client
-        security = self.config.security
-        at_home = (self.config.server.host == '::' and is_on_link(client)
-                   and security.allowed_clients == PRIVATE_NETWORKS)
-        if not at_home and not is_within(client, security.allowed_clients):
-            raise HTTPError(
-                403, 'client_not_allowed', 'This server does not answer your network.')
-        if not self.config.server.tls and not is_within(request.peer.address, PRIVATE_NETWORKS):
-            raise HTTPError(403, 'client_not_allowed',
-                            'Without TLS this server answers private networks only.')
+        allowed = self.config.security.allowed_clients
+        at_home = (server.host == '::' and is_on_link(client) and allowed == PRIVATE_NETWORKS)
+        if not at_home and not is_within(client, allowed):
+            raise HTTPError(403, 'This server does not answer your network.', 'client_not_allowed')
+        if not server.tls and not is_within(peer, PRIVATE_NETWORKS):
+            raise HTTPError(403, 'Without TLS this server answers private networks only.',
+                            'client_not_allowed')
         request.peer.admitted = not forwarded
 
     def _check_host(self, request: Request) -> None:
         """A Host that is not ours is a trick (DNS rebinding) or a mistake."""
         host = request_host(request.head.fields)
         if host not in self.hosts and host != request.peer.local:
-            raise HTTPError(421, 'wrong_host', f'This server is not {host}; if it is, add the '
-                            'name to [server] names.')
+            raise HTTPError(421, f'This server is not {host}; if it is, add the name to [server] '
+                            'names.', 'wrong_host')
 
     def _check_origin(self, request: Request) -> None:
         """Pages of other sites may change nothing: no CORS, and Fetch Metadata where sent."""
         if request.head.method in ('GET', 'HEAD'):
             return
         origin = request.field('origin').lower()
-        site = request.field('sec-fetch-site').lower()
         scheme, _, host = origin.partition('://')
         base = urlsplit(self.config.server.public_base_url or '').netloc.lower()
         ours = scheme in ('https', 'http') and host in (request.field('host').lower(), base)
+        site = request.field('sec-fetch-site').lower()
         if (origin and not ours) or site not in ('', 'same-origin', 'none'):
             message = 'Pages of other sites may not use this server.'
             if request.field('x-forwarded-for'):
                 message += (f' If {excerpt(origin)} is its own page behind a proxy, set [server] '
                             'public_base_url to that.')
-            raise HTTPError(403, 'foreign_origin', message)
+            raise HTTPError(403, message, 'foreign_origin')
 
     def _check_key(self, request: Request, route: Route) -> None:
-        if route.access == 'share' and self._may_share(request):
-            return
-        if route.access in ('key', 'share') and not self.has_key(request):
-            raise HTTPError(401, 'key_wanted', KEY_WANTED[route.access])
+        if route.access == 'share' and not self._may_share(request):
+            raise HTTPError(401, 'This address is not valid any more. Make a new one on the '
+                            'set-up page.')
+        if route.access == 'key' and not self.has_key(request):
+            raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
 
     def _may_share(self, request: Request) -> bool:
-        """Whether the signature in the path is right; leaves the name alone in its params."""
+        """Whether the path's signature or the key is right; the name alone stays in params."""
         signed = SIGNED_NAME.fullmatch(request.params['who'])
         if signed:
             request.params['who'] = signed[1]
         name = request.params['who'] = parse_name(request.params['who'])
+        return signed and self.is_signed(name, signed[2]) or self.has_key(request)
+
+    def is_signed(self, name: str, signature: str) -> bool:
+        """Whether a current key has made this signature; compared in constant time."""
         import hmac
-        return bool(signed) and any([hmac.compare_digest(sign_name(key, name), signed[2])
-                                     for key in self.config.api_keys])
+        sent = signature.encode('utf-8', 'replace')
+        return any([hmac.compare_digest(sign_name(key, name).encode(), sent)
+                    for key in self.config.api_keys])
 
     def has_key(self, request: Request) -> bool:
         """Whether the request carries one of the keys, compared in constant time; always true
@@ -6611,39 +6605,39 @@ class App:
                 return route
             allowed += methods
         if allowed:
-            raise HTTPError(405, 'method_not_allowed', f'Use {" or ".join(allowed)} here.',
+            raise HTTPError(405, f'Use {" or ".join(allowed)} here.', 'method_not_allowed',
                             Allow=', '.join(allowed))
-        raise HTTPError(404, 'not_found', 'There is nothing here.')
+        raise HTTPError(404, 'There is nothing here.')
 
     def _parse_query(self, request: Request, route: Route) -> dict[str, Any]:
         try:
             given: dict[str, Any] = dict(parse_qsl(
                 request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
         except ValueError:
-            raise HTTPError(
-                400, 'bad_query', 'The query of the request cannot be read.') from None
+            raise HTTPError(400, 'The query of the request cannot be read.', 'bad_query') from None
         for param in route.query:
-            if param.required and param.name not in given:
-                raise HTTPError(400, 'bad_query', f'{param.name} is missing.')
+            name = param.name
+            if param.required and not given.get(name):
+                raise HTTPError(400, f'{name} is missing.', 'bad_query')
             try:
-                if param.name in given:
-                    given[param.name] = param.parse(given[param.name])
+                if name in given:
+                    given[name] = param.parse(given[name])
             except ValueError as error:
-                raise HTTPError(400, 'bad_query', f'{param.name} must be {error}.') from None
-            given.setdefault(param.name, param.default)
+                raise HTTPError(400, f'{name} must be {error}.', 'bad_query') from None
+            given.setdefault(name, param.default)
         return given
 
     def refuse(self, raw_path: str, error: HTTPError) -> Reply:
         """Trouble in the dialect of the path: document B has always 418 and errorCode, below
         /share it is one sentence."""
-        path = self._below_base(unquote(raw_path))
+        path, message = self._below_base(unquote(raw_path)), error.message
         if SHARE_PATH.match(path):
-            return text_reply(error.status, error.message, *error.headers)
+            return text_reply(error.status, message, *error.headers)
         if B_PATH.match(path):
-            body = {'errorCode': error.code, 'errorMessage': error.message}
+            body = {'errorCode': error.code, 'errorMessage': message}
             return json_reply(418, body, *error.headers)
-        body = {'status': 'error', 'error': error.message, 'message': error.message,
-                'code': error.code, 'timestamp': int(time.time())}
+        body = {'status': 'error', 'error': message, 'message': message, 'code': error.code,
+                'timestamp': int(time.time())}
         return json_reply(error.status, body, *error.headers)
 
 
@@ -6651,6 +6645,51 @@ class App:
 
 B_STATUS = {'queued': 'PENDING', 'downloading': 'DOWNLOADING', 'completed': 'COMPLETED',
             'failed': 'FAILED'}
+SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required; see schema_of
+    'Object': '',
+    'Status': {'type': 'string', 'enum': list(STATES)},
+    'StatusB': {'type': 'string', 'enum': list(B_STATUS.values())},
+    'Timestamp': {'type': ['integer', 'null'], 'minimum': 0,
+                  'description': 'only compared: a repeat with the same one is the same link'},
+    'Options': {'type': ['array', 'string', 'null'], 'items': {'type': 'string'},
+                'description': 'options of yt-dlp, as on its command line; an allowlist'},
+    'Counts': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
+    'Text': {'type': 'string'},
+    'Error': 'status:=error! error! message! code! timestamp:integer!',
+    'ErrorB': 'errorCode! errorMessage!',
+    'Submission': 'url! client_id:string? timestamp:Timestamp ytdlp_cli_parameters:Options '
+                  'again:boolean?',
+    'Name': 'name!',
+    'Address': 'address! message!',
+    'Shared': 'text url',
+    'Batch': 'text! client_id:string? timestamp:Timestamp again:boolean?',
+    'Queued': 'status:Status! download_id! message! timestamp:integer!',
+    'BatchRow': 'url! download_id error',
+    'BatchAnswer': 'status:=queued! message! downloads:[BatchRow! keep! timestamp:integer!',
+    'Done': 'status! message! timestamp:integer! download_id',
+    'File': 'name! size:integer! type! url! path!',
+    'Download': 'download_id! status:Status! url! progress:integer! message! '
+                'error_message:string?! completed_at:integer?! title:string? site note:string? '
+                'filename:string? files:[File file_size:integer? phase:string? '
+                'downloaded:integer? speed:number? eta:integer? retry_count:integer '
+                'next_attempt_at:integer? client_id created_at:integer started_at:integer? '
+                'uploader:string? duration:number? description:string? upload_date:string? '
+                'starred:boolean public_url:string? '
+                'thumbnail:string? s3:object?',
+    'History': 'total:integer! message! downloads:[Download! version:integer! counts:Counts! '
+               'poll_after:integer!',
+    'Health': 'status! version! uptime:integer! queue_size:integer! message! problems:[string '
+              'paused:string? free_disk:integer? ytdlp_version:string? '
+              'certificate_days:integer? s3:boolean keys:boolean preparing:boolean '
+              'cookies:[string',
+    'Initiate': 'videoURL! ytdlpCLIParameters:Options again:boolean?',
+    'Initiated': 'downloadUUID!',
+    'Listed': 'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:integer '
+              'progress:integer',
+    'Listing': 'downloads:[Listed!',
+    'PublicURL': 'publicURL!',
+}
+COMMON_ERRORS = {400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503}
 
 
 def schema_of(kind: str) -> dict[str, Any]:
@@ -6666,10 +6705,12 @@ def schema_of(kind: str) -> dict[str, Any]:
     return {'type': kind}
 
 
-def object_schema(fields: str) -> dict[str, Any]:
-    """A JSON schema of an object from words 'name' (a string) or 'name:kind'; ! is required."""
+def object_schema(words: Any) -> dict[str, Any]:
+    """A row of SCHEMAS as a JSON schema."""
+    if not isinstance(words, str):
+        return words
     properties, required = {}, []
-    for word in fields.split():
+    for word in words.split():
         name, _, kind = word.rstrip('!').partition(':')
         properties[name] = schema_of(kind or 'string')
         if word.endswith('!'):
@@ -6677,87 +6718,30 @@ def object_schema(fields: str) -> dict[str, Any]:
     return {'type': 'object', 'properties': properties, 'required': required}
 
 
-SCHEMAS = {
-    'Object': {'type': 'object'},
-    'Status': {'type': 'string', 'enum': list(STATES)},
-    'StatusB': {'type': 'string', 'enum': list(B_STATUS.values())},
-    'ClientId': {'type': ['string', 'null'], 'maxLength': 128},
-    'Timestamp': {'type': ['integer', 'null'], 'minimum': 0,
-                  'description': 'only compared: a repeat with the same one is the same link'},
-    'Options': {'type': ['array', 'string', 'null'], 'items': {'type': 'string'},
-                'description': 'options of yt-dlp, as on its command line; an allowlist'},
-    'Counts': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
-    'Error': object_schema('status:=error! error! message! code! timestamp:integer!'),
-    'ErrorB': object_schema('errorCode! errorMessage!'),
-    'Submission': object_schema(
-        'url! client_id:ClientId timestamp:Timestamp ytdlp_cli_parameters:Options again:boolean?'),
-    'Name': object_schema('name!'),
-    'Address': object_schema('address! message!'),
-    'Shared': {**object_schema('text url'), 'description': 'one of them, in any capitals'},
-    'Batch': object_schema('text! client_id:ClientId timestamp:Timestamp again:boolean?'),
-    'Queued': object_schema('status:Status! download_id! message! timestamp:integer!'),
-    'BatchRow': object_schema('url! download_id error'),
-    'BatchAnswer': object_schema(
-        'status:=queued! message! downloads:[BatchRow! keep! timestamp:integer!'),
-    'File': object_schema('name! size:integer! type! url! path!'),
-    'Copy': {**object_schema('state error:string?'), 'type': ['object', 'null']},
-    'Download': object_schema(
-        'download_id! status:Status! url! progress:integer! message! error_message:string?! '
-        'completed_at:integer?! title:string? site filename:string? files:[File '
-        'file_size:integer? phase:string? downloaded:integer? speed:number? eta:integer? '
-        'retry_count:integer next_attempt_at:integer? client_id created_at:integer '
-        'started_at:integer? public_url:string? thumbnail:string? s3:Copy note:string? '
-        'uploader:string? duration:number? description:string? upload_date:string?'),
-    'History': object_schema(
-        'total:integer! message! downloads:[Download! version:integer! counts:Counts! '
-        'poll_after:integer!'),
-    'Health': object_schema(
-        'status! version! uptime:integer! queue_size:integer! message! problems:[string '
-        'paused:string? free_disk:integer? ytdlp_version:string? certificate_days:integer? '
-        's3:boolean keys:boolean preparing:boolean'),
-    'Deleted': object_schema('status:=deleted! download_id! message! timestamp:integer!'),
-    'Initiate': object_schema('videoURL! ytdlpCLIParameters:Options again:boolean?'),
-    'Initiated': object_schema('downloadUUID!'),
-    'Listed': object_schema(
-        'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:integer progress:integer'),
-    'Listing': object_schema('downloads:[Listed!'),
-    'PublicURL': object_schema('publicURL!'),
-}
-COMMON_ERRORS = (400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503)
-
-
-def response_of(answer: str, status: int) -> dict[str, Any]:
-    """What OpenAPI says of one answer; one with a slash is a media type."""
-    found: dict[str, Any] = {'description': REASONS[status]}
-    if status == 304:
-        return found
-    if answer.endswith('json'):
-        found['content'] = {answer: {'schema': {}}}
-    elif '/' in answer:
-        found['content'] = {answer: {'schema': {'type': 'string'}}}
-    else:
-        found['content'] = {'application/json': {'schema': schema_of(answer)}}
-    return found
+def content_of(answer: str) -> dict[str, Any]:
+    """OpenAPI's content object: of a media type, or of JSON by a row of SCHEMAS."""
+    if '/' in answer:
+        return {answer: {'schema': {'type': 'string'} if 'json' not in answer else {}}}
+    return {'application/json': {'schema': schema_of(answer)}}
 
 
 def responses_of(route: Route, keys: bool) -> dict[str, Any]:
-    """Every status that the route can answer with."""
-    found = {str(route.status): response_of(route.answer, route.status)}
+    """Every status that the route can answer with, and how."""
+    statuses = {route.status, *COMMON_ERRORS, *route.errors, *[415] * bool(route.body),
+                *[401] * (keys and route.access != 'open'), *[404] * ('{' in route.path)}
+    bad = 'Error'
     if B_PATH.match(route.path):
-        return {**found, '418': response_of('ErrorB', 418)}
-    errors = {*COMMON_ERRORS, *route.errors}
-    if route.body:
-        errors.add(415)
-    if keys and route.access != 'open':
-        errors.add(401)
-    if '{' in route.path:
-        errors.add(404)
-    for status in sorted(errors):
-        found[str(status)] = response_of('Error', status)
-        if route.access == 'share':
-            found[str(status)] = response_of('text/plain', status)
-        elif status < 400:
-            found[str(status)] = response_of(route.answer, status)
+        statuses, bad = {200, 418}, 'ErrorB'
+    if route.access == 'share':
+        bad = 'text/plain'
+    found: dict[str, Any] = {}
+    for status in sorted(statuses):
+        answer = bad
+        if status == route.status or status < 400 and bad == 'Error':
+            answer = route.answer
+        found[str(status)] = {'description': REASONS[status], 'content': content_of(answer)}
+        if status == 304:
+            del found['304']['content']
     return found
 
 
@@ -6766,14 +6750,15 @@ def operation_of(route: Route, keys: bool) -> dict[str, Any]:
     parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
                   for name in re.findall(r'{(\w+)}', route.path)]
     parameters += [{'name': param.name, 'in': 'query', 'required': param.required,
-                    'schema': param.schema} for param in route.query]
+                    'schema': {'type': param.type}} for param in route.query]
     found = {
-        'summary': route.summary, 'parameters': parameters, 'responses': responses_of(route, keys),
-        'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_')}
+        'summary': ' '.join((route.handler.__doc__ or '').split()),
+        'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_'),
+        'parameters': parameters, 'responses': responses_of(route, keys)}
     if route.body:
-        content = {'application/json': {'schema': schema_of(route.body)}}
+        content = content_of(route.body)
         if route.access == 'share':
-            content['text/plain'] = {'schema': {'type': 'string'}}
+            content.update(content_of('text/plain'))
         found['requestBody'] = {'required': True, 'content': content}
     if keys and route.access == 'key':
         found['security'] = [{'key': []}]
@@ -6785,7 +6770,8 @@ def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, An
     paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation_of(route, keys)
-    components: dict[str, Any] = {'schemas': SCHEMAS}
+    schemas = {name: object_schema(words) for name, words in SCHEMAS.items()}
+    components: dict[str, Any] = {'schemas': schemas}
     if keys:
         components['securitySchemes'] = {
             'key': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}
@@ -6799,7 +6785,8 @@ def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, An
 def store_links(app: App, links: Sequence[Submission], window: int = 0) -> list[Any]:
     """Store links in one commit and queue them: for each a Stored or RateLimited. A post whose
     files are gone from the output folder is fetched again. Raises StoreDown."""
-    now, folder = int(time.time()), app.config.downloads.output_directory
+    now, started = int(time.time()), time.monotonic()
+    folder = app.config.downloads.output_directory
     results = app.store.add_many(links, now, window)
     for number, stored in enumerate(results):
         if isinstance(stored, RateLimited):
@@ -6811,12 +6798,12 @@ def store_links(app: App, links: Sequence[Submission], window: int = 0) -> list[
         if isinstance(stored, Stored) and stored.status == 'queued':
             # A repeat too: the commit of the first one may have been reported as failed.
             app.scheduler.push(stored.id, stored.due)
+    app.board.observe(time.monotonic() - started)
     return results
 
 
 def submit(app: App, request: Request, fields: dict[str, Any]) -> Stored:
-    """Store what was sent. Raises Refused, RateLimited, StoreDown."""
-    started = time.monotonic()
+    """Store one link. Raises Refused, RateLimited, StoreDown."""
     try:
         submission = parse_submission(
             {'again': request.query['again'], **fields}, app.config.security)
@@ -6828,7 +6815,6 @@ def submit(app: App, request: Request, fields: dict[str, Any]) -> Stored:
     stored, = store_links(app, [submission])
     if isinstance(stored, RateLimited):
         raise stored
-    app.board.observe(time.monotonic() - started)
     return stored
 
 
@@ -6843,17 +6829,17 @@ SAID_BEFORE = {'queued': 'It is on its way', 'downloading': 'It is on its way',
 
 
 def post_download(app: App, request: Request) -> Reply:
-    """POST /api/v1/download"""
+    """Queue a link."""
     stored = submit(app, request, request.json())
     status, message = 202, queued_message(app, 'Video queued for download')
     if not stored.fresh:
         status, message = 200, SAID_BEFORE[stored.status]
-    return json_reply(status, {'status': stored.status, 'download_id': stored.id,
-                               'message': message, 'timestamp': int(time.time())})
+    reply = done_reply(stored.status, message, download_id=stored.id)
+    return reply._replace(status=status)
 
 
 def post_downloads(app: App, request: Request) -> Reply:
-    """POST /api/v1/downloads: every link of a text, one commit. `keep` has those to send again."""
+    """Queue every link of a text, in one commit. `keep` has those to send again."""
     fields = {'again': request.query['again'], **request.json()}
     items, keep = parse_batch(fields, app.config.security)
     links = [item for _, item in items if isinstance(item, Submission)]
@@ -6875,26 +6861,26 @@ def post_downloads(app: App, request: Request) -> Reply:
         raise item
     request.note = f' client_id={links[0].client_id} links={len(rows)} first={links[0].url}'
     message = queued_message(app, f'{queued} queued, {len(rows) - queued} refused')
-    return json_reply(202, {'status': 'queued', 'message': message, 'downloads': rows,
-                            'keep': '\n'.join(limited + keep), 'timestamp': int(time.time())})
+    reply = done_reply('queued', message, downloads=rows, keep='\n'.join(limited + keep))
+    return reply._replace(status=202)
 
 
 def get_status(app: App, request: Request) -> Reply:
-    """GET /api/v1/status/{id}"""
+    """One download."""
     return json_reply(200, app.describe(app.record(request)))
 
 
 def get_history(app: App, request: Request) -> Reply:
-    """GET /api/v1/history; with `since` it waits for news."""
+    """Downloads, newest first; with `since`, a version, it waits for news."""
     query, poll_after = request.query, 0
     if query['since'] == app.board.version:
-        poll_after = 3
         if app.watchers.acquire(blocking=False):
-            poll_after = 0
             try:
                 app.board.wait(query['since'], query['wait'])
             finally:
                 app.watchers.release()
+        else:
+            poll_after = 3
     version = app.board.version
     total, records = app.store.page(query['limit'], query['offset'], query['status'], query['q'])
     return json_reply(200, {
@@ -6904,93 +6890,159 @@ def get_history(app: App, request: Request) -> Reply:
 
 
 def get_health(app: App, request: Request) -> Reply:
-    """GET /api/v1/health; without a key, where keys are on, only the specification's fields."""
+    """How the server is; without a key, where keys are on, in four fields."""
     facts = app.health()
-    storing, problems = facts.pop('storing'), facts['problems']
-    facts['message'] = ' '.join(problems) or 'All is well.'
+    storing = facts.pop('storing')
+    facts['message'] = ' '.join(facts['problems']) or 'All is well.'
     if not app.has_key(request):
         facts = {name: facts[name] for name in ('status', 'version', 'uptime', 'queue_size')}
         facts['message'] = f'The server is {facts["status"]}.'
     if storing:
         return json_reply(200, facts)
-    message = 'The server cannot store links at the moment.'
-    facts.update(status='error', error=message, message=message, code='cannot_store',
-                 timestamp=int(time.time()))
+    refusal = HTTPError(503, 'The server cannot store links at the moment.', 'cannot_store')
+    facts.update(json.loads(app.refuse('', refusal).body))
     return json_reply(503, facts, ('Retry-After', '30'))
 
 
 def post_cancel(app: App, request: Request) -> Reply:
-    """POST /api/v1/download/{id}/cancel"""
+    """Stop it."""
     record = app.record(request)
     if not app.scheduler.cancel(record['id'], time.time()):
         status = app.record(request)['status']
+        message = f'It is {status}; there is nothing to cancel.'
         if status == 'downloading':
-            raise HTTPError(409, 'not_running', 'It is being stopped, which takes long.')
-        raise HTTPError(409, 'not_running', f'It is {status}; there is nothing to cancel.')
+            message = 'It is being stopped, which takes long.'
+        raise HTTPError(409, message, 'not_running')
     return get_status(app, request)
 
 
 def post_retry(app: App, request: Request) -> Reply:
-    """POST /api/v1/download/{id}/retry"""
+    """Queue it again."""
     record = app.record(request)
     if not app.store.move('retry', record['id'], int(time.time())):
-        raise HTTPError(409, 'not_failed', f'It is {record["status"]}; only a failed or waiting '
-                        'one can be tried again.')
+        raise HTTPError(409, f'It is {record["status"]}; only a failed or waiting one can be '
+                        'tried again.', 'not_failed')
     app.scheduler.push(record['id'])
     return get_status(app, request)
 
 
+def post_star(app: App, request: Request) -> Reply:
+    """Star it, or take the star away: what has one is never deleted to make room."""
+    app.store.star(app.record(request)['id'], request.path.endswith('/star'))
+    app.board.post(request.params['id'])
+    return get_status(app, request)
+
+
 def delete_download(app: App, request: Request) -> Reply:
-    """DELETE /api/v1/download/{id}: forget it and delete its files."""
+    """Forget it and, unless files=keep, delete its files."""
     record = app.record(request)
     if record['status'] == 'downloading':
         app.scheduler.cancel(record['id'], time.time())
         record = app.record(request)
     try:
         if not app.forget(record, request.query['files'] == 'keep'):
-            raise HTTPError(409, 'still_running', 'It cannot be stopped at the moment; try again.')
+            raise HTTPError(
+                409, 'It cannot be stopped at the moment; try again.', 'still_running')
     except OSError as error:
-        raise HTTPError(503, 'cannot_delete', f'It cannot be deleted: {error.strerror}.',
+        raise HTTPError(503, f'It cannot be deleted: {error.strerror}.', 'cannot_delete',
                         Retry_After='30') from None
-    return json_reply(200, {'status': 'deleted', 'download_id': record['id'],
-                            'message': 'Deleted', 'timestamp': int(time.time())})
+    return done_reply('deleted', 'Deleted', download_id=record['id'])
 
 
 def get_thumbnail(app: App, request: Request) -> Reply:
-    """GET /api/v1/thumbnail/{id}: a small JPEG."""
+    """A small picture."""
     try:
         data = (app.thumbs / f'{request.params["id"]}.jpg').read_bytes()
     except OSError:
-        raise HTTPError(404, 'not_found', 'There is no picture of it.') from None
+        raise HTTPError(404, 'There is no picture of it.') from None
     return Reply(200, data, 'image/jpeg', (('Cache-Control', 'private, max-age=86400'),))
 
 
+def put_cookies(app: App, request: Request) -> Reply:
+    """Keep the cookies of a browser, those for allowed sites; used where cookies_file is empty."""
+    cookies = Cookies(app.config)
+    try:
+        cookies.save(request.body())
+    except OSError as error:
+        raise HTTPError(503, f'The cookies cannot be stored: {error.strerror}.', 'cannot_store',
+                        Retry_After='30') from None
+    return done_reply('stored', '\n'.join(told for _, told in cookies.report(time.time())))
+
+
+def delete_cookies(app: App, request: Request) -> Reply:
+    """Forget the cookies that the page was given."""
+    Cookies(app.config).remove()
+    return done_reply('deleted', 'The cookies are removed.')
+
+
+def post_update(app: App, request: Request) -> Reply:
+    """Look for a newer yt-dlp now."""
+    app.update()
+    return done_reply('updating', 'The newest yt-dlp is being fetched.')._replace(status=202)
+
+
 def post_share_address(app: App, request: Request) -> Reply:
-    """POST /api/v1/share-address: where the phone of that name shares to."""
+    """Where the phone of that name shares to."""
     name = parse_name(request.json().get('name'))
-    address = f'{public_base(app.config, app.port)}/share/{quote(name, safe="")}'
+    address = f'{app.base()}/share/{quote(name, safe="")}'
     for key in app.config.api_keys[:1]:
         address += '.' + sign_name(key, name)
     return json_reply(200, {'address': address, 'message': f'The address for {name}'})
 
 
 def get_metrics(app: App, request: Request) -> Reply:
-    """GET /metrics: Prometheus text."""
+    """Figures for Prometheus."""
     lines = []
     for name, figure in app.gauges():
         lines.append(name if name.startswith('#') else f'{name} {figure!r}')
     return Reply(200, '\n'.join([*lines, '']).encode(),
-                 'text/plain; version=0.0.4; charset=utf-8', (('Cache-Control', 'no-store'),))
+                 'text/plain; version=0.0.4; charset=utf-8', (NO_STORE,))
+
+
+def xml_element(name: str, text: str = '', **attributes: Any) -> str:
+    """An element of XML."""
+    from html import escape
+    given = ''.join(f' {key}="{escape(str(value))}"' for key, value in attributes.items())
+    return f'<{name}{given}>{escape(UNSAFE.sub(" ", text))}</{name}>'
+
+
+def feed_entry(row: dict[str, Any]) -> str:
+    """A finished download as an entry of the feed."""
+    then = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(row['completed_at']))
+    author = xml_element('name', row['uploader'] or row['site'])
+    return ''.join([
+        '<entry>', xml_element('id', f'urn:uuid:{row["download_id"]}'),
+        xml_element('updated', then), xml_element('title', row['title'] or row['filename']),
+        f'<author>{author}</author>', xml_element('link', href=row['url']),
+        *(xml_element('link', rel='enclosure', href=file['url'], type=file['type'],
+                      length=file['size']) for file in row['files']), '</entry>'])
+
+
+def get_feed(app: App, request: Request) -> Reply:
+    """The newest finished downloads as an Atom feed with enclosures (RFC 4287). Where keys are
+    on, its link to itself carries a signature, for programs that can send no key."""
+    if not app.is_signed('/feed.xml', request.query['signature']) and not app.has_key(request):
+        raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
+    address = app.base() + '/feed.xml'
+    own = address + ''.join(
+        '?signature=' + sign_name(key, '/feed.xml') for key in app.config.api_keys[:1])
+    entries = [feed_entry(app.describe(record)) for record
+               in app.store.page(FEED_ENTRIES, 0, 'completed')[1] if record['files']]
+    newest = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+    feed = ['<?xml version="1.0" encoding="utf-8"?><feed xmlns="http://www.w3.org/2005/Atom">',
+            xml_element('id', address), xml_element('title', 'Videos'),
+            xml_element('updated', newest), xml_element('link', rel='self', href=own),
+            *entries, '</feed>']
+    return Reply(200, '\n'.join(feed).encode(), 'application/atom+xml; charset=utf-8', (NO_STORE,))
 
 
 def get_openapi(app: App, request: Request) -> Reply:
-    """GET /openapi.json"""
-    base = public_base(app.config, app.port)
-    return json_reply(200, describe_api(app.routes, bool(app.config.api_keys), base))
+    """This description."""
+    return json_reply(200, describe_api(app.routes, bool(app.config.api_keys), app.base()))
 
 
 def get_asset(app: App, request: Request) -> Reply:
-    """The page, the set-up page, the CA."""
+    """Part of the page."""
     media, content = app.assets[request.path]
     if callable(content):
         content = content(request)
@@ -7009,14 +7061,13 @@ def get_asset(app: App, request: Request) -> Reply:
 
 
 def initiate_download(app: App, request: Request) -> Reply:
-    """POST /initiateDownload"""
+    """Queue a link."""
     fields = known_fields(request.json())
     if 'videourl' not in fields:
-        raise HTTPError(400, 'bad_field', 'videoURL is missing.')
-    stored = submit(app, request, {
-        'url': fields['videourl'], 'ytdlp_cli_parameters': fields.get('ytdlpcliparameters'),
-        **{name: fields[name] for name in ('again',) if name in fields}})
-    return json_reply(200, {'downloadUUID': stored.id})
+        raise HTTPError(400, 'videoURL is missing.', 'bad_field')
+    fields.update(url=fields['videourl'], client_id=None, timestamp=None,
+                  ytdlp_cli_parameters=fields.get('ytdlpcliparameters'))
+    return json_reply(200, {'downloadUUID': submit(app, request, fields).id})
 
 
 def describe_in_b(app: App, record: Any) -> dict[str, Any]:
@@ -7032,33 +7083,32 @@ def describe_in_b(app: App, record: Any) -> dict[str, Any]:
 
 
 def list_downloads(app: App, request: Request) -> Reply:
-    """GET /listDownloads"""
+    """Downloads of the last minutes."""
     since = int(time.time()) - 60 * request.query['overLastPeriodDurationInMinutes']
     records = app.store.since(since, request.query['onlyShowOngoingDownloads'])
     return json_reply(200, {'downloads': [describe_in_b(app, record) for record in records]})
 
 
 def get_public_url(app: App, request: Request) -> Reply:
-    """GET /getVideoDownloadPublicURL"""
+    """A link to the finished file."""
     request.params = {'id': request.query['videoDownloadUUID']}
     record = app.record(request)
     if record['status'] == 'failed':
-        message = record['error_message'] or 'The download failed.'
-        raise HTTPError(409, 'downloadFailed', message)
+        raise HTTPError(409, record['error_message'] or 'The download failed.', 'downloadFailed')
     if record['status'] != 'completed':
-        raise HTTPError(409, 'downloadNotReady', 'The download is not finished.')
+        raise HTTPError(409, 'The download is not finished.', 'downloadNotReady')
     if request.query['URLTypeEnum'] == 'HTTPS':
         return json_reply(200, {'publicURL': app.describe(record)['public_url']})
     if app.bucket is None:
-        raise HTTPError(409, 's3NotConfigured', 'No object storage is set up: [s3] endpoint.')
+        raise HTTPError(409, 'No object storage is set up: [s3] endpoint.', 's3NotConfigured')
     if record['s3_state'] == 'gone':
-        raise HTTPError(409, 'downloadFailed', record['s3_error'])
+        raise HTTPError(409, record['s3_error'], 'downloadFailed')
     if record['s3_state'] != 'stored':
-        message = record['s3_error'] or 'The copy in the bucket is not finished.'
-        raise HTTPError(409, 'downloadNotReady', message)
+        raise HTTPError(409, record['s3_error'] or 'The copy in the bucket is not finished.',
+                        'downloadNotReady')
     key = app.bucket.key(record['id'], record['filename'])
-    address = app.bucket.presign(key, record['filename'], app.config.s3.url_expiry, time.time())
-    return json_reply(200, {'publicURL': address})
+    return json_reply(200, {'publicURL': app.bucket.presign(
+        key, record['filename'], app.config.s3.url_expiry, time.time())})
 
 
 # -- finished files
@@ -7067,14 +7117,12 @@ def get_public_url(app: App, request: Request) -> Reply:
 def open_regular(path: Path) -> Any:
     """Open a regular file, never through a link. Raises HTTPError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
+    with suppress(OSError):  # gone, a link or a folder: all the same to the client
         handle = open(os.open(path, flags), 'rb', buffering=0)
         if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
             return handle
         handle.close()
-    except OSError:
-        pass  # gone, a link or a folder: all the same to the client
-    raise HTTPError(404, 'file_gone', 'The file is no longer in the output folder.')
+    raise HTTPError(404, 'The file is no longer in the output folder.', 'file_gone')
 
 
 def parse_range(header: str, size: int) -> tuple[int, int] | None:
@@ -7103,60 +7151,59 @@ def is_unchanged(request: Request, etag: str, modified: str) -> bool:
     return known == '*' or etag in [tag.strip().replace('W/', '', 1) for tag in known.split(',')]
 
 
-def send_file(request: Request, path: Path, media: str, headers: list[tuple[str, str]]) -> Reply:
+def send_file(request: Request, path: Path, media: str, headers: Pairs) -> Reply:
     """The whole file, a part of it, or that it has not changed. Raises HTTPError."""
     handle = open_regular(path)
     facts = os.fstat(handle.fileno())
-    etag = f'"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"'
+    size, etag = facts.st_size, f'"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"'
     modified = formatdate(facts.st_mtime, usegmt=True)
-    headers = [*headers, ('Accept-Ranges', 'bytes'), ('ETag', etag), ('Last-Modified', modified)]
+    headers = (*headers, ('Accept-Ranges', 'bytes'), ('ETag', etag), ('Last-Modified', modified))
     if is_unchanged(request, etag, modified):
         handle.close()
-        return Reply(304, b'', '', tuple(headers))
+        return Reply(304, b'', '', headers)
     wanted = ''
     if request.head.method == 'GET' and request.field('if-range') in ('', etag, modified):
         wanted = request.field('range')
     try:
-        span = parse_range(wanted, facts.st_size)
+        span = parse_range(wanted, size)
     except ValueError:
         handle.close()
-        raise HTTPError(416, 'bad_range', 'The file is shorter than that.',
-                        Content_Range=f'bytes */{facts.st_size}') from None
+        raise HTTPError(416, 'The file is shorter than that.', 'bad_range',
+                        Content_Range=f'bytes */{size}') from None
     if span is None:
-        return Reply(200, b'', media, tuple(headers), Content(handle, 0, facts.st_size))
+        return Reply(200, b'', media, headers, Content(handle, 0, size))
     start, end = span
-    headers.append(('Content-Range', f'bytes {start}-{end}/{facts.st_size}'))
-    return Reply(206, b'', media, tuple(headers), Content(handle, start, end - start + 1))
+    headers += (('Content-Range', f'bytes {start}-{end}/{size}'),)
+    return Reply(206, b'', media, headers, Content(handle, start, end - start + 1))
 
 
 def reply_with_file(app: App, request: Request, file: MediaFile) -> Reply:
     """A finished file: from the proxy where it can read the folder, else by us."""
-    headers = [('Content-Disposition', content_disposition(os.path.basename(file.name))),
-               ('Cache-Control', 'private, no-cache'),
-               ('Cross-Origin-Resource-Policy', 'same-origin')]
+    headers = (('Content-Disposition', content_disposition(os.path.basename(file.name))),
+               ('Cache-Control', 'private, no-cache'))
     server = app.config.server
     if server.accel_redirect and is_within(request.peer.address, server.trusted_proxies):
         inner = server.accel_redirect + quote(file.name)
         return Reply(200, b'', file.type, (*headers, ('X-Accel-Redirect', inner)))
-    path = inside(app.config.downloads.output_directory, file.name)
-    return send_file(request, path, file.type, headers)
+    folder = app.config.downloads.output_directory
+    return send_file(request, folder / file.name, file.type, headers)
 
 
 def get_file(app: App, request: Request) -> Reply:
-    """GET /files/{id}/{name}: Range, If-Range, If-None-Match (RFC 9110 sections 13 and 14)."""
+    """A finished file: Range, If-Range, If-None-Match (RFC 9110 sections 13 and 14)."""
     path = file_path(request.params['id'], request.params['name'])
     signed = check_signature(app.link_secret, path, request.query, time.time())
     if not signed and not app.has_key(request):
         if 'signature' not in request.query:
-            raise HTTPError(401, 'key_wanted', KEY_WANTED['key'])
-        raise HTTPError(403, 'bad_link', 'This link has expired or is cut short; copy it again.')
+            raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
+        raise HTTPError(403, 'This link has expired or is cut short; copy it again.', 'bad_link')
     for file in app.record(request)['files']:
-        if os.path.basename(file.name) == request.params['name']:
+        if file.name == request.params['name']:
             return reply_with_file(app, request, file)
-    raise HTTPError(404, 'not_found', 'There is no such file.')
+    raise HTTPError(404, 'There is no such file.')
 
 
-# -- handlers, the Shortcut of two actions
+# -- the Shortcut of two actions
 
 
 def form_fields(body: bytes, boundary: str) -> dict[str, str]:
@@ -7206,10 +7253,10 @@ def store_shared(app: App, request: Request) -> tuple[str, Reply]:
     """Store every link that was shared: the first one's id, and what the phone is told.
 
     Raises HTTPError, Refused, RateLimited, StoreDown."""
-    now, started = int(time.time()), time.monotonic()
-    fields = {'text': read_shared_text(request), 'client_id': request.params['who'],
+    client = request.params['who']
+    request.note = f' client_id={client}'
+    fields = {'text': read_shared_text(request), 'client_id': client,
               'again': request.query['again']}
-    request.note = f' client_id={fields["client_id"]}'
     items = [item for _, item in parse_batch(fields, app.config.security)[0]]
     links = [item for item in items if isinstance(item, Submission)]
     if not links:
@@ -7220,14 +7267,14 @@ def store_shared(app: App, request: Request) -> tuple[str, Reply]:
     if not saved:
         raise results[0]
     for stored in saved:
-        if stored.status == 'failed' and app.store.move('retry', stored.id, now):
+        if stored.status == 'failed' and app.store.move(
+                'retry', stored.id, int(time.time())):
             app.scheduler.push(stored.id)
-    app.board.observe(time.monotonic() - started)
     return saved[0].id, tell_shared(app, saved, len(items))
 
 
 def post_share(app: App, request: Request) -> Reply:
-    """POST /share/{who}"""
+    """Share a link from a phone."""
     return store_shared(app, request)[1]
 
 
@@ -7243,18 +7290,15 @@ def wait_for_end(app: App, download_id: str, seconds: float) -> Record:
 
 
 def post_share_video(app: App, request: Request) -> Reply:
-    """POST /share/{who}/video: the finished file itself, if it does not take too long."""
+    """Share a link, and get the finished file itself if that does not take too long."""
     download_id, told = store_shared(app, request)
-    seconds = 0.0
     waits = app.video_waiters.acquire(blocking=False)
     try:
-        if waits:
-            seconds = VIDEO_SECONDS
-        record = wait_for_end(app, download_id, seconds)
+        record = wait_for_end(app, download_id, VIDEO_SECONDS * waits)
     finally:
         if waits:
             app.video_waiters.release()
-    if record['status'] == 'completed':
+    if record['status'] == 'completed' and record['files']:
         return reply_with_file(app, request, record['files'][0])
     if record['status'] == 'failed':
         return text_reply(502, record['error_message'])
@@ -7262,7 +7306,7 @@ def post_share_video(app: App, request: Request) -> Reply:
 
 
 def get_share(app: App, request: Request) -> Reply:
-    """GET /share/{who}: whether a link of this phone has come, `within` seconds."""
+    """Whether a link of this phone has come, `within` seconds."""
     name = request.params['who']
     record = app.store.first_of(name, int(time.time()) - request.query['within'])
     if record is None:
@@ -7272,51 +7316,53 @@ def get_share(app: App, request: Request) -> Reply:
 
 # -- the table of routes
 
-AGAIN = (choice_param('again', {'1': True, '0': False}, False),)
-STATUS_PARAM = choice_param('status', {state: state for state in STATES}, '')
+AGAIN = (Param('again', one_of({'1': True, '0': False}), False),)
+HISTORY_QUERY = (
+    Param('limit', whole(1, 200), 50, 'integer'),
+    Param('offset', whole(0, 999999999), 0, 'integer'),
+    Param('status', one_of({state: state for state in STATES}), ''), Param('q', short_text, ''),
+    Param('since', whole(0, 999999999), None, 'integer'),
+    Param('wait', whole(0, 25), 25, 'integer'))
+LISTING_QUERY = (
+    Param('overLastPeriodDurationInMinutes', whole(0, 99999999), 60, 'integer'),
+    Param('onlyShowOngoingDownloads', one_of({'true': True, 'false': False}), False))
+URL_QUERY = (Param('videoDownloadUUID', str, '', required=True),
+             Param('URLTypeEnum', one_of({'https': 'HTTPS', 's3': 'S3'}), '', required=True))
+FILES_QUERY = (Param('files', one_of({'keep': 'keep', 'delete': 'delete'}), 'delete'),)
 ROUTES = (
-    Route('POST', '/api/v1/download', post_download, 'Queue a link', body='Submission',
-          answer='Queued', status=202, errors=(200, 429), query=AGAIN),
-    Route('POST', '/api/v1/downloads', post_downloads, 'Queue every link of a text', body='Batch',
-          answer='BatchAnswer', status=202, errors=(403, 429), query=AGAIN, limit=1 << 20),
-    Route('GET', '/api/v1/status/{id}', get_status, 'One download', answer='Download'),
-    Route('GET', '/api/v1/history', get_history, 'Downloads, newest first', answer='History',
-          query=(number_param('limit', 50, 1, 200), number_param('offset', 0, 0, 999999999),
-                 STATUS_PARAM, text_param('q', 200), number_param('since', None, 0, 999999999),
-                 number_param('wait', 25, 0, 25))),
-    Route('GET', '/api/v1/health', get_health, 'How the server is', 'open', 'Health'),
-    Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'A small picture', answer='image/jpeg'),
-    Route('POST', '/api/v1/download/{id}/cancel', post_cancel, 'Stop it', answer='Download',
-          errors=(409,)),
-    Route('POST', '/api/v1/download/{id}/retry', post_retry, 'Queue it again', answer='Download',
-          errors=(409,)),
-    Route('DELETE', '/api/v1/download/{id}', delete_download, 'Forget it and delete its files',
-          answer='Deleted', errors=(409,), query=(
-              choice_param('files', {'keep': 'keep', 'delete': 'delete'}, 'delete'),)),
-    Route('POST', '/api/v1/share-address', post_share_address, 'Where a phone shares to',
-          body='Name', answer='Address'),
-    Route('POST', '/share/{who}', post_share, 'Share from a phone', 'share', 'text/plain',
-          body='Shared', errors=(200, 429), status=202, query=AGAIN),
-    Route('POST', '/share/{who}/video', post_share_video, 'Share, and get the file', 'share',
-          'application/octet-stream', body='Shared', errors=(202, 429, 502),
-          query=AGAIN),
-    Route('GET', '/share/{who}', get_share, "Whether this phone's first link has come", 'share',
-          'text/plain', query=(number_param('within', 999999999, 1, 999999999),),
-          errors=(202,)),
-    Route('GET', '/files/{id}/{name}', get_file, 'A finished file', 'link',
-          'application/octet-stream', errors=(206, 304, 416)),
-    Route('GET', '/metrics', get_metrics, 'Figures for Prometheus', answer='text/plain'),
-    Route('GET', '/openapi.json', get_openapi, 'This description'),
-    Route('POST', '/initiateDownload', initiate_download, 'Queue a link', body='Initiate',
-          answer='Initiated', query=AGAIN),
-    Route('GET', '/listDownloads', list_downloads, 'Downloads of the last minutes',
-          answer='Listing', query=(
-              number_param('overLastPeriodDurationInMinutes', 60, 0, 99999999),
-              choice_param('onlyShowOngoingDownloads', {'true': True, 'false': False}, False))),
-    Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'A link to the finished file',
-          answer='PublicURL', query=(
-              text_param('videoDownloadUUID', 64, True),
-              choice_param('URLTypeEnum', {'HTTPS': 'HTTPS', 'S3': 'S3'}, 'HTTPS', True))),
+    Route('POST', '/api/v1/download', post_download, 'key', 'Queued', 'Submission', AGAIN,
+          (200, 429), 202),
+    Route('POST', '/api/v1/downloads', post_downloads, 'key', 'BatchAnswer', 'Batch', AGAIN,
+          (429,), 202, LARGE_BODY),
+    Route('GET', '/api/v1/status/{id}', get_status, 'key', 'Download'),
+    Route('GET', '/api/v1/history', get_history, 'key', 'History', query=HISTORY_QUERY),
+    Route('GET', '/api/v1/health', get_health, 'open', 'Health'),
+    Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'key', 'image/jpeg'),
+    Route('POST', '/api/v1/download/{id}/cancel', post_cancel, 'key', 'Download', errors=(409,)),
+    Route('POST', '/api/v1/download/{id}/retry', post_retry, 'key', 'Download', errors=(409,)),
+    Route('POST', '/api/v1/download/{id}/star', post_star, 'key', 'Download'),
+    Route('POST', '/api/v1/download/{id}/unstar', post_star, 'key', 'Download'),
+    Route('DELETE', '/api/v1/download/{id}', delete_download, 'key', 'Done', '', FILES_QUERY,
+          (409,)),
+    Route('PUT', '/api/v1/cookies', put_cookies, 'key', 'Done', 'text/plain', limit=LARGE_BODY),
+    Route('DELETE', '/api/v1/cookies', delete_cookies, 'key', 'Done'),
+    Route('POST', '/api/v1/update', post_update, 'key', 'Done', status=202),
+    Route('POST', '/api/v1/share-address', post_share_address, 'key', 'Address', 'Name'),
+    Route('POST', '/share/{who}', post_share, 'share', 'text/plain', 'Shared', AGAIN,
+          (200, 429), 202),
+    Route('POST', '/share/{who}/video', post_share_video, 'share', 'application/octet-stream',
+          'Shared', AGAIN, (202, 429, 502)),
+    Route('GET', '/share/{who}', get_share, 'share', 'text/plain', '',
+          (Param('within', whole(1, 999999999), 999999999, 'integer'),), (202,)),
+    Route('GET', '/files/{id}/{name}', get_file, 'link', 'application/octet-stream',
+          errors=(206, 304, 416)),
+    Route('GET', '/feed.xml', get_feed, 'link', 'application/atom+xml', '',
+          (Param('signature', str, ''),)),
+    Route('GET', '/metrics', get_metrics, 'key', 'text/plain'),
+    Route('GET', '/openapi.json', get_openapi),
+    Route('POST', '/initiateDownload', initiate_download, 'key', 'Initiated', 'Initiate', AGAIN),
+    Route('GET', '/listDownloads', list_downloads, 'key', 'Listing', '', LISTING_QUERY),
+    Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'key', 'PublicURL', '', URL_QUERY),
 )
 
 
@@ -7335,15 +7381,11 @@ class Peer:
         self.enter('new')
 
     def enter(self, state: str, further: float = 0.0) -> None:
-        """It is doing that from now on, for as long as PEER_STATES allow and `further` seconds.
-        Then the accepting thread breaks it off: a time-out of the socket would cost two system
-        calls each time, and hand the interpreter to another thread with each."""
+        """It does that from now on, for as long as PEER_STATES allow and `further` seconds; then
+        the accepting thread breaks it off. A time-out of the socket would cost two system calls
+        each time, and hand the interpreter to another thread with each."""
         self.state, self.since = state, time.monotonic()
         self.deadline = self.since + PEER_STATES[state][0] + further
-
-    def is_late(self, now: float) -> bool:
-        """Whether it has taken longer than it may."""
-        return self.deadline < now
 
     def shake_hands(self, context: ssl.SSLContext) -> None:
         """Speak TLS. Raises OSError."""
@@ -7352,14 +7394,13 @@ class Peer:
         self.sock.do_handshake()
 
     def read_more(self) -> None:
-        """Add to the buffer what comes next. Raises HTTPError if the client was too slow,
-        ClientGone if it has left."""
+        """Add to the buffer what comes next. Raises ClientGone, HTTPError when it is too slow."""
         try:
             data = self.sock.recv(HEAD_LIMIT)
         except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
             raise ClientGone(str(error)) from None
-        if not data and self.state == 'asking' and self.is_late(time.monotonic()):
-            raise HTTPError(408, 'timeout', 'The request came too slowly.')
+        if not data and self.state == 'asking' and self.deadline < time.monotonic():
+            raise HTTPError(408, 'The request came too slowly.', 'timeout')
         if not data:
             raise ClientGone('the client left')
         self.buffer += data
@@ -7382,13 +7423,13 @@ class Peer:
                 return self.read(end + 4)[:-4]
             first, line_end, _ = self.buffer.partition(b'\n')
             if len(first) > HEAD_LIMIT:
-                raise HTTPError(414, 'uri_too_long', 'The address of the request is too long.')
+                raise HTTPError(414, 'The address of the request is too long.')
             if len(self.buffer) > HEAD_LIMIT:
-                raise HTTPError(431, 'headers_too_large', 'The headers are over 16 KB.')
+                raise HTTPError(431, 'The headers of the request are over 16 KB.')
             if line_end and not first.endswith((b' HTTP/1.1\r', b' HTTP/1.0\r')):
-                raise HTTPError(400, 'bad_request', 'The first line is not that of HTTP/1.1.')
+                raise HTTPError(400, 'The first line of the request is not HTTP/1.1.')
             if BARE_LINE_END.search(self.buffer):
-                raise HTTPError(400, 'bad_request', 'The request has a bare line break.')
+                raise HTTPError(400, 'The request has a bare line break.')
             self.read_more()
 
     def send(self, data: Any) -> None:
@@ -7410,12 +7451,11 @@ class Peer:
             if isinstance(self.sock, ssl.SSLSocket):
                 self.sock.unwrap()
         self.break_off(socket.SHUT_WR)
-        if self.state != 'closing':
-            return
-        with suppress(OSError, ValueError):  # long enough
-            self.sock.settimeout(None)
-            while socket.socket.recv(self.sock, HEAD_LIMIT):
-                pass  # unread bytes would make the kernel reset the connection, with our answer
+        if self.state == 'closing':
+            with suppress(OSError, ValueError):
+                self.sock.settimeout(None)
+                while socket.socket.recv(self.sock, HEAD_LIMIT):
+                    pass  # unread bytes would make the kernel reset it, and our answer with it
 
 
 @functools.lru_cache(maxsize=64)  # nearly all answers of a second begin alike
@@ -7435,7 +7475,8 @@ def format_head(reply: Reply, keep: bool) -> bytes:
     head = fixed_head(reply.status, reply.type, reply.headers, keep, int(time.time()))
     if reply.status == 304:
         return head + b'\r\n\r\n'
-    return head + b'\r\nContent-Length: %d\r\n\r\n' % reply.size()
+    length = reply.content.length if reply.content else len(reply.body)
+    return head + b'\r\nContent-Length: %d\r\n\r\n' % length
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -7456,28 +7497,26 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Read, answer; `close_connection` tells whether that was the last one."""
+        peer, request, head = self.peer, None, b''
         self.close_connection = True
-        if not self.peer.buffer:
-            self.peer.read_more()
-        request, head = None, b''
+        if not peer.buffer:
+            peer.read_more()
         try:
-            if b'\r\n\r\n' not in self.peer.buffer:
-                self.peer.enter('asking')
-            head = self.peer.read_head()
-            request = Request(parse_head(head), self.peer)
-            self.peer.enter('working')
+            if b'\r\n\r\n' not in peer.buffer:
+                peer.enter('asking')
+            head = peer.read_head()
+            request = Request(parse_head(head), peer)
+            peer.enter('working')
             reply = self.app.respond(request)
         except HTTPError as error:
-            words = bytes(head or self.peer.buffer)[:LINE_LIMIT].split(b' ')
-            target = b''.join(words[1:2])
-            reply = self.app.refuse(target.decode('latin-1'), error)
-            log.info('%s malformed request: %d %s', self.peer.address, error.status, error.message)
+            words = bytes(head or peer.buffer)[:LINE_LIMIT].split(b' ')
+            reply = self.app.refuse(b''.join(words[1:2]).decode('latin-1'), error)
+            log.info('%s malformed request: %d %s', peer.address, error.status, error.message)
         self.close_connection = not self._goes_on(request, reply)
         self._send(request, reply)
+        peer.enter('idle')
         if request is None or request.unread != 0:
-            self.peer.enter('closing')
-        else:
-            self.peer.enter('idle')
+            peer.enter('closing')
 
     def _goes_on(self, request: Request | None, reply: Reply) -> bool:
         """Whether the connection is kept: only after a request that was read to its end."""
@@ -7485,22 +7524,19 @@ class Handler(BaseHTTPRequestHandler):
                 and request.head.version == 'HTTP/1.1' and not self.server.draining
                 and 'close' not in request.field('connection').lower()
                 and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429))
-                and request.head.method in ('GET', 'HEAD', 'POST', 'DELETE'))
+                and request.head.method in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE'))
 
     def _send(self, request: Request | None, reply: Reply) -> None:
         """Head and small body in one piece: one TLS record, one packet."""
-        head = format_head(reply, not self.close_connection)
+        data, content = format_head(reply, not self.close_connection), reply.content
+        body_wanted = request is None or request.head.method != 'HEAD'
         try:
-            if request is not None and request.head.method == 'HEAD':
-                self.peer.send(head)
-            elif reply.content is None:
-                self.peer.send(head + reply.body)
-            else:
-                self.peer.send(head)
-                self._stream(reply.content)
+            self.peer.send(data + reply.body * body_wanted)
+            if content and body_wanted:
+                self._stream(content)
         finally:
-            if reply.content:
-                reply.content.file.close()
+            if content:
+                content.file.close()
 
     def _stream(self, content: Content) -> None:
         """Bounded memory whatever the size; a connection that stops reading is broken off."""
@@ -7543,9 +7579,9 @@ class Server(ThreadingHTTPServer):
         self.beat = now
         with self._guard:
             for peer in self._peers.values():
-                if peer.state == 'sending' and peer.is_late(now) or peer.is_late(now - 1):
+                if peer.deadline < now - (peer.state != 'sending'):
                     peer.break_off()
-                elif peer.is_late(now):
+                elif peer.deadline < now:
                     peer.break_off(socket.SHUT_RD)
 
     def get_request(self) -> tuple[Peer, str]:
@@ -7554,7 +7590,7 @@ class Server(ThreadingHTTPServer):
             sock, address = self.socket.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                self._evict(lambda peer: True)
+                self._evict('')
                 time.sleep(0.1)
             raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -7562,29 +7598,27 @@ class Server(ThreadingHTTPServer):
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
         """Whether there is room for it, made by closing an idle one if need be."""
-        peer = request
+        address, proxies = request.address, self.app.config.server.trusted_proxies
         with self._guard:
             total = len(self._peers)
-            same = sum(other.address == peer.address for other in self._peers.values())
+            same = sum(other.address == address for other in self._peers.values())
         end = time.monotonic() + 0.5  # when all are busy at this very moment, one soon is not
-        while total >= CONNECTIONS and not self._evict(lambda other: True):
+        while total >= CONNECTIONS and not self._evict(''):
             if time.monotonic() > end:
                 return False
             time.sleep(0.02)
-        if same >= PER_ADDRESS and not self._is_exempt(peer):
-            return self._evict(lambda other: other.address == peer.address)
+        if same >= PER_ADDRESS and not is_within(address, (*LOOPBACK, *proxies)):
+            return self._evict(address)
         return True
 
-    def _is_exempt(self, peer: Peer) -> bool:
-        proxies = self.app.config.server.trusted_proxies
-        return is_within(peer.address, (*LOOPBACK, *proxies))
-
-    def _evict(self, concerns: Callable[[Peer], bool]) -> bool:
-        """Break off the one that has done nothing for longest; whether there was one."""
+    def _evict(self, address: str) -> bool:
+        """Break off the one (of this address, if not '') that has done nothing for longest;
+        whether there was one."""
         now = time.monotonic()
         with self._guard:
             idle = [(peer.since, key) for key, peer in self._peers.items()
-                    if concerns(peer) and peer.since <= now - PEER_STATES[peer.state][1]]
+                    if address in ('', peer.address)
+                    and peer.since <= now - PEER_STATES[peer.state][1]]
             if idle:
                 self._peers.pop(min(idle)[1]).break_off()
         return bool(idle)
@@ -9376,6 +9410,11 @@ class Care:
                 excess -= row['file_size'] or 0
         return ids
 
+    def update_now(self) -> None:
+        """Look for a newer yt-dlp at once."""
+        self.freshness.wanted = True
+        self._due.set()
+
     def update_ytdlp(self, now: float) -> None:
         """Fetch what is missing or due. An imported yt_dlp cannot be swapped; the process can."""
         changed = self.freshness.step(now)
@@ -9463,7 +9502,8 @@ class Health:
             'free_disk': free_output(self.config),
             'ytdlp_version': self.care.vendor.version(),
             'certificate_days': self.certificate_days(), 's3': bool(self.config.s3.endpoint),
-            'keys': bool(self.config.api_keys), 'storing': not self.store.error}
+            'keys': bool(self.config.api_keys), 'storing': not self.store.error,
+            'cookies': [told for _, told in Cookies(self.config).report(time.time())]}
 
     def gauges(self, paused: bool) -> list[tuple[str, float]]:
         """(name, value) of each figure of /metrics; one that begins with # is a line of its own."""
@@ -9603,7 +9643,7 @@ class Daemon:
         assets = {**ASSETS, **ca_assets(config), '/setup': (
             'text/html; charset=utf-8', lambda request: setup_page(
                 setup_facts(config, port, True, is_at_home(request))))}
-        routes = [Route('GET', path, get_asset, 'Part of the page', 'open', kind.split(';')[0])
+        routes = [Route('GET', path, get_asset, 'open', kind.split(';')[0])
                   for path, (kind, _) in assets.items()]
         # The set-up page asks for a picture by another name: Safari may have been told to visit the
         # name that is in the address bar although nothing vouches for it.
@@ -9611,6 +9651,7 @@ class Daemon:
         app = App(config, self.store, self.board, self.scheduler, assets=assets,
                   routes=(*ROUTES, *routes), health=self.health.report, forget=self._forget,
                   bucket=self.bucket, thumbs=self.care.thumbs, image_origin=origins,
+                  update=self.care.update_now,
                   gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
@@ -10185,7 +10226,7 @@ def cmd_phone(config: Config, options: Any) -> int:
         kind, content = assets[path]
         assets[path] = (kind, told_once(news, content))
     assets['/setup'] = assets['/']
-    routes = tuple(Route('GET', path, get_asset, 'Set-up', 'open') for path in assets)
+    routes = tuple(Route('GET', path, get_asset, 'open') for path in assets)
     app = App(config, assets=assets, routes=routes, image_origin=f' {public_base(config, port)}')
     app.hosts = known_hosts(config)
     server = Server(listen('0.0.0.0', options.port), app, None)
