@@ -3448,13 +3448,12 @@ EXPORT = 'Fix: log in with a browser and export its cookies again.'
 
 @named_tuple
 class Cookie:
-    """A row of cookies.txt; a domain with a leading dot means its subdomains too."""
+    """One cookie: site, epoch seconds of its end (0: the browser's), name, and its row in a
+    cookies.txt as yt-dlp reads it."""
     domain: str
-    path: str
-    secure: bool
-    expires: int  # epoch seconds; 0: with the browser's session
+    expires: int
     name: str
-    value: str
+    row: str
 
 
 def make_cookie(domain: Any, path: Any, secure: Any, expires: Any, name: Any,
@@ -3462,17 +3461,16 @@ def make_cookie(domain: Any, path: Any, secure: Any, expires: Any, name: Any,
     """A cookie of what stands in a file; None if yt-dlp or a site could not take it."""
     domain = re.sub('^https?://|/$', '', str(domain or '').lower())
     when = re.fullmatch(r'(-?\d{1,16})(\.\d{1,9})?', str(expires or 0), re.A)
-    fine = (re.fullmatch(r'\.?[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63}){1,9}', domain) and when
-            and re.fullmatch(r'[!-:<-~]{1,256}', str(name))
-            and re.fullmatch(r'[ -:<-~]{0,8192}', str(value)))
-    if not fine:
+    if not (when and re.fullmatch(r'\.?[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63}){1,9}', domain)
+            and re.fullmatch('/[!-~]{0,1024}', str(path)) and re.fullmatch(
+                r'[!-:<-~]{1,256}', str(name)) and re.fullmatch(r'[ -:<-~]{0,8192}', str(value))):
         return None
     expires = max(0, int(when[1]))
     if expires > 10 ** 11:
         expires //= 1000  # milliseconds
-    path = re.fullmatch('/[!-~]{0,1024}', str(path)) and path or '/'
-    secure = str(secure).lower() in ('true', '1')
-    return Cookie(domain, path, secure, expires, str(name), str(value))
+    deep, secure = domain[0] == '.', str(secure).lower() in ('true', '1')
+    row = domain, str(deep).upper(), path, str(secure).upper(), str(expires), name, value
+    return Cookie(domain.lstrip('.'), expires, name, '\t'.join(row))
 
 
 def parse_cookies(data: bytes) -> list[Cookie]:
@@ -3485,31 +3483,32 @@ def parse_cookies(data: bytes) -> list[Cookie]:
         found = json.loads(text)
     if isinstance(found, dict):
         found = found.get('cookies')
-    for item in found if isinstance(found, list) else ():
-        if isinstance(item, dict):
+    if isinstance(found, list):
+        for item in found:
+            item = isinstance(item, dict) and item or {}
             item = {name.lower().partition(' raw')[0]: told for name, told in item.items()}
             rows.append((item.get('domain') or item.get('host'), item.get('path'),
                          item.get('secure'), item.get('expirationdate', item.get('expires')),
                          item.get('name'), item.get('value', item.get('content'))))
-    for line in text.splitlines() if found is None else ():
+        text = ''
+    for line in text.splitlines():
         line = line.strip(' ').removeprefix('#HttpOnly_')
         fields = line.split('\t') if '\t' in line else line.split(None, 6)
         if len(fields) in (6, 7) and line[0] != '#':  # an empty value may have lost its tab
             domain, deep, path, secure, expires, name, value = (*fields, '')[:7]
-            if deep.upper() == 'TRUE' and domain[0] != '.':
-                domain = '.' + domain
-            rows.append((domain, path, secure, expires, name, value))
+            dot = '.' * (deep.upper() == 'TRUE')  # the flag and the dot say the same
+            rows.append((dot + domain.lstrip('.'), path, secure, expires, name, value))
     return [cookie for cookie in (make_cookie(*row) for row in rows) if cookie]
 
 
 def cookies_txt(cookies: Iterable[Cookie]) -> str:
-    """The same as yt-dlp reads it."""
-    lines = ['# Netscape HTTP Cookie File']
-    for one in cookies:
-        deep, secure = (str(fact).upper() for fact in (one.domain[0] == '.', one.secure))
-        lines.append('\t'.join((one.domain, deep, one.path, secure, str(one.expires), one.name,
-                                one.value)))
-    return '\n'.join([*lines, ''])
+    """A file of cookies for yt-dlp."""
+    return '\n'.join(['# Netscape HTTP Cookie File', *(one.row for one in cookies), ''])
+
+
+def last_labels(host: str) -> str:
+    """'instagram.com' of 'www.instagram.com'."""
+    return '.'.join(host.split('.')[-2:])
 
 
 class Cookies:
@@ -3521,7 +3520,7 @@ class Cookies:
         self.configured = bool(config.downloader.cookies_file)
         self.file = config.downloader.cookies_file or folder / 'cookies.txt'
         self.domains = config.security.allowed_domains
-        self._refused = folder / 'cookies.refused'  # JSON: site → [when, the file's stamp]
+        self._refused = folder / 'cookies.refused'  # JSON: site → when it refused the login
 
     def read(self, data: bytes | None = None) -> dict[str, list[Cookie]]:
         """The cookies for sites that are allowed, by site; `data`: in this, not in the file.
@@ -3531,58 +3530,49 @@ class Cookies:
                 data = file.read(COOKIE_LIMIT)
         found: dict[str, list[Cookie]] = {}
         for one in parse_cookies(data):
-            domain = one.domain.lstrip('.')
-            if self.domains == ('*',) or is_under(domain, self.domains):
-                found.setdefault('.'.join(domain.split('.')[-2:]), []).append(one)
+            if self.domains == ('*',) or is_under(one.domain, self.domains):
+                found.setdefault(last_labels(one.domain), []).append(one)
         return found
 
     def jar(self, url: str) -> io.StringIO | None:
         """What belongs to the site of `url`, for yt-dlp to read and write; None if there is
         nothing, or the site has just refused it."""
-        site = '.'.join(host_of(url).split('.')[-2:])
-        if time.time() - self.refused().get(site, 0) < REST_SECONDS:
-            return None
+        site, cookies = last_labels(host_of(url)), None
         try:
             cookies = self.read().get(site)
         except OSError as error:
             if self.configured:
                 log.warning('cookies_file cannot be read: %s', error.strerror)
+        if not cookies or time.time() - self.refused().get(site, 0) < REST_SECONDS:
             return None
-        return io.StringIO(cookies_txt(cookies)) if cookies else None
+        return io.StringIO(cookies_txt(cookies))
 
-    def refused(self) -> dict[str, int]:
+    def refused(self) -> dict[str, float]:
         """The sites that have refused the login of this very file, and when."""
         with suppress(OSError, ValueError, AttributeError, TypeError):
-            told = json.loads(self._refused.read_text(encoding='utf-8'))
-            return {site: at for site, (at, *stamp) in told.items() if stamp == self._stamp()}
+            told, changed = json.loads(self._refused.read_text()), os.stat(self.file).st_ctime
+            return {site: at for site, at in told.items() if at >= changed}
         return {}
 
     def judge(self, url: str, fine: bool) -> None:
-        """Whether the site of `url` has taken this login; if not, that is told until the file
+        """Whether the site of `url` has taken this login. If not, that is told until the file
         changes or it does, and the login rests for an hour."""
-        site, told = '.'.join(host_of(url).split('.')[-2:]), self.refused()
-        if fine and site not in told:
+        site, told = last_labels(host_of(url)), self.refused()
+        if fine and not told.pop(site, 0):
             return
-        told[site] = int(time.time())
-        if fine:
-            del told[site]
+        if not fine:
+            told[site] = time.time()
         with suppress(OSError):
-            write_whole(self._refused, json.dumps(
-                {name: [at, *self._stamp()] for name, at in told.items()}))
-
-    def _stamp(self) -> list[int]:
-        known = os.stat(self.file)
-        return [known.st_mtime_ns, known.st_size]
+            write_whole(self._refused, json.dumps(told))
 
     def report(self, now: float) -> list[tuple[bool, str]]:
         """A sentence for each site, and whether all is well with it; none if there is no file."""
         try:
             found = self.read()
         except OSError as error:
-            if not self.configured:
-                return []
-            return [(False, f'{self.file} cannot be read ({error.strerror}). Fix: put it where '
-                            'the server may read it; a service may not look into home folders')]
+            return [(False, f'{self.file} cannot be read ({error.strerror}). Fix: put it where the '
+                            'server may read it; a service sees no home folders')
+                    ] * self.configured
         if not found:
             return [(False, f'{self.file} has no cookies for {", ".join(self.domains)}. {EXPORT}')]
         return [self._judge(site, cookies, now) for site, cookies in sorted(found.items())]
@@ -3590,8 +3580,7 @@ class Cookies:
     def _judge(self, site: str, cookies: list[Cookie], now: float) -> tuple[bool, str]:
         login = [one for one in cookies if one.name == LOGIN_COOKIE]
         end = max(one.expires for one in login or cookies)
-        what = f'{len(cookies)} cookies for {site}'
-        date = time.localtime(end)
+        what, date = f'{len(cookies)} cookies for {site}', time.localtime(end)
         day = f'{date.tm_mday} {time.strftime("%B %Y", date)}'
         if site in self.refused():
             return False, f'{site} no longer takes the login in {self.file}. {EXPORT}'
@@ -3599,7 +3588,7 @@ class Cookies:
             return False, f'{what}, expired on {day}. {EXPORT}'
         if site in SITES and not login:
             return False, f'{what}, but no login ({LOGIN_COOKIE}). {EXPORT}'
-        return True, f'{what}, valid till {day}' if end else what
+        return True, what + f', valid till {day}' * bool(end)
 
     def save(self, data: bytes) -> None:
         """Keep what the page was given, for allowed sites only. Raises Refused, OSError."""
