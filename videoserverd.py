@@ -184,10 +184,10 @@ def find_line(file: Path, pattern: str) -> str:
     return match[1] if match else ''
 
 
-def remove_folder(folder: Path, ignore_errors: bool = True) -> None:
-    """Remove a folder with all that is in it. Raises OSError only if asked to."""
+def remove_folder(folder: Path) -> None:
+    """Remove a folder with all that is in it, as far as that can be."""
     import shutil
-    shutil.rmtree(folder, ignore_errors)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def which(name: str) -> str | None:
@@ -545,40 +545,33 @@ class Config(SimpleNamespace):
     """All settings, a namespace per section, and `file`, `folder`, the secrets."""
 
 
-Found = Iterator[tuple[str, str, str, str]]  # where, section, key, text
-
-
-def file_settings(file: Path) -> Found:
-    """What an ini file sets. Raises ConfigError."""
+def found_settings(file: Path | None, env: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
+    """(where, section, key, text): built-in, in `file`, in `env`. Raises ConfigError."""
+    for section, rows in SETTINGS.items():
+        yield from (('built-in', section, key, row.default) for key, row in rows.items())
     import configparser
     parser = configparser.ConfigParser(interpolation=None, default_section='\0',
                                        inline_comment_prefixes=('#', ';'))
     try:
-        parser.read_string(file.read_text(encoding='utf-8'), str(file))
+        parser.read_string(file.read_text(encoding='utf-8') if file else '', str(file))
     except (OSError, UnicodeDecodeError, configparser.Error) as error:
         raise ConfigError(f'{file}: {" ".join(str(error).split())}') from None
     for section in parser.sections():
-        if section not in SETTINGS:
-            raise ConfigError(f'{file}: [{section}] is no section; accepted: {", ".join(SETTINGS)}')
-        yield from ((str(file), section, key, text) for key, text in parser[section].items())
-
-
-def environment_settings(env: dict[str, str]) -> Found:
-    """What the environment sets. Raises ConfigError."""
+        rows = [*parser[section].items(), *[('', '')] * (section not in SETTINGS)]
+        yield from ((str(file), section, key, text) for key, text in rows)
     for name, text in sorted(env.items(), reverse=True):  # PRT_… first: VIDEOSERVER_… wins
         section, key = OTHER_NAMES.get(name, ('', ''))
         if name.startswith('VIDEOSERVER_') and name not in SECRET_NAMES:
             section, _, key = name[len('VIDEOSERVER_'):].lower().partition('_')
-            if key not in SETTINGS.get(section, {}):
-                raise ConfigError(f'environment: {name} is no setting; '
-                                  'VIDEOSERVER_<SECTION>_<KEY> is')
         if section:
             yield f'environment {name}', section, key, text
 
 
 def parse_setting(where: str, section: str, key: str, text: str, folder: Path) -> Any:
     """The value of one key; relative paths are taken from `folder`. Raises ConfigError."""
-    rows = SETTINGS[section]
+    rows = SETTINGS.get(section)
+    if not rows:
+        raise ConfigError(f'{where}: [{section}] is no section; accepted: {", ".join(SETTINGS)}')
     if key not in rows:
         raise ConfigError(f'{where}: [{section}] {key} is no key; accepted: {", ".join(rows)}')
     try:
@@ -608,13 +601,10 @@ def load_config(file: Path | None, env: dict[str, str]) -> Config:
     """Built-in values, then `file` (None: none), then the environment. Raises ConfigError."""
     folder = (file or PROGRAM).absolute().parent
     config = Config(file=file and file.absolute(), folder=folder)
-    found = [('built-in', section, key, row.default)
-             for section, rows in SETTINGS.items() for key, row in rows.items()]
-    if file:
-        found += file_settings(file)
-    for where, section, key, text in [*found, *environment_settings(env)]:
+    for where, section, key, text in found_settings(file, env):
+        if section not in vars(config):
+            setattr(config, section, SimpleNamespace())
         value = parse_setting(where, section, key, text, folder)
-        vars(config).setdefault(section, SimpleNamespace())
         setattr(getattr(config, section), key, value)
     config.api_keys = word_list(env.get('VIDEOSERVER_API_KEYS', ''))
     config.notify_secret = env.get('VIDEOSERVER_NOTIFY_SECRET', '')
