@@ -4121,7 +4121,7 @@ DOWNLOAD_LIMIT = 64 << 20  # bytes; the wheel has 3 MB, the index's JSON 1.2 MB
 
 @named_tuple
 class Release:
-    """A yt-dlp on the index, by its pure wheel. `url` is '' when only pip knows where it lies."""
+    """A yt-dlp on the index, by its pure wheel. `url` is '' if only pip knows where it is."""
     version: str
     requires: str
     sha256: str
@@ -4139,8 +4139,7 @@ def version_key(version: str) -> tuple[int, ...]:
 
 
 def runs_here(requires: str, python: tuple[int, ...] = sys.version_info[:3]) -> bool:
-    """Is this Python within a Requires-Python such as '>=3.9,<4'? What else stands there is left
-    to the try-out."""
+    """Is this Python within a Requires-Python such as '>=3.9,<4'? The try-out finds the rest."""
     bounds = re.findall(r'(>=|<)\s*(\d{1,9}(?:\.\d{1,9}){0,9})', requires, re.A)
     return all((python >= version_key(version)) == (sign == '>=') for sign, version in bounds)
 
@@ -4180,8 +4179,7 @@ def run_helper(*command: str) -> Any:
     try:
         done = subprocess.run(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            encoding='utf-8', errors='replace', env={**env, 'YTDLP_NO_PLUGINS': '1'}, cwd='/',
-            timeout=HELPER_TIMEOUT)
+            encoding='utf-8', errors='replace', env=env, cwd='/', timeout=HELPER_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise Trouble(f'the update of yt-dlp hung for {HELPER_TIMEOUT} seconds') from None
     if done.returncode < 0:
@@ -4191,8 +4189,7 @@ def run_helper(*command: str) -> Any:
 
 
 def unpack(wheel: Path, folder: Path) -> None:
-    """Put yt_dlp/ and its dist-info into `folder`, nothing else; zipfile makes no links. Raises
-    BrokenRelease."""
+    """Put yt_dlp/ and its dist-info into `folder`, nothing else. Raises BrokenRelease."""
     import zipfile
     import zlib
     wanted = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
@@ -4215,11 +4212,11 @@ def version_in(folder: Path) -> str:
 # for once, then sets a trap for each guard; what is out of reach is on 127.0.0.2.
 TRY_OUT = '''
 import gzip, http.server, json, threading
-folder, output, heard, reached = pathlib.Path(sys.argv[3]), pathlib.Path(sys.argv[4]), [], set()
+folder, output, heard, reached = pathlib.Path(sys.argv[3]), sys.argv[4], set(), set()
 public, nap, decrypt = v.is_public, v.Stopper.nap, v.openssl_decrypt
 v.own_networks, v.is_public = list, lambda ip: ip == '127.0.0.1' or public(ip)
-v.Stopper.nap = lambda *args: (heard.append('sleep'), nap(*args))[1]
-v.openssl_decrypt = lambda *args: (heard.append('openssl'), decrypt(*args))[1]
+v.Stopper.nap = lambda *args: (heard.add('sleep'), nap(*args))[1]
+v.openssl_decrypt = lambda *args: (heard.add('openssl'), decrypt(*args))[1]
 v.LARGEST_PAGE = 100_000
 v.DEFAULTS.update(retries=1, fragment_retries=1)
 v.watch_process()
@@ -4227,20 +4224,19 @@ sys.addaudithook(lambda event, args: event == 'socket.connect' and reached.add(a
 
 class Site(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        name, address = self.path[1:].partition('.')[0], f'http://{self.headers["Host"]}'
-        self.send_response(302 if name in ('http', 'ftp') else 503 if name == 'busy' else 200)
+        name, here = self.path[1:].partition('.')[0], f'http://{self.headers["Host"]}'
+        self.send_response({'http': 302, 'ftp': 302, 'busy': 503}.get(name, 200))
         self.send_header('Location', f'{name}://127.0.0.2/x.mp4')
         self.send_header('Content-Encoding', 'gzip' if name == 'packed' else 'identity')
         self.end_headers()
-        away = 'http://127.0.0.2' if name in ('segment', 'key') else address
-        key = '' if name == 'segment' else f'#EXT-X-KEY:METHOD=AES-128,URI="{away}/secret.key"'
-        parts = ''.join(f'#EXTINF:1,\\n{part}\\n' for part in (
-            f'{address if name == "key" else away}/part.ts', f'{address}/busy.ts'))
-        text = f'#EXTM3U\\n#EXT-X-TARGETDURATION:1\\n{key}\\n{parts}#EXT-X-ENDLIST\\n'
+        away = {'segment': 'http://127.0.0.2', 'key': 'http://127.0.0.2'}.get(name, here)
+        key = f'#EXT-X-KEY:METHOD=AES-128,URI="{away}/secret.key"' if name != 'segment' else ''
+        text = (f'#EXTM3U\\n#EXT-X-TARGETDURATION:1\\n{key}\\n#EXTINF:1,\\n{away}/part.ts\\n'
+                f'#EXTINF:1,\\n{here}/busy.ts\\n#EXT-X-ENDLIST\\n').encode()
         page = b'<html>' * 20_000
         body = {'page': page, 'packed': gzip.compress(page), 'secret': b'k' * 16, 'part': b'e' * 64}
         if self.command == 'GET':
-            self.wfile.write(body.get(name, text.encode()))
+            self.wfile.write(body.get(name, text))
     do_HEAD = do_GET
     log_message = lambda *args: None
 
@@ -4259,12 +4255,10 @@ for site in 'tiktok.com/@a/video/1', 'instagram.com/p/a/':
     ends(f'https://www.{site}', 'network', 'http://127.0.0.1:1')
 server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
 threading.Thread(target=server.serve_forever, daemon=True).start()
-address = 'http://127.0.0.1:%d' % server.server_port
 for path, reason in (('http.mp4', 'refused_address'), ('segment.m3u8', 'refused_address'),
                      ('key.m3u8', 'refused_address'), ('ftp.mp4', 'unsupported'),
-                     ('page', 'a page has'), ('packed', 'a page has')):
-    ends(f'{address}/{path}', reason)
-attempt = ends(f'{address}/aes.m3u8', 'http')
+                     ('page', 'a page has'), ('packed', 'a page has'), ('aes.m3u8', 'http')):
+    attempt = ends(f'http://127.0.0.1:{server.server_port}/{path}', reason)
 index = json.loads(next(attempt.folder.path.glob('*.ytdl')).read_text())
 from yt_dlp.utils import Popen
 from yt_dlp.version import __version__
@@ -4274,9 +4268,9 @@ with v.within(attempt.reach):
         sys.exit('it runs any program')
     except FileNotFoundError:
         Popen(['openssl', 'version'], stdout=-3)
-if reached != {'127.0.0.1'} or set(heard) != {'sleep', 'openssl'} or not attempt.stopper.children \\
+if reached != {'127.0.0.1'} or heard != {'sleep', 'openssl'} or not attempt.stopper.children \\
         or 'size' not in index['downloader']['extra_state']:
-    sys.exit(f'a guard does not hold: {reached} {set(heard)} {index}')
+    sys.exit(f'a guard does not hold: {reached} {heard} {index}')
 print(__version__)
 '''
 
@@ -4298,9 +4292,10 @@ def try_out(folder: Path, version: str) -> str:
     run_helper(sys.executable, '-m', 'compileall', '-q', str(folder / 'yt_dlp'))
     with tempfile.TemporaryDirectory() as output:
         done = run_helper(*apart(TRY_OUT, str(folder), output))
-    if done.returncode == 0 and version_key(done.stdout.strip()) == version_key(version):
+    said = done.stdout.strip()
+    if done.returncode == 0 and version_key(said) == version_key(version):
         return ''
-    return (done.stderr.strip() or f'it says that it is {done.stdout.strip()}').splitlines()[-1]
+    return (done.stderr.strip() or f'it says that it is {said}').splitlines()[-1]
 
 
 class Vendor:
@@ -4311,12 +4306,11 @@ class Vendor:
         self.pointer = folder / f'current-{PYTHON}'
 
     def state(self, pointer: Path | None = None) -> dict[str, Any]:
-        """What a pointer says, this Python's unless told: version, previous, proven (it worked),
-        sites (that worked with it), before (with the previous one), bad, newest, checked, searched
-        (for a pre-release, in vain; epoch seconds)."""
+        """What a pointer says, this Python's unless told: version, previous, bad, newest; the sites
+        that worked with the one and with the other (before); when the index was asked (checked),
+        and for a pre-release too (searched)."""
         try:
-            state = json.loads((pointer or self.pointer).read_text(encoding='utf-8'))
-            return dict(state)
+            return dict(json.loads((pointer or self.pointer).read_text(encoding='utf-8')))
         except (OSError, ValueError, TypeError):
             return {}
 
@@ -4360,8 +4354,8 @@ class Vendor:
 
     def current(self) -> Path | None:
         """The folder for sys.path: what the pointer names, else the last good one, else what
-        somebody has put here (as `pip install --target` does), else any other release; None if
-        this Python can use none of them."""
+        somebody has put here (as `pip install --target` does), else any other release that this
+        Python can use."""
         state = self.state()
         named = [self.folder / state[key] for key in ('version', 'previous') if state.get(key)]
         found = [*named, self.folder, *self.unpacked()]
@@ -4381,8 +4375,7 @@ class Vendor:
         if runs_here(requires):
             return None
         return (f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads '
-                'will break as the sites change; start the server with a newer Python (Debian 12 '
-                'and Raspberry Pi OS 12 bring one)')
+                'will break as the sites change; start the server with a newer Python')
 
     def pip(self, *words: str) -> str | None:
         """What pip printed, None if it failed or is not there. Its own configuration holds."""
@@ -4395,19 +4388,18 @@ class Vendor:
             return None
         return done.stdout
 
-    def catalogue(self, channel: str) -> list[Release]:
-        """The releases on the index, newest first: from its JSON, else (a mirror may be all that
-        this machine reaches) the one that pip would take. Raises Trouble."""
+    def catalogue(self, pre: bool) -> list[Release]:
+        """The releases on the index, newest first, `pre`: pre-releases too; from its JSON, else (a
+        mirror may be all there is) the one that pip would take. Raises Trouble."""
         base = f'{self.index}/pypi/yt-dlp/json'
         try:
-            return [release for release in parse_index(fetch_url(base), base)
-                    if channel != 'stable' or 'dev' not in release.version]
+            found = parse_index(fetch_url(base), base)
+            return [release for release in found if pre or 'dev' not in release.version]
         except Trouble as error:
             reason = error
-        pre = ['--pre'] if channel != 'stable' else []
         try:
-            report = self.pip('install', '--dry-run', '--ignore-installed', *pre, '--report', '-',
-                              'yt-dlp')
+            report = self.pip('install', '--dry-run', '--ignore-installed', *['--pre'] * pre,
+                              '--report', '-', 'yt-dlp')
             found = json.loads(report or '')['install'][0]
             about, archive = found['metadata'], found['download_info']['archive_info']
             return [Release(about['version'], about.get('requires_python', ''),
@@ -4417,9 +4409,8 @@ class Vendor:
                           'internet, then run: python3 videoserverd.py update') from None
 
     def fetch(self, release: Release, folder: Path) -> Path:
-        """The wheel of `release`, put into `folder` by pip where there is one. Its SHA-256 is the
-        one that the index named: no mirror, cache or proxy that pip goes through can put another
-        in its place. Raises Trouble."""
+        """The wheel of `release`, put into `folder` by pip where there is one; its SHA-256 is the
+        one that the index named. Raises Trouble."""
         import hashlib
         pinned, wheel = folder / 'requirements.txt', folder / 'yt_dlp.whl'
         pinned.write_text(f'yt-dlp=={release.version} --hash=sha256:{release.sha256}\n')
@@ -4428,17 +4419,14 @@ class Vendor:
         elif release.url:
             wheel.write_bytes(fetch_url(release.url))
         else:
-            raise Trouble(f'pip cannot download yt-dlp {release.version}; to see why: '
-                          'python3 -m pip download yt-dlp')
+            raise Trouble(f'pip cannot download yt-dlp {release.version}')
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != release.sha256:
             raise Trouble(f'yt-dlp {release.version} arrived without the SHA-256 that the index '
-                          'names and was thrown away: try later; if it stays so, look at the proxy '
-                          'or mirror in between')
+                          'names and was thrown away: try later, or look at the proxy or mirror')
         return wheel
 
     def bring_in(self, release: Release) -> None:
-        """Fetch, check and try `release`, then move it to its place whole. Raises Trouble,
-        OSError."""
+        """Fetch and try `release`, then move it to its place whole. Raises Trouble, OSError."""
         fresh, place = self.folder / '.new', self.folder / release.version
         remove_folder(fresh)
         (fresh / 'wheel').mkdir(parents=True)
@@ -4473,13 +4461,13 @@ class Vendor:
                 remove_folder(path)
 
     def candidates(self, channel: str) -> list[Release]:
-        """What may be taken, the best first: of `auto` a pre-release only if no final one is newer
-        than what is here. A newer release ends the marks of the broken ones before it."""
-        releases, least = self.catalogue(channel), version_key(self.version() or '')
+        """What may be taken, the best first. A newer release ends the marks of broken ones."""
+        releases = self.catalogue(channel != 'stable')
+        least = version_key(self.version() or '')
         if releases:
             newest = version_key(releases[0].version)
-            self.remember(newest=releases[0][:2], bad=[
-                name for name in self.state().get('bad', ()) if version_key(name) >= newest])
+            bad = [name for name in self.state().get('bad', ()) if version_key(name) >= newest]
+            self.remember(newest=releases[0][:2], bad=bad)
         fitting = [release for release in releases if version_key(release.version) >= least
                    and self.fits(release.version, release.version, release.requires)]
         final = [release for release in fitting if 'dev' not in release.version]
@@ -4488,14 +4476,15 @@ class Vendor:
         return fitting
 
     def install(self, channel: str = 'stable') -> str:
-        """Make the newest release that this Python can use the current one and return its version.
-        One that is broken is marked so, and the next one tried. `channel`: stable, nightly, or auto
-        when a site has changed. Raises Trouble; what was in use then stays in use."""
+        """Make the newest release that this Python can use the current one and return its version;
+        one that is broken is marked so, and the next one tried. `channel`: stable, nightly, or auto
+        for a pre-release if no newer final one is there. Raises Trouble; what was in use then stays
+        in use."""
         with self.locked():
             now = int(time.time())
             if channel == 'auto':
                 self.remember(searched=now)
-            for release in self.candidates(channel)[:3]:  # three broken ones: the fault lies here
+            for release in self.candidates(channel)[:3]:  # three broken ones: the fault is here
                 try:
                     self.take(release)
                     break
@@ -4515,9 +4504,8 @@ class Vendor:
         there is none, or `version` has been replaced meanwhile."""
         with self.locked():
             state = self.state()
-            previous = state.get('previous')
-            if state.get('version') != version or not previous \
-                    or not self.usable(self.folder / previous):
+            previous = state.get('previous') or ''
+            if state.get('version') != version or not self.usable(self.folder / previous):
                 return None
             self.mark_bad(version, version=previous, previous=None, sites=state.get('before', []))
         return self.version()
@@ -4553,8 +4541,8 @@ def loaded_ytdlp() -> Path | None:
 
 
 class Freshness:
-    """Keeps the daemon's yt-dlp fresh, and a release that proves broken out of use. `heard` (flags
-    only) and `stop` may be called by any thread, `step` by `care` alone."""
+    """Keeps the daemon's yt-dlp fresh, and a release that proves broken out of use. `heard` and
+    `stop` may be called by any thread, `step` by `care` alone."""
 
     def __init__(self, vendor: Vendor, downloader: Any,
                  loaded: Callable[[], Path | None] = loaded_ytdlp):
@@ -4577,16 +4565,14 @@ class Freshness:
         self.site_changed |= outcome.reason == 'site_changed'
 
     def step(self, now: float) -> bool:
-        """Do what is due at `now`, epoch seconds. True: the daemon should re-execute itself when it
-        is idle, as another yt-dlp than the one that it has imported is to be used. Raises
-        Trouble."""
-        loaded, current = self.loaded(), self.vendor.current()
+        """Do what is due at `now`, epoch seconds. Should the daemon re-execute itself when it is
+        idle, as it has imported another yt-dlp than is to be used? Raises Trouble."""
+        loaded, current, checked = self.loaded(), self.vendor.current(), 0.0
         if loaded in (None, current):
             self.judge()
         channel = self.settings.channel
         if channel == 'auto' and not self.site_changed:
             channel = 'stable'
-        checked = 0.0
         if current and not self.unusable:
             checked = self.vendor.last_checked(channel)
         if self.wanted or (self.settings.auto_update or not current) and update_due(
@@ -4598,20 +4584,20 @@ class Freshness:
 
     def judge(self) -> None:
         """A release is trusted once a download worked. Before, it is rolled back if posts of two
-        sites fail that worked with the one before. What a single site does proves nothing."""
+        sites fail that worked with the one before: what a single site does proves nothing."""
         state, worked, failed = self.vendor.state(), set(self.worked), set(self.failed)
         version, sites = state.get('version'), set(state.get('sites', ()))
         if version and not worked <= sites:
             with self.vendor.locked():
-                self.vendor.remember(proven=version, sites=sorted(sites | worked)[:50])
-        elif version != state.get('proven') and len(failed & set(state.get('before', ()))) > 1:
-            if self.vendor.roll_back(version):
-                log.error('yt-dlp %s fails where %s worked: rolled back', version,
-                          self.vendor.version())
-                self.failed.clear()
+                self.vendor.remember(sites=sorted(sites | worked)[:50])
+        elif not sites and len(failed & set(state.get('before', ()))) > 1 \
+                and self.vendor.roll_back(version):
+            log.error('yt-dlp %s fails where %s worked: rolled back', version,
+                      self.vendor.version())
+            self.failed.clear()
 
     def look(self, now: float, channel: str) -> None:
-        """Install the newest release, in a process of its own: its memory comes back, and it can be
+        """Install the newest release in a process of its own: its memory comes back, and it can be
         stopped."""
         import subprocess
         self.failures, self.last_tried = self.failures + 1, now
