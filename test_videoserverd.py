@@ -6823,7 +6823,7 @@ class WithBucket(unittest.TestCase):
         (bucket or self.bucket).put(path, self.key(path), 'video/mp4')
 
     def refused(self, path, bucket=None):
-        with self.assertRaises(v.BucketError) as caught:
+        with self.assertRaises(v.Trouble) as caught:
             self.put(path, bucket)
         self.assertNotIn('\n', str(caught.exception))
         return caught.exception
@@ -7205,7 +7205,7 @@ class TestHostileServer(unittest.TestCase):
         said = b'<Error><Code>X\x1b[2J</Code><Message>\x1b]0;evil\x07</Message></Error>'
         for answer in ({'return_value': (500, {}, said)}, {'side_effect': ConnectionError('\x1b]0;evil\x07')}):
             with unittest.mock.patch.object(bucket.client, 'call', **answer):
-                with self.assertRaises(v.BucketError) as caught:
+                with self.assertRaises(v.Trouble) as caught:
                     bucket.delete('k')
             self.assertTrue(str(caught.exception).isprintable(), caught.exception)
 

@@ -4792,14 +4792,6 @@ NOT_THERE = ('NoSuchKey', 'AccessDenied', 'InvalidRange')  # GET of no object, o
 NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may put, but not list
 
 
-class BucketError(Trouble):
-    """What the bucket refuses or loses, as a sentence; `code` is S3's word for it."""
-
-    def __init__(self, message: str, code: str = ''):
-        super().__init__(message)
-        self.code = code
-
-
 @named_tuple
 class Body:
     """A stretch of an open file, read until somebody halts."""
@@ -4858,7 +4850,7 @@ class Bucket:
 
     def put(self, path: Path, key: str, kind: str) -> None:
         """Store the file as `key`, unless it is there already. A large one goes in parts, of
-        which those that an earlier try has left are not sent again. Raises BucketError."""
+        which those that an earlier try has left are not sent again. Raises Trouble."""
         try:
             with open(path, 'rb') as file:
                 info = os.fstat(file.fileno())
@@ -4875,15 +4867,15 @@ class Bucket:
                 else:
                     self._call('PUT', key, (), headers, body)
         except OSError as error:
-            raise BucketError(f'{path}: {error.strerror or error}') from None
+            raise Trouble(f'{path}: {error.strerror or error}') from None
 
     def delete(self, key: str) -> None:
-        """Remove an object and its unfinished uploads. Raises BucketError."""
+        """Remove an object and its unfinished uploads. Raises Trouble."""
         self.abort(key)
         self._call('DELETE', key, fine=('NoSuchKey',))
 
     def abort(self, key: str) -> None:
-        """Remove an object's unfinished uploads: their parts cost money. Raises BucketError."""
+        """Remove an object's unfinished uploads: their parts cost money. Raises Trouble."""
         for upload in self._unfinished(key):
             self._call('DELETE', key, [('uploadId', upload)], fine=('NoSuchUpload',))
 
@@ -4919,7 +4911,7 @@ class Bucket:
     def _call(self, method: str, key: str, query: Pairs = (), headers: Pairs = (),
               body: Body | None = None, fine: Sequence[str] = ()) -> tuple[Any, bytes]:
         """(headers, body) of S3's answer to one signed request; nothing where its error code is
-        `fine`. Raises BucketError."""
+        `fine`. Raises Trouble."""
         base, path = bucket_address(self.s3.endpoint, self.s3.bucket, key)
         host = base.partition('://')[2]
         body = body or Body(io.BytesIO(), 0, 0, self.client.halted)
@@ -4935,16 +4927,15 @@ class Bucket:
             text = excerpt(' '.join(str(error).split()), 200)
             if isinstance(error, ssl.SSLCertVerificationError):
                 text += ': name its CA in SSL_CERT_FILE'
-            raise BucketError(f'The S3 server {host} cannot be reached or was lost: '
-                              f'{text}') from None
+            raise Trouble(f'The S3 server {host} cannot be reached or was lost: {text}') from None
         if status < 300 and b'<Error' not in answer:  # joining parts may fail after its 200
             return found, answer
         code, text = (excerpt(''.join(xml_texts(answer, tag)), 200) for tag in ('Code', 'Message'))
         if code in fine:
             return {}, b''
         meaning = REFUSALS.get(code) or f'answers: {text or http.client.responses.get(status)}'
-        raise BucketError(f'The S3 server {host}, asked for bucket {self.s3.bucket}, {meaning} '
-                          f'({" ".join([str(status), code]).strip()})', code)
+        raise Trouble(f'The S3 server {host}, asked for bucket {self.s3.bucket}, {meaning} '
+                      f'({f"{status} {code}".strip()})')
 
 
 # -- the outbox
@@ -5048,15 +5039,12 @@ class Uploader(Courier):
         self.bucket, self.output = bucket, config.downloads.output_directory
 
     def send(self, item: Any, now: int) -> tuple[Any, ...]:
-        """Its copy is stored, or deleted. Raises BucketError."""
-        if item['kind'] == 'upload':
-            return self._upload(self.store.get(item['download_id']))
-        for key in json.loads(item['payload']):
-            self.bucket.delete(key)
-        return ()
-
-    def _upload(self, row: Any) -> tuple[str, str | None]:
-        lost = []
+        """Its copy is stored, or deleted. Raises Trouble."""
+        if item['kind'] == 'delete':
+            for key in json.loads(item['payload']):
+                self.bucket.delete(key)
+            return ()
+        row, lost = self.store.get(item['download_id']), []
         for file in row['files']:
             path, key = self.output / file.name, self.bucket.key(row['id'], file.name)
             if path.exists() or not (self.output / MARKER).exists():
@@ -5079,14 +5067,6 @@ NTFY = {  # what an event's title begins with, its priority and its tag
     'failed': ('Not saved', 'high', 'x'),
     'attention': ('Please look', 'high', 'warning'),
 }
-
-
-def header_text(text: str) -> str:
-    """A header's value; beyond ASCII by RFC 2047, which ntfy reads."""
-    text = excerpt(' '.join(text.split()), 200)
-    if text.isascii():
-        return text
-    return f'=?UTF-8?B?{binascii.b2a_base64(text.encode(), newline=False).decode()}?='
 
 
 class Notifier(Courier):
@@ -5116,7 +5096,7 @@ class Notifier(Courier):
         return super().step(now)
 
     def send(self, item: Any, now: int) -> tuple[Any, ...]:
-        """It is told. Raises Trouble."""
+        """It is told, unless it was deleted meanwhile. Raises Trouble."""
         if item['attempts'] >= MOST_NOTICES:
             log.warning('notify %s: given up', item['download_id'])
             return ()
@@ -5125,7 +5105,7 @@ class Notifier(Courier):
             event = {'finish': 'completed'}.get(item['payload'], 'failed')
             try:
                 told = self.describe(self.store.get(item['download_id']))
-            except LookupError:  # deleted meanwhile
+            except LookupError:
                 return ()
         headers, body = self._compose(event, told, now)
         try:
@@ -5140,9 +5120,10 @@ class Notifier(Courier):
         """Headers and body."""
         if self.ntfy:
             title, priority, tag = NTFY[event]
-            about = told.get('title') or told.get('url')
-            title = header_text(f'{title}: {about}' if about else title)
-            return {'Title': title, 'Priority': priority, 'Tags': tag,
+            title = f'{title}: {told.get("title") or told.get("url") or ""}'.rstrip(': ')
+            coded = binascii.b2a_base64(excerpt(' '.join(title.split()), 200).encode())
+            return {'Title': f'=?UTF-8?B?{coded.decode().strip()}?=',  # RFC 2047
+                    'Priority': priority, 'Tags': tag,
                     'Click': told.get('public_url') or self.page}, told['message'].encode()
         body = json.dumps({'event': event, 'sent_at': now, **told}).encode()
         headers = {'Content-Type': 'application/json'}
