@@ -1326,7 +1326,7 @@ MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts
 HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
 REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
 LAST_ROOM = 20 << 20  # bytes free on the database's disk, below which links are refused
-CRASHED = 'The server ended three times while downloading this.'
+CRASHED = 'The server ended 3 times while downloading this.'
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
 FROZE = 'This page made the whole server freeze for a minute; it is not tried again.'
 SUSPECT = 'The server froze while it downloaded this and others; each is tried again alone.'
@@ -1487,7 +1487,7 @@ class Store:
         self.thread.start()
 
     def close(self) -> None:
-        """Let waiting commits end, checkpoint, close."""
+        """After what waits is committed."""
         with self._tickets:
             self._closed = True
             self._tickets.notify()
@@ -1531,7 +1531,10 @@ class Store:
                 self._connect_writer()
             self._writer.execute('BEGIN IMMEDIATE')
             for ticket in batch:
-                self._work(ticket)
+                try:  # a verb refuses before it writes: the others' work stays whole
+                    ticket.result = ticket.work(self._writer)
+                except (RateLimited, LookupError, ValueError, TypeError, OverflowError) as error:
+                    ticket.error = error
             self._writer.execute('COMMIT')
             full_sync(f'{self.path}-wal')
             self.error = None
@@ -1539,13 +1542,6 @@ class Store:
             self._fail(batch, error)
         for ticket in batch:
             ticket.done.release()
-
-    def _work(self, ticket: Any) -> None:
-        """A verb refuses before it writes, so that its refusal leaves the others' work whole."""
-        try:
-            ticket.result = ticket.work(self._writer)
-        except (RateLimited, LookupError, ValueError, TypeError, OverflowError) as error:
-            ticket.error = error
 
     def _fail(self, batch: list[Any], error: Exception) -> None:
         """Nobody knows what a failed sync left behind: tell all, reopen with the next batch."""
@@ -1564,10 +1560,8 @@ class Store:
             return
         with suppress(sqlite3.Error):  # it may be rolled back already; the next start checkpoints
             writer.execute(statement).fetchall()
-        try:
+        with suppress(sqlite3.Error):
             writer.close()
-        except sqlite3.Error as error:
-            log.error('database: closing failed: %s', error)
 
     def write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
         """The result of `work` in the next transaction, once that is on stable storage."""
@@ -1958,8 +1952,15 @@ class Store:
         """A consistent, checked copy at `target` (sqlite.org/backup.html). Raises Trouble."""
         part = target.with_name(target.name + '.part')
         try:
-            with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), 'r+b') as handle:
-                self._copy_to(part)
+            with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), 'r+b') as handle, \
+                    closing(self._connect('ro', 'cache_size=-256')) as source:
+                with closing(sqlite3.connect(str(part))) as copy:
+                    copy.execute('PRAGMA cache_size=-256')
+                    source.backup(copy, pages=64, sleep=0.01)
+                    copy.execute('PRAGMA journal_mode=DELETE')
+                    found = quick_check(copy)
+                if found:
+                    raise sqlite3.DatabaseError(found)
                 sync_handle(handle.fileno())
             os.replace(part, target)
         except (sqlite3.Error, OSError) as error:
@@ -1967,16 +1968,6 @@ class Store:
                           'the database itself was only read.') from None
         finally:
             part.unlink(missing_ok=True)
-
-    def _copy_to(self, part: Path) -> None:
-        with closing(self._connect('ro', 'cache_size=-256')) as source, \
-                closing(sqlite3.connect(str(part))) as copy:
-            copy.execute('PRAGMA cache_size=-256')
-            source.backup(copy, pages=64, sleep=0.01)
-            copy.execute('PRAGMA journal_mode=DELETE')
-            found = quick_check(copy)
-            if found:
-                raise sqlite3.DatabaseError(found)
 
 
 class Lock:
@@ -2000,11 +1991,10 @@ class Lock:
             self.release()
             self.fd = fresh
         for _ in range(10):
-            try:
+            with suppress(OSError):
                 fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except OSError:
-                time.sleep(0.02)  # running() of another process has it for a moment
+            time.sleep(0.02)  # running() of another process has it for a moment
         else:
             holder = self.holder()
             self.release()
@@ -2014,10 +2004,8 @@ class Lock:
 
     def tell(self, facts: dict[str, Any]) -> None:
         """Leave in the file who holds it."""
-        told = json.dumps(facts).encode()
         with suppress(OSError):  # a full disk: it is locked all the same
-            os.pwrite(self.fd, told, 0)
-            os.ftruncate(self.fd, len(told))
+            os.ftruncate(self.fd, os.pwrite(self.fd, json.dumps(facts).encode(), 0))
 
     def holder(self) -> dict[str, Any]:
         """What the holder has left, {} if nothing."""
