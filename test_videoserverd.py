@@ -3656,13 +3656,13 @@ class TestCommands(DaemonTest):
             file.chmod(0o644)
         self.assertEqual(re.findall(r'BAD +permissions: .*\n +fix: sudo chmod o= (.*)', daemon.run('doctor').stdout),
                          [str(file) for file in open_to_all])
-        self.assertRegex(daemon.run('doctor').stdout, r'BAD +cookies: \S+ has no cookies for .*\n +fix: log in')
+        self.assertRegex(daemon.run('doctor').stdout, r'BAD +Cookies: \S+ has no cookies for .*\n +fix: log in')
         self.assertIn('has no cookies for', str(daemon.client.get('/api/v1/health').json['problems']))
         daemon.terminate()
         daemon.output.rename(daemon.output.with_name('elsewhere'))
         done = daemon.run('doctor')
         self.assertEqual(done.returncode, 1)
-        self.assertRegex(done.stdout, r'BAD +output folder: .*\n +fix: ')
+        self.assertRegex(done.stdout, r'BAD +The output folder .* plugged in.\n +fix: mount it')
         self.assertRegex(done.stdout, r'BAD +server: not running')
 
     def test_backup_while_running_and_restoring_it(self):
@@ -3702,7 +3702,7 @@ class TestCommands(DaemonTest):
         daemon = self.new_daemon()
         (daemon.folder / 'certs/server.crt').write_text('rubbish')
         done = daemon.run('doctor')
-        self.assertRegex(done.stdout, r'BAD +health: .*\n +fix: [^\0]*\d+ to fix\.')
+        self.assertRegex(done.stdout, r'BAD +The server does not answer .*\n +fix: [^\0]*\d+ to fix\.')
 
     def test_doctor_goes_on_where_a_key_cannot_be_looked_at(self):
         daemon = self.new_daemon(start=False, server={'key_file': 'k' * 300})

@@ -5210,7 +5210,6 @@ class Scheduler:
         self._spawn('schedule', self._loop)
 
     def _recover(self, now: int) -> None:
-        """Once: queue again what an earlier life left, as soon as the disk lets us."""
         over = self.store.recover(now, self.frozen)
         self.frozen = False
         self._alone = self.store.suspects()
@@ -5220,7 +5219,6 @@ class Scheduler:
         self.ready = True
 
     def _rebuild(self, now: int) -> None:
-        """Fill the heap from SQLite. Raises StoreDown."""
         self.store.pull_in(now, max(self.config.downloads.retry_delays))
         with self._changed:
             self._heap.clear()
@@ -5236,7 +5234,6 @@ class Scheduler:
         self.board.post(download_id)
 
     def _enter(self, download_id: str, due: float) -> None:
-        """Into the heap, unless it is there already and due no later; under the lock."""
         if self._due.get(download_id, math.inf) > due:
             self._seq += 1
             self._due[download_id] = due
@@ -5246,23 +5243,32 @@ class Scheduler:
 
     def cancel(self, download_id: str, now: float) -> bool:
         """Stop it wherever it is; whether there was something to stop."""
-        if self.store.move('cancel', download_id, int(now)):
-            self.board.post(download_id)
+        if self._cancel_queued(download_id, now):
             return True
-        with self._changed:
-            run = self._running.get(download_id)
-            if run:
-                run.stop_reason = run.stop_reason or 'cancelled'
-        if run and run.attempt:
-            run.attempt.stop('cancelled')
+        runs = self._halt([download_id], 'cancelled')
         with self._changed:
             gone = self._changed.wait_for(
-                lambda: run is None or self._running.get(download_id) is not run, 5)
+                lambda: self._running.get(download_id) not in runs, 5)
         # Its attempt may have ended just then, with another one to follow.
-        late = gone and self.store.move('cancel', download_id, int(now))
-        if late:
+        return gone and (self._cancel_queued(download_id, now) or bool(runs))
+
+    def _cancel_queued(self, download_id: str, now: float) -> bool:
+        done = self.store.move('cancel', download_id, int(now))
+        if done:
             self.board.post(download_id)
-        return gone and run is not None or late
+        return done
+
+    def _halt(self, ids: Sequence[str], reason: str) -> list[Run]:
+        """Tell what runs to end; the first reason stays."""
+        with self._changed:
+            runs = [self._running[key] for key in ids if key in self._running]
+            for run in runs:
+                run.stop_reason = run.stop_reason or reason
+            self._changed.notify_all()
+        for run in runs:
+            if run.attempt:
+                run.attempt.stop(reason)
+        return runs
 
     def running(self) -> int:
         """How many downloads are in workers' hands."""
@@ -5272,14 +5278,7 @@ class Scheduler:
     def stop(self, seconds: float = 4.0) -> bool:
         """Stop all, leaving them queued; whether everything ended in that time."""
         self._stopping.set()
-        with self._changed:
-            runs = list(self._running.values())
-            for run in runs:
-                run.stop_reason = run.stop_reason or 'stopped'
-            self._changed.notify_all()
-        for run in runs:
-            if run.attempt:
-                run.attempt.stop('stopped')
+        self._halt(list(self._running), 'stopped')
         end = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
@@ -5430,8 +5429,8 @@ class Scheduler:
         self._settle(job, attempt.run())
 
     def _same_post(self, run: Run, site: str | None, media_id: str | None) -> Outcome | None:
-        """How it ends without being fetched: with the files of this post that are here, or later
-        if another worker is just fetching them. None: fetch it."""
+        """With the files of this post that are here, or later, if another worker is just fetching
+        them. None: fetch it."""
         job = run.job
         if not media_id or ('again', None) in job.options:
             return None
@@ -5449,8 +5448,8 @@ class Scheduler:
         return None
 
     def _look_again(self, download_id: str) -> None:
-        """Why it could not be claimed: gone, not due yet (the clock was set back), or claimed by
-        a commit that was reported as failed. What still waits keeps its place in the heap."""
+        """It could not be claimed: gone, not due yet, or claimed by a commit that was reported as
+        failed. What still waits keeps its place in the heap."""
         with suppress(LookupError):
             record = self.store.get(download_id)
             if record['status'] == 'downloading':  # by nobody but us: we hold its place in _running
@@ -9373,9 +9372,9 @@ class Health:
         self.couriers = couriers
         self.started = time.time()
 
-    def preflight(self) -> str | None:
-        """Why nothing may start, None if it may."""
-        message, free = usable_output(self.config), free_output(self.config)
+    def preflight(self, make: bool = True) -> str | None:
+        """Why nothing may start, None if it may; `make`: the output folder, if it is new."""
+        message, free = usable_output(self.config, make), free_output(self.config)
         least = self.config.downloads.min_free_space
         if message:
             return message
@@ -9910,16 +9909,6 @@ def describe_state(config: Config, record: Record) -> tuple[str, str]:
     return state, title
 
 
-def cut_to(text: str, columns: int) -> str:
-    """As much of `text` as fits; wide letters take two columns."""
-    import unicodedata
-    for at, letter in enumerate(text):
-        columns -= 1 + (unicodedata.east_asian_width(letter) in 'WF')
-        if columns < 0:
-            return text[:at]
-    return text
-
-
 def cmd_list(config: Config, options: Any) -> int:
     """show the queue at a glance"""
     store, columns, colour = opened_store(config), 10000, '{1}'
@@ -9934,9 +9923,9 @@ def cmd_list(config: Config, options: Any) -> int:
         state, title = describe_state(config, record)
         state = colour.format(COLOURS[record['status']], f'{state:<12}')
         when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record['created_at']))
-        print(f'{record["id"][:8]}  {when}  {state} {cut_to(title, columns - 41)}')
+        print(f'{record["id"][:8]}  {when}  {state} {title[:columns - 41]}')
         if record['error_message']:
-            print(f'{"":28}{cut_to(record["error_message"], columns - 28)}')
+            print(f'{"":28}{record["error_message"][:columns - 28]}')
     if total > len(records):
         print(f'… and {total - len(records)} older ones: list --all')
     return 0
@@ -9989,14 +9978,8 @@ def cmd_log(config: Config, options: Any) -> int:
 Faults = Iterator[tuple[str, str]]  # what is wrong, and the command that fixes it
 
 
-def split_fix(sentence: str) -> tuple[str, str]:
-    """The fault and the cure of 'Fault. Fix: cure'."""
-    fault, _, fix = sentence.partition(' Fix: ')
-    return fault, fix or 'look at the log'
-
-
 def check_server(config: Config) -> Faults:
-    """Whether it runs and is well."""
+    """Whether it runs, and what it finds wrong itself."""
     if not Lock(config.database.path).running():
         yield ('server: not running on this database',
                f'{program(config)}, or: sudo systemctl start videoserver')
@@ -10004,17 +9987,18 @@ def check_server(config: Config) -> Faults:
             listen(config.server.host, config.server.port).close()
         except Trouble as error:
             yield str(error), f'sudo ss -ltnp "sport = :{config.server.port}"'
-        return
-    try:
-        health = call_server(config, 'GET', '/api/v1/health')
-    except Trouble:
-        yield 'health: the server does not answer', 'sudo systemctl restart videoserver'
-        return
-    if 'problems' not in health:
-        yield f'health: {health.get("message", health)}', 'look at the log'
-    for problem in health.get('problems', ()):
-        fault, fix = split_fix(problem)
-        yield f'health: {fault}', fix
+        daemon = Daemon(config)
+        daemon.care.ytdlp = daemon.care.vendor.current()
+        problems = daemon.health.problems(daemon.health.preflight(make=False))
+    else:
+        try:
+            health = call_server(config, 'GET', '/api/v1/health')
+            problems = health.get('problems', [str(health.get('message'))])
+        except Trouble as error:
+            problems = [str(error)]
+    for problem in problems:
+        fault, _, fix = problem.partition(' Fix: ')
+        yield fault, fix or 'look at the log'
 
 
 def check_database(config: Config) -> Faults:
@@ -10056,7 +10040,7 @@ def check_certificate(config: Config) -> Faults:
     except (Trouble, OSError) as error:
         yield f'certificate: {error}', fix
         return
-    if days_left(leaf) <= CERTIFICATE_WARNING_DAYS:
+    if days_left(leaf) < CERTIFICATE_WARNING_DAYS:
         yield f'certificate: {days_left(leaf)} days left', fix
     missing = {*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses}
     permitted = remembered_names(config)[1]
@@ -10066,40 +10050,19 @@ def check_certificate(config: Config) -> Faults:
 
 
 def check_downloads(config: Config) -> Faults:
-    """Output folder, disk, ffmpeg, cookies."""
-    fault, free = usable_output(config, make=False), free_output(config)
-    least = config.downloads.min_free_space
-    if fault:
-        fault, fix = split_fix(fault)
-        yield f'output folder: {fault}', fix
-    if free is not None and free < least:
-        yield (f'disk: only {format_size(free)} free, {format_size(least)} wanted',
-               'delete videos, or set [downloads] min_free_space lower')
+    """ffmpeg, and the age of yt-dlp."""
     if not which('ffmpeg'):
         yield ('ffmpeg is missing: the best video cannot be merged with its sound',
                'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
-    for fine, told in Cookies(config).report(time.time()):
-        if not fine:
-            fault, fix = split_fix(told)
-            yield f'cookies: {fault}', fix
-
-
-def check_ytdlp(config: Config) -> Faults:
-    """Whether there is one, and how old it is."""
-    vendor, fix = Vendor(config.downloader.ytdlp_directory), f'{program(config)} update'
-    if vendor.current() is None:
-        yield 'yt-dlp is missing: nothing can be downloaded', fix
-    if time.time() - vendor.last_checked() > 30 * DAY:
-        yield 'yt-dlp: not looked for a newer one for a month', fix
-    if vendor.held_back():
-        yield f'yt-dlp: {vendor.held_back()}', 'install Python 3.11 or later'
+    if time.time() - Vendor(config.downloader.ytdlp_directory).last_checked() > 30 * DAY:
+        yield 'yt-dlp: not looked for a newer one for a month', f'{program(config)} update'
 
 
 def cmd_doctor(config: Config, options: Any) -> int:
     """say what is wrong with this installation and how to fix it"""
     count = 0
     print(f'configuration: {config.file or "built-in values"}')
-    for check in (check_server, check_database, check_certificate, check_downloads, check_ytdlp):
+    for check in (check_server, check_database, check_certificate, check_downloads):
         faults = list(check(config))
         for fault, fix in faults:
             print(f'BAD  {fault}\n       fix: {fix}')
