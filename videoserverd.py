@@ -2763,11 +2763,6 @@ def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
             'description': caption, 'upload_date': date, 'timestamp': moment}
 
 
-def dashed(date: str) -> str:
-    """'2026-11-27' for '20261127', '' for ''."""
-    return '-'.join(filter(None, (date[:4], date[4:6], date[6:])))
-
-
 def announced(info: dict[str, Any]) -> set[str]:
     """Whether yt-dlp says that there is 'video' and 'audio' in a format, or in those it merges."""
     kinds = set()
@@ -2919,8 +2914,8 @@ def import_ytdlp(folder: Path) -> Any:
 
 # -- how a site is asked
 
-WAYS = {  # by attempt, the family of the browser's name: no two tries in the same way
-    'chrome': '',  # by yt-dlp: Chrome on Windows
+WAYS = {  # by attempt: what failed is not repeated in the same way
+    'chrome': '',  # by yt-dlp
     'firefox': 'Mozilla/5.0 (Windows NT 10.0; Win64; x64; rv:145.0) Gecko/20100101 Firefox/145.0',
     'safari': 'Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/605.1.15 '
               '(KHTML, like Gecko) Version/18.6 Safari/605.1.15'}
@@ -2935,12 +2930,10 @@ def way_of(job: Job, config: Config) -> str:
 
 
 class Pace:
-    """Lets the workers ask a site for pages one after the other. Lock: guards _next.
-
-    `now` is time.monotonic()."""
+    """Lets all workers ask a site for pages one after the other. `now`: time.monotonic()."""
 
     def __init__(self):
-        self._lock, self._next = threading.Lock(), {}
+        self._lock, self._next = threading.Lock(), {}  # when a site may be asked again
 
     def turn(self, site: str, gap: float, now: float) -> float:
         """Seconds to wait before asking again; 0: it is your turn."""
@@ -2963,10 +2956,10 @@ PACE = Pace()
 # -- how far it is
 
 class Meter:
-    """Progress as the owner sees it: never falls, told at most twice a second.
+    """Progress: never falls, is told at most twice a second.
 
-    The parts of a video are weighed by size, so that sound after picture does not begin anew.
-    Lock: yt-dlp reports from several threads."""
+    Parts are weighed by size, so that sound after picture does not begin anew. Lock: yt-dlp
+    reports from several threads."""
     MEDIA = 97  # percent; the rest is checking and moving
     PAUSE = 0.5  # seconds
 
@@ -2974,9 +2967,9 @@ class Meter:
         self.tell, self._lock = tell, threading.Lock()
         self.phase, self.steps = '', 0  # steps: phases and files begun, a sign of life
         self._progress, self._told, self._title = Progress(0.0), 0.0, ''
-        self._videos, self._video = 1, 0
+        self._items, self._item = 1, 0
         self._sizes: dict[str, float] = {}  # of the parts that are to come
-        self._whole, self._before, self._part = 1.0, 0.0, 0.0  # weights: video, parts done, part
+        self._whole, self._before, self._part = 1.0, 0.0, 0.0  # weights: all, parts done, part
         self._bytes_before, self._bytes = 0, 0
 
     def enter(self, phase: str) -> None:
@@ -2988,8 +2981,8 @@ class Meter:
     def plan(self, info: dict[str, Any], formats: Sequence[dict[str, Any]]) -> None:
         """A video of these formats begins."""
         self._title = excerpt(str(info.get('playlist_title') or info.get('title') or ''), 200)
-        self._videos = max(int(info.get('n_entries') or 1), 1)
-        self._video = min(int(info.get('playlist_autonumber') or 1), self._videos) - 1
+        self._items = max(int(info.get('n_entries') or 1), 1)
+        self._item = min(int(info.get('playlist_autonumber') or 1), self._items) - 1
         self._sizes = {str(part.get('format_id')): float(
             part.get('filesize') or part.get('filesize_approx') or part.get('tbr') or 1)
             for part in formats}
@@ -3006,25 +2999,25 @@ class Meter:
         """yt-dlp's progress hook; whether this was told on."""
         self._bytes = told.get('downloaded_bytes') or told.get('total_bytes') or 0
         total = told.get('total_bytes') or told.get('total_bytes_estimate')
+        done, goal = told.get('fragment_index') or 0, told.get('fragment_count') or 1
         if told['status'] == 'finished':
-            share = 1.0
+            done = goal
         elif total:
-            share = min(self._bytes / total, 1.0)
-        else:
-            share = min((told.get('fragment_index') or 0) / (told.get('fragment_count') or 1), 1.0)
-        done = self._video + (self._before + self._part * share) / self._whole
+            done, goal = self._bytes, total
+        share = (self._before + self._part * min(done / goal, 1)) / self._whole
         return self._report(Progress(
-            self.MEDIA * done / self._videos, self.phase, self._bytes_before + self._bytes,
-            total and int(self._bytes_before + total), told.get('speed'), told.get('eta')), False)
+            self.MEDIA * (self._item + share) / self._items, self.phase,
+            self._bytes_before + self._bytes, total and int(self._bytes_before + total),
+            told.get('speed'), told.get('eta')), False)
 
     def _report(self, progress: Progress, now: bool) -> bool:
         with self._lock:
             percent = max(progress.percent, self._progress.percent)
-            progress = progress._replace(percent=percent, title=self._title)
-            self._progress, due = progress, now or time.monotonic() - self._told >= self.PAUSE
+            self._progress = progress._replace(percent=percent, title=self._title)
+            due = now or time.monotonic() - self._told >= self.PAUSE
             if due:
                 self._told = time.monotonic()
-                self.tell(progress)
+                self.tell(self._progress)
         return due
 
 
@@ -3050,42 +3043,25 @@ def end_leftovers(folder: Path) -> None:
                 os.kill(int(pid), signal.SIGKILL)
 
 
-def new_name(output: Path, result: dict[str, Any], limit: int, **other: str) -> str:
-    """A name for the result that nothing in `output` has, folders included."""
-    number, fields = 1, {**result['names'], **other}
-    part = result['part']
-    while True:
-        name = file_name(ext=result['ext'], part=part, limit=limit, **fields)
-        if not os.path.lexists(output / name):
-            return name
-        number += 1
-        part = f'{result["part"]}-{number}'.lstrip('-')
-
-
 def plain_ascii(text: str) -> str:
-    """`text` for a folder that takes no other letters: accents go, the rest is left out."""
+    """`text` for a folder that takes no other letters."""
     import unicodedata
     return unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode()
 
 
-def rename_result(source: Path, output: Path, result: dict[str, Any],
-                  note: Callable[[], None]) -> None:
-    """Rename a result to a free name in `output`; result['name'] is noted before. Raises OSError.
-
-    Encrypted folders take 143 bytes, a share with an old character set plain letters only."""
+def free_names(output: Path, result: dict[str, Any]) -> Iterator[str]:
+    """Names for a result that nothing in `output` has: the best, then shorter and plainer ones
+    for encrypted folders and for shares with an old character set."""
     names = result['names']
     plain_names = {key: plain_ascii(text) for key, text in names.items()}
-    only_id = {'title': '', 'pattern': '%(id)s'}
-    for limit, other in ((NAME_BYTES, {}), (SHORT_NAME, {}), (SHORT_NAME, plain_names),
-                         (SHORT_NAME, only_id)):
-        result['name'] = new_name(output, result, limit, **other)
-        try:
-            (output / result['name']).parent.mkdir(parents=True, exist_ok=True)
-            note()
-            return os.rename(source, output / result['name'])
-        except OSError as error:
-            if error.errno not in BAD_NAME or other is only_id:
-                raise
+    for limit, fields in ((NAME_BYTES, names), (SHORT_NAME, names), (SHORT_NAME, plain_names),
+                          (SHORT_NAME, {**names, 'title': '', 'pattern': '%(id)s'})):
+        for number in itertools.count(1):
+            part = '-'.join(filter(None, (result['part'], number > 1 and str(number))))
+            name = file_name(ext=result['ext'], part=part, limit=limit, **fields)
+            if not os.path.lexists(output / name):
+                break
+        yield name
 
 
 class JobFolder:
@@ -3116,7 +3092,7 @@ class JobFolder:
             self.results = note['results']
             if note['boot'] == BOOT_ID:
                 self.parts = note['parts']
-            else:  # a moved file was synced before
+            else:  # only what was moved was synced
                 self.results = [result for result in self.results if 'name' in result]
         self.clear({result['source'] for result in self.results} | {self.file.name} | {
             name + end for name in self.parts for end in ('', '.part', '.ytdl')})
@@ -3131,7 +3107,7 @@ class JobFolder:
         self.clear(name for name in os.listdir(self.path) if not name.startswith(prefix))
 
     def save(self) -> None:
-        """Write job.json, whole at any moment. Raises OSError."""
+        """Write job.json. Raises OSError."""
         note = {'boot': BOOT_ID, 'parts': self.parts, 'results': self.results,
                 'post': self.post, 'missing': self.missing, 'total': self.total}
         write_whole(self.file, json.dumps(note), durable=bool(self.missing))
@@ -3150,14 +3126,9 @@ class JobFolder:
         file, partial = self.path / name, self.path / (name + '.part')
         if file.exists() or not partial.exists():
             return file.exists() and file.stat().st_size == self.parts[name].get('size')
-        if not plain_file:
-            return self._cut_to_index(name)
-        return partial.stat().st_size < (self.parts[name].get('total') or 0)
-
-    def _cut_to_index(self, name: str) -> bool:
-        """Cut a part made of fragments to the size in its index: no fragment may come twice."""
-        partial = self.path / (name + '.part')
-        try:
+        if plain_file:
+            return partial.stat().st_size < (self.parts[name].get('total') or 0)
+        try:  # cut it to the size in its index: no fragment may come twice
             index = json.loads((self.path / (name + '.ytdl')).read_text())
             size = index['downloader']['extra_state']['size']
         except (OSError, ValueError, KeyError, TypeError):
@@ -3170,14 +3141,14 @@ class JobFolder:
 
     def continues(self, response: Any) -> bool:
         """Is this answer of the file that is being fetched? Notes its size."""
-        part = self.parts.get(self.current)
+        part, headers = self.parts.get(self.current), response.headers
         if part is None:
             return True
-        told = re.fullmatch(r'bytes \d+-\d+/(\d+)', response.headers.get('Content-Range') or '')
-        length = response.headers.get('Content-Length')
+        told = re.fullmatch(r'bytes \d+-\d+/(\d+)', headers.get('Content-Range') or '')
+        length = headers.get('Content-Length') or ''
         if response.status == 206 and told:
             length = told[1]
-        total = int(length) if length and length.isdigit() else None
+        total = int(length) if length.isdigit() else None
         if response.status == 416 or response.status == 206 and total != part.get('total', total):
             return False
         if 'total' not in part or total != part['total']:
@@ -3189,13 +3160,12 @@ class JobFolder:
     def finished(self, name: str, info: dict[str, Any]) -> None:
         """yt-dlp has all of file `name`. Raises Ending if that is less than the site stated."""
         part, size = self.parts.get(name), (self.path / name).stat().st_size
-        if not part:
-            return
-        stated = max(part.get('total') or 0, info.get('filesize') or 0)
-        if info.get('protocol') in ('http', 'https') and size < stated:
-            raise Ending('bad_media', 'it is not whole')
-        part['size'] = size
-        self.save()
+        if part:
+            stated = max(part.get('total') or 0, info.get('filesize') or 0)
+            if info.get('protocol') in ('http', 'https') and size < stated:
+                raise Ending('bad_media', 'it is not whole')
+            part['size'] = size
+            self.save()
 
     def size(self) -> tuple[int, float]:
         """Bytes in it, and the time of the last write."""
@@ -3203,8 +3173,6 @@ class JobFolder:
         with suppress(OSError):
             found += [(file.stat().st_size, file.stat().st_mtime) for file in os.scandir(self.path)]
         return sum(size for size, _ in found), max(changed for _, changed in found)
-
-    # -- results
 
     def wanted(self, output: Path) -> list[int] | None:
         """The items still to be fetched, [] for all; None if every file is here or in place."""
@@ -3214,29 +3182,40 @@ class JobFolder:
             return moved or (self.path / result['source']).exists()
         lost = {result['item'] for result in self.results if not there(result)}
         self.results = [result for result in self.results if result['item'] not in lost]
-        if self.results and not lost and not self.missing:
-            return None
-        return sorted(lost.union(self.missing)) if self.results else []
+        items = sorted(lost.union(self.missing))
+        if not self.results:
+            return []
+        return items or None
 
     def move(self, output: Path) -> tuple[MediaFile, ...]:
-        """Rename the results to free names in `output`. Raises OSError.
-
-        A name is noted before, so that after a kill the same file is found and not made twice."""
+        """Rename the results to free names in `output`. Raises OSError."""
         for result in self.results:
-            source = self.path / result['source']
             with NAMES_LOCK:
-                if source.exists():
-                    rename_result(source, output, result, self.save)
+                self._move(self.path / result['source'], output, result)
         for folder in {(output / result['name']).parent for result in self.results} | {output}:
             sync(folder)
         return tuple(MediaFile(result['name'], result['size'], media_type(result['name']))
                      for result in self.results)
 
+    def _move(self, source: Path, output: Path, result: dict[str, Any]) -> None:
+        refusal = None
+        for name in free_names(output, result) if source.exists() else ():
+            result['name'] = name
+            try:
+                (output / name).parent.mkdir(parents=True, exist_ok=True)
+                self.save()  # so that after a kill the same file is found and not made twice
+                return os.rename(source, output / name)
+            except OSError as error:
+                if error.errno not in BAD_NAME:
+                    raise
+                refusal = error
+        if refusal:
+            raise refusal
+
 
 def inside(output: Path, name: str) -> Path:
     """A finished file by its name in the database: in `output`, or in folders there."""
-    parts = [part for part in name.split('/') if part not in ('', '.', '..')]
-    return output.joinpath(*parts)
+    return output.joinpath(*(part for part in name.split('/') if part not in ('', '.', '..')))
 
 
 def forget_files(config: Config, job_id: str, files: Iterable[str]) -> None:
@@ -3279,6 +3258,11 @@ MAGIC = tuple((re.compile(pattern, re.S), kinds.split()) for pattern, kinds in (
     (rb'\x00\x00\x01\xba', 'mpg'),
 ))
 STILLS = {'.jpg': 'jpeg_pipe', '.png': 'png_pipe', '.webp': 'webp_pipe', '.gif': 'gif'}
+PICTURE_ENDS = {'jpg': b'\xff\xd9', 'png': b'IEND\xaeB`\x82', 'gif': b';'}
+MOST_BOXES = 100_000  # looked at in an mp4; one of fragments has thousands
+MP4_PARENTS = (b'moov', b'trak', b'mdia', b'minf', b'stbl')
+MP4_TRACKS = {b'vide': 'video', b'soun': 'audio'}
+MP4_KINDS = ('mp4', 'm4a', 'm4v', 'mov', '3gp')
 
 
 def still_format(path: Path) -> list[str]:
@@ -3295,16 +3279,10 @@ def media_extension(path: Path) -> str:
     return own if own in kinds else kinds[0]
 
 
-MOST_BOXES = 100_000  # looked at in an mp4; one of fragments has thousands
-MP4_PARENTS = (b'moov', b'trak', b'mdia', b'minf', b'stbl')
-MP4_KINDS = ('mp4', 'm4a', 'm4v', 'mov', '3gp')
-MP4_TRACKS = {b'vide': 'video', b'soun': 'audio'}
-
-
 def mp4_tracks(path: Path) -> set[str]:
-    """'video' and 'audio' for the tracks of an mp4 that have content, by its boxes.
+    """'video' and 'audio' for the tracks of an mp4 that have content (ISO 14496-12, 4.2 and 8).
 
-    ISO 14496-12, 4.2 and 8. Raises ValueError if the boxes do not fill the file: half a file."""
+    Raises ValueError if its boxes do not fill the file: half a file."""
     size, at, kind, samples = path.stat().st_size, 0, '', {}
     with path.open('rb') as file:
         for _ in range(MOST_BOXES):
@@ -3331,9 +3309,6 @@ def mp4_tracks(path: Path) -> set[str]:
     return {kind for kind, some in samples.items() if kind and some}
 
 
-PICTURE_ENDS = {'jpg': b'\xff\xd9', 'png': b'IEND\xaeB`\x82', 'gif': b';'}
-
-
 def is_picture(path: Path) -> bool:
     """Is it a picture, and whole?"""
     kind, size = media_extension(path), path.stat().st_size
@@ -3352,10 +3327,8 @@ def is_picture(path: Path) -> bool:
 def tracks(path: Path) -> set[str]:
     """Which of 'video' and 'audio' are in a file, by an mp4's own boxes or by ffprobe.
 
-    Where there is no ffprobe, both are believed. Raises Ending for half a file, or nonsense."""
+    Where there is no ffprobe, both are believed. Raises Ending for half a file."""
     import subprocess
-
-    from yt_dlp.utils import Popen
     if media_extension(path) in MP4_KINDS:
         try:
             return mp4_tracks(path)
@@ -3364,16 +3337,57 @@ def tracks(path: Path) -> set[str]:
     if not which('ffprobe'):
         return {'video', 'audio'}
     try:
-        found, _, code = Popen.run(
+        done = subprocess.run(
             ['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_type', '-of', 'csv=p=0',
-             f'file:{path}'], text=True, timeout=60,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+             f'file:{path}'], encoding='utf-8', timeout=60, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     except subprocess.TimeoutExpired:
         return set()
-    return set(found.split()) if code == 0 else set()
+    return {'video', 'audio'}.intersection(done.stdout.split()) if done.returncode == 0 else set()
 
 
-# -- one try
+# -- a video of pictures
+
+SLIDE_SECONDS = 2.5  # at least, for each picture
+SLIDE_RATE = 4  # frames a second: few, as nothing moves
+SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_by=2,'
+         'pad=1080:1920:-1:-1,setsar=1,format=yuv420p,loop={}:1:0,setpts=N/{}/TB')
+
+
+def run_gently(program: str, words: str, *more: Any) -> str:
+    """What a program prints, run with the least priority. Raises CalledProcessError, OSError."""
+    import subprocess
+    command = [program, '-v', 'error', *words.split(), *map(str, more)]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL, encoding='utf-8') as child:
+        os.setpriority(os.PRIO_PROCESS, child.pid, 19)
+        said = child.communicate()[0]
+    if child.returncode:
+        raise subprocess.CalledProcessError(child.returncode, program)
+    return said
+
+
+def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
+    """A video of the pictures, each for its share of the sound. Raises CalledProcessError, OSError.
+
+    A piece per picture, so that only one is in memory; MPEG-TS pieces can simply be joined."""
+    told = run_gently('ffprobe', '-show_entries format=duration -of csv=p=0', f'file:{sound}')
+    frames = math.ceil(max(float(told.strip()) / len(pictures), SLIDE_SECONDS) * SLIDE_RATE)
+    piece = video.with_suffix('.piece')
+    with open(video.with_suffix('.ts'), 'wb') as whole:
+        for at, path in enumerate(pictures):
+            run_gently('ffmpeg', '-y -threads 1', *still_format(path), '-i', f'file:{path}', *(
+                f'-frames:v {frames} -r {SLIDE_RATE} -c:v libx264 -threads 1 -preset ultrafast '
+                f'-tune stillimage -output_ts_offset {at * frames / SLIDE_RATE} -f mpegts').split(),
+                '-vf', SLIDE.format(frames - 1, SLIDE_RATE), f'file:{piece}')
+            whole.write(piece.read_bytes())
+    codec = 'copy' if sound.suffix == '.m4a' else 'aac'
+    run_gently('ffmpeg', '-y', '-i', f'file:{whole.name}', '-stream_loop', -1, '-i', f'file:{sound}',
+               *f'-map 0:v -map 1:a -c:v copy -c:a {codec} -movflags +faststart -t'.split(),
+               len(pictures) * frames / SLIDE_RATE, f'file:{video}')
+
+
+# -- what yt-dlp is told
 
 # What an iPhone does not play; `?`: a codec that is not told passes.
 PLAYABLE = '[vcodec!^=?vp][vcodec!^=?av0][vcodec!^=?av1]'
@@ -3501,8 +3515,7 @@ class Cookies:
         self._refused = folder / 'cookies.refused'  # JSON: site → when it refused the login
 
     def read(self, data: bytes | None = None) -> dict[str, list[Cookie]]:
-        """The cookies for sites that are allowed, by site; `data`: in this, not in the file.
-        Raises OSError."""
+        """By site the cookies that are allowed, of `data` or of the file. Raises OSError."""
         if data is None:
             with open(self.file, 'rb') as file:
                 data = file.read(COOKIE_LIMIT)
@@ -3544,7 +3557,7 @@ class Cookies:
             write_whole(self._refused, json.dumps(told))
 
     def report(self, now: float) -> list[tuple[bool, str]]:
-        """A sentence for each site, and whether all is well with it; none if there is no file."""
+        """(whether all is well, a sentence) for each site; none if there is no file."""
         try:
             found = self.read()
         except OSError as error:
@@ -3583,47 +3596,6 @@ class Cookies:
             self.file.unlink(missing_ok=True)
 
 
-SLIDE_SECONDS = 2.5  # at least, for each picture
-SLIDE_RATE = 4  # frames a second: few, as nothing moves
-SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_by=2,'
-         'pad=1080:1920:-1:-1,setsar=1,format=yuv420p,loop={n}:1:0,setpts=N/{rate}/TB')
-
-
-def run_gently(*words: Any) -> str:
-    """What a program prints, run with the least priority. Raises CalledProcessError, OSError."""
-    import subprocess
-    with subprocess.Popen(list(map(str, words)), stdin=subprocess.DEVNULL, encoding='utf-8',
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as child:
-        os.setpriority(os.PRIO_PROCESS, child.pid, 19)
-        said = child.communicate()[0]
-    if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, words[0])
-    return said
-
-
-def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
-    """A video of the pictures, each for its share of the sound. Raises CalledProcessError, OSError.
-
-    A piece per picture, so that only one is in memory; MPEG-TS pieces can simply be joined."""
-    told = run_gently('ffprobe', '-v', 'error', '-show_entries', 'format=duration',
-                      '-of', 'csv=p=0', f'file:{sound}')
-    frames = math.ceil(max(float(told.strip()) / len(pictures), SLIDE_SECONDS) * SLIDE_RATE)
-    with open(video.with_suffix('.ts'), 'wb') as joined:
-        for at, path in enumerate(pictures):
-            piece = video.with_suffix('.piece')
-            run_gently('ffmpeg', '-v', 'error', '-y', '-threads', 1, *still_format(path),
-                       '-i', f'file:{path}', '-vf', SLIDE.format(n=frames - 1, rate=SLIDE_RATE),
-                       '-frames:v', frames, '-r', SLIDE_RATE, '-c:v', 'libx264', '-threads', 1,
-                       '-preset', 'ultrafast', '-tune', 'stillimage', '-f', 'mpegts',
-                       '-output_ts_offset', at * frames / SLIDE_RATE, f'file:{piece}')
-            joined.write(piece.read_bytes())
-    codec = 'copy' if sound.suffix == '.m4a' else 'aac'
-    run_gently('ffmpeg', '-v', 'error', '-y', '-i', f'file:{whole.name}', '-stream_loop', -1,
-               '-i', f'file:{sound}', '-map', '0:v', '-map', '1:a', '-c:v', 'copy', '-c:a', codec,
-               '-t', len(pictures) * frames / SLIDE_RATE, '-movflags', '+faststart',
-               f'file:{video}')
-
-
 class Attempt:
     """One try at one job, in <output>/.incomplete/<job.id>.
 
@@ -3633,7 +3605,7 @@ class Attempt:
                  on_progress: Callable[[Progress], None],
                  on_identity: Callable[[str, str], Outcome | None] = lambda site, media_id: None):
         self.job, self.config, self.ytdlp, self.on_identity = job, config, ytdlp, on_identity
-        self._identified = False  # whether on_identity has been asked
+        self.options = dict(job.options)
         self.output = config.downloads.output_directory
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
@@ -3644,6 +3616,7 @@ class Attempt:
         self.stopper = Stopper()
         self.stop = self.stopper.stop
         self.reach = Reach(config, self.folder.path, self.stopper)
+        self._identified = False  # whether on_identity has been asked
         self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; bytes, last write, steps
 
     @property
@@ -3652,7 +3625,7 @@ class Attempt:
         return self.stopper.stopped_at
 
     def check(self, now: float) -> None:
-        """Stop it if the disk is full or nothing comes for too long. `now`: time.monotonic()."""
+        """Stop it if the disk is full or nothing is gained for too long. `now`: time.monotonic()."""
         with suppress(OSError):  # the folder is gone: the next write says so
             if free_space(self.output) < self.config.downloads.min_free_space:
                 self.stop('disk')
@@ -3711,7 +3684,7 @@ class Attempt:
         if info.get('is_live') or any(part.get('protocol') not in PROTOCOLS for part in formats):
             raise Ending('unsupported', 'it is live or streamed in a way that cannot be fetched')
         size = sum(part.get('filesize') or part.get('filesize_approx') or 0 for part in formats)
-        needed = size * (2 if len(formats) > 1 else 1) - self.folder.size()[0]
+        needed = size * min(len(formats), 2) - self.folder.size()[0]
         free, least = free_space(self.folder.path), self.config.downloads.min_free_space
         if free < least:
             raise Ending('disk')
@@ -3789,9 +3762,9 @@ class Attempt:
             raise ending
 
     def _wants_sound(self) -> bool:
-        options = dict(self.job.options)
-        wanted = options.get('--format') or self.config.downloader.format
-        return bool('--extract-audio' in options or re.match(r'\(*(?:b|w|best|worst)a', wanted))
+        wanted = self.options.get('--format') or self.config.downloader.format
+        return '--extract-audio' in self.options or bool(
+            re.match(r'\(*(?:b|w|best|worst)a', wanted))
 
     def _album(self, info: dict[str, Any], pictures: list[list[str]]) -> dict[str, Any]:
         """A photo post as a playlist of its pictures and its sound; a single picture as it is."""
@@ -3865,24 +3838,26 @@ class Attempt:
         files = (got or {}).get('requested_downloads')
         if not files:
             raise Ending('bad_media')
-        found = tracks(Path(files[0]['filepath']))
+        file = Path(files[0]['filepath'])
+        found = tracks(file)
         if not found:
-            self.folder.drop(Path(files[0]['filepath']).name)
+            self.folder.drop(file.name)
             raise Ending('bad_media')
-        wanted = {'audio'} if '--extract-audio' in dict(self.job.options) else announced(got)
+        wanted = {'audio'} if '--extract-audio' in self.options else announced(got)
         return min(wanted - found, default='')
 
     def _keep(self, info: dict[str, Any], at: int, number: str | None = None) -> None:
         """Note the files of item `at` as results, its subtitles after it. Raises Ending."""
-        post, options = self.folder.post, dict(self.job.options)
+        post = self.folder.post
         if post['site'] not in SITES:
             post, number = post_facts(info, self.job.url), ''
-        if number is None:
+        elif number is None:
             number = str(at) if self.folder.total > 1 else ''
+        date = post['upload_date']
         names = {'title': post['title'], 'media_id': post['id'] or self.job.id, 'number': number,
                  'pattern': self.config.downloads.filename, 'uploader': post['uploader'],
-                 'site': post['site'], 'date': dashed(post['upload_date'])}
-        if '--restrict-filenames' in options:
+                 'site': post['site'], 'date': date and f'{date[:4]}-{date[4:6]}-{date[6:]}'}
+        if '--restrict-filenames' in self.options:
             from yt_dlp.utils import sanitize_filename
             names['title'] = sanitize_filename(names['title'], restricted=True)
         files = [(got['filepath'], '') for got in info.get('requested_downloads') or ()]
@@ -3893,7 +3868,7 @@ class Attempt:
             path = Path(file)
             if not path.is_file():  # a subtitle that was embedded
                 continue
-            if moment and '--no-mtime' not in options:
+            if moment and '--no-mtime' not in self.options:
                 os.utime(path, (moment, moment))
             extension = path.suffix[1:] if part else media_extension(path)
             if not extension:
@@ -3933,25 +3908,19 @@ class Attempt:
             return error.outcome
         if self.stopper.reason:
             return Ending(self.stopper.reason).outcome
-        if isinstance(error, OSError) and self.meter.phase == 'file':  # only the disk is at work
-            log.warning('download %s: %s', self.job.id, error)
-            return Ending(system_reason(error, self.output) or 'output').outcome
-        outcome = judge(error, self.output, self.meter.phase == 'page').outcome
+        if isinstance(error, OSError) and self.meter.phase in ('', 'file'):  # only the disk works
+            outcome = Ending(system_reason(error, self.output) or 'output').outcome
+        else:
+            outcome = judge(error, self.output, self.meter.phase == 'page').outcome
         error.__suppress_context__ = True  # yt-dlp's last words are enough in the log
-        level = logging.WARNING
-        if outcome.reason == 'internal':
-            level = logging.ERROR
+        level = logging.ERROR if outcome.reason == 'internal' else logging.WARNING
         log.log(level, 'download %s: %s', self.job.id, outcome.message, exc_info=error)
         return outcome
 
     def _run(self) -> Outcome:
         self.stopper.go_on()
         folder = self.folder
-        try:
-            folder.open()
-        except OSError as error:
-            log.warning('download %s: %s', self.job.id, error)
-            raise Ending(system_reason(error, self.output) or 'output') from None
+        folder.open()
         self.meter.enter('page')
         wanted = folder.wanted(self.output)
         if wanted is not None:
@@ -3985,11 +3954,11 @@ class Attempt:
                 or not self.config.downloads.slideshow or not which('ffmpeg'):
             return
         self.meter.enter('merge')
-        *paths, video = (self.folder.path / name for name in (
-            *(result['source'] for result in results), 'slideshow.mp4'))
+        *pictures, sound = (self.folder.path / result['source'] for result in results)
+        video = sound.with_name('slideshow.mp4')
         try:
-            make_slideshow(paths[:-1], paths[-1], video)
-            self._keep({'requested_downloads': [{'filepath': str(video)}]}, len(paths) + 1, '')
+            make_slideshow(pictures, sound, video)
+            self._keep({'requested_downloads': [{'filepath': str(video)}]}, len(results) + 1, '')
         except (Exception, Ending) as error:
             self.stopper.go_on()
             log.warning('download %s: no slideshow: %s', self.job.id, error)
@@ -4000,8 +3969,8 @@ class Attempt:
         if self.failures:
             names = [f'{kind} {at}' for at, (kind, _) in sorted(self.failures.items())]
             verb, total = 'is' if len(names) == 1 else 'are', self.folder.total
-            worst = max((outcome for _, outcome in self.failures.values()),
-                        key=lambda outcome: outcome.kind == 'retry')
+            worst = max((ended for _, ended in self.failures.values()),
+                        key=lambda ended: ended.kind == 'retry')
             if not files:
                 return worst
             notes.insert(0, f'{total - len(names)} of {total}: {" and ".join(names)} {verb} '
