@@ -2235,7 +2235,8 @@ FAKE = tuple(map(ipaddress.ip_network, ('0.0.0.0/32', '198.18.0.0/15')))  # what
 PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # deno gets no permission from yt-dlp
 LOCAL_FILES = (  # demuxers by name: a playlist that calls itself a video is not followed
     '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
-    'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata')
+    'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata,'
+    'jpeg_pipe,png_pipe,webp_pipe')  # of a photo post
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -3354,16 +3355,16 @@ SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_b
          'pad=1080:1920:-1:-1,setsar=1,format=yuv420p,loop={}:1:0,setpts=N/{}/TB')
 
 
-def run_gently(program: str, words: str, *more: Any) -> str:
+def run_gently(name: str, options: str, *more: Any) -> str:
     """What a program prints, run with the least priority. Raises CalledProcessError, OSError."""
     import subprocess
-    command = [program, '-v', 'error', *words.split(), *map(str, more)]
+    command = [name, '-v', 'error', *options.split(), *map(str, more)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                           stderr=subprocess.DEVNULL, encoding='utf-8') as child:
         os.setpriority(os.PRIO_PROCESS, child.pid, 19)
         said = child.communicate()[0]
     if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, program)
+        raise subprocess.CalledProcessError(child.returncode, name)
     return said
 
 
@@ -3374,17 +3375,18 @@ def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
     told = run_gently('ffprobe', '-show_entries format=duration -of csv=p=0', f'file:{sound}')
     frames = math.ceil(max(float(told.strip()) / len(pictures), SLIDE_SECONDS) * SLIDE_RATE)
     piece = video.with_suffix('.piece')
-    with open(video.with_suffix('.ts'), 'wb') as whole:
+    with open(video.with_suffix('.ts'), 'wb') as joined:
         for at, path in enumerate(pictures):
             run_gently('ffmpeg', '-y -threads 1', *still_format(path), '-i', f'file:{path}', *(
                 f'-frames:v {frames} -r {SLIDE_RATE} -c:v libx264 -threads 1 -preset ultrafast '
                 f'-tune stillimage -output_ts_offset {at * frames / SLIDE_RATE} -f mpegts').split(),
                 '-vf', SLIDE.format(frames - 1, SLIDE_RATE), f'file:{piece}')
-            whole.write(piece.read_bytes())
+            joined.write(piece.read_bytes())
     codec = 'copy' if sound.suffix == '.m4a' else 'aac'
-    run_gently('ffmpeg', '-y', '-i', f'file:{whole.name}', '-stream_loop', -1, '-i', f'file:{sound}',
-               *f'-map 0:v -map 1:a -c:v copy -c:a {codec} -movflags +faststart -t'.split(),
-               len(pictures) * frames / SLIDE_RATE, f'file:{video}')
+    run_gently('ffmpeg', '-y', '-i', f'file:{joined.name}', '-stream_loop', -1,
+               '-i', f'file:{sound}', *f'-map 0:v -map 1:a -c:v copy -c:a {codec}'.split(),
+               '-movflags', '+faststart', '-t', len(pictures) * frames / SLIDE_RATE,
+               f'file:{video}')
 
 
 # -- what yt-dlp is told
@@ -3625,7 +3627,7 @@ class Attempt:
         return self.stopper.stopped_at
 
     def check(self, now: float) -> None:
-        """Stop it if the disk is full or nothing is gained for too long. `now`: time.monotonic()."""
+        """Stop it if the disk is full or nothing comes for too long. `now`: time.monotonic()."""
         with suppress(OSError):  # the folder is gone: the next write says so
             if free_space(self.output) < self.config.downloads.min_free_space:
                 self.stop('disk')
