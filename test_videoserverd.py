@@ -5114,7 +5114,7 @@ class TestStop(DownloadTest):
 
         def nobody(*args, **more):
             asked.set()
-            never.wait(5)
+            never.wait(30)  # longer than any load excuses
             raise OSError('no answer')
         with unittest.mock.patch('_socket.getaddrinfo', nobody):
             self.stops(self.attempt(self.site.tiktok()), asked.is_set)
@@ -5129,10 +5129,16 @@ class TestStop(DownloadTest):
             self.stops(self.attempt(self.site.tiktok(), config=config), lambda: CONNECTED)
 
     def test_between_two_tries_and_under_a_rate_limit(self):
-        post = self.site.tiktok(fail=[503] * 9)
-        self.stops(self.attempt(post, options=['-R', '20']), lambda: post.media[0].hits > 2)
-        slow = self.site.tiktok(size=3_000_000)
-        self.stops(self.attempt(slow, options=['-r', '10K']), lambda: slow.media[0].hits)
+        nap, naps = v.Stopper.nap, []
+
+        def long_nap(stopper, seconds):  # longer than any load excuses
+            naps.append(seconds)
+            nap(stopper, 60)
+        for post, options in ((self.site.tiktok(fail=[503] * 9), ['-R', '20']),
+                              (self.site.tiktok(size=3_000_000), ['-r', '10K'])):
+            with unittest.mock.patch.object(v.Stopper, 'nap', long_nap):
+                self.stops(self.attempt(post, options=options), lambda: naps)
+            del naps[:]
 
     def test_what_a_stop_cut_off_is_not_taken_for_whole(self):
         attempt = self.attempt(self.site.tiktok())
@@ -5196,7 +5202,7 @@ class TestStop(DownloadTest):
 
         def slow(fd):
             syncing.set()
-            time.sleep(3)
+            threading.Event().wait(30)
         with unittest.mock.patch('os.fsync', slow):
             self.stops(self.attempt(self.site.tiktok()), syncing.is_set)
 
