@@ -10048,6 +10048,23 @@ class TestPage(DaemonTest):
         wait_until(lambda: self.daemon.client.get(f'/api/v1/status/{id}').status == 404)
         self.browser.wait('return !document.querySelector(".pressed")')
 
+    def test_cookies_a_star_and_once_more(self):
+        file = self.daemon.folder / 'cookies of a browser.txt'
+        file.write_text(f'# Netscape\n.instagram.com\tTRUE\t/\tTRUE\t{int(time.time()) + 9999}\tsessionid\tx\n')
+        self.browser.click('summary')
+        self.browser.type('#cookie-file', str(file))
+        self.browser.until('#cookies', 'textContent.includes("instagram.com")')
+        self.browser.click('#forget-cookies')
+        self.browser.until('#cookies', 'textContent === "There are no cookies."')
+        id = self.daemon.download(str(self.site.tiktok()))['download_id']
+        self.row(id)
+        for act, starred in (('star', True), ('unstar', False)):
+            self.press(id, act)
+            self.row(id, f'row.starred === {str(starred).lower()}')
+        self.assertNotIn('★', self.browser.get('.pressed .meta'))
+        self.press(id, 'again')
+        self.browser.wait(ONE_ROW, f'row.download_id !== "{id}" && row.files?.length && row.status === "completed"')
+
     def test_why_it_failed_and_when_the_next_attempt_is(self):
         gone = self.daemon.fails(str(self.site.tiktok(state='private')))
         self.row(gone['download_id'])
@@ -10392,6 +10409,26 @@ class TestPage(DaemonTest):
         self.browser.wait('return location.protocol === "https:" && document.body.dataset.at === "share"')
         self.daemon.submit(tiktok_link(5))
         self.assertRegex(next(said), f'It works: {tiktok_link(5)}')
+
+    def test_setup_asks_for_the_key_once_and_waits_for_the_first_link(self):
+        self.expected = '401'
+        locked = self.new_daemon(env={'VIDEOSERVER_API_KEYS': 'sesame'})
+        self.visit('/setup#share', locked)
+        self.browser.type('#key', 'wrong' + ENTER)
+        self.browser.until('#why', 'textContent !== "This server asks for a key, once."')
+        self.browser.run('key.value = ""')
+        self.browser.type('#key', 'sesame' + ENTER)
+        self.browser.until('#share', 'checkVisibility()')
+        self.browser.run('document.querySelector("#name").value = "Anna’s phone";'
+                         'document.querySelector("#name").dispatchEvent(new Event("change"))')
+        address = self.browser.wait('const {value} = address; return value.includes("Anna%E2%80%99s") && value')
+        self.assertIn('Waiting', self.browser.get('#works'))
+        link = locked.client.connection()
+        with contextlib.closing(link):
+            link.request('POST', urlsplit(address).path, json.dumps({'text': tiktok_link(9)}),
+                         {'Content-Type': 'application/json'})
+            self.assertEqual(link.getresponse().status, 202)
+        self.browser.until('#works', 'textContent.startsWith("It works: a link to tiktok.com")')
 
     def test_the_four_screens_have_fewer_than_350_words(self):
         self.visit('/setup')

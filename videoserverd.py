@@ -7711,8 +7711,7 @@ button, .button { display: inline-flex; align-items: center; justify-content: ce
   font-weight: 600; }
 .quiet, .play, .retry, .share, .save { background: var(--tint); color: var(--accent); }
 input, textarea { min-width: 0; padding: .6rem .9rem; border-radius: .8rem;
-  border: 1px solid var(--edge);
-  background: var(--card); }
+  border: 1px solid var(--edge); background: var(--card); }
 ::placeholder { color: var(--soft); opacity: 1; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 code { padding: .1em .35em; border-radius: .35em; background: #8882;
@@ -8548,7 +8547,7 @@ await makeRound();
 watch();
 '''
 
-SW_JS = r'''// Keeps the page: it opens from the Home Screen while the server is out of reach.
+SW_JS = r'''// Keeps the page itself, so that it opens from the Home Screen while the server is out of reach.
 const KEPT = ['./', 'page.css', 'page.js', 'icon.png', 'manifest.webmanifest'];
 const places = KEPT.map(path => new URL(path, location).href);
 
@@ -8676,8 +8675,8 @@ SETUP_HTML = r'''<!DOCTYPE html>
     <text class="do r" x="276" y="118">Shortcut Input</text>
     <path d="M150 130v16"/><rect class="box" x="10" y="146" width="280" height="44" rx="14"/>
     <text class="l" x="24" y="173">Show notification</text>
-    <rect class="tap" x="140" y="155" width="128" height="26" rx="7"/>
-    <text class="do" x="204" y="173">Contents of URL</text></svg>
+    <rect class="tap" x="148" y="155" width="128" height="26" rx="7"/>
+    <text class="do" x="212" y="173">Contents of URL</text></svg>
   <ol><li>Copy the address. <a href="shortcuts://create-shortcut">Open a new Shortcut</a>.</li>
     <li>Add <b>Get Contents of URL</b> and paste the address. Tap <b>›</b>. <b>Method</b>:
       <b>POST</b>. <b>Add new field</b> → <b>Text</b>: <b>text</b> is <b>Shortcut Input</b>.</li>
@@ -8731,7 +8730,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
 </html>
 '''
 
-SETUP_JS = r'''// One step at a time; moves on by itself. Without JavaScript all are shown.
+SETUP_JS = r'''// Shows one step at a time, and moves on by itself. Without JavaScript all steps are shown.
 const $ = id => document.getElementById(id);
 const main = document.querySelector('main'), steps = [...document.querySelectorAll('.step')];
 const plain = location.protocol === 'http:';
