@@ -7623,8 +7623,8 @@ PAGE_HTML = r'''<!DOCTYPE html>
   <ul id="outbox" aria-label="Not sent yet" hidden></ul>
   <form id="filters" role="search" hidden>
     <div id="states" role="group" aria-label="Show"></div>
-    <input id="search" type="search" aria-label="Search" placeholder="Search" autocomplete="off">
-    <button id="pick" type="button" aria-pressed="false">Select</button>
+    <div class="field"><input id="search" type="search" aria-label="Search" placeholder="Search"
+      autocomplete="off"><button id="pick" type="button" aria-pressed="false">Select</button></div>
   </form>
   <div id="bulk" hidden><b></b> <button value="retry" class="button quiet">Try again</button>
     <button value="clear" class="button quiet">Clear</button>
@@ -7670,7 +7670,7 @@ PAGE_HTML = r'''<!DOCTYPE html>
 '''
 
 PAGE_CSS = r'''
-/* Warm paper, one accent, the system's own letters. Sizes in rem: they follow the reader's own. */
+/* Sizes in rem follow the reader's own. */
 :root {
   color-scheme: light dark; --gap: 1rem; --paper: #f5f5f1; --card: #fff; --ink: #1a1d1a;
   --soft: #5a605a; --line: #e1e2db; --edge: #858b84; --accent: #0b6e5f; --on-accent: #fff;
@@ -7741,7 +7741,8 @@ main { flex: 1; display: flex; flex-direction: column; gap: .6rem; }
 #outbox li { display: flex; align-items: center; padding: .4rem .4rem .4rem 1rem;
   margin-bottom: .4rem; border: 1px dashed var(--edge); border-radius: 1rem; }
 #outbox li > span { flex: 1; white-space: pre-line; }
-#search { flex: 1 1 9rem; }
+#search { flex: 1 1 0; }
+#filters .field { flex: 1 1 14rem; flex-wrap: nowrap; min-width: 0; }
 #filters button { padding: .3rem .45rem; color: var(--soft); gap: .3rem; font-size: .875rem; }
 #filters [aria-pressed="true"] { background: var(--card); color: var(--ink);
   box-shadow: inset 0 0 0 1px var(--line); }
@@ -7766,9 +7767,8 @@ article { display: grid; gap: .4rem .9rem; align-content: start;
   -webkit-line-clamp: 2; overflow: hidden; }
 .meta, .word, .reason, #place { color: var(--soft); font-size: .875rem;
   font-variant-numeric: tabular-nums; }
-.meta span { display: inline-block; padding: .25rem 0; }
 .meta span:not(:last-child)::after { content: '\a0·\a0'; display: inline-block; }
-.meta a { color: inherit; text-decoration-color: var(--edge); }
+.meta a { padding: .3rem 0; color: inherit; text-decoration-color: var(--edge); }
 [data-status="completed"] :is(.word, .state:has(.reason:empty)) { display: none; }
 [data-status="downloading"] .word { color: var(--accent); }
 [data-status="failed"] .word { color: var(--bad); font-weight: 600; }
@@ -7848,7 +7848,8 @@ summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--
 @keyframes arrive { from { visibility: hidden; } }
 '''
 
-PAGE_JS = r'''const LABELS = {
+PAGE_JS = r'''
+const LABELS = {
   play: 'Play', share: 'Share', save: 'Save', retry: 'Try again', cancel: 'Cancel', more: 'More',
   delete: 'Delete', copy: 'Copy link', s3: 'Copy bucket link', star: 'Star', unstar: 'Unstar',
   again: 'Download again', prev: 'Previous', next: 'Next', close: 'Close', clear: 'Clear',
@@ -8547,7 +8548,8 @@ await makeRound();
 watch();
 '''
 
-SW_JS = r'''// Keeps the page itself, so that it opens from the Home Screen while the server is out of reach.
+SW_JS = r'''
+// Keeps the page itself, so that it opens from the Home Screen while the server is out of reach.
 const KEPT = ['./', 'page.css', 'page.js', 'icon.png', 'manifest.webmanifest'];
 const places = KEPT.map(path => new URL(path, location).href);
 
@@ -8730,7 +8732,8 @@ SETUP_HTML = r'''<!DOCTYPE html>
 </html>
 '''
 
-SETUP_JS = r'''// Shows one step at a time, and moves on by itself. Without JavaScript all steps are shown.
+SETUP_JS = r'''
+// Shows one step at a time, and moves on by itself. Without JavaScript all steps are shown.
 const $ = id => document.getElementById(id);
 const main = document.querySelector('main'), steps = [...document.querySelectorAll('.step')];
 const plain = location.protocol === 'http:';
