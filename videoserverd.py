@@ -9233,15 +9233,16 @@ class Care:
     def renew_certificate(self, now: float) -> None:
         """Daily, and when the clock was set, a new leaf if names, addresses or time ask for one.
         Whoever has changed the file, new connections get the new one."""
-        if not self.config.server.tls:
+        config = self.config
+        if not config.server.tls:
             return
         if self._clock.was_set(now, time.monotonic()):
             self._certificate_seen = (0, 0)
-        file, day = self.config.server.cert_file, int(time.monotonic() // DAY)  # never jumps
+        file, day = config.server.cert_file, int(time.monotonic() // DAY)  # never jumps
         if (file.stat().st_mtime_ns, day) != self._certificate_seen:
-            self.certificate, _ = ensure_certificate(self.config, now)
-            self.server.context = server_context(self.config)
-            self.server.app.hosts = known_hosts(self.config)
+            self.certificate, _ = ensure_certificate(config, now)
+            self.server.context = server_context(config)
+            self.server.app.hosts = known_hosts(config)
             self._certificate_seen = file.stat().st_mtime_ns, day
 
     def copy_database(self, now: float) -> None:
@@ -9265,9 +9266,7 @@ class Care:
             picture = self.thumbs / f'{download_id}.jpg'
             if make_thumbnail(self.config.downloads.output_directory / name, picture):
                 self.board.post(download_id)
-            try:
-                self.store.get(download_id)
-            except LookupError:  # deleted meanwhile
+            if not self.store.ids(download_id):  # deleted meanwhile
                 picture.unlink(missing_ok=True)
 
     def make_room(self, now: float) -> None:
@@ -9381,12 +9380,11 @@ class Health:
             found.append(f'Links cannot be stored: {self.store.error}. '
                          f'Fix: look at the disk of {self.config.database.path}')
         if days is not None and days < CERTIFICATE_WARNING_DAYS:
-            found.append(f'The certificate ends in {days} days. '
-                         f'Fix: `{program(self.config)} cert`')
+            found.append(f'The certificate ends in {days} days. Fix: `{program(self.config)} cert`')
         found += [f'{courier.fails}: {courier.error}' for courier in self.couriers
                   if courier.error]
-        cookies = Cookies(self.config).report(time.time())
-        found += [f'Cookies: {told}' for fine, told in cookies if not fine]
+        found += [f'Cookies: {told}' for fine, told in Cookies(self.config).report(time.time())
+                  if not fine]
         return [message for message in found if message]
 
     def report(self) -> dict[str, Any]:
@@ -9413,24 +9411,16 @@ class Health:
 
     def gauges(self, paused: bool) -> list[tuple[str, float]]:
         """(name, value) of each figure of /metrics; one that begins with # is a line of its own."""
-        rows = [('# TYPE videoserverd_downloads gauge', 0.0)]
-        for status, number in self.store.counts().items():
-            rows.append((f'videoserverd_downloads{{status="{status}"}}', number))
-        version = self.care.vendor.version() or ''
-        for family, labels, value in (
-                ('free_disk_bytes', '', free_output(self.config)),
-                ('certificate_days', '', self.certificate_days()),
-                ('uptime_seconds', '', time.time() - self.started), ('paused', '', float(paused)),
-                ('ytdlp_info', f'{{version="{version}"}}', 1.0)):
-            if value is not None:
-                rows += [(f'# TYPE videoserverd_{family} gauge', 0.0),
-                         (f'videoserverd_{family}{labels}', value)]
-        counters = list(self.board.counters.items())
-        for family in ('attempts_total', 'downloaded_bytes_total', 'ways_total'):
-            rows.append((f'# TYPE videoserverd_{family} counter', 0.0))
-            rows += [row for row in counters if row[0].startswith(f'videoserverd_{family}')]
-        rows.append(('# TYPE videoserverd_ack_seconds histogram', 0.0))
-        return rows + self.board.acks()
+        figures = [(f'downloads{{status="{status}"}}', number)
+                   for status, number in self.store.counts().items()]
+        figures += [
+            ('free_disk_bytes', free_output(self.config)), ('paused', float(paused)),
+            ('certificate_days', self.certificate_days()),
+            ('uptime_seconds', time.time() - self.started),
+            (f'ytdlp_info{{version="{self.care.vendor.version() or ""}"}}', 1.0)]
+        rows = [(f'videoserverd_{name}', value) for name, value in figures if value is not None]
+        return [*rows, *sorted(self.board.counters.items()),
+                ('# TYPE videoserverd_ack_seconds histogram', 0.0), *self.board.acks()]
 
 
 class Daemon:
@@ -9680,13 +9670,14 @@ class Daemon:
 
     def _on_outcome(self, job: Job, outcome: Outcome, over: bool) -> None:
         """Count it; a finished one is copied, what is over leaves no partial files."""
-        self.board.count(f'videoserverd_attempts_total{{outcome="{outcome.kind}",'
-                         f'reason="{outcome.reason}"}}')
         site = site_of(job.url)
-        self.board.count(f'videoserverd_ways_total{{site="{site if site in SITES else "other"}",'
-                         f'way="{way_of(job, self.config)}",outcome="{outcome.kind}"}}')
-        size = sum(file.size for file in outcome.files)
-        self.board.count('videoserverd_downloaded_bytes_total', size)
+        if site not in SITES:
+            site = 'other'
+        count = self.board.count
+        count(f'videoserverd_attempts_total{{outcome="{outcome.kind}",reason="{outcome.reason}"}}')
+        count(f'videoserverd_ways_total{{site="{site}",way="{way_of(job, self.config)}",'
+              f'outcome="{outcome.kind}"}}')
+        count('videoserverd_downloaded_bytes_total', sum(file.size for file in outcome.files))
         if over:
             forget_files(self.config, job.id, ())
         for courier in self.couriers * over:
