@@ -9325,7 +9325,7 @@ class TestRequests(DaemonTest):
         for bad in ('-1', '+3', '1_0', '0x3', '3, 3', ' ', '3 3', '\xb2', '9' * 30):
             self.refused(400, self.get(post, json_type, f'Content-Length: {bad}', body='{}x'))
         self.refused(400, self.get(post, json_type, 'Content-Length: 2', 'Content-Length: 3', body='{}x'))
-        self.refused(411, self.get(post, json_type))
+        self.refused(400, self.get(post, json_type))
         self.refused(411, self.get(post, json_type, 'Transfer-Encoding: chunked', body='2\r\n{}\r\n0\r\n\r\n'))
         self.refused(400, self.get(post, json_type, 'Transfer-Encoding: chunked', 'Content-Length: 2', body='{}'))
         for coding in ('gzip', 'gzip, chunked', 'xchunked', 'chunked, chunked'):
@@ -9444,10 +9444,8 @@ class TestForeignPages(DaemonTest):
             answer = self.daemon.client.post(f'/api/v1/download/{id}/cancel', **headers)
             self.assertEqual(answer.status, status, headers)
         self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{id}', Origin='https://evil.example').status, 403)
-        answer = self.daemon.client.post(f'/api/v1/download/{id}/cancel', Origin='https://videos.example',
-                                         X_Forwarded_For='10.0.0.1')  # its own page, through a proxy that sets no Host
-        self.assertIn('https://videos.example is its own page behind a proxy, set [server] public_base_url',
-                      answer.json['message'])
+        answer = self.daemon.client.post(f'/api/v1/download/{id}/cancel', Origin='https://videos.example')
+        self.assertIn('set [server] public_base_url', answer.json['message'])  # its own page, the proxy sets no Host
         answer = self.daemon.client.post('/initiateDownload', {'videoURL': tiktok_link(2)}, Origin='null')
         self.assertEqual(answer.status, 418)
 

@@ -50,7 +50,6 @@ try:
     import shlex
     import sqlite3
     import ssl
-    from http import HTTPStatus
     from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 except ImportError as no_module:
     sys.exit('videoserverd needs all of Python, and this one has no %s (%s). Fix: sudo apt-get '
@@ -5920,18 +5919,17 @@ def mobileconfig(config: Config) -> bytes:
 # guards the table of connections. Handlers validate, call one verb and reply; trouble is raised
 # and becomes a reply in one place, App.respond. Called by daemon and `phone`.
 
-# What a connection is doing: seconds until it is broken off, and seconds after which it may be
-# closed earlier to make room for another one.
+# What a connection does: seconds until it is broken off, and after which it may be closed earlier
+# to make room for another one.
 PEER_STATES = {
-    'new': (10.0, 0.0),           # handshake and first request head
-    'idle': (20.0, 0.0),          # kept alive, between two requests
-    'asking': (10.0, 1.0),        # a head, or a body of 16 KB over the worst of Wi-Fi
-    'working': (math.inf, 1.0),   # a handler at work; some wait for news
-    'sending': (60.0, 0.1),       # a block of the answer
-    'closing': (1.0, 0.0),        # unread bytes are dropped, see Peer.part
+    'new': (10.0, 0.0),          # handshake and first head
+    'idle': (20.0, 0.0),         # between two requests
+    'asking': (10.0, 1.0),       # a head, or a body of 16 KB over the worst of Wi-Fi
+    'working': (math.inf, 1.0),  # some wait for news
+    'sending': (60.0, 0.1),      # a block of the answer
+    'closing': (1.0, 0.0),       # see Peer.part
 }
 WRONG_KEY_DELAY = 0.1    # seconds; doubled by each wrong key from one address, to 2 at most
-WRONG_KEY_MEMORY = 600   # seconds
 SLOWEST_BODY = 32 << 10  # bytes a second: what a large body may be sent at
 HEAD_LIMIT = 16 << 10    # bytes of a request head
 LINE_LIMIT = 8 << 10     # bytes of a request line
@@ -5939,9 +5937,8 @@ LARGE_BODY = 1 << 20     # bytes of a list of links, or of a file of cookies
 CONNECTIONS = 128        # a thread each
 PER_ADDRESS = 16         # a browser opens 6
 BLOCK = 256 << 10        # bytes read and sent at a time: large enough for TLS to be the limit
-WATCHERS = 8             # pages that may wait for news; on a Pi a thread for each is too many
-VIDEO_WAITERS = 8        # phones that may wait for a video
-VIDEO_SECONDS = 50.0     # for that; a phone itself gives up after 60
+WATCHERS = 8             # pages that wait for news, and phones that wait for a video
+VIDEO_SECONDS = 50.0     # for a video; a phone gives up after 60
 LONGEST_NAME = 64        # characters of a phone's name
 FEED_ENTRIES = 50
 SHARE_PATH = re.compile(r'/share(/|$)')
@@ -5967,13 +5964,14 @@ SAME_HEADERS = {
     'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin',
     'Content-Security-Policy': "default-src 'none'; media-src 'self'; img-src 'self'; "
                                "style-src 'unsafe-inline'; sandbox"}
-REASONS = {status.value: status.phrase for status in HTTPStatus}
+JSON = 'application/json'
+REASONS = BaseHTTPRequestHandler.responses
 LOOPBACK = networks('127.0.0.0/8,::1')
 CODES = {401: 'key_wanted', 404: 'not_found', 411: 'length_required', 413: 'too_large',
          414: 'uri_too_long', 415: 'not_json', 431: 'headers_too_large'}  # else bad_request
 STORED_FIELDS = ('url', 'status', 'filename', 'file_size', 'error_message', 'next_attempt_at',
                  'client_id', 'created_at', 'started_at', 'completed_at', 'note', 'uploader',
-                 'duration')
+                 'duration', 'description', 'upload_date')
 PROGRESS_FIELDS = ('phase', 'downloaded', 'speed', 'eta')
 
 
@@ -6001,21 +5999,15 @@ class Head:
 
 
 @named_tuple
-class Content:
-    """`length` bytes of an open file from `start` on."""
-    file: Any
-    start: int
-    length: int
-
-
-@named_tuple
 class Reply:
-    """What goes back; `content` instead of `body` is streamed."""
+    """What goes back: `body`, or `length` bytes of an open file from `start` on."""
     status: int
     body: bytes = b''
-    type: str = 'application/json'
+    type: str = JSON
     headers: tuple[tuple[str, str], ...] = ()
-    content: Content | None = None
+    file: Any = None
+    start: int = 0
+    length: int = 0
 
 
 # -- reading a request
@@ -6131,14 +6123,11 @@ class Request:
 
     def json(self) -> dict[str, Any]:
         """The body as a JSON object. Raises HTTPError, ClientGone."""
-        if self.content_type()[0] != 'application/json':
+        if self.content_type()[0] != JSON:
             raise HTTPError(415, 'Send JSON, with the header Content-Type: application/json.')
-        if 'content-length' not in self.head.fields:
-            raise HTTPError(411, 'Send the body with a Content-Length.')
-        try:
+        fields = None
+        with suppress(ValueError, RecursionError):
             fields = STRICT_JSON.decode(self.body().decode('utf-8'))
-        except (ValueError, RecursionError):
-            raise HTTPError(400, 'The request is not valid JSON.', 'bad_json') from None
         if not isinstance(fields, dict):
             raise HTTPError(400, 'The request must be a JSON object.', 'bad_json')
         return fields
@@ -6152,33 +6141,24 @@ class Param:
     """A query parameter: `parse` raises ValueError(what is accepted)."""
     name: str
     parse: Callable[[str], Any]
-    default: Any = None
+    default: str = ''
     type: str = 'string'
-    required: bool = False
 
 
 @named_tuple
 class Route:
-    """A row of ROUTES; the docstring of `handler` is its summary. `access`: key (X-API-Key where
-    keys are on), link or share (or a signature), open. `limit`: bytes of a body, if they may be
-    more than elsewhere."""
+    """A row of ROUTES; the docstring of `handler` is its summary. `access`: key (where keys are
+    on), link or share (or a signature), open. `limit`: bytes of a body, if more than elsewhere."""
     method: str
     path: str
     handler: Callable[['App', Request], Reply]
     access: str = 'key'
-    answer: str = 'Object'
+    answer: str = JSON
     body: str = ''
     query: tuple[Param, ...] = ()
     errors: tuple[int, ...] = ()
     status: int = 200
     limit: int = 0
-
-
-def short_text(given: str) -> str:
-    """A parser of texts to search for."""
-    if len(given) > 200:
-        raise ValueError('a text of at most 200 characters')
-    return given
 
 
 def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> Reply:
@@ -6187,9 +6167,9 @@ def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> 
     return Reply(status, data, headers=(NO_STORE, *headers))
 
 
-def done_reply(status: str, message: str, **more: Any) -> Reply:
+def done_reply(status: str, message: str, code: int = 200, **more: Any) -> Reply:
     """A JSON answer that says what was done."""
-    return json_reply(200, {'status': status, **more, 'message': message,
+    return json_reply(code, {'status': status, **more, 'message': message,
                             'timestamp': int(time.time())})
 
 
@@ -6254,7 +6234,6 @@ def match_path(pattern: str, path: str) -> dict[str, str] | None:
 
 
 def shown_percent(record: Record, progress: Progress | None) -> int:
-    """0–100; 100 only when it is completed."""
     if record['status'] == 'completed':
         return 100
     return min(99, int(getattr(progress, 'percent', 0)))
@@ -6280,26 +6259,19 @@ class App:
         self.config, self.store, self.board, self.scheduler = config, store, board, scheduler
         self.port = 0
         self.hosts: frozenset = frozenset()  # names and addresses that are ours
-        self.assets: dict[str, Any] = more.get('assets', {})
-        self.health: Callable[[], dict[str, Any]] = more.get('health')
-        self.forget: Callable[[Record, bool], bool] = more.get('forget')
-        self.update: Callable[[], None] = more.get('update')
-        self.bucket = more.get('bucket')
-        self.link_secret: bytes = more.get('link_secret', b'')
-        self.thumbs: Path | None = more.get('thumbs')
-        self.image_origin: str = more.get('image_origin', '')  # names the machine's addresses
-        self.gauges: Callable[[], list[tuple[str, float]]] = more.get('gauges')
         self.routes: tuple[Route, ...] = more.get('routes', ())
+        self.assets: dict[str, Any] = more.get('assets', {})
+        self.image_origin: str = more.get('image_origin', '')  # names the machine's addresses
+        self.more = SimpleNamespace(**more)  # health, gauges, forget, update, thumbs, bucket...
         self.prefix = urlsplit(config.server.public_base_url or '').path
-        self.watchers = threading.BoundedSemaphore(WATCHERS)
-        self.video_waiters = threading.BoundedSemaphore(VIDEO_WAITERS)
+        self.watchers = threading.Semaphore(WATCHERS)
+        self.video_waiters = threading.Semaphore(WATCHERS)
         self._wrong_keys: dict[str, tuple[int, float]] = {}  # how many of an address, and when
         self._guard = threading.Lock()  # guards _wrong_keys
 
     # -- links and rows
 
     def base(self) -> str:
-        """How others reach us."""
         return public_base(self.config, self.port)
 
     def link(self, download_id: str, name: str) -> str:
@@ -6308,10 +6280,9 @@ class App:
         if not self.config.api_keys:
             return path
         expires = int(time.time()) + self.config.s3.url_expiry
-        return path + sign_path(self.link_secret, path, expires)
+        return path + sign_path(self.more.link_secret, path, expires)
 
     def progress(self, record: Any) -> Progress | None:
-        """How far a running download is."""
         running = record['status'] == 'downloading'
         return self.board.progress(record['id']) if running else None
 
@@ -6332,7 +6303,7 @@ class App:
             'public_url': None, 'thumbnail': None, 's3': None})
         if files:
             row['public_url'] = files[0]['url']
-            if (self.thumbs / f'{record["id"]}.jpg').exists():
+            if (self.more.thumbs / f'{record["id"]}.jpg').exists():
                 row['thumbnail'] = f'api/v1/thumbnail/{record["id"]}'
         if record['s3_state']:
             row['s3'] = {'state': record['s3_state'], 'error': record['s3_error']}
@@ -6365,7 +6336,6 @@ class App:
         return reply
 
     def _as_http_error(self, request: Request, error: Exception) -> HTTPError:
-        """What to answer when this was raised."""
         if isinstance(error, HTTPError):
             return error
         if isinstance(error, Refused):
@@ -6374,8 +6344,10 @@ class App:
         if isinstance(error, RateLimited):
             return HTTPError(429, str(error), 'rate_limited', Retry_After=str(error.retry_after))
         if isinstance(error, StoreDown):
-            log.error('request: the database does not answer: %s', error)
             return HTTPError(503, error.sentence, 'cannot_store', Retry_After='30')
+        if isinstance(error, OSError):
+            return HTTPError(503, f'The disk does not allow that: {error.strerror}.', 'disk_error',
+                             Retry_After='30')
         log.exception('request: %s %s failed inside', request.head.method, request.shown_path)
         return HTTPError(500, 'The server made a mistake; its log tells more.', 'internal')
 
@@ -6397,7 +6369,6 @@ class App:
         return route.handler(self, request)
 
     def _check_client(self, request: Request) -> None:
-        """Only allowed networks are answered; a trusted proxy may speak for a client."""
         forwarded, server = request.field('x-forwarded-for'), self.config.server
         peer = client = request.peer.address
         if request.peer.admitted and not forwarded:
@@ -6436,21 +6407,21 @@ class App:
         ours = scheme in ('https', 'http') and host in (request.field('host').lower(), base)
         site = request.field('sec-fetch-site').lower()
         if (origin and not ours) or site not in ('', 'same-origin', 'none'):
-            message = 'Pages of other sites may not use this server.'
-            if request.field('x-forwarded-for'):
-                message += (f' If {excerpt(origin)} is its own page behind a proxy, set [server] '
-                            'public_base_url to that.')
-            raise HTTPError(403, message, 'foreign_origin')
+            raise HTTPError(403, 'Pages of other sites may not use this server. If this is its own '
+                            'behind a proxy, set [server] public_base_url.', 'foreign_origin')
 
     def _check_key(self, request: Request, route: Route) -> None:
         if route.access == 'share' and not self._may_share(request):
             raise HTTPError(401, 'This address is not valid any more. Make a new one on the '
                             'set-up page.')
-        if route.access == 'key' and not self.has_key(request):
+        if route.access == 'key':
+            self.require_key(request)
+
+    def require_key(self, request: Request) -> None:
+        if not self.has_key(request):
             raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
 
     def _may_share(self, request: Request) -> bool:
-        """Whether the path's signature or the key is right; the name alone stays in params."""
         signed = SIGNED_NAME.fullmatch(request.params['who'])
         if signed:
             request.params['who'] = signed[1]
@@ -6483,7 +6454,7 @@ class App:
         now = time.monotonic()
         with self._guard:
             times, last = self._wrong_keys.pop(client, (0, now))
-            times *= now - last < WRONG_KEY_MEMORY
+            times *= now - last < 600  # seconds
             self._wrong_keys[client] = (times + 1, now)
             if len(self._wrong_keys) > 1000:
                 del self._wrong_keys[next(iter(self._wrong_keys))]
@@ -6519,16 +6490,11 @@ class App:
                 request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
         except ValueError:
             raise HTTPError(400, 'The query of the request cannot be read.', 'bad_query') from None
-        for param in route.query:
-            name = param.name
-            if param.required and not given.get(name):
-                raise HTTPError(400, f'{name} is missing.', 'bad_query')
+        for name, parse, default, _ in route.query:
             try:
-                if name in given:
-                    given[name] = param.parse(given[name])
+                given[name] = parse(given.get(name, default))
             except ValueError as error:
                 raise HTTPError(400, f'{name} must be {error}.', 'bad_query') from None
-            given.setdefault(name, param.default)
         return given
 
     def refuse(self, raw_path: str, error: HTTPError) -> Reply:
@@ -6549,121 +6515,42 @@ class App:
 
 B_STATUS = {'queued': 'PENDING', 'downloading': 'DOWNLOADING', 'completed': 'COMPLETED',
             'failed': 'FAILED'}
-SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required; see schema_of
-    'Object': '',
-    'Status': {'type': 'string', 'enum': list(STATES)},
-    'StatusB': {'type': 'string', 'enum': list(B_STATUS.values())},
-    'Timestamp': {'type': ['integer', 'null'], 'minimum': 0,
-                  'description': 'only compared: a repeat with the same one is the same link'},
-    'Options': {'type': ['array', 'string', 'null'], 'items': {'type': 'string'},
-                'description': 'options of yt-dlp, as on its command line; an allowlist'},
-    'Counts': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
-    'Text': {'type': 'string'},
-    'Error': 'status:=error! error! message! code! timestamp:integer!',
-    'ErrorB': 'errorCode! errorMessage!',
-    'Submission': 'url! client_id:string? timestamp:Timestamp ytdlp_cli_parameters:Options '
-                  'again:boolean?',
-    'Name': 'name!',
-    'Address': 'address! message!',
-    'Shared': 'text url',
-    'Batch': 'text! client_id:string? timestamp:Timestamp again:boolean?',
-    'Queued': 'status:Status! download_id! message! timestamp:integer!',
-    'BatchRow': 'url! download_id error',
-    'BatchAnswer': 'status:=queued! message! downloads:[BatchRow! keep! timestamp:integer!',
-    'Done': 'status! message! timestamp:integer! download_id',
-    'File': 'name! size:integer! type! url! path!',
-    'Download': 'download_id! status:Status! url! progress:integer! message! '
-                'error_message:string?! completed_at:integer?! title:string? site note:string? '
-                'filename:string? files:[File file_size:integer? phase:string? '
-                'downloaded:integer? speed:number? eta:integer? retry_count:integer '
-                'next_attempt_at:integer? client_id created_at:integer started_at:integer? '
-                'uploader:string? duration:number? description:string? upload_date:string? '
-                'starred:boolean public_url:string? '
-                'thumbnail:string? s3:object?',
-    'History': 'total:integer! message! downloads:[Download! version:integer! counts:Counts! '
-               'poll_after:integer!',
-    'Health': 'status! version! uptime:integer! queue_size:integer! message! problems:[string '
-              'paused:string? free_disk:integer? ytdlp_version:string? '
-              'certificate_days:integer? s3:boolean keys:boolean preparing:boolean '
-              'cookies:[string',
-    'Initiate': 'videoURL! ytdlpCLIParameters:Options again:boolean?',
-    'Initiated': 'downloadUUID!',
-    'Listed': 'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:integer '
-              'progress:integer',
-    'Listing': 'downloads:[Listed!',
-    'PublicURL': 'publicURL!',
-}
 COMMON_ERRORS = {400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503}
 
 
-def schema_of(kind: str) -> dict[str, Any]:
-    """A JSON schema from a word: integer, integer? (or null), Name, [Name (a list), =constant."""
-    if kind.startswith('='):
-        return {'const': kind[1:]}
-    if kind.startswith('['):
-        return {'type': 'array', 'items': schema_of(kind[1:])}
-    if kind[0].isupper():
-        return {'$ref': f'#/components/schemas/{kind}'}
-    if kind.endswith('?'):
-        return {'type': [kind[:-1], 'null']}
-    return {'type': kind}
-
-
-def object_schema(words: Any) -> dict[str, Any]:
-    """A row of SCHEMAS as a JSON schema."""
-    if not isinstance(words, str):
-        return words
+def object_schema(words: str) -> dict[str, Any]:
+    """A JSON schema from words 'name' or 'name:kind|kind' (string by default); ! is required."""
     properties, required = {}, []
     for word in words.split():
-        name, _, kind = word.rstrip('!').partition(':')
-        properties[name] = schema_of(kind or 'string')
+        name, _, kinds = word.rstrip('!').partition(':')
+        properties[name] = {'type': (kinds or 'string').split('|')}
         if word.endswith('!'):
             required.append(name)
     return {'type': 'object', 'properties': properties, 'required': required}
 
 
-def content_of(answer: str) -> dict[str, Any]:
-    """OpenAPI's content object: of a media type, or of JSON by a row of SCHEMAS."""
-    if '/' in answer:
-        return {answer: {'schema': {'type': 'string'} if 'json' not in answer else {}}}
-    return {'application/json': {'schema': schema_of(answer)}}
-
-
-def responses_of(route: Route, keys: bool) -> dict[str, Any]:
-    """Every status that the route can answer with, and how."""
+def operation_of(route: Route, keys: bool) -> dict[str, Any]:
+    """OpenAPI's operation object of a route, with every status that it can answer with."""
     statuses = {route.status, *COMMON_ERRORS, *route.errors, *[415] * bool(route.body),
                 *[401] * (keys and route.access != 'open'), *[404] * ('{' in route.path)}
-    bad = 'Error'
     if B_PATH.match(route.path):
-        statuses, bad = {200, 418}, 'ErrorB'
+        statuses = {200, 418}
+    media = {route.answer: {}, JSON: {}}
     if route.access == 'share':
-        bad = 'text/plain'
-    found: dict[str, Any] = {}
-    for status in sorted(statuses):
-        answer = bad
-        if status == route.status or status < 400 and bad == 'Error':
-            answer = route.answer
-        found[str(status)] = {'description': REASONS[status], 'content': content_of(answer)}
-        if status == 304:
-            del found['304']['content']
-    return found
-
-
-def operation_of(route: Route, keys: bool) -> dict[str, Any]:
-    """OpenAPI's operation object of a route."""
+        media = {route.answer: {}, 'text/plain': {}}
     parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
                   for name in re.findall(r'{(\w+)}', route.path)]
-    parameters += [{'name': param.name, 'in': 'query', 'required': param.required,
-                    'schema': {'type': param.type}} for param in route.query]
-    found = {
-        'summary': ' '.join((route.handler.__doc__ or '').split()),
-        'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_'),
-        'parameters': parameters, 'responses': responses_of(route, keys)}
+    parameters += [{'name': param.name, 'in': 'query', 'schema': {'type': param.type}}
+                   for param in route.query]
+    found = {'summary': ' '.join((route.handler.__doc__ or '').split()), 'parameters': parameters,
+             'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_'),
+             'responses': {str(status): {'description': REASONS[status][0], 'content': media}
+                           for status in sorted(statuses)}}
     if route.body:
-        content = content_of(route.body)
-        if route.access == 'share':
-            content.update(content_of('text/plain'))
-        found['requestBody'] = {'required': True, 'content': content}
+        body = {JSON: {'schema': object_schema(route.body)}}
+        if route.access == 'share' or route.method == 'PUT':
+            body['text/plain'] = {}
+        found['requestBody'] = {'required': True, 'content': body}
     if keys and route.access == 'key':
         found['security'] = [{'key': []}]
     return found
@@ -6674,13 +6561,12 @@ def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, An
     paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation_of(route, keys)
-    schemas = {name: object_schema(words) for name, words in SCHEMAS.items()}
-    components: dict[str, Any] = {'schemas': schemas}
+    found = {'openapi': '3.1.0', 'info': {'title': 'videoserverd', 'version': VERSION},
+             'servers': [{'url': base}], 'paths': paths}
     if keys:
-        components['securitySchemes'] = {
-            'key': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}
-    return {'openapi': '3.1.0', 'info': {'title': 'videoserverd', 'version': VERSION},
-            'servers': [{'url': base}], 'paths': paths, 'components': components}
+        found['components'] = {'securitySchemes': {
+            'key': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}}
+    return found
 
 
 # -- handlers, document A
@@ -6735,11 +6621,10 @@ SAID_BEFORE = {'queued': 'It is on its way', 'downloading': 'It is on its way',
 def post_download(app: App, request: Request) -> Reply:
     """Queue a link."""
     stored = submit(app, request, request.json())
-    status, message = 202, queued_message(app, 'Video queued for download')
+    code, message = 202, queued_message(app, 'Video queued for download')
     if not stored.fresh:
-        status, message = 200, SAID_BEFORE[stored.status]
-    reply = done_reply(stored.status, message, download_id=stored.id)
-    return reply._replace(status=status)
+        code, message = 200, SAID_BEFORE[stored.status]
+    return done_reply(stored.status, message, code, download_id=stored.id)
 
 
 def post_downloads(app: App, request: Request) -> Reply:
@@ -6765,8 +6650,7 @@ def post_downloads(app: App, request: Request) -> Reply:
         raise item
     request.note = f' client_id={links[0].client_id} links={len(rows)} first={links[0].url}'
     message = queued_message(app, f'{queued} queued, {len(rows) - queued} refused')
-    reply = done_reply('queued', message, downloads=rows, keep='\n'.join(limited + keep))
-    return reply._replace(status=202)
+    return done_reply('queued', message, 202, downloads=rows, keep='\n'.join(limited + keep))
 
 
 def get_status(app: App, request: Request) -> Reply:
@@ -6774,17 +6658,24 @@ def get_status(app: App, request: Request) -> Reply:
     return json_reply(200, app.describe(app.record(request)))
 
 
+@contextmanager
+def place_in(places: threading.Semaphore) -> Iterator[bool]:
+    """Whether one of these places was free; it is kept until the end of the block."""
+    free = places.acquire(blocking=False)
+    try:
+        yield free
+    finally:
+        if free:
+            places.release()
+
+
 def get_history(app: App, request: Request) -> Reply:
     """Downloads, newest first; with `since`, a version, it waits for news."""
     query, poll_after = request.query, 0
     if query['since'] == app.board.version:
-        if app.watchers.acquire(blocking=False):
-            try:
-                app.board.wait(query['since'], query['wait'])
-            finally:
-                app.watchers.release()
-        else:
-            poll_after = 3
+        with place_in(app.watchers) as free:
+            app.board.wait(query['since'], query['wait'] * free)
+        poll_after = 3 * (not free)
     version = app.board.version
     total, records = app.store.page(query['limit'], query['offset'], query['status'], query['q'])
     return json_reply(200, {
@@ -6795,7 +6686,7 @@ def get_history(app: App, request: Request) -> Reply:
 
 def get_health(app: App, request: Request) -> Reply:
     """How the server is; without a key, where keys are on, in four fields."""
-    facts = app.health()
+    facts = app.more.health()
     storing = facts.pop('storing')
     facts['message'] = ' '.join(facts['problems']) or 'All is well.'
     if not app.has_key(request):
@@ -6813,10 +6704,7 @@ def post_cancel(app: App, request: Request) -> Reply:
     record = app.record(request)
     if not app.scheduler.cancel(record['id'], time.time()):
         status = app.record(request)['status']
-        message = f'It is {status}; there is nothing to cancel.'
-        if status == 'downloading':
-            message = 'It is being stopped, which takes long.'
-        raise HTTPError(409, message, 'not_running')
+        raise HTTPError(409, f'It is {status} and cannot be cancelled now.', 'not_running')
     return get_status(app, request)
 
 
@@ -6843,20 +6731,15 @@ def delete_download(app: App, request: Request) -> Reply:
     if record['status'] == 'downloading':
         app.scheduler.cancel(record['id'], time.time())
         record = app.record(request)
-    try:
-        if not app.forget(record, request.query['files'] == 'keep'):
-            raise HTTPError(
-                409, 'It cannot be stopped at the moment; try again.', 'still_running')
-    except OSError as error:
-        raise HTTPError(503, f'It cannot be deleted: {error.strerror}.', 'cannot_delete',
-                        Retry_After='30') from None
+    if not app.more.forget(record, request.query['files']):
+        raise HTTPError(409, 'It cannot be stopped at the moment; try again.', 'still_running')
     return done_reply('deleted', 'Deleted', download_id=record['id'])
 
 
 def get_thumbnail(app: App, request: Request) -> Reply:
     """A small picture."""
     try:
-        data = (app.thumbs / f'{request.params["id"]}.jpg').read_bytes()
+        data = (app.more.thumbs / f'{request.params["id"]}.jpg').read_bytes()
     except OSError:
         raise HTTPError(404, 'There is no picture of it.') from None
     return Reply(200, data, 'image/jpeg', (('Cache-Control', 'private, max-age=86400'),))
@@ -6865,11 +6748,7 @@ def get_thumbnail(app: App, request: Request) -> Reply:
 def put_cookies(app: App, request: Request) -> Reply:
     """Keep the cookies of a browser, those for allowed sites; used where cookies_file is empty."""
     cookies = Cookies(app.config)
-    try:
-        cookies.save(request.body())
-    except OSError as error:
-        raise HTTPError(503, f'The cookies cannot be stored: {error.strerror}.', 'cannot_store',
-                        Retry_After='30') from None
+    cookies.save(request.body())
     return done_reply('stored', '\n'.join(told for _, told in cookies.report(time.time())))
 
 
@@ -6881,8 +6760,8 @@ def delete_cookies(app: App, request: Request) -> Reply:
 
 def post_update(app: App, request: Request) -> Reply:
     """Look for a newer yt-dlp now."""
-    app.update()
-    return done_reply('updating', 'The newest yt-dlp is being fetched.')._replace(status=202)
+    app.more.update()
+    return done_reply('updating', 'The newest yt-dlp is being fetched.', 202)
 
 
 def post_share_address(app: App, request: Request) -> Reply:
@@ -6897,46 +6776,47 @@ def post_share_address(app: App, request: Request) -> Reply:
 def get_metrics(app: App, request: Request) -> Reply:
     """Figures for Prometheus."""
     lines = []
-    for name, figure in app.gauges():
+    for name, figure in app.more.gauges():
         lines.append(name if name.startswith('#') else f'{name} {figure!r}')
     return Reply(200, '\n'.join([*lines, '']).encode(),
                  'text/plain; version=0.0.4; charset=utf-8', (NO_STORE,))
 
 
 def xml_element(name: str, text: str = '', **attributes: Any) -> str:
-    """An element of XML."""
     from html import escape
     given = ''.join(f' {key}="{escape(str(value))}"' for key, value in attributes.items())
     return f'<{name}{given}>{escape(UNSAFE.sub(" ", text))}</{name}>'
 
 
+def feed_time(seconds: float) -> str:
+    """The element for epoch seconds (RFC 3339)."""
+    return xml_element('updated', time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds)))
+
+
 def feed_entry(row: dict[str, Any]) -> str:
     """A finished download as an entry of the feed."""
-    then = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(row['completed_at']))
-    author = xml_element('name', row['uploader'] or row['site'])
-    return ''.join([
-        '<entry>', xml_element('id', f'urn:uuid:{row["download_id"]}'),
-        xml_element('updated', then), xml_element('title', row['title'] or row['filename']),
-        f'<author>{author}</author>', xml_element('link', href=row['url']),
-        *(xml_element('link', rel='enclosure', href=file['url'], type=file['type'],
-                      length=file['size']) for file in row['files']), '</entry>'])
+    parts = [xml_element('id', f'urn:uuid:{row["download_id"]}'), feed_time(row['completed_at']),
+             xml_element('title', row['title'] or row['filename']),
+             f'<author>{xml_element("name", row["uploader"] or row["site"])}</author>',
+             xml_element('link', href=row['url'])]
+    parts += [xml_element('link', rel='enclosure', href=file['url'], type=file['type'],
+                          length=file['size']) for file in row['files']]
+    return f'<entry>{"".join(parts)}</entry>'
 
 
 def get_feed(app: App, request: Request) -> Reply:
     """The newest finished downloads as an Atom feed with enclosures (RFC 4287). Where keys are
     on, its link to itself carries a signature, for programs that can send no key."""
-    if not app.is_signed('/feed.xml', request.query['signature']) and not app.has_key(request):
-        raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
-    address = app.base() + '/feed.xml'
-    own = address + ''.join(
-        '?signature=' + sign_name(key, '/feed.xml') for key in app.config.api_keys[:1])
-    entries = [feed_entry(app.describe(record)) for record
-               in app.store.page(FEED_ENTRIES, 0, 'completed')[1] if record['files']]
-    newest = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())
+    if not app.is_signed('/feed.xml', request.query['signature']):
+        app.require_key(request)
+    address = own = app.base() + '/feed.xml'
+    for key in app.config.api_keys[:1]:
+        own += '?signature=' + sign_name(key, '/feed.xml')
+    rows = [app.describe(record) for record in app.store.page(FEED_ENTRIES, 0, 'completed')[1]]
     feed = ['<?xml version="1.0" encoding="utf-8"?><feed xmlns="http://www.w3.org/2005/Atom">',
-            xml_element('id', address), xml_element('title', 'Videos'),
-            xml_element('updated', newest), xml_element('link', rel='self', href=own),
-            *entries, '</feed>']
+            xml_element('id', address), xml_element('title', 'Videos'), feed_time(time.time()),
+            xml_element('link', rel='self', href=own),
+            *(feed_entry(row) for row in rows if row['files']), '</feed>']
     return Reply(200, '\n'.join(feed).encode(), 'application/atom+xml; charset=utf-8', (NO_STORE,))
 
 
@@ -7003,15 +6883,15 @@ def get_public_url(app: App, request: Request) -> Reply:
         raise HTTPError(409, 'The download is not finished.', 'downloadNotReady')
     if request.query['URLTypeEnum'] == 'HTTPS':
         return json_reply(200, {'publicURL': app.describe(record)['public_url']})
-    if app.bucket is None:
+    if app.more.bucket is None:
         raise HTTPError(409, 'No object storage is set up: [s3] endpoint.', 's3NotConfigured')
     if record['s3_state'] == 'gone':
         raise HTTPError(409, record['s3_error'], 'downloadFailed')
     if record['s3_state'] != 'stored':
         raise HTTPError(409, record['s3_error'] or 'The copy in the bucket is not finished.',
                         'downloadNotReady')
-    key = app.bucket.key(record['id'], record['filename'])
-    return json_reply(200, {'publicURL': app.bucket.presign(
+    key = app.more.bucket.key(record['id'], record['filename'])
+    return json_reply(200, {'publicURL': app.more.bucket.presign(
         key, record['filename'], app.config.s3.url_expiry, time.time())})
 
 
@@ -7034,15 +6914,14 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
 
     Raises ValueError when it is out of reach."""
     match = re.fullmatch(r'bytes\s*=\s*(\d{0,18})-(\d{0,18})', header, re.A | re.I)
-    if not match or not (match[1] or match[2]):
+    if not match or match[1] + match[2] == '':
         return None
+    start, end = int(match[1] or 0), min(int(match[2] or size), size - 1)
     if not match[1]:
         start, end = max(0, size - int(match[2])), size - 1
-    else:
-        start, end = int(match[1]), min(int(match[2] or size - 1), size - 1)
-        if match[2] and int(match[2]) < start:
-            return None
-    if start >= size or (not match[1] and int(match[2]) == 0):
+    elif match[2] and int(match[2]) < start:
+        return None
+    if start >= size:
         raise ValueError(header)
     return start, end
 
@@ -7075,10 +6954,10 @@ def send_file(request: Request, path: Path, media: str, headers: Pairs) -> Reply
         raise HTTPError(416, 'The file is shorter than that.', 'bad_range',
                         Content_Range=f'bytes */{size}') from None
     if span is None:
-        return Reply(200, b'', media, headers, Content(handle, 0, size))
+        return Reply(200, b'', media, headers, handle, 0, size)
     start, end = span
     headers += (('Content-Range', f'bytes {start}-{end}/{size}'),)
-    return Reply(206, b'', media, headers, Content(handle, start, end - start + 1))
+    return Reply(206, b'', media, headers, handle, start, end - start + 1)
 
 
 def reply_with_file(app: App, request: Request, file: MediaFile) -> Reply:
@@ -7096,10 +6975,10 @@ def reply_with_file(app: App, request: Request, file: MediaFile) -> Reply:
 def get_file(app: App, request: Request) -> Reply:
     """A finished file: Range, If-Range, If-None-Match (RFC 9110 sections 13 and 14)."""
     path = file_path(request.params['id'], request.params['name'])
-    signed = check_signature(app.link_secret, path, request.query, time.time())
-    if not signed and not app.has_key(request):
-        if 'signature' not in request.query:
-            raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
+    signed = check_signature(app.more.link_secret, path, request.query, time.time())
+    if not signed and 'signature' not in request.query:
+        app.require_key(request)
+    elif not signed and not app.has_key(request):
         raise HTTPError(403, 'This link has expired or is cut short; copy it again.', 'bad_link')
     for file in app.record(request)['files']:
         if file.name == request.params['name']:
@@ -7124,7 +7003,7 @@ def form_fields(body: bytes, boundary: str) -> dict[str, str]:
 def read_shared_text(request: Request) -> str:
     """What a phone sends: JSON or a form with the field text or url, else plain text."""
     media, parameters = request.content_type()
-    if media == 'application/json':
+    if media == JSON:
         fields = request.json()
     elif media == 'application/x-www-form-urlencoded':
         form = request.body().decode('utf-8', 'replace')
@@ -7196,12 +7075,8 @@ def wait_for_end(app: App, download_id: str, seconds: float) -> Record:
 def post_share_video(app: App, request: Request) -> Reply:
     """Share a link, and get the finished file itself if that does not take too long."""
     download_id, told = store_shared(app, request)
-    waits = app.video_waiters.acquire(blocking=False)
-    try:
-        record = wait_for_end(app, download_id, VIDEO_SECONDS * waits)
-    finally:
-        if waits:
-            app.video_waiters.release()
+    with place_in(app.video_waiters) as free:
+        record = wait_for_end(app, download_id, VIDEO_SECONDS * free)
     if record['status'] == 'completed' and record['files']:
         return reply_with_file(app, request, record['files'][0])
     if record['status'] == 'failed':
@@ -7220,53 +7095,54 @@ def get_share(app: App, request: Request) -> Reply:
 
 # -- the table of routes
 
-AGAIN = (Param('again', one_of({'1': True, '0': False}), False),)
-HISTORY_QUERY = (
-    Param('limit', whole(1, 200), 50, 'integer'),
-    Param('offset', whole(0, 999999999), 0, 'integer'),
-    Param('status', one_of({state: state for state in STATES}), ''), Param('q', short_text, ''),
-    Param('since', whole(0, 999999999), None, 'integer'),
-    Param('wait', whole(0, 25), 25, 'integer'))
-LISTING_QUERY = (
-    Param('overLastPeriodDurationInMinutes', whole(0, 99999999), 60, 'integer'),
-    Param('onlyShowOngoingDownloads', one_of({'true': True, 'false': False}), False))
-URL_QUERY = (Param('videoDownloadUUID', str, '', required=True),
-             Param('URLTypeEnum', one_of({'https': 'HTTPS', 's3': 'S3'}), '', required=True))
-FILES_QUERY = (Param('files', one_of({'keep': 'keep', 'delete': 'delete'}), 'delete'),)
+AGAIN = (Param('again', one_of({'1': True, '0': False}), '0'),)
+MORE = ' client_id:string|null timestamp:integer|null again:boolean|null'
+OPTIONS_WORD = ':array|string|null'
+ID = '/api/v1/download/{id}'
 ROUTES = (
-    Route('POST', '/api/v1/download', post_download, 'key', 'Queued', 'Submission', AGAIN,
-          (200, 429), 202),
-    Route('POST', '/api/v1/downloads', post_downloads, 'key', 'BatchAnswer', 'Batch', AGAIN,
-          (429,), 202, LARGE_BODY),
-    Route('GET', '/api/v1/status/{id}', get_status, 'key', 'Download'),
-    Route('GET', '/api/v1/history', get_history, 'key', 'History', query=HISTORY_QUERY),
-    Route('GET', '/api/v1/health', get_health, 'open', 'Health'),
+    Route('POST', '/api/v1/download', post_download, 'key', JSON,
+          'url! ytdlp_cli_parameters' + OPTIONS_WORD + MORE, AGAIN, (200, 429), 202),
+    Route('POST', '/api/v1/downloads', post_downloads, 'key', JSON, 'text!' + MORE, AGAIN, (429,),
+          202, LARGE_BODY),
+    Route('GET', '/api/v1/status/{id}', get_status),
+    Route('GET', '/api/v1/history', get_history, query=(
+        Param('limit', whole(1, 200), '50', 'integer'),
+        Param('offset', whole(0, 999999999), '0', 'integer'), Param('q', lambda q: q[:200]),
+        Param('status', optional(one_of({state: state for state in STATES}))),
+        Param('since', optional(whole(0, 999999999)), '', 'integer'),
+        Param('wait', whole(0, 25), '25', 'integer'))),
+    Route('GET', '/api/v1/health', get_health, 'open'),
     Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'key', 'image/jpeg'),
-    Route('POST', '/api/v1/download/{id}/cancel', post_cancel, 'key', 'Download', errors=(409,)),
-    Route('POST', '/api/v1/download/{id}/retry', post_retry, 'key', 'Download', errors=(409,)),
-    Route('POST', '/api/v1/download/{id}/star', post_star, 'key', 'Download'),
-    Route('POST', '/api/v1/download/{id}/unstar', post_star, 'key', 'Download'),
-    Route('DELETE', '/api/v1/download/{id}', delete_download, 'key', 'Done', '', FILES_QUERY,
-          (409,)),
-    Route('PUT', '/api/v1/cookies', put_cookies, 'key', 'Done', 'text/plain', limit=LARGE_BODY),
-    Route('DELETE', '/api/v1/cookies', delete_cookies, 'key', 'Done'),
-    Route('POST', '/api/v1/update', post_update, 'key', 'Done', status=202),
-    Route('POST', '/api/v1/share-address', post_share_address, 'key', 'Address', 'Name'),
-    Route('POST', '/share/{who}', post_share, 'share', 'text/plain', 'Shared', AGAIN,
+    Route('POST', ID + '/cancel', post_cancel, errors=(409,)),
+    Route('POST', ID + '/retry', post_retry, errors=(409,)),
+    Route('POST', ID + '/star', post_star),
+    Route('POST', ID + '/unstar', post_star),
+    Route('DELETE', ID, delete_download, errors=(409,), query=(
+        Param('files', one_of({'keep': True, 'delete': False}), 'delete'),)),
+    Route('PUT', '/api/v1/cookies', put_cookies, body='cookies', limit=LARGE_BODY),
+    Route('DELETE', '/api/v1/cookies', delete_cookies),
+    Route('POST', '/api/v1/update', post_update, status=202),
+    Route('POST', '/api/v1/share-address', post_share_address, body='name!'),
+    Route('POST', '/share/{who}', post_share, 'share', 'text/plain', 'text url', AGAIN,
           (200, 429), 202),
     Route('POST', '/share/{who}/video', post_share_video, 'share', 'application/octet-stream',
-          'Shared', AGAIN, (202, 429, 502)),
+          'text url', AGAIN, (202, 429, 502)),
     Route('GET', '/share/{who}', get_share, 'share', 'text/plain', '',
-          (Param('within', whole(1, 999999999), 999999999, 'integer'),), (202,)),
+          (Param('within', whole(1, 999999999), '999999999', 'integer'),), (202,)),
     Route('GET', '/files/{id}/{name}', get_file, 'link', 'application/octet-stream',
           errors=(206, 304, 416)),
     Route('GET', '/feed.xml', get_feed, 'link', 'application/atom+xml', '',
-          (Param('signature', str, ''),)),
+          (Param('signature', str),)),
     Route('GET', '/metrics', get_metrics, 'key', 'text/plain'),
     Route('GET', '/openapi.json', get_openapi),
-    Route('POST', '/initiateDownload', initiate_download, 'key', 'Initiated', 'Initiate', AGAIN),
-    Route('GET', '/listDownloads', list_downloads, 'key', 'Listing', '', LISTING_QUERY),
-    Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'key', 'PublicURL', '', URL_QUERY),
+    Route('POST', '/initiateDownload', initiate_download, 'key', JSON,
+          'videoURL! again:boolean|null ytdlpCLIParameters' + OPTIONS_WORD, AGAIN),
+    Route('GET', '/listDownloads', list_downloads, query=(
+        Param('overLastPeriodDurationInMinutes', whole(0, 99999999), '60', 'integer'),
+        Param('onlyShowOngoingDownloads', one_of({'true': True, 'false': False}), 'false'))),
+    Route('GET', '/getVideoDownloadPublicURL', get_public_url, query=(
+        Param('videoDownloadUUID', str),
+        Param('URLTypeEnum', one_of({'https': 'HTTPS', 's3': 'S3'})))),
 )
 
 
@@ -7292,7 +7168,6 @@ class Peer:
         self.deadline = self.since + PEER_STATES[state][0] + further
 
     def shake_hands(self, context: ssl.SSLContext) -> None:
-        """Speak TLS. Raises OSError."""
         self.sock = context.wrap_socket(self.sock, server_side=True,
                                         do_handshake_on_connect=False)
         self.sock.do_handshake()
@@ -7370,7 +7245,7 @@ def fixed_head(status: int, media: str, headers: Pairs, keep: bool, now: int) ->
     if status != 304:
         fields['Content-Type'] = media
     lines = [f'{name}: {LINE_END.sub("", text)}' for name, text in fields.items()]
-    first = f'HTTP/1.1 {status} {REASONS[status]}'
+    first = f'HTTP/1.1 {status} {REASONS[status][0]}'
     return '\r\n'.join([first, *lines]).encode('latin-1', 'replace')
 
 
@@ -7379,8 +7254,7 @@ def format_head(reply: Reply, keep: bool) -> bytes:
     head = fixed_head(reply.status, reply.type, reply.headers, keep, int(time.time()))
     if reply.status == 304:
         return head + b'\r\n\r\n'
-    length = reply.content.length if reply.content else len(reply.body)
-    return head + b'\r\nContent-Length: %d\r\n\r\n' % length
+    return head + b'\r\nContent-Length: %d\r\n\r\n' % (reply.length or len(reply.body))
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -7397,7 +7271,7 @@ class Handler(BaseHTTPRequestHandler):
             self.peer.shake_hands(self.server.context)
 
     def finish(self) -> None:
-        """The server parts with the peer."""
+        """The server closes it."""
 
     def handle_one_request(self) -> None:
         """Read, answer; `close_connection` tells whether that was the last one."""
@@ -7432,23 +7306,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def _send(self, request: Request | None, reply: Reply) -> None:
         """Head and small body in one piece: one TLS record, one packet."""
-        data, content = format_head(reply, not self.close_connection), reply.content
-        body_wanted = request is None or request.head.method != 'HEAD'
+        data = format_head(reply, not self.close_connection)
+        wanted = request is None or request.head.method != 'HEAD'
         try:
-            self.peer.send(data + reply.body * body_wanted)
-            if content and body_wanted:
-                self._stream(content)
+            self.peer.send(data + reply.body * wanted)
+            if reply.file and wanted:
+                self._stream(reply)
         finally:
-            if content:
-                content.file.close()
+            if reply.file:
+                reply.file.close()
 
-    def _stream(self, content: Content) -> None:
+    def _stream(self, reply: Reply) -> None:
         """Bounded memory whatever the size; a connection that stops reading is broken off."""
-        content.file.seek(content.start)
-        block = memoryview(bytearray(min(BLOCK, content.length or 1)))
-        left = content.length
+        reply.file.seek(reply.start)
+        block, left = memoryview(bytearray(min(BLOCK, reply.length or 1))), reply.length
         while left:
-            read = content.file.readinto(block[:left])
+            read = reply.file.readinto(block[:left])
             if not read:
                 raise ConnectionError('the file became shorter while it was sent')
             self.peer.send(block[:read])
