@@ -14,7 +14,6 @@ import ast
 import atexit
 import base64
 import collections
-import configparser
 import contextlib
 import ctypes
 import dis
@@ -782,13 +781,6 @@ class TestLaw(unittest.TestCase):
                 for node in scope.body if hasattr(node, 'name'))
             self.assertEqual([name for name, times in names.items() if times > 1], [])  # the second would hide it
 
-    def test_config_ini_has_every_key_with_its_default(self):
-        parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=('#', ';'))
-        parser.read(HERE / 'config.ini', encoding='utf-8')
-        written = {name: dict(parser[name]) for name in parser.sections()}
-        self.assertEqual(written, {name: {key: row.default for key, row in rows.items()}
-                                   for name, rows in v.SETTINGS.items()})
-
     def test_the_settings_table_of_the_readme_is_the_one_of_the_code(self):
         rows = ['| section | key | default | meaning |', '| --- | --- | --- | --- |']
         rows += [f'| {section} | `{key}` | {f"`{row.default}`" if row.default else "(empty)"} | {row.help} |'
@@ -1206,13 +1198,6 @@ class TestEndAndResume(DaemonTest):
         daemon.start()
         for post, id in zip((longer, other_format), ids):
             same_bytes(daemon, daemon.wait_status(id, 'completed'), post.media[0])
-
-    def test_starts_over_where_the_server_cannot_resume(self):
-        daemon = self.new_daemon()
-        post = self.site.tiktok(size=3_000_000, hold_at=2_000_000, ranges=False)
-        id = daemon.half_way(post)
-        daemon.kill()
-        self.finish(daemon, post, id)
 
     def test_timeout_ends_an_attempt_without_progress(self):
         daemon = self.new_daemon(downloader={'timeout': 5}, downloads={'max_concurrent': 3, 'max_retries': 0})
@@ -6348,13 +6333,6 @@ class TestReexec(DaemonTest):
         self.assertEqual(daemon.wait_status(id, 'completed')['retry_count'], 0)
         self.assertRegex(post.media[0].ranges_asked[-1], r'bytes=[1-9]\d+-')
 
-    def test_sighup_with_a_wrong_configuration_is_logged_and_the_old_one_runs_on(self) -> None:
-        daemon = self.new_daemon()
-        daemon.configure(server={'port': 'rubbish'})
-        daemon.signal(signal.SIGHUP)
-        wait_until(lambda: 'restart refused' in daemon.log(), 10)
-        self.assertEqual((daemon.client.get('/api/v1/health').status, starts(daemon)), (200, 1))
-
 
 class TestFreshDaemon(DaemonTest):
     """A new yt-dlp comes into use by itself, a broken one goes out of use by itself."""
@@ -7942,20 +7920,6 @@ class TestCopies(DaemonTest):
         self.daemon.restart()
         self.copied(id)
         self.assertEqual(self.problems(), '')
-
-    def test_a_file_removed_by_hand_ends_the_trouble(self):
-        self.relay.limit = 0
-        self.daemon.start()
-        row = self.daemon.download(self.site.tiktok())
-        id = row['download_id']
-        self.copied(id, 'failing')
-        self.assertIn('was lost', self.problems())
-        (self.daemon.output / row['filename']).unlink()
-        self.assertEqual(self.copied(id, 'gone')['s3']['error'],
-                         f'No longer in the output folder, so not in the bucket either: {row["filename"]}')
-        wait_until(lambda: self.problems() == '')
-        self.assertEqual(self.public_url(id).json['errorCode'], 'downloadFailed')
-        self.assertIn(f'WARNING download {id}: No longer in the output folder', self.daemon.log())
 
     def test_a_copy_is_deleted_though_the_bucket_was_away_and_kill_9_came(self):
         self.daemon.start()
