@@ -1013,13 +1013,6 @@ class TestSamePost(DaemonTest):
             self.assertEqual(self.get(link, **fields).status, status)
         self.assertEqual(len(post.media[0].requests), 4, 'the first short link had the files of the second try')
 
-    def test_two_at_once_by_links_that_do_not_tell(self):
-        post = self.site.tiktok(speed=200_000, size=400_000)
-        ids = [self.daemon.submit(self.site.short(post), again=False) for _ in range(2)]
-        names = {self.daemon.wait_status(id, 'completed', 40)['filename'] for id in ids}
-        self.assertEqual((len(names), len(post.media[0].requests)), (1, 1))
-        self.assertEqual({self.daemon.status(id)['retry_count'] for id in ids}, {0})
-
 
 class TestDirectLinks(DaemonTest):
     """Direct mp4, HLS and DASH of any site, loopback allowed."""

@@ -1398,14 +1398,6 @@ def full_sync(file: str) -> None:
             fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
 
 
-def corrupt(path: Path, error: object) -> Trouble:
-    """What to say of a damaged database."""
-    return Trouble(
-        f'{path}: the database is damaged ({" ".join(str(error).split())}). Nothing was changed. '
-        'Stop the server, move this file and its -wal and -shm away, and copy here the newest of '
-        f'{path.parent / "backups"}.')
-
-
 def quick_check(db: sqlite3.Connection, seconds: float = math.inf) -> str | None:
     """What SQLite finds wrong within `seconds`, None if nothing."""
     end = time.monotonic() + seconds
@@ -1473,16 +1465,17 @@ class Store:
             self._connect_writer()
             found = quick_check(self._writer, CHECK_SECONDS)
             if found:
-                raise corrupt(self.path, found)
+                raise sqlite3.DatabaseError(found)
             migrate(self._writer, self.path)
-        except sqlite3.DatabaseError as error:
-            if isinstance(error, sqlite3.OperationalError) and 'malformed' not in str(error):
-                raise Trouble(f'{self.path}: cannot be opened ({error}); '
-                              'check its folder and its disk.') from None
-            raise corrupt(self.path, error) from None
-        except OSError as error:
-            raise Trouble(f'{self.path}: the database cannot be opened ({error.strerror}); '
-                          'check its folder, or set [database] path.') from None
+        except (OSError, sqlite3.Error) as error:
+            why = f'{self.path}: the database cannot be opened ({error}); '
+            if isinstance(error, (OSError, sqlite3.OperationalError)) and (
+                    'malformed' not in str(error)):
+                raise Trouble(why + 'check its folder and disk, or set [database] path.') from None
+            raise Trouble(
+                f'{self.path}: the database is damaged ({" ".join(str(error).split())}). Nothing '
+                'was changed. Stop the server, move this file and its -wal and -shm away, and copy '
+                f'here the newest of {self.path.parent / "backups"}.') from None
         self.thread.start()
 
     def close(self) -> None:
@@ -1524,7 +1517,7 @@ class Store:
         self._shut_writer('PRAGMA wal_checkpoint(TRUNCATE)')
 
     def _commit(self, batch: list[Any]) -> None:
-        """One transaction, one sync, for all of `batch`; every ticket is answered in any case."""
+        """One transaction, one sync, for all of `batch`; each is answered in any case."""
         try:
             if self._writer is None:
                 self._connect_writer()
@@ -1543,7 +1536,7 @@ class Store:
             ticket.done.release()
 
     def _fail(self, batch: list[Any], error: Exception) -> None:
-        """Nobody knows what a failed sync left behind: tell all, reopen with the next batch."""
+        """Nobody knows what a failed sync left: tell all, reopen with the next batch."""
         ours = not isinstance(error, (sqlite3.Error, OSError))
         if self.error is None or ours:
             log.error('database: commit failed, links are refused until it works: %s', error,
@@ -1614,7 +1607,7 @@ class Store:
 
     def page(self, limit: int, offset: int = 0, status: str = '',
              q: str = '') -> tuple[int, list[Record]]:
-        """(how many there are, `limit` of them from `offset` on), newest first."""
+        """How many there are, and `limit` of them from `offset` on, newest first."""
         where, args = '1', []
         if status:
             where, args = 'status = ?', [status]
@@ -1636,30 +1629,28 @@ class Store:
             'SELECT id FROM downloads WHERE id BETWEEN ? AND ? LIMIT 9', (begin, begin + '~'))]
 
     def since(self, created_at: int, ongoing: bool) -> list[sqlite3.Row]:
-        """(id, status, file_size) of downloads made since then, or of the unfinished ones of them,
-        newest first, 10,000 at most."""
+        """Downloads made since then, or the unfinished of them: newest first, 10,000 at most."""
         return self.read('SELECT id, status, file_size FROM downloads WHERE created_at >= ? '
                          "AND (NOT ? OR status IN ('queued', 'downloading')) "
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
     def due_times(self) -> list[tuple[str, int]]:
-        """(id, epoch seconds from which it may start) of all that is queued, oldest first."""
+        """(id, when it may start) of all that is queued, oldest first."""
         return [tuple(row) for row in self.read(
             "SELECT id, coalesce(next_attempt_at, 0) FROM downloads WHERE status = 'queued' "
             'ORDER BY created_at, rowid')]
 
     def unfinished(self) -> dict[str, str]:
-        """All that is queued or downloading: status by id."""
+        """Status by id of what is queued or downloading."""
         return dict(tuple(row) for row in self.read(
             "SELECT id, status FROM downloads WHERE status IN ('queued', 'downloading')"))
 
     # -- submissions
 
     def add_many(self, submissions: Sequence[Submission], now: int, window: int = 0) -> list[Any]:
-        """Store links in one commit: for each where it is, or RateLimited.
-
-        A repeat of the same client, URL and timestamp, or of client and URL within `window`
-        seconds, is where the first one is; so is a link that names a post which is here."""
+        """Store links in one commit: for each a Stored or RateLimited. A repeat is where the first
+        is (same client, URL and timestamp; without one, within `window` seconds), a link to a post
+        that is here where that is."""
         self.check_room()
 
         def insert(db, submission):
@@ -1728,8 +1719,7 @@ class Store:
 
     def _change(self, db: sqlite3.Connection, verb: str, download_id: str, now: int,
                 due: int | None = None, **columns: Any) -> bool:
-        """Change the status as TRANSITIONS lets `verb`, with further columns; whether it could.
-        With `due` only what is due by then."""
+        """Change the status as TRANSITIONS has it; whether it could. `due`: only if due by then."""
         before, after = TRANSITIONS[verb]
         where = f'WHERE id = ? AND status IN ({", ".join("?" * len(before))})'
         if due is not None:
@@ -1745,12 +1735,11 @@ class Store:
         return changed
 
     def move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
-        """Change the status as TRANSITIONS and USUAL have it: requeue, cancel or retry it;
-        whether it could."""
+        """Requeue, cancel or retry it; whether its status let us."""
         return self.write(lambda db: self._change(db, verb, download_id, now, **columns))
 
     def claim(self, download_id: str, now: int) -> Job | None:
-        """Take a queued download to work on; None if it is queued no more, or not due yet."""
+        """Take a queued download to work on; None if it is not queued, or not due yet."""
         def work(db):  # one transaction: a row that is taken but cannot be read would be nobody's
             if not self._change(db, 'claim', download_id, now, due=now, started_at=now):
                 return None
@@ -1792,7 +1781,7 @@ class Store:
 
     def fail(self, verb: str, job: Job, outcome: Outcome, now: int, folder: Path,
              due: int | None = None) -> bool:
-        """The attempt failed: retry_later, due then, for what is still missing; or give_up."""
+        """The attempt failed: retry_later, which is due then, or give_up."""
         columns = self._delivered(outcome, folder) if outcome.files else {}
         return self.move(verb, job.id, now, retry_count=job.attempt - (verb == 'give_up'),
                          next_attempt_at=due, reason=outcome.reason,
@@ -1800,8 +1789,8 @@ class Store:
 
     def forget(self, download_id: str,
                copies: Sequence[str] = ()) -> tuple[MediaFile, ...] | None:
-        """Delete the row, and let its `copies` in the bucket be deleted: the files that no other
-        download has. None if it is downloading."""
+        """Delete the row, and later its `copies` in the bucket: the files that no other download
+        has. None if it is downloading."""
         def work(db):
             row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
             if not row or not self._change(db, 'forget', download_id, 0):
@@ -1948,7 +1937,7 @@ class Store:
         self.write(work)
 
     def backup(self, target: Path) -> None:
-        """A consistent, checked copy at `target` (sqlite.org/backup.html). Raises Trouble."""
+        """A checked copy at `target` (sqlite.org/backup.html). Raises Trouble."""
         part = target.with_name(target.name + '.part')
         try:
             with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), 'r+b') as handle, \
@@ -5106,7 +5095,6 @@ HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never e
 HUNG = Outcome('retry', 'timeout', 'The download hung and had to be broken off.')
 CANCELLED = Outcome('cancelled', 'cancelled', 'Cancelled')
 INTERNAL = Outcome('retry', 'internal', 'The server made a mistake; its log tells more.')
-SAME_POST_NAP = 15  # seconds until a post is looked for that another worker is fetching
 STORE_NAP = 2.0   # seconds before an outcome that could not be stored is offered again
 
 
@@ -5114,7 +5102,6 @@ class Run:
     """A download in a worker's hands; `attempt` and `job` are None until it is claimed."""
 
     def __init__(self):
-        self.post: tuple[str | None, ...] = ()  # site, media id and what is asked, once known
         self.attempt: Any = None
         self.stop_reason: str | None = None
         self.hung = False
@@ -5363,35 +5350,28 @@ class Scheduler:
             return
         log.info('download %s: attempt %d starts: %s', job.id, job.attempt, job.url)
         self.board.post(job.id, Progress(0.0, 'page'))
-        found = self._same_post(run, job.site, job.media_id)
+        found = self._here(job, job.site, job.media_id)
         if found:
             self._settle(job, found)
             return
         attempt = self.new_attempt(job, lambda progress: self.board.post(job.id, progress),
-                                   lambda *post: self._same_post(run, *post))
+                                   lambda *post: self._here(job, *post))
         with self._changed:
             run.attempt, reason = attempt, run.stop_reason
         if reason:
             attempt.stop(reason)
         self._settle(job, attempt.run())
 
-    def _same_post(self, run: Run, site: str | None, media_id: str | None) -> Outcome | None:
-        """With the files of this post that are here, or later, if another worker is just fetching
-        them. None: fetch it."""
-        job = run.job
+    def _here(self, job: Job, site: str | None, media_id: str | None) -> Outcome | None:
+        """How it ends with the files of this post that are here; None: fetch it."""
         if not media_id or ('again', None) in job.options:
             return None
         folder = self.config.downloads.output_directory
-        post = site, media_id, asked_of(job.options)
         with suppress(StoreDown):
-            for record in self.store.same_post(*post):
+            for record in self.store.same_post(site, media_id, asked_of(job.options)):
                 if all((folder / file.name).is_file() for file in record['files']):
                     return Outcome('done', title=record['title'] or '', files=record['files'],
                                    note=record['note'] or '', post=record, shared=record['id'])
-        with self._changed:
-            if any(other.post == post for other in self._running.values() if other is not run):
-                return Outcome('stopped', 'same_post', post={'site': site, 'media_id': media_id})
-            run.post = post
         return None
 
     def _look_again(self, download_id: str) -> None:
@@ -5448,12 +5428,8 @@ class Scheduler:
         if outcome.kind == 'pause':
             self._pause_until = time.monotonic() + PAUSE_SECONDS
             self._pause_message, self._looked = outcome.message, -math.inf
-        due, columns = 0, {}
-        if outcome.reason == 'same_post':
-            due = int(now + SAME_POST_NAP)
-            columns = {'next_attempt_at': due, **outcome.post}
-        self.store.move('requeue', job.id, int(now), **columns)
-        self.push(job.id, due)
+        self.store.move('requeue', job.id, int(now))
+        self.push(job.id)
 
 
 # ---------- certificate -------------------------------------------------------------------
