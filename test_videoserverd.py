@@ -5466,7 +5466,7 @@ class TestGuard(DownloadTest):
     @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
     def test_a_playlist_that_calls_itself_a_video_is_not_followed(self):
         (self.folder / 'secret.ts').write_bytes(TINY_TS)
-        file = self.folder / 'video.mp4'
+        file, followed = self.folder / 'video.mp4', []
         for text in ('#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n',
                      'ffconcat version 1.0\nfile secret.ts\n'):
             file.write_text(text)
@@ -5474,7 +5474,9 @@ class TestGuard(DownloadTest):
                             ['ffmpeg', '-v', 'error', '-i', f'file:{file}', '-c', 'copy', '-f', 'null', '-']):
                 codes = [subprocess.run(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode
                          for words in (command, v.local_only(command))]
-                self.assertEqual([bool(code) for code in codes], [False, True], (text, command))
+                self.assertTrue(codes[1], (text, command))
+                followed.append(codes[0] == 0)
+        self.assertEqual(followed[2:], [True] * 2)  # ffmpeg 9 refuses the first kind on its own
         post = self.site.instagram(dash='h264')
         parts = [route for (_, path), route in self.site.routes.items() if post.id in path and path.endswith('.mp4')]
         for route in parts:
@@ -5616,7 +5618,8 @@ class TestAlone(DownloadTest):
                 say(rss())
             ''')
         figures = list(map(float, found))
-        self.assertLess(figures[-1] - figures[0], 18)
+        # Importing yt_dlp alone takes 12.3 MB on Python 3.11, 16.1 on 3.14, 16.3 on 3.15: larger code objects.
+        self.assertLess(figures[-1] - figures[0], 18 if sys.version_info < (3, 14) else 21.5)
         self.assertLess(figures[-1] - figures[3], 2)
 
 
