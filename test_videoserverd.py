@@ -6593,6 +6593,7 @@ class TestSigV4(unittest.TestCase):
         for endpoint, bucket, key, url in [
                 ('http://127.0.0.1:9000', 'videos', 'a/b c.mp4', 'http://127.0.0.1:9000/videos/a/b%20c.mp4'),
                 ('https://S3.example.org:443/s3', 'videos', 'a', 'https://s3.example.org/s3/videos/a'),
+                ('https://videos.example.org', 'videos', 'a', 'https://videos.example.org/videos/a'),  # a PUBLIC_HOST
                 ('https://{bucket}.s3.eu-west-3.amazonaws.com', 'videos', 'ü',
                  'https://videos.s3.eu-west-3.amazonaws.com/%C3%BC'),
                 ('https://videos.s3.amazonaws.com', 'videos', '', 'https://videos.s3.amazonaws.com/'),

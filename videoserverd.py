@@ -4694,12 +4694,12 @@ def presign_v4(keys: Keys, now: float, base: str, path: str, query: Pairs, secon
 
 def bucket_address(endpoint: str, bucket: str, key: str = '') -> tuple[str, str]:
     """('https://host', '/path') of an object: path-style, or virtual-host style where the
-    endpoint says {bucket} or its host starts with the bucket's name and a dot."""
+    endpoint says {bucket} or its host starts with the bucket's name and `.s3`."""
     url = urlsplit(endpoint.replace('{bucket}', bucket))
     port = {'http': ':80$', 'https': ':443$'}[url.scheme]  # left out, as browsers do
     host = re.sub(port, '', url.netloc.lower())
     folder = url.path
-    if '{bucket}' not in endpoint and not host.startswith(bucket.lower() + '.'):
+    if '{bucket}' not in endpoint and not host.startswith(bucket.lower() + '.s3'):
         folder += f'/{quote(bucket)}'
     return f'{url.scheme}://{host}', f'{folder}/{quote(key)}'
 
