@@ -2538,8 +2538,7 @@ NETWORKING = re.compile(r'(?:/http/|/urllib/|/networking/|(?:^|/)(?:socket|ssl|s
 # -- what went wrong
 
 def chain(error: BaseException) -> Iterator[tuple[BaseException, set[str]]]:
-    """The error and its causes, each with the names of its classes: those of yt-dlp are not
-    imported here. The context of an ExtractorError is an earlier, other error."""
+    """The error and its causes, each with the names of its classes."""
     seen, waiting = [], [error]
     while waiting:
         error = waiting.pop(0)
@@ -2552,7 +2551,6 @@ def chain(error: BaseException) -> Iterator[tuple[BaseException, set[str]]]:
 
 
 def has_ca_store() -> bool:
-    """Are there CAs by which a site can be verified?"""
     paths = ssl.get_default_verify_paths()
     return bool(paths.cafile or paths.capath and os.listdir(paths.capath))
 
@@ -2567,9 +2565,8 @@ def where_raised(error: BaseException) -> list[str]:
 
 
 def system_reason(error: BaseException, output: Path) -> str | None:
-    """'disk', 'read_only' or 'output' if this is an error of our own files: by the path it names,
-    else by where it was raised. TLS's numbers are its own (5 is not EIO), a connection's tell of
-    no disk."""
+    """'disk', 'read_only' or 'output' if this is an error of our own files: by its path, else by
+    where it was raised. TLS's numbers are its own (5 is not EIO)."""
     number, path, files = error.errno, error.filename, where_raised(error)
     if path is not None:
         ours = str(path).startswith(str(output))
@@ -2611,9 +2608,8 @@ def judge_place(error: BaseException) -> str:
 
 
 def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
-    """What an exception out of yt-dlp means, in our words: its own are for the log.
-
-    `in_page`: it came before there was any media."""
+    """What an exception out of yt-dlp means, in our words: its own are for the log. `in_page`: it
+    came before there was any media."""
     links = list(chain(error))
     classes = set().union(*(names for _, names in links))
     for link, _ in links:
@@ -2643,35 +2639,32 @@ def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
 
 # -- posts
 
-NO_POSTS = tuple((re.compile(rf'https://(?:\w+\.)?{site}\.com/{path}/?(?:[?#]|$)'), what)
-                 for site, path, what in (
-    ('tiktok', r'@[^/?#]+', 'a profile'),
-    ('tiktok', r'(?:@[^/?#]+/)?live(?:/.*)?', 'a live broadcast'),
-    ('tiktok', r'music/.*', 'a sound'),
-    ('tiktok', r'(?:tag|discover|@[^/?#]+/(?:collection|playlist))/.*', 'a collection'),
-    ('instagram', r'reels?/audio/.*', 'a sound'),
-    ('instagram', r'[\w.]+/live(?:/.*)?', 'a live broadcast'),
-    ('instagram', r'explore(?:/.*)?', 'a collection'),
-    ('instagram', r'(?!(?:share|p|tv|reels?|stories)(?:[/?#]|$))[\w.]+(?:/(?:reels|tagged))?',
-     'a profile')))
+NO_POSTS = tuple(
+    (what, re.compile(rf'https://(?:\w+\.)?(?:{paths})/?(?:[?#]|$)')) for what, paths in (
+        ('a profile', r'tiktok\.com/@[^/?#]+|instagram\.com/(?!(?:share|p|tv|reels?|stories)'
+                      r'(?:[/?#]|$))[\w.]+(?:/(?:reels|tagged))?'),
+        ('a live broadcast', r'(?:tiktok|instagram)\.com/(?:[^/?#]+/)?live(?:/.*)?'),
+        ('a sound', r'(?:tiktok\.com/music|instagram\.com/reels?/audio)/.*'),
+        ('a collection', r'(?:tiktok\.com/(?:tag|discover|@[^/?#]+/(?:collection|playlist))'
+                         r'|instagram\.com/explore)/.*')))
 
 
 def post_url(url: str) -> str:
-    """A link to a post in the form that every yt-dlp takes. Raises Ending if it is of no post."""
+    """A link in the form that every yt-dlp takes. Raises Ending if it is of no post."""
     if urlsplit(url).hostname == 'l.instagram.com':  # its wrapper for links in messages
         url = dict(parse_qsl(urlsplit(url).query)).get('u', url)
     site, media_id = post_of(url)
     if site == 'tiktok.com':
         user = re.match(r'https://[^/]+/(@[\w.-]+)/', url)
         return f'https://www.tiktok.com/{user[1] if user else "@_"}/video/{media_id}'
-    for pattern, what in NO_POSTS:
+    for what, pattern in NO_POSTS:
         if pattern.match(url):
             raise Ending('no_post', f'this link leads to {what}')
     return url
 
 
 def web_addresses(*found: Any) -> list[str]:
-    """Those of them that are web addresses: a site's data may have anything in their place."""
+    """Those that are web addresses: a site's data may have anything in their place."""
     return [url for url in found if isinstance(url, str) and url.startswith('https://')]
 
 
@@ -2711,8 +2704,7 @@ class Pictures:
 
 
 def post_extractors() -> list[Any]:
-    """yt-dlp's extractors of single posts, with `pictures`. As instances: yt-dlp looks up a class
-    among all extractors."""
+    """yt-dlp's extractors of posts, with `pictures`; a class it would look up among all others."""
     from yt_dlp.extractor import instagram, tiktok
 
     class TikTokIE(tiktok.TikTokIE):
@@ -2729,8 +2721,8 @@ def post_extractors() -> list[Any]:
 
 
 def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
-    """What the site tells of a post. The title of TikTok and Instagram is the first line of the
-    caption: theirs is cut or made up."""
+    """What the site tells of a post. The title of TikTok and Instagram is the caption's first
+    line: theirs is cut or made up."""
     site, title = site_of(url), str(info.get('title') or '')
     caption = str(info.get('description') or '').strip()
     made_up = re.fullmatch(r'(?:Post|Video|Story) by (.+)', title)
@@ -2748,7 +2740,7 @@ def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
 
 
 def announced(info: dict[str, Any]) -> set[str]:
-    """Whether yt-dlp says that there is 'video' and 'audio' in a format, or in those it merges."""
+    """Which of 'video' and 'audio' yt-dlp says to be in a format, or in those it merges."""
     kinds = set()
     for part in info.get('requested_formats') or [info]:
         sound_only = media_type(f'x.{part.get("ext")}').startswith('audio/')
@@ -2760,8 +2752,7 @@ def announced(info: dict[str, Any]) -> set[str]:
 
 
 def without_formats(formats: list[dict[str, Any]], got: dict[str, Any], lacking: str) -> list[Any]:
-    """The formats without those in `got` that should have had what is lacking; none if the rest
-    do not announce it."""
+    """The formats without those in `got` that lack it; none if the rest do not announce it."""
     struck = {str(part.get(key)) for part in got.get('requested_formats') or [got]
               if lacking in announced(part) for key in ('url', 'format_id')}
     struck |= {re.sub(r'-\d+$', '', name) for name in struck}  # as the site had it
@@ -2940,10 +2931,8 @@ PACE = Pace()
 # -- how far it is
 
 class Meter:
-    """Progress: never falls, is told at most twice a second.
-
-    Parts are weighed by size, so that sound after picture does not begin anew. Lock: yt-dlp
-    reports from several threads."""
+    """Progress: never falls, is told at most twice a second. Lock: yt-dlp reports from several
+    threads."""
     MEDIA = 97  # percent; the rest is checking and moving
     PAUSE = 0.5  # seconds
 
@@ -2951,9 +2940,7 @@ class Meter:
         self.tell, self._lock = tell, threading.Lock()
         self.phase, self.steps = '', 0  # steps: phases and files begun, a sign of life
         self._progress, self._told, self._title = Progress(0.0), 0.0, ''
-        self._items, self._item = 1, 0
-        self._sizes: dict[str, float] = {}  # of the parts that are to come
-        self._whole, self._before, self._part = 1.0, 0.0, 0.0  # weights: all, parts done, part
+        self._items, self._item, self._parts, self._part = 1, 0, 1, 0
         self._bytes_before, self._bytes = 0, 0
 
     def enter(self, phase: str) -> None:
@@ -2962,19 +2949,16 @@ class Meter:
             self.phase, self.steps = phase, self.steps + 1
             self._report(self._progress._replace(phase=phase, speed=None, eta=None), True)
 
-    def plan(self, info: dict[str, Any], formats: Sequence[dict[str, Any]]) -> None:
-        """A video of these formats begins."""
+    def plan(self, info: dict[str, Any], parts: int) -> None:
+        """An item of so many parts begins: two where sound comes apart."""
         self._title = excerpt(str(info.get('playlist_title') or info.get('title') or ''), 200)
         self._items = max(int(info.get('n_entries') or 1), 1)
         self._item = min(int(info.get('playlist_autonumber') or 1), self._items) - 1
-        self._sizes = {str(part.get('format_id')): float(
-            part.get('filesize') or part.get('filesize_approx') or part.get('tbr') or 1)
-            for part in formats}
-        self._whole, self._before, self._part = sum(self._sizes.values()), 0.0, 0.0
+        self._parts, self._part = parts, -1
 
-    def begin(self, format_id: str) -> None:
-        """A file of it begins; one that is not in the plan (a subtitle) weighs nothing."""
-        self._before, self._part = self._before + self._part, self._sizes.pop(format_id, 0.0)
+    def begin(self) -> None:
+        """A file of it begins."""
+        self._part = min(self._part + 1, self._parts - 1)
         self._bytes_before, self._bytes = self._bytes_before + self._bytes, 0
         self.steps += 1
         self.enter('media')
@@ -2988,7 +2972,7 @@ class Meter:
             done = goal
         elif total:
             done, goal = self._bytes, total
-        share = (self._before + self._part * min(done / goal, 1)) / self._whole
+        share = (self._part + min(done / goal, 1)) / self._parts
         return self._report(Progress(
             self.MEDIA * (self._item + share) / self._items, self.phase,
             self._bytes_before + self._bytes, total and int(self._bytes_before + total),
@@ -3016,7 +3000,7 @@ BOOT_ID = find_line(Path('/proc/sys/kernel/random/boot_id'), '(.+)')  # '' where
 
 
 def end_leftovers(folder: Path) -> None:
-    """Kill ffmpeg processes that an earlier life of this program left writing into `folder`."""
+    """Kill an ffmpeg that an earlier life of this program left writing into `folder`."""
     import subprocess
     with suppress(OSError):
         listed = subprocess.run(
@@ -3034,8 +3018,8 @@ def plain_ascii(text: str) -> str:
 
 
 def free_names(output: Path, result: dict[str, Any]) -> Iterator[str]:
-    """Names for a result that nothing in `output` has: the best, then shorter and plainer ones
-    for encrypted folders and for shares with an old character set."""
+    """Names that nothing in `output` has: the best, then shorter and plainer ones for encrypted
+    folders and shares with an old character set."""
     names = result['names']
     plain_names = {key: plain_ascii(text) for key, text in names.items()}
     for limit, fields in ((NAME_BYTES, names), (SHORT_NAME, names), (SHORT_NAME, plain_names),
@@ -3051,7 +3035,7 @@ def free_names(output: Path, result: dict[str, Any]) -> Iterator[str]:
 class JobFolder:
     """<output>/.incomplete/<id>: partial files; job.json says what they are and where results go.
 
-    job.json is written without a sync: after a reboot (seen on Linux only) nothing is believed."""
+    It is written without a sync: after a reboot (seen on Linux only) nothing is believed."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, path / 'job.json'
@@ -3064,7 +3048,7 @@ class JobFolder:
         self.current = ''  # the part whose bytes a request brings, '' for others
 
     def open(self) -> None:
-        """Make it, or keep what can be continued. Never makes the output folder. Raises OSError."""
+        """Make it, or keep what can be continued; never the output folder. Raises OSError."""
         self.path.parent.mkdir(exist_ok=True)
         if not self.path.is_dir():
             self.path.mkdir()
@@ -3082,7 +3066,7 @@ class JobFolder:
             name + end for name in self.parts for end in ('', '.part', '.ytdl')})
 
     def clear(self, keep: Iterable[str] = ()) -> None:
-        """Remove everything but the files to keep. Raises OSError."""
+        """Remove all but these files. Raises OSError."""
         for name in set(os.listdir(self.path)) - set(keep):
             (self.path / name).unlink()
 
@@ -3142,7 +3126,7 @@ class JobFolder:
         return True
 
     def finished(self, name: str, info: dict[str, Any]) -> None:
-        """yt-dlp has all of file `name`. Raises Ending if that is less than the site stated."""
+        """yt-dlp has all of a file. Raises Ending if that is less than the site stated."""
         part, size = self.parts.get(name), (self.path / name).stat().st_size
         if part:
             stated = max(part.get('total') or 0, info.get('filesize') or 0)
@@ -3203,7 +3187,7 @@ def inside(output: Path, name: str) -> Path:
 
 
 def forget_files(config: Config, job_id: str, files: Iterable[str]) -> None:
-    """Remove the folder of a download, and its finished files by name, with emptied folders."""
+    """Remove the folder of a download, and finished files by name, with emptied folders."""
     output = config.downloads.output_directory
     if re.fullmatch(r'[\w-]+', job_id):  # else it could lead out of there
         remove_folder(output / '.incomplete' / job_id)
@@ -3255,7 +3239,7 @@ def still_format(path: Path) -> list[str]:
 
 
 def media_extension(path: Path) -> str:
-    """The extension that fits the file's first bytes; '' if they are of no medium."""
+    """The extension that fits the first bytes; '' if they are of no medium."""
     with path.open('rb') as file:
         start = file.read(256)
     kinds = next((kinds for pattern, kinds in MAGIC if pattern.match(start)), [''])
@@ -3265,8 +3249,7 @@ def media_extension(path: Path) -> str:
 
 def mp4_tracks(path: Path) -> set[str]:
     """'video' and 'audio' for the tracks of an mp4 that have content (ISO 14496-12, 4.2 and 8).
-
-    Raises ValueError if its boxes do not fill the file: half a file."""
+    Raises ValueError if its boxes do not fill the file."""
     size, at, kind, samples = path.stat().st_size, 0, '', {}
     with path.open('rb') as file:
         for _ in range(MOST_BOXES):
@@ -3309,9 +3292,8 @@ def is_picture(path: Path) -> bool:
 
 
 def tracks(path: Path) -> set[str]:
-    """Which of 'video' and 'audio' are in a file, by an mp4's own boxes or by ffprobe.
-
-    Where there is no ffprobe, both are believed. Raises Ending for half a file."""
+    """Which of 'video' and 'audio' are in a file, by an mp4's own boxes or ffprobe; both where
+    there is none. Raises Ending for half a file."""
     import subprocess
     if media_extension(path) in MP4_KINDS:
         try:
@@ -3339,7 +3321,7 @@ SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_b
 
 
 def run_gently(name: str, options: str, *more: Any) -> str:
-    """What a program prints, run with the least priority. Raises CalledProcessError, OSError."""
+    """What a program prints, at the least priority. Raises CalledProcessError, OSError."""
     import subprocess
     command = [name, '-v', 'error', *options.split(), *map(str, more)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -3354,7 +3336,7 @@ def run_gently(name: str, options: str, *more: Any) -> str:
 def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
     """A video of the pictures, each for its share of the sound. Raises CalledProcessError, OSError.
 
-    A piece per picture, so that only one is in memory; MPEG-TS pieces can simply be joined."""
+    In pieces, so that one picture is in memory; MPEG-TS pieces can simply be joined."""
     told = run_gently('ffprobe', '-show_entries format=duration -of csv=p=0', f'file:{sound}')
     frames = math.ceil(max(float(told.strip()) / len(pictures), SLIDE_SECONDS) * SLIDE_RATE)
     piece = video.with_suffix('.piece')
@@ -3652,7 +3634,6 @@ class Attempt:
         return response
 
     def _pace_of(self, url: str, method: str) -> tuple[str, float]:
-        """(site, seconds between two requests) if this is for a page; media come from elsewhere."""
         parts = urlsplit(url)
         site = re.sub(r'^(www|m|i)\.', '', parts.hostname or '')
         if method == 'HEAD' or parts.path in NO_PAGES or self.folder.current:
@@ -3676,13 +3657,13 @@ class Attempt:
         if free - needed < least:  # the queue can go on, this one cannot
             raise Ending('disk', f'this takes {format_size(needed)}, {format_size(free)} are free',
                          kind='retry')
-        self.meter.plan(info, formats)
+        self.meter.plan(info, len(formats))
 
     def begin_file(self, name: str, info: dict[str, Any]) -> None:
         """yt-dlp is about to fetch a file."""
         self.stopper.go_on()
         self.folder.begin(os.path.basename(name), info)
-        self.meter.begin(str(info.get('format_id')))
+        self.meter.begin()
 
     def _on_media(self, told: dict[str, Any]) -> None:
         self.stopper.go_on()  # before anything that was cut off by a stop is taken for whole
@@ -3752,7 +3733,6 @@ class Attempt:
             re.match(r'\(*(?:b|w|best|worst)a', wanted))
 
     def _album(self, info: dict[str, Any], pictures: list[list[str]]) -> dict[str, Any]:
-        """A photo post as a playlist of its pictures and its sound; a single picture as it is."""
         formats = info.pop('formats', None) or []
         sounds = [part['url'] for part in formats if part.get('vcodec') == 'none']
         if len(pictures) == 1 and not sounds:
@@ -3782,9 +3762,8 @@ class Attempt:
         raise failure
 
     def _fetch_video(self, process: Callable[[Any], Any], info: dict[str, Any]) -> dict[str, Any]:
-        """A video with the picture and the sound that its format announces, else the next best.
-
-        What none of its formats has is missing from the post: then the best is taken as it is."""
+        """A video with the picture and the sound that its format announces, else the next best; if
+        no format has both, the best as it is."""
         formats, best = self._formats(info), None
         while not best or formats:
             if formats:
@@ -3843,8 +3822,7 @@ class Attempt:
                  'pattern': self.config.downloads.filename, 'uploader': post['uploader'],
                  'site': post['site'], 'date': date and f'{date[:4]}-{date[4:6]}-{date[6:]}'}
         if '--restrict-filenames' in self.options:
-            from yt_dlp.utils import sanitize_filename
-            names['title'] = sanitize_filename(names['title'], restricted=True)
+            names['title'] = plain_ascii(names['title']).replace(' ', '_')
         files = [(got['filepath'], '') for got in info.get('requested_downloads') or ()]
         files += [(text.get('filepath', ''), language) for language, text
                   in (info.get('requested_subtitles') or {}).items()]
@@ -3949,7 +3927,7 @@ class Attempt:
             log.warning('download %s: no slideshow: %s', self.job.id, error)
 
     def _outcome(self, files: tuple[MediaFile, ...]) -> Outcome:
-        """How it ended, with `files` in place: done, or a retry for the items that are missing."""
+        """How it ended: done, or a retry for the items that are missing."""
         outcome, notes = Outcome('done'), [result['note'] for result in self.folder.results]
         if self.failures:
             names = [f'{kind} {at}' for at, (kind, _) in sorted(self.failures.items())]
@@ -3992,7 +3970,6 @@ class Attempt:
                 log.info('download %s: yt-dlp return code %d', self.job.id, code)
 
     def _sites(self) -> list[Any]:
-        """The extractors that may be asked; for the sites only those of posts: it spares memory."""
         if is_under(host_of(self.job.url), SITES):
             return post_extractors()
         from yt_dlp.extractor import gen_extractor_classes
@@ -4017,7 +3994,7 @@ class Attempt:
         return urljoin(response.url, following)
 
     def _params(self) -> dict[str, Any]:
-        """YoutubeDL's params: ours over the caller's over the defaults; yt-dlp changes the dict."""
+        """Ours over the caller's over the defaults; yt-dlp changes the dict."""
         own, ffmpeg = self.config.downloader, which('ffmpeg')
         options = self.job.options
         if self.config.downloads.metadata and ffmpeg:
