@@ -5947,11 +5947,11 @@ def parse_fields(lines: Sequence[str]) -> dict[str, list[str]]:
     """Header fields by lower-case name (RFC 9112 section 5). Raises HTTPError."""
     fields: dict[str, list[str]] = {}
     if len(lines) > 100:
-        raise HTTPError(431, 'The request has too many headers.')
+        raise HTTPError(431, 'There are too many headers.')
     for line in lines:
         match = FIELD_LINE.fullmatch(line)
         if not match:
-            raise HTTPError(400, 'The request has a malformed header.')
+            raise HTTPError(400, 'A header is malformed.')
         fields.setdefault(match[1].lower(), []).append(match[2].strip('\t '))
     return fields
 
@@ -5961,13 +5961,11 @@ def parse_head(data: bytes) -> Head:
 
     Stricter than it must be: whatever two readers could understand in two ways is refused."""
     first, *lines = data.decode('latin-1').split('\r\n')
-    if len(first) > LINE_LIMIT:
-        raise HTTPError(414, 'The address of the request is too long.')
     match = REQUEST_LINE.fullmatch(first)
     if not match:
-        raise HTTPError(400, 'The first line of the request is not HTTP/1.1.')
+        raise HTTPError(400, 'The first line is not that of HTTP/1.1.')
     if not TARGET.fullmatch(match[2]):
-        raise HTTPError(400, 'The request asks for something that is not a path.')
+        raise HTTPError(400, 'This is not a path.')
     return Head(match[1], match[2], match[3], parse_fields(lines))
 
 
@@ -5978,7 +5976,7 @@ def decode_path(raw: str) -> str:
     except UnicodeDecodeError:
         path = '..'
     if BAD_PATH.search(raw) or DOTS.search(path):
-        raise HTTPError(400, 'The request asks for a path that is not allowed.')
+        raise HTTPError(400, 'This path is not allowed.')
     return path
 
 
@@ -5987,12 +5985,12 @@ def body_length(fields: dict[str, list[str]]) -> int | None:
     lengths, codings = fields.get('content-length'), fields.get('transfer-encoding')
     if codings and not lengths:
         if ','.join(codings).strip().lower() != 'chunked':
-            raise HTTPError(501, 'The transfer coding of the request is not known.')
+            raise HTTPError(501, 'The transfer coding is not known.')
         raise HTTPError(411, 'Send the body with a Content-Length.')
     if not lengths:
         return None
     if codings or len(lengths) > 1 or not re.fullmatch(r'\d{1,15}', lengths[0], re.A):
-        raise HTTPError(400, 'The length of the body is not one number.')
+        raise HTTPError(400, 'Content-Length is not one number.')
     return int(lengths[0])
 
 
@@ -6005,15 +6003,9 @@ def request_host(fields: dict[str, list[str]]) -> str:
     return match[1].strip('[]').lower().rstrip('.')
 
 
-def json_integer(digits: str) -> int:
-    """A number in JSON. Raises ValueError: older versions of Python convert any length, slowly."""
-    if len(digits) > 4300:
-        raise ValueError('too long')
-    return int(digits)
-
-
-STRICT_JSON = json.JSONDecoder(parse_int=json_integer,
-                               parse_constant=int)  # NaN and Infinity are no JSON: ValueError
+# NaN and Infinity are no JSON: ValueError. Python up to 3.10 converts any length, slowly; what is
+# longer than this is refused later.
+STRICT_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits[:4300]), parse_constant=int)
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 
 
@@ -6290,7 +6282,7 @@ class App:
         if size > limit:
             raise HTTPError(413, f'The request is over {format_size(limit)}.')
         if request.field('expect').lower() not in ('', '100-continue'):
-            raise HTTPError(417, 'The header Expect asks for something unknown.')
+            raise HTTPError(417, 'The header Expect is not understood.')
         self._check_origin(request)
         self._check_key(request, route)
         request.query = self._parse_query(request, route)
@@ -6419,7 +6411,7 @@ class App:
             given: dict[str, Any] = dict(parse_qsl(
                 request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
         except ValueError:
-            raise HTTPError(400, 'The query of the request cannot be read.', 'bad_query') from None
+            raise HTTPError(400, 'The query cannot be read.', 'bad_query') from None
         for name, parse, default, _ in route.query:
             try:
                 given[name] = parse(given.get(name, default))
@@ -6524,13 +6516,9 @@ def store_links(app: App, links: Sequence[Submission], window: int = 0) -> list[
 
 def submit(app: App, request: Request, fields: dict[str, Any]) -> Stored:
     """Store one link. Raises Refused, RateLimited, StoreDown."""
-    try:
-        submission = parse_submission(
-            {'again': request.query['again'], **fields}, app.config.security)
-    except Refused as refusal:
-        client = str(fields.get('client_id'))[:80]
-        request.note = f' client_id={client!r} refused: {refusal.code}'
-        raise
+    request.note = f' client_id={str(fields.get("client_id"))[:80]!r} refused'
+    fields = {'again': request.query['again'], **fields}
+    submission = parse_submission(fields, app.config.security)
     request.note = f' client_id={submission.client_id} url={submission.url}'
     stored, = store_links(app, [submission])
     if isinstance(stored, RateLimited):
@@ -7092,8 +7080,7 @@ class Peer:
 
     def enter(self, state: str, further: float = 0.0) -> None:
         """It does that from now on, for as long as PEER_STATES allow and `further` seconds; then
-        the accepting thread breaks it off. A time-out of the socket would cost two system calls
-        each time, and hand the interpreter to another thread with each."""
+        the accepting thread breaks it off: a time-out of the socket costs two system calls."""
         self.state, self.since = state, time.monotonic()
         self.deadline = self.since + PEER_STATES[state][0] + further
 
@@ -7127,18 +7114,18 @@ class Peer:
         while True:
             while self.buffer.startswith(b'\r\n'):  # RFC 9112 section 2.2: skipped
                 del self.buffer[:2]
+            first, line_end, _ = self.buffer.partition(b'\n')
+            if len(first) > LINE_LIMIT:
+                raise HTTPError(414, 'The address is too long.')
             end = self.buffer.find(b'\r\n\r\n')
             if 0 <= end <= HEAD_LIMIT:
                 return self.read(end + 4)[:-4]
-            first, line_end, _ = self.buffer.partition(b'\n')
-            if len(first) > HEAD_LIMIT:
-                raise HTTPError(414, 'The address of the request is too long.')
             if len(self.buffer) > HEAD_LIMIT:
-                raise HTTPError(431, 'The headers of the request are over 16 KB.')
+                raise HTTPError(431, 'The headers are over 16 KB.')
             if line_end and not first.endswith((b' HTTP/1.1\r', b' HTTP/1.0\r')):
-                raise HTTPError(400, 'The first line of the request is not HTTP/1.1.')
+                raise HTTPError(400, 'The first line is not that of HTTP/1.1.')
             if BARE_LINE_END.search(self.buffer):
-                raise HTTPError(400, 'The request has a bare line break.')
+                raise HTTPError(400, 'There is a bare line break.')
             self.read_more()
 
     def send(self, data: Any) -> None:
@@ -7188,10 +7175,8 @@ def format_head(reply: Reply, keep: bool) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection, in a thread of its own: the handshake, then requests one after the other.
-
-    A connection's life is that of http.server (setup, handle, finish); the reading is ours, as
-    what is lenient there can be read in two ways by us and by a proxy."""
+    """One connection, in a thread of its own. Its life is that of http.server (setup, handle,
+    finish); the reading is ours, as a proxy might read what is lenient there in another way."""
     server: 'Server'
 
     def setup(self) -> None:
@@ -7261,8 +7246,7 @@ class Handler(BaseHTTPRequestHandler):
 class Server(ThreadingHTTPServer):
     """Accepts and counts connections; where it gets crowded, closes the one idle for longest.
 
-    `sock` listens already (it may come from before a re-execution); `context` None speaks plain
-    HTTP and may be replaced at any time: new connections take the new one."""
+    `sock` listens already. `context`, None for plain HTTP, may be replaced at any time."""
     daemon_threads = True
     block_on_close = False
 
@@ -7277,9 +7261,8 @@ class Server(ThreadingHTTPServer):
         self._peers: dict[int, Peer] = {}
 
     def service_actions(self) -> None:
-        """Comes round twice a second and after each accepted connection: break off what takes
-        too long. Reading ends first, so that a slow client can still be told; a second later
-        writing too, as TLS may have to write in order to read."""
+        """Twice a second: break off what takes too long. Reading ends first, so that a slow
+        client can be told; a second later writing too, as TLS may have to write to read."""
         now = time.monotonic()
         if now - self.beat < 0.25:
             return
@@ -7309,11 +7292,8 @@ class Server(ThreadingHTTPServer):
         with self._guard:
             total = len(self._peers)
             same = sum(other.address == address for other in self._peers.values())
-        end = time.monotonic() + 0.5  # when all are busy at this very moment, one soon is not
-        while total >= CONNECTIONS and not self._evict(''):
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
+        if total >= CONNECTIONS and not self._evict(''):
+            return False
         if same >= PER_ADDRESS and not is_within(address, (*LOOPBACK, *proxies)):
             return self._evict(address)
         return True
@@ -7346,10 +7326,8 @@ class Server(ThreadingHTTPServer):
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, ValueError)):  # ValueError: the socket was closed under us
             log.debug('%s: connection ended: %s', client_address, error)
-        elif isinstance(error, RuntimeError):
-            log.warning('%s: connection refused: %s', client_address, error)
         else:
-            log.exception('%s: connection failed inside', client_address)
+            log.exception('%s: connection failed', client_address)
 
     def drain(self, seconds: float) -> None:
         """Let requests under way end, and new connections ask once; the socket stays open."""
