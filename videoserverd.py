@@ -4076,20 +4076,6 @@ def fetch_url(url: str) -> bytes:
     return body
 
 
-def parse_index(body: bytes, base: str) -> list[Release]:
-    """The releases with a pure wheel in the index's JSON, newest first. Raises Trouble."""
-    found = []
-    try:
-        for version, files in json.loads(body)['releases'].items():
-            for file in files if version_key(version) else ():
-                if file['filename'].endswith('-py3-none-any.whl') and not file['yanked']:
-                    found.append(Release(version, file['requires_python'] or '',
-                                         file['digests']['sha256'], urljoin(base, file['url'])))
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Trouble(f'{base} does not answer as a package index does') from None
-    return sorted(found, key=lambda release: version_key(release.version), reverse=True)
-
-
 def run_helper(*command: str) -> Any:
     """Run a process without our secrets and yt-dlp's plugins, in a folder that is nobody's: no
     pip.py that lies where we were called is run. Raises Trouble when it hangs or is killed."""
@@ -4268,9 +4254,8 @@ class Vendor:
         return sorted(found, key=lambda path: version_key(path.name), reverse=True)
 
     def current(self) -> Path | None:
-        """The folder for sys.path: what the pointer names, else the last good one, else what
-        somebody has put here (as `pip install --target` does), else any other release that this
-        Python can use."""
+        """The folder for sys.path: what the pointer names, else the last good one, what `pip
+        install --target` has put here, or any other release that this Python can use."""
         state = self.state()
         named = [self.folder / state[key] for key in ('version', 'previous') if state.get(key)]
         found = [*named, self.folder, *self.unpacked()]
@@ -4292,24 +4277,20 @@ class Vendor:
         return (f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads '
                 'will break as the sites change; start the server with a newer Python')
 
-    def pip(self, *words: str) -> bool:
-        """Did pip do it? Not if there is none; its own configuration holds."""
-        if self.index != INDEX:
-            words += ('--index-url', f'{self.index}/simple')
-        done = run_helper(sys.executable, '-m', 'pip', *words, '--quiet', '--no-input', '--retries',
-                          '1', '--no-deps', '--disable-pip-version-check', '--only-binary', ':all:')
-        log.debug('pip: %s', done.stderr.strip())
-        return done.returncode == 0
-
-    def catalogue(self, pre: bool) -> list[Release]:
-        """The releases on the index, newest first; `pre`: pre-releases too. Raises Trouble."""
-        base = f'{self.index}/pypi/yt-dlp/json'
+    def catalogue(self) -> list[Release]:
+        """The releases with a pure wheel on the index, newest first. Raises Trouble."""
+        base, found = f'{self.index}/pypi/yt-dlp/json', []
         try:
-            found = parse_index(fetch_url(base), base)
-        except Trouble as error:
+            for version, files in json.loads(fetch_url(base))['releases'].items():
+                for file in files if version_key(version) else ():
+                    if file['filename'].endswith('-py3-none-any.whl') and not file['yanked']:
+                        address = urljoin(base, file['url'])
+                        found.append(Release(version, file['requires_python'] or '',
+                                             file['digests']['sha256'], address))
+        except (Trouble, ValueError, KeyError, TypeError, AttributeError) as error:
             raise Trouble(f'yt-dlp cannot be fetched: {error}; connect this machine to the '
                           'internet, then run: python3 videoserverd.py update') from None
-        return [release for release in found if pre or 'dev' not in release.version]
+        return sorted(found, key=lambda release: version_key(release.version), reverse=True)
 
     def fetch(self, release: Release, folder: Path) -> Path:
         """The wheel of `release`, put into `folder` by pip where there is one; its SHA-256 is the
@@ -4317,7 +4298,12 @@ class Vendor:
         import hashlib
         pinned, wheel = folder / 'requirements.txt', folder / 'yt_dlp.whl'
         pinned.write_text(f'yt-dlp=={release.version} --hash=sha256:{release.sha256}\n')
-        if self.pip('download', '--dest', str(folder), '--requirement', str(pinned)):
+        pip = run_helper(
+            sys.executable, '-m', 'pip', 'download', '--quiet', '--no-input', '--retries', '1',
+            '--no-deps', '--disable-pip-version-check', '--only-binary', ':all:', '--dest',
+            str(folder), '--requirement', str(pinned),
+            *['--index-url', f'{self.index}/simple'] * (self.index != INDEX))
+        if pip.returncode == 0:
             os.replace(next(folder.glob('*-py3-none-any.whl')), wheel)
         else:
             wheel.write_bytes(fetch_url(release.url))
@@ -4326,26 +4312,22 @@ class Vendor:
                           'names and was thrown away: try later, or look at the proxy or mirror')
         return wheel
 
-    def bring_in(self, release: Release) -> None:
-        """Fetch and try `release`, then move it to its place whole. Raises Trouble, OSError."""
-        fresh, place = self.folder / '.new', self.folder / release.version
-        remove_folder(fresh)
-        (fresh / 'wheel').mkdir(parents=True)
-        unpack(self.fetch(release, fresh / 'wheel'), fresh / 'tree')
-        why = try_out(fresh / 'tree', release.version)
-        if why:
-            raise BrokenRelease(f'yt-dlp {release.version} does not work here ({why})')
-        os.sync()  # once for a thousand files: an fsync for each takes a minute on an SD card
-        if place.exists():
-            os.replace(place, fresh / 'damaged')
-        os.replace(fresh / 'tree', place)
-
     def take(self, release: Release) -> None:
-        """Make `release` the current one, fetched unless it is here and works. Raises Trouble,
-        OSError."""
-        place, current, state = self.folder / release.version, self.current(), self.state()
+        """Make `release` the current one; fetched, tried and put in its place whole unless it is
+        here and works. Raises Trouble, OSError."""
+        place, fresh = self.folder / release.version, self.folder / '.new'
+        current, state = self.current(), self.state()
         if not self.usable(place) or try_out(place, release.version):
-            self.bring_in(release)
+            remove_folder(fresh)
+            (fresh / 'wheel').mkdir(parents=True)
+            unpack(self.fetch(release, fresh / 'wheel'), fresh / 'tree')
+            why = try_out(fresh / 'tree', release.version)
+            if why:
+                raise BrokenRelease(f'yt-dlp {release.version} does not work here ({why})')
+            os.sync()  # once for a thousand files: an fsync for each takes a minute on an SD card
+            if place.exists():
+                os.replace(place, fresh / 'damaged')
+            os.replace(fresh / 'tree', place)
         if state.get('version') != release.version:
             good = None
             if current not in (None, place):
@@ -4363,7 +4345,8 @@ class Vendor:
 
     def candidates(self, channel: str) -> list[Release]:
         """What may be taken, the best first. A newer release ends the marks of broken ones."""
-        releases = self.catalogue(channel != 'stable')
+        releases = [release for release in self.catalogue()
+                    if channel != 'stable' or 'dev' not in release.version]
         least = version_key(self.version() or '')
         if releases:
             newest = version_key(releases[0].version)
@@ -4378,9 +4361,8 @@ class Vendor:
 
     def install(self, channel: str = 'stable') -> str:
         """Make the newest release that this Python can use the current one and return its version;
-        one that is broken is marked so, and the next one tried. `channel`: stable, nightly, or auto
-        for a pre-release if no newer final one is there. Raises Trouble; what was in use then stays
-        in use."""
+        one that is broken is marked so, and the next one tried. `channel`: auto is a pre-release
+        if there is no newer final one. Raises Trouble; what was in use then stays in use."""
         with self.locked():
             now = int(time.time())
             if channel == 'auto':
@@ -4429,7 +4411,7 @@ def update_due(now: float, last_checked: float, site_changed: bool, failures: in
                last_tried: float = 0) -> bool:
     """Is it time to look for a newer yt-dlp? At most hourly when a site has changed, else weekly,
     at growing gaps after failures. A clock set back by more than a day makes it due, too."""
-    if failures and 0 <= now - last_tried < RETRY_GAPS[min(failures, len(RETRY_GAPS)) - 1]:
+    if failures and 0 <= now - last_tried < backoff(failures, RETRY_GAPS):
         return False
     age = now - last_checked
     return age >= (HOUR if site_changed else 7 * DAY) or age < -DAY
