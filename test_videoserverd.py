@@ -350,7 +350,7 @@ class Daemon:
     def line_behind(self) -> List[str]:
         """What that goes on as: imported. Tests begin there, as what comes before is half of a start."""
         with unittest.mock.patch.object(v, 'PROGRAM', self.program):
-            return [*self.prefix, *v.apart(v.SERVE, str(self.file))]
+            return [*self.prefix, *v.bare_python(v.SERVE, str(self.file))]
 
     def run(self, *words: str, seconds: float = 30, **options: Any) -> Any:
         """Runs a command (`add URL`, `doctor`…) beside it; .returncode, .stdout (both channels)."""
@@ -723,7 +723,7 @@ class TestLaw(unittest.TestCase):
         shutil.copy(HERE / 'videoserverd.py', folder)
         program = folder / 'videoserverd.py'
         with unittest.mock.patch.object(v, 'PROGRAM', program):
-            imported = v.apart('print(v.VERSION)')
+            imported = v.bare_python('print(v.VERSION)')
         for line in ([sys.executable, str(program), '--version'], imported):
             done = subprocess.check_output(line, cwd=str(folder), encoding='utf-8')
             self.assertIn(v.VERSION, done)
@@ -2421,12 +2421,12 @@ OWN = 0  # what these see is the owner's, the system's or ours
 LARGEST = {  # the longest text that each pattern may see, by the name or the function that has it
     OWN: 'name_pattern site_gaps only_python end_leftovers host_addresses machine_names mobileconfig operation_of '
          'icloud_url '
-         'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delays domains '
+         'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delay_list domain_list '
          'http_url proxy_url notify_url location ROWS retention HOST_NAME',
     128: 'parse_name UNSAFE whole escape_like', 255: 'forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
-    2000: 'PATTERNS judge Notifier runs_here version_key',
-    4096: 'parse_size OPTION_VALUES upto rate version_in Vendor MAGIC',
+    2000: 'PATTERNS judge_error Notifier runs_here version_key',
+    4096: 'parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
     8192: 'post_url NO_POSTS post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
           'POST_PATHS ADVERTISEMENT',
     16 << 10: 'B_PATH SHARE_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
@@ -4614,7 +4614,7 @@ class TestFailures(DownloadTest):
 
     def test_words_of_a_site_do_not_pause_the_queue(self):
         error = type('YoutubeDLError', (Exception,), {'orig_msg': 'No space left on device', 'expected': True})()
-        self.assert_ends(v.judge(error, self.output, True).outcome, 'give_up', 'unsupported')
+        self.assert_ends(v.judge_error(error, self.output, True).outcome, 'give_up', 'unsupported')
 
     def test_no_connection_pauses_the_queue_whatever_number_its_error_has(self):
         def answer(client, status, reply, linger):
@@ -4765,7 +4765,7 @@ class TestFailures(DownloadTest):
                   for name in ('DownloadError', 'PostProcessingError', 'TransportError', 'YoutubeDLError', 'Other')
                   for expected in (True, False)]
         for error in [kind('\r[download] Got error: foo') for kind in errors]:
-            self.assertNotIn('foo', v.judge(error, self.output, True).outcome.message)
+            self.assertNotIn('foo', v.judge_error(error, self.output, True).outcome.message)
 
     def test_what_costs_time_or_memory_is_had_once_and_in_small_pieces(self):
         v.import_ytdlp(ytdlp_folder())
@@ -5641,14 +5641,14 @@ REAL_TRY_OUT = v.TRY_OUT
 
 def be_lenient(test: unittest.TestCase) -> None:
     """Lets STUB pass for a yt-dlp in this test. Trying that out takes nothing of the program, so it is not imported."""
-    real = v.apart
+    real = v.bare_python
 
     def apart(script: str, *words: str) -> Tuple[str, ...]:
         line = real(script, *words)
         return (*line[:line.index('-c') + 1], 'import sys\n' + script, *line[-2 - len(words):]) \
             if script is LENIENT else line
     install = v.INSTALL.replace('try:', f'v.TRY_OUT = {LENIENT!r}\ntry:')
-    for name, value in (('TRY_OUT', LENIENT), ('INSTALL', install), ('apart', apart)):
+    for name, value in (('TRY_OUT', LENIENT), ('INSTALL', install), ('bare_python', apart)):
         patch = unittest.mock.patch.object(v, name, value)
         patch.start()
         test.addCleanup(patch.stop)
@@ -5802,7 +5802,7 @@ class TestVendor(unittest.TestCase):
 
     def child(self) -> 'subprocess.Popen[bytes]':
         """Another process that installs into the same folder."""
-        line = v.apart(v.INSTALL, str(self.folder), self.index.url, '600', 'stable')
+        line = v.bare_python(v.INSTALL, str(self.folder), self.index.url, '600', 'stable')
         return subprocess.Popen(line, stderr=subprocess.DEVNULL)
 
     def leftovers(self) -> List[str]:

@@ -945,7 +945,7 @@ def up_to_30(item: str) -> str:
     return f'{item}(?:,{item}){{0,29}}'
 
 
-def rate(text: str) -> str:
+def byte_rate(text: str) -> str:
     """Bytes per second, at least 10 KB: slower would hold up the queue for hours."""
     known = re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,3})?[KMG]?', text, re.I | re.A)
     if not known or parse_size(text) < 10 << 10:
@@ -988,7 +988,7 @@ OPTION_VALUES = {  # spellings, and the parser of the value
     '-f --format': format_spec,
     '-S --format-sort': matching(up_to_30(f' ?{SORT_FIELD} ?'), 'known fields such as res:720,ext'),
     '--merge-output-format': matching(CONTAINERS, 'mp4, mkv or webm'),
-    '-r --limit-rate --rate-limit': rate,
+    '-r --limit-rate --rate-limit': byte_rate,
     '-R --retries': upto(20),
     '--fragment-retries': upto(20),
     '--extractor-retries': upto(10),
@@ -1197,7 +1197,7 @@ def readable(text: str) -> str:
     return ' '.join(HOSTILE.sub('_', unicodedata.normalize('NFC', ''.join(shown))).split())
 
 
-def cut(text: str, size: int) -> str:
+def cut_text(text: str, size: int) -> str:
     """The start of `text` in `size` bytes of UTF-8: no half character, no dangling joiner."""
     return text.encode()[:max(size, 0)].decode('utf-8', 'ignore').rstrip(' \u200c\u200d')
 
@@ -1209,7 +1209,7 @@ def token(text: str, size: int) -> str:
     if text and plain_text == text and len(text.encode()) <= size:
         return text
     digest = hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()
-    return f'{cut(plain_text, size - 9)}-{digest[:8]}'
+    return f'{cut_text(plain_text, size - 9)}-{digest[:8]}'
 
 
 def file_name(title: str, media_id: str, ext: str, part: str = '', number: str = '',
@@ -1217,16 +1217,16 @@ def file_name(title: str, media_id: str, ext: str, part: str = '', number: str =
     """'title_id_number.part.ext' by the owner's `pattern`, each folder and name within `limit`
     bytes of UTF-8: the title is cut. `part` is such as a subtitle's language; `fields`: uploader,
     site, date. An empty field goes with what joins it to the next."""
-    values = {name: cut(readable(text), 60) for name, text in fields.items()}
+    values = {name: cut_text(readable(text), 60) for name, text in fields.items()}
     values['id'] = token(media_id, min(100, limit // 2))
     ext = re.sub('[^A-Za-z0-9]', '', ext[:99])[:10] or 'bin'
 
     def fill(pattern, size):
-        values['title'] = cut(readable(title).lstrip('.-_~ '), max(size, 0))
+        values['title'] = cut_text(readable(title).lstrip('.-_~ '), max(size, 0))
         return re.sub(r'%\((\w+)\)s([ _.-]*)', lambda found: values.get(found[1]) and
                       values[found[1]] + found[2] or '', pattern)
     *folders, last = pattern.split('/')
-    folders = [cut(fill(folder, 60), 100).strip(' .-~') or 'unknown' for folder in folders]
+    folders = [cut_text(fill(folder, 60), 100).strip(' .-~') or 'unknown' for folder in folders]
     if number:
         last += '_' + number
     stem = fill(last, limit - SUFFIX_BYTES - len(fill(last, 1).encode()))
@@ -2602,7 +2602,7 @@ def judge_place(error: BaseException) -> str:
     return 'site_changed' if files and '/yt_dlp/' in files[-1] else 'internal'
 
 
-def judge(error: BaseException, output: Path, in_page: bool) -> Ending:
+def judge_error(error: BaseException, output: Path, in_page: bool) -> Ending:
     """What an exception out of yt-dlp means, in our words: its own are for the log. `in_page`: it
     came before there was any media."""
     links = list(chain(error))
@@ -3869,7 +3869,7 @@ class Attempt:
         if isinstance(error, OSError) and self.meter.phase in ('', 'file'):  # only the disk works
             outcome = Ending(system_reason(error, self.output) or 'output').outcome
         else:
-            outcome = judge(error, self.output, self.meter.phase == 'page').outcome
+            outcome = judge_error(error, self.output, self.meter.phase == 'page').outcome
         error.__suppress_context__ = True  # yt-dlp's last words are enough in the log
         level = logging.ERROR if outcome.reason == 'internal' else logging.WARNING
         log.log(level, 'download %s: %s', self.job.id, outcome.message, exc_info=error)
@@ -4174,7 +4174,7 @@ print(__version__)
 ALONE = ('-I', '-S', '-X', 'no_debug_ranges', '-X', 'utf8')  # no packages, no columns: 4 MB less
 
 
-def apart(script: str, *words: str) -> tuple[str, ...]:
+def bare_python(script: str, *words: str) -> tuple[str, ...]:
     """The command line of `script` in a bare Python that knows this program as `v`; its words
     begin at argv[3]. Python's own modules come before what lies beside the program."""
     begin = 'import pathlib, sys\nsys.path.append(sys.argv[1])\nv = __import__(sys.argv[2])\n'
@@ -4187,7 +4187,7 @@ def try_out(folder: Path, version: str) -> str:
     import tempfile
     run_helper(sys.executable, '-m', 'compileall', '-q', str(folder / 'yt_dlp'))
     with tempfile.TemporaryDirectory() as output:
-        done = run_helper(*apart(TRY_OUT, str(folder), output))
+        done = run_helper(*bare_python(TRY_OUT, str(folder), output))
     said = done.stdout.strip()
     if done.returncode == 0 and version_key(said) == version_key(version):
         return ''
@@ -4479,8 +4479,8 @@ class Freshness:
         stopped."""
         import subprocess
         self.failures, self.last_tried = self.failures + 1, now
-        line = apart(INSTALL, str(self.vendor.folder), self.vendor.index, str(4 * HELPER_TIMEOUT),
-                     channel)
+        line = bare_python(INSTALL, str(self.vendor.folder), self.vendor.index,
+                           str(4 * HELPER_TIMEOUT), channel)
         with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
                               start_new_session=True) as self.child:
@@ -9419,7 +9419,7 @@ class Daemon:
             os.set_inheritable(fd, True)
         os.environ[INHERIT] = f'{kept[0]} {kept[1]}'
         compile_program()
-        os.execv(sys.executable, apart(SERVE, str(self.config.file or '')))
+        os.execv(sys.executable, bare_python(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for
 
@@ -9948,7 +9948,7 @@ def go_on(config: Config, options: Any) -> int:
     """Become the server proper; in the foreground, as the child of a small parent."""
     compile_program()
     os.environ.setdefault('MALLOC_ARENA_MAX', '1')  # else glibc keeps a heap per thread
-    line = apart(SERVE, str(config.file or ''))
+    line = bare_python(SERVE, str(config.file or ''))
     if 'NOTIFY_SOCKET' not in os.environ and os.getppid() != 1:
         line = ('/bin/sh', '-c', KEEPER, str(dump_file(config)), *line)
     os.execv(line[0], line)
