@@ -6572,7 +6572,8 @@ def get_history(app: App, request: Request) -> Reply:
             app.board.wait(query['since'], query['wait'] * free)
         poll_after = 3 * (not free)
     version = app.board.version
-    total, records = app.store.page(query['limit'], query['offset'], query['status'], query['q'])
+    wanted = query['limit'], query['offset'], query['status'] or '', query['q']
+    total, records = app.store.page(*wanted)
     return json_reply(200, {
         'total': total, 'message': f'{total} downloads', 'version': version,
         'downloads': [app.describe(record) for record in records],
@@ -7362,7 +7363,7 @@ PAGE_HTML = r'''<!DOCTYPE html>
 <body>
 <header>
   <img class="mark" src="icon.png" alt="" width="36" height="36">
-  <h1>Video inbox</h1><p id="pulse"></p><a class="button quiet" href="setup">Set up</a>
+  <h1>Video inbox</h1><a class="button quiet" href="setup">Set up</a>
 </header>
 <main>
   <p id="old">This page needs JavaScript, and iOS 16 or a browser from 2022 or later.</p>
@@ -7398,7 +7399,7 @@ PAGE_HTML = r'''<!DOCTYPE html>
     <button id="show-all" class="button">Show all videos</button></section>
   <div id="list" role="feed" aria-label="Videos" aria-busy="true"></div>
 </main>
-<footer><p id="facts"></p>
+<footer>
   <details><summary>Cookies and keys</summary>
     <p>Some posts can be seen only after a login. Export cookies.txt from a browser that is logged
       in, and choose the file here.</p>
@@ -7406,7 +7407,7 @@ PAGE_HTML = r'''<!DOCTYPE html>
     <p class="go"><label class="button quiet">Choose cookies.txt<input id="cookie-file" type="file"
       ></label> <button id="forget-cookies" class="button quiet">Remove the cookies</button>
       <button id="forget" class="button quiet" hidden>Forget the key</button></p></details></footer>
-<div id="notes"><p id="note" role="status"></p><button id="offer" hidden></button>
+<div id="notes"><p id="pulse"></p><p id="note" role="status"></p><button id="offer" hidden></button>
   <button id="hush" aria-label="Close">✕</button></div>
 <dialog id="player" aria-labelledby="player-title"><div class="inside">
   <div class="top"><h2 id="player-title" dir="auto"></h2><p id="place"></p></div>
@@ -7443,7 +7444,7 @@ PAGE_CSS = r'''
 }
 *, ::before, ::after { box-sizing: border-box; }
 [hidden] { display: none !important; }
-html { background: var(--paper); scroll-padding: 5rem 0; -webkit-text-size-adjust: 100%; }
+html { background: var(--paper); scroll-padding: 1rem 0 5rem; -webkit-text-size-adjust: 100%; }
 body {
   margin: 0 auto; max-width: 78rem; min-height: 100vh; min-height: 100dvh; display: flex;
   flex-direction: column; padding: env(safe-area-inset-top)
@@ -7475,12 +7476,11 @@ input, textarea { min-width: 0; padding: .6rem .9rem; border-radius: .8rem;
 code { padding: .1em .35em; border-radius: .35em; background: #8882;
   font: .875em ui-monospace, Menlo, monospace; }
 small { display: block; }
-small, #pulse, #facts, .hint { color: var(--soft); font-size: .8125rem; }
+small, #pulse, .hint { color: var(--soft); font-size: .8125rem; }
 
 header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; padding: .5rem 0;
   overflow-wrap: normal; }
 header .button { margin-left: auto; }
-@media (max-width: 24rem) { .live #pulse { font-size: 0; } }
 .mark { border-radius: 22%; }
 h1 { font-size: 1.2rem; }
 #pulse::before { content: ''; display: inline-block; width: .5rem; height: .5rem;
@@ -7538,16 +7538,15 @@ article { display: grid; gap: .4rem .9rem; align-content: start;
 [data-status="downloading"] .acts { grid-column: 3; align-self: end; }
 article:not(.open) .extra { display: none; }
 
-footer { padding: 1.5rem 0; }
+footer { padding: 1.5rem 0 5rem; }
 #cookies { white-space: pre-line; }
 #cookie-file { position: absolute; width: 1px; min-height: 0; opacity: 0; }
 #notes { position: fixed; z-index: 3; inset: auto 0 0; display: flex; align-items: center;
-  gap: .5rem; padding: .4rem var(--gap) max(.4rem, env(safe-area-inset-bottom));
-  background: var(--ink); color: var(--paper); }
-#notes:has(#note:empty) { padding: 0; }
-#note { flex: 1; }
-#notes button { color: inherit; font-weight: 700; outline-color: currentColor; }
-body:has(#note:not(:empty)) { padding-bottom: 6rem; }
+  gap: .5rem; min-height: 3.5rem; border-top: 1px solid var(--line); background: var(--card);
+  padding: 0 var(--gap) env(safe-area-inset-bottom); }
+#note { flex: 1; max-height: 2.9em; overflow: auto; }
+#notes:has(#note:not(:empty)) #pulse { display: none; }
+#offer { color: var(--accent); font-weight: 700; }
 dialog { width: min(56rem, calc(100% - 1rem)); max-width: none; max-height: calc(100% - 1rem);
   padding: 0; border: 0; border-radius: 1.25rem; background: var(--card); color: var(--ink); }
 dialog::backdrop { background: #000b; }
@@ -7764,9 +7763,8 @@ function paintHealth() {
   const {problems = [], free_disk: free, ytdlp_version: version, cookies, preparing} = health;
   const lost = online === false && 'What you add is kept here, and sent when the server is back.';
   const faults = filled([lost, ...problems]);
-  write($('pulse'), lost ? 'No connection' : 'Live');
-  const facts = [free && size(free) + ' free', version && 'yt-dlp ' + version];
-  write($('facts'), filled(facts).join(' · '));
+  write($('pulse'), filled([lost ? 'No connection' : 'Live', free && size(free) + ' free',
+    version && 'yt-dlp ' + version]).join(' · '));
   $('health').hidden = !preparing && !faults.length;
   write($('health').firstChild, preparing ? 'Getting ready…' : 'Needs your attention');
   $('problems').replaceChildren(...faults.map(text => element('li', {}, ...withCommands(text))));
