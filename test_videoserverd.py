@@ -3814,6 +3814,14 @@ class TestAccidents(unittest.TestCase):
         self.assertTrue(self.store.finish(self.download_id, outcome, Path('/tmp'), 3))
         self.assertEqual(self.store.get(self.download_id)['title'], 'a \ufffd')
 
+    def test_one_at_a_time_and_one_entry_in_the_heap_for_each(self):
+        for _ in range(3):
+            for id in (self.download_id, 'other'):
+                self.scheduler.push(id)
+        self.assertEqual(len(self.scheduler._heap), 2)
+        self.assertEqual(self.scheduler._take_due(5), [self.download_id])
+        self.assertEqual(self.scheduler._take_due(5), [])
+
     def test_a_claim_that_was_stored_though_told_to_have_failed_is_taken_back(self):
         self.store.claim(self.download_id, 2)
         self.scheduler._attempt(self.download_id, v.Run())

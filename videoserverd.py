@@ -8800,6 +8800,7 @@ def dump_file(config: Config) -> Path:
 def compile_program() -> None:
     """Have Python leave its compiled form beside the program, where it may write there."""
     from importlib.machinery import SourceFileLoader
+    sys.dont_write_bytecode = False  # what the environment says is not passed on to the server
     SourceFileLoader(PROGRAM.stem, str(PROGRAM)).get_code(PROGRAM.stem)
 
 
