@@ -1462,7 +1462,7 @@ class Store:
             why = f'{self.path}: the database cannot be opened ({error}); '
             if isinstance(error, (OSError, sqlite3.OperationalError)) and (
                     'malformed' not in str(error)):
-                raise Trouble(why + 'check its folder and disk, or set [database] path.') from None
+                raise Trouble(why + 'check its folder: a local disk is needed.') from None
             raise Trouble(
                 f'{self.path}: the database is damaged ({" ".join(str(error).split())}). Nothing '
                 'was changed. Stop the server, move this file and its -wal and -shm away, and copy '
