@@ -7317,6 +7317,22 @@ class TestNotify(DaemonTest):
         store.forget(store.read('SELECT download_id FROM outbox')[0][0])
         self.assertEqual(store.read('SELECT kind FROM outbox'), [])
 
+    def test_what_cannot_be_told_holds_up_nothing_else(self):
+        config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
+        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
+        store.outgoing['give_up'] = ['notify']
+        store.open()
+        self.addCleanup(store.close)
+        id = store.add_many([v.parse_submission({'url': tiktok_link(1)}, config.security)], 0)[0].id
+        store.claim(id, 0)
+        store.give_up(id, 1, v.Outcome('give_up'), 0)
+        store.announce('Import done.', 1)
+        notifier = v.Notifier(config, store, lambda record: 1 // 0, '', lambda: [])
+        with self.assertLogs(v.log, 'WARNING'):
+            notifier.step(2)
+        notifier.step(63)
+        self.assertEqual([json.loads(body)['message'] for _, _, body in self.told], ['Import done.'])
+
     def test_a_problem_that_lasts_is_told_once_also_across_restarts(self):
         config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
         store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')

@@ -4861,8 +4861,6 @@ class Courier:
                 nap = self.step(time.time())
             except StoreDown as error:
                 log.warning('%s: waits for the database: %s', self._thread.name, error)
-            except Exception:
-                log.exception('%s: going on after', self._thread.name)
             with self._changed:
                 self._changed.wait_for(lambda: self._woken or self._stopping, nap)
                 self._woken = False
@@ -4883,9 +4881,13 @@ class Courier:
                 self.client.halted.clear()
         try:
             noted = self.send(item, int(now))
-        except Trouble as error:
+        except StoreDown:
+            raise
+        except Exception as error:  # whatever it is, it must not hold up the others
             if self.client.halted.is_set():
                 return 0
+            if not isinstance(error, Trouble):
+                log.exception('%s: a mistake of the server', self._thread.name)
             pause = self._postpone(item, str(error), int(now))
             self.error, self._pause_until = str(error) if pause else None, now + pause
             return pause
@@ -9287,7 +9289,8 @@ class Daemon:
                 outgoing[verb] = [*outgoing.get(verb, ()), *['notify'] * (event in notify.events)]
             self.couriers.append(Notifier(
                 self.config, self.store, app.describe, public_base(self.config, app.port),
-                lambda: self.health.problems(self.health.preflight())))
+                lambda: self.health.problems(
+                    not self.care.restart_when_idle and self.health.preflight() or None)))
         for courier in self.couriers:
             courier.start()
 
