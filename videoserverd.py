@@ -6069,7 +6069,6 @@ def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> 
 
 
 def done_reply(status: str, message: str, code: int = 200, **more: Any) -> Reply:
-    """A JSON answer that says what was done."""
     return json_reply(code, {'status': status, **more, 'message': message,
                             'timestamp': int(time.time())})
 
@@ -6368,7 +6367,6 @@ class App:
         return path
 
     def _find_route(self, request: Request) -> Route:
-        """The row of ROUTES for it; fills request.params. Raises HTTPError 404, 405."""
         request.path = self._below_base(decode_path(request.raw_path))
         allowed = []
         for route in self.routes:
@@ -6524,28 +6522,36 @@ def post_download(app: App, request: Request) -> Reply:
     return done_reply(stored.status, message, code, download_id=stored.id)
 
 
-def post_downloads(app: App, request: Request) -> Reply:
-    """Queue every link of a text, in one commit. `keep` has those to send again."""
-    fields = {'again': request.query['again'], **request.json()}
-    items, keep = parse_batch(fields, app.config.security)
+def store_every_link(app: App, request: Request, fields: dict[str, Any],
+                     window: int = 0) -> tuple[list[tuple[str, Any]], list[str]]:
+    """Store every link of a text, in one commit: each as written, with its Stored or what refuses
+    it; and the links beyond the most. Raises Refused or RateLimited if none is stored."""
+    fields = {'again': request.query['again'], **fields}
+    items, rest = parse_batch(fields, app.config.security)
     links = [item for _, item in items if isinstance(item, Submission)]
-    if not links:
-        raise items[0][1]
-    results = iter(store_links(app, links))
-    rows, limited = [], []
+    results = iter(store_links(app, links, window) if links else ())
+    rows = []
     for written, item in items:
         if isinstance(item, Submission):
+            request.note = f' client_id={item.client_id} links={len(items)} last={item.url}'
             item = next(results)
+        rows.append((written, item))
+    if not any(isinstance(item, Stored) for _, item in rows):
+        raise rows[0][1]
+    return rows, rest
+
+
+def post_downloads(app: App, request: Request) -> Reply:
+    """Queue every link of a text, in one commit. `keep` has those to send again."""
+    found, keep = store_every_link(app, request, request.json())
+    rows, limited = [], []
+    for written, item in found:
         if isinstance(item, Stored):
             rows.append({'url': written, 'download_id': item.id})
             continue
         rows.append({'url': written, 'error': str(item)})
-        if isinstance(item, RateLimited):
-            limited.append(written)
+        limited += [written] * isinstance(item, RateLimited)
     queued = sum('download_id' in row for row in rows)
-    if not queued:
-        raise item
-    request.note = f' client_id={links[0].client_id} links={len(rows)} first={links[0].url}'
     message = queued_message(app, f'{queued} queued, {len(rows) - queued} refused')
     return done_reply('queued', message, 202, downloads=rows, keep='\n'.join(limited + keep))
 
@@ -6687,12 +6693,10 @@ def xml_element(name: str, text: str = '', **attributes: Any) -> str:
 
 
 def feed_time(seconds: float) -> str:
-    """The element for epoch seconds (RFC 3339)."""
     return xml_element('updated', time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds)))
 
 
 def feed_entry(row: dict[str, Any]) -> str:
-    """A finished download as an entry of the feed."""
     parts = [xml_element('id', f'urn:uuid:{row["download_id"]}'), feed_time(row['completed_at']),
              xml_element('title', row['title'] or row['filename']),
              f'<author>{xml_element("name", row["uploader"] or row["site"])}</author>',
@@ -6775,19 +6779,18 @@ def get_public_url(app: App, request: Request) -> Reply:
     """A link to the finished file."""
     request.params = {'id': request.query['videoDownloadUUID']}
     record = app.record(request)
-    if record['status'] == 'failed':
-        raise HTTPError(409, record['error_message'] or 'The download failed.', 'downloadFailed')
-    if record['status'] != 'completed':
-        raise HTTPError(409, 'The download is not finished.', 'downloadNotReady')
-    if request.query['URLTypeEnum'] == 'HTTPS':
-        return json_reply(200, {'publicURL': app.describe(record)['public_url']})
-    if app.more.bucket is None:
+    state, why = record['status'], record['error_message']
+    in_bucket = request.query['URLTypeEnum'] == 'S3' and state == 'completed'
+    if in_bucket and app.more.bucket is None:
         raise HTTPError(409, 'No object storage is set up: [s3] endpoint.', 's3NotConfigured')
-    if record['s3_state'] == 'gone':
-        raise HTTPError(409, record['s3_error'], 'downloadFailed')
-    if record['s3_state'] != 'stored':
-        raise HTTPError(409, record['s3_error'] or 'The copy in the bucket is not finished.',
-                        'downloadNotReady')
+    if in_bucket:
+        state, why = record['s3_state'], record['s3_error']
+    if state in ('failed', 'gone'):
+        raise HTTPError(409, why or 'The download failed.', 'downloadFailed')
+    if state not in ('completed', 'stored'):
+        raise HTTPError(409, why or 'It is not finished.', 'downloadNotReady')
+    if not in_bucket:
+        return json_reply(200, {'publicURL': app.describe(record)['public_url']})
     key = app.more.bucket.key(record['id'], record['filename'])
     return json_reply(200, {'publicURL': app.more.bucket.presign(
         key, record['filename'], app.config.s3.url_expiry, time.time())})
@@ -6934,24 +6937,14 @@ def store_shared(app: App, request: Request) -> tuple[str, Reply]:
     """Store every link that was shared: the first one's id, and what the phone is told.
 
     Raises HTTPError, Refused, RateLimited, StoreDown."""
-    client = request.params['who']
-    request.note = f' client_id={client}'
-    fields = {'text': read_shared_text(request), 'client_id': client,
-              'again': request.query['again']}
-    items = [item for _, item in parse_batch(fields, app.config.security)[0]]
-    links = [item for item in items if isinstance(item, Submission)]
-    if not links:
-        raise items[0]
-    request.note += f' links={len(links)} url={links[0].url}'
-    results = store_links(app, links, REPEAT_SECONDS)
-    saved = [result for result in results if isinstance(result, Stored)]
-    if not saved:
-        raise results[0]
+    fields = {'text': read_shared_text(request), 'client_id': request.params['who']}
+    rows, _ = store_every_link(app, request, fields, REPEAT_SECONDS)
+    saved = [item for _, item in rows if isinstance(item, Stored)]
     for stored in saved:
         if stored.status == 'failed' and app.store.move(
                 'retry', stored.id, int(time.time())):
             app.scheduler.push(stored.id)
-    return saved[0].id, tell_shared(app, saved, len(items))
+    return saved[0].id, tell_shared(app, saved, len(rows))
 
 
 def post_share(app: App, request: Request) -> Reply:
@@ -7147,7 +7140,6 @@ def fixed_head(status: int, media: str, headers: Pairs, keep: bool, now: int) ->
 
 
 def format_head(reply: Reply, keep: bool) -> bytes:
-    """The head of an answer."""
     head = fixed_head(reply.status, reply.type, reply.headers, keep, int(time.time()))
     if reply.status == 304:
         return head + b'\r\n\r\n'
@@ -7200,7 +7192,6 @@ class Handler(BaseHTTPRequestHandler):
                 and request.head.method in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE'))
 
     def _send(self, request: Request | None, reply: Reply) -> None:
-        """Head and small body in one piece: one TLS record, one packet."""
         data = format_head(reply, not self.close_connection)
         wanted = request is None or request.head.method != 'HEAD'
         try:
@@ -7212,7 +7203,6 @@ class Handler(BaseHTTPRequestHandler):
                 reply.file.close()
 
     def _stream(self, reply: Reply) -> None:
-        """Bounded memory whatever the size; a connection that stops reading is broken off."""
         reply.file.seek(reply.start)
         block, left = memoryview(bytearray(min(BLOCK, reply.length or 1))), reply.length
         while left:
