@@ -3822,6 +3822,32 @@ class TestAccidents(unittest.TestCase):
         self.assertEqual(self.scheduler._take_due(5), [self.download_id])
         self.assertEqual(self.scheduler._take_due(5), [])
 
+    def test_a_cancel_before_its_attempt_is_made_stops_it(self):
+        stops: List[str] = []
+        self.scheduler.new_attempt = lambda *_: SimpleNamespace(stop=stops.append, run=lambda: v.CANCELLED)
+        self.scheduler._running[self.download_id] = run = v.Run()
+        self.scheduler._halt([self.download_id], 'cancelled')
+        self.scheduler._attempt(self.download_id, run)
+        self.assertEqual(stops, ['cancelled'])
+
+    def test_a_full_disk_told_by_an_attempt_pauses_the_queue(self):
+        job = self.store.claim(self.download_id, 2)
+        self.scheduler._store_outcome(job, v.Outcome('pause', 'disk', 'The disk is full.'), 3)
+        for later, paused in ((0, 'The disk is full.'), (v.PAUSE_SECONDS + 1, None)):
+            self.scheduler._refresh_pause(time.monotonic() + later)
+            self.assertEqual(self.scheduler.paused, paused)
+
+    def test_an_attempt_that_does_not_stop_is_settled_and_ends_the_process(self):
+        hangs: List[int] = []
+        self.scheduler.on_hang = lambda: hangs.append(1)
+        self.scheduler._running[self.download_id] = run = v.Run()
+        run.job = self.store.claim(self.download_id, 2)
+        run.attempt = SimpleNamespace(check=lambda now: None, stopped_at=100.0)
+        for now, count in ((110.0, 0), (101.0 + v.HANG_SECONDS, 1), (200.0, 1)):
+            self.scheduler._watch(now)
+            self.assertEqual(len(hangs), count)
+        self.assertEqual(self.store.get(self.download_id)['reason'], 'timeout')
+
     def test_a_claim_that_was_stored_though_told_to_have_failed_is_taken_back(self):
         self.store.claim(self.download_id, 2)
         self.scheduler._attempt(self.download_id, v.Run())
