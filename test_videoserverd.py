@@ -1900,8 +1900,9 @@ class Standin:
                 'edge_media_to_caption': {'edges': [{'node': {'text': 'A caption'}}]},
                 'owner': {'id': '42', **product.get('user', {})}, 'dimensions': {'width': 640, 'height': 1136},
                 'edge_media_preview_like': {'count': 5}}
-        if 'video_versions' in product:
-            node.update(is_video=True, __typename='GraphVideo', video_url=product['video_versions'][0]['url'],
+        if product.get('media_type') == 2:
+            versions = product.get('video_versions', [{}])
+            node.update(is_video=True, __typename='GraphVideo', video_url=versions[0].get('url'),
                         video_duration=1.0, dash_info={'video_dash_manifest': product.get('video_dash_manifest')})
         if 'carousel_media' in product:
             edges = [{'node': self.instagram_node(item)} for item in product['carousel_media']]
@@ -5644,7 +5645,7 @@ class TestAlone(DownloadTest):
         self.assertEqual(found, ['pause ytdlp', 'done', '[]'])
 
     def test_yt_dlp_costs_little_memory_and_no_more_with_each_download(self):
-        posts = [str(self.site.tiktok(size=2_000_000)) for _ in range(7)]
+        posts = [str(self.site.tiktok(size=2_000_000, pictures=at % 2 * 5)) for at in range(8)]
         found = self.said(MEMORY + f'''
             say(rss())
             for number, url in enumerate({posts!r}):
