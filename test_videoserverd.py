@@ -842,6 +842,22 @@ class TestMainJob(DaemonTest):
         self.assertEqual(row['file_size'], sum(file['size'] for file in row['files']))
         same_bytes(self.daemon, row, *post.media)
 
+    def test_what_came_of_a_carousel_is_served_while_the_rest_is_tried_again(self):
+        post = self.site.instagram('video', 'photo', 'video', kind='p')
+        post.media[2].set(status=404, hold_at=0)
+        id = self.daemon.submit(post)
+        post.media[2].wait_held()
+        self.assertFalse(self.daemon.status(id)['files'])
+        post.media[2].release()
+        row = self.daemon.wait_for(id, lambda row: row['files'])
+        same_bytes(self.daemon, row, *post.media[:2])
+        row = self.daemon.wait_status(id, 'completed')
+        self.assertRegex(row['note'], '^2 of 3: video 3 is missing. The site answered with an error: HTTP 404')
+        self.assertEqual([file['type'] for file in row['files']], ['video/mp4', 'image/jpeg'])
+        self.assertEqual((post.media[0].hits, row['uploader'], row['upload_date']), (1, 'tester', '20251113'))
+        status, _, _ = self.daemon.client.delete(f'/api/v1/download/{id}')
+        self.assertEqual((status, set(self.daemon.files()) & {file['name'] for file in row['files']}), (200, set()))
+
     def test_photo_in_between_spoils_nothing(self):
         post = self.site.instagram('video', 'photo', 'video', kind='p')
         same_bytes(self.daemon, self.daemon.download(post), *post.media)
@@ -1016,14 +1032,19 @@ class TestSamePost(DaemonTest):
 
 
 class TestDirectLinks(DaemonTest):
-    """Direct mp4, HLS and DASH of any site, loopback allowed."""
-    settings = {'downloader': {'proxy': ''}, 'security': ANYWHERE, 'downloads': {'max_concurrent': 2}}
+    """Direct mp4, HLS and DASH of any site, loopback allowed; into folders."""
+    settings = {'downloader': {'proxy': ''}, 'security': ANYWHERE,
+                'downloads': {'max_concurrent': 2, 'filename': '%(site)s/%(id)s/%(title)s'}}
 
     def test_mp4(self):
         for https in (False, True):
             post = self.site.direct(https=https, size=250_000)
             row = self.daemon.download(post)
             same_bytes(self.daemon, row, post.page)
+            folder = self.daemon.output / os.path.dirname(row['filename'])
+            self.assertEqual(folder.parent, self.daemon.output / '127.0.0.1')
+            self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{row["download_id"]}')[0], 200)
+            self.assertFalse(folder.exists())
             self.assertIn(post.id, row['filename'])
 
     def test_hls(self):
