@@ -8546,7 +8546,8 @@ class TestDailyCare(unittest.TestCase):
         daemon = v.Daemon(new_config())
         daemon.store.open()
         self.addCleanup(daemon.store.close)
-        for problems, status in (({}, 'healthy'), ({'ytdlp': 'It cannot be fetched.'}, 'degraded')):
+        fine = 'healthy' if sys.version_info >= (3, 11) else 'degraded'  # an older Python holds yt-dlp back
+        for problems, status in (({}, fine), ({'ytdlp': 'It cannot be fetched.'}, 'degraded')):
             daemon.care.problems = problems
             report = daemon.health.report()
             self.assertEqual((report['preparing'], report['status']), (not problems, status), report)

@@ -360,14 +360,16 @@ def check_mac():
     """The ways of a Mac, as far as they can be gone without one: uname and launchctl are stand-ins."""
     folder = Path('/root/mac')
     folder.mkdir()
-    for name, text in (('uname', '#!/bin/sh\necho Darwin\n'), ('xcode-select', '#!/bin/sh\n'), ('launchctl', LAUNCHCTL)):
+    for name, text in (('uname', '#!/bin/sh\necho Darwin\n'), ('xcode-select', '#!/bin/sh\n'),
+                       ('launchctl', LAUNCHCTL)):
         (folder / name).write_text(text)
         (folder / name).chmod(0o755)
     os.environ.update(PATH=f'{folder}:{os.environ["PATH"]}', SUDO_USER='pi')
     for _ in range(2):  # an installation, an upgrade
         said = install()
         assert 'writes /Library/LaunchDaemons/com.videoserver.download.plist' in said and 'healthy' in said, said
-        assert (CONFIG.owner(), STATE.owner()) == ('root', 'pi') and Path('/home/pi/Movies/VideoServer').owner() == 'pi', said
+        owners = [path.owner() for path in (CONFIG, STATE, Path('/home/pi/Movies/VideoServer'))]
+        assert owners == ['root', 'pi', 'pi'], said
         assert ' ok  server' in run('videoserverd', 'doctor')
     said = install('--uninstall', '--purge')
     assert not Path('/Library/LaunchDaemons/com.videoserver.download.plist').exists() and not STATE.exists(), said
