@@ -7465,6 +7465,7 @@ input, textarea { min-width: 0; padding: .6rem .9rem; border-radius: .8rem;
   border: 1px solid var(--edge); background: var(--card); }
 ::placeholder { color: var(--soft); opacity: 1; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+article:focus-visible { outline-offset: -3px; }
 code { padding: .1em .35em; border-radius: .35em; background: #8882;
   font: .875em ui-monospace, Menlo, monospace; }
 small { display: block; }
@@ -7539,14 +7540,14 @@ footer { padding: 1.5rem 0 5rem; }
 #note { flex: 1; max-height: 2.9em; overflow: auto; }
 #notes:has(#note:not(:empty)) #pulse { display: none; }
 #offer { color: var(--accent); font-weight: 700; }
-dialog { width: min(56rem, calc(100% - 1rem)); max-width: none; max-height: calc(100% - 1rem);
+dialog { width: min(56rem, calc(100% - 1rem)); max-width: none; max-height: calc(100% - 7.5rem);
   padding: 0; border: 0; border-radius: 1.25rem; background: var(--card); color: var(--ink); }
 dialog::backdrop { background: #000b; }
 .inside { display: grid; gap: .75rem; padding: 1rem; }
 :is(dialog, #health) h2 { font-size: 1rem; }
 .top { display: flex; align-items: center; gap: 1rem; }
 .top h2 { flex: 1; max-height: 2.5em; overflow: hidden; }
-#screen > * { display: block; width: 100%; max-height: calc(100vh - 11rem); border-radius: .75rem;
+#screen > * { display: block; width: 100%; max-height: calc(100vh - 17rem); border-radius: .75rem;
   object-fit: contain; }
 #door { max-width: 26rem; }
 
