@@ -2445,7 +2445,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
          'icloud_url '
          'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delay_list domain_list '
          'http_url proxy_url notify_url location ROWS retention HOST_NAME',
-    128: 'parse_name UNSAFE whole escape_like', 255: 'forget_files content_disposition file_name',
+    128: 'parse_name UNSAFE whole Store', 255: 'forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
     2000: 'PATTERNS judge_error Notifier runs_here version_key',
     4096: 'parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
@@ -7372,14 +7372,13 @@ class TestNotify(DaemonTest):
         store.open()
         self.addCleanup(store.close)
         id = store.add_many([v.parse_submission({'url': tiktok_link(1)}, config.security)], 0)[0].id
-        store.claim(id, 0)
-        store.give_up(id, 1, v.Outcome('give_up'), 0)
-        store.announce('Import done.', 1)
+        store.fail('give_up', store.claim(id, 0), v.Outcome('give_up'), 0, Path('/'))
+        store.note_problems(['x'], {'x': 'The disk is full.'}, 1)
         notifier = v.Notifier(config, store, lambda record: 1 // 0, '', lambda: [])
         with self.assertLogs(v.log, 'WARNING'):
             notifier.step(2)
         notifier.step(63)
-        self.assertEqual([json.loads(body)['message'] for _, _, body in self.told], ['Import done.'])
+        self.assertEqual([json.loads(body)['message'] for _, _, body in self.told], ['The disk is full.'])
 
     def test_a_problem_that_lasts_is_told_once_also_across_restarts(self):
         config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
