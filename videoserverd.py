@@ -4465,9 +4465,9 @@ class Freshness:
         sites fail that worked with the one before: what a single site does proves nothing."""
         state, worked, failed = self.vendor.state(), set(self.worked), set(self.failed)
         version, sites = state.get('version'), set(state.get('sites', ()))
-        if version and not worked <= sites:
+        if version and not worked <= sites and len(sites) < 50:
             with self.vendor.locked():
-                self.vendor.remember(sites=sorted(sites | worked)[:50])
+                self.vendor.remember(sites=sorted(sites | worked))
         elif not sites and len(failed & set(state.get('before', ()))) > 1 \
                 and self.vendor.roll_back(version):
             log.error('yt-dlp %s fails where %s worked: rolled back', version,
