@@ -5603,6 +5603,8 @@ class TestGuard(DownloadTest):
             with v.within(attempt.reach):
                 run(allowed)
             self.assertEqual(found, [''] * (not allowed))
+        with v.within(self.attempt(tiktok_link(1), config=self.direct_config()).reach):  # private targets allowed
+            self.assertRaises(PermissionError, refused['unix'])
         self.assertEqual((outside.read_text(), outside.stat().st_mode & 0o777, link.exists(), self.connected),
                          ('kept', 0o644, False, []))
 
