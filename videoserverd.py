@@ -4270,7 +4270,7 @@ class Vendor:
         if runs_here(requires):
             return None
         return (f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads '
-                'will break as the sites change; start the server with a newer Python')
+                'will break as the sites change. Fix: start the server with a newer Python')
 
     def catalogue(self) -> list[Release]:
         """The releases with a pure wheel on the index, newest first. Raises Trouble."""
@@ -9713,7 +9713,7 @@ def check_server(config: Config) -> Faults:
             problems = [str(error)]
     for problem in problems:
         fault, _, fix = problem.partition(' Fix: ')
-        yield fault, fix or 'look at the log'
+        yield fault, fix or 'as it says, or look at the log'
 
 
 def check_database(config: Config) -> Faults:
