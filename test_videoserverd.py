@@ -858,10 +858,6 @@ class TestMainJob(DaemonTest):
         status, _, _ = self.daemon.client.delete(f'/api/v1/download/{id}')
         self.assertEqual((status, set(self.daemon.files()) & {file['name'] for file in row['files']}), (200, set()))
 
-    def test_photo_in_between_spoils_nothing(self):
-        post = self.site.instagram('video', 'photo', 'video', kind='p')
-        same_bytes(self.daemon, self.daemon.download(post), *post.media)
-
     def test_short_and_shared_forms(self):
         post, reel = self.site.tiktok(), self.site.instagram()
         forms = [self.site.short(post, form) for form in ('vt', 't')]
@@ -3864,7 +3860,7 @@ class TestAccidents(unittest.TestCase):
         self.scheduler.on_hang = lambda: hangs.append(1)
         self.scheduler._running[self.download_id] = run = v.Run()
         run.job = self.store.claim(self.download_id, 2)
-        run.attempt = SimpleNamespace(check=lambda now: None, stopped_at=100.0)
+        run.attempt = SimpleNamespace(check=lambda now: None, stopper=SimpleNamespace(stopped_at=100.0))
         for now, count in ((110.0, 0), (101.0 + v.HANG_SECONDS, 1), (200.0, 1)):
             self.scheduler._watch(now)
             self.assertEqual(len(hangs), count)
@@ -5113,7 +5109,7 @@ class TestStop(DownloadTest):
         wait_until(ready, what='the phase to stop in')
         began = time.monotonic()
         attempt.stop(reason)
-        self.assertAlmostEqual(attempt.stopped_at, began, delta=fair(0.2))
+        self.assertAlmostEqual(attempt.stopper.stopped_at, began, delta=fair(0.2))
         outcome = run.wait()
         self.assertLess(time.monotonic() - began, fair(0.9))
         self.assert_ends(outcome, 'cancelled' if reason == 'cancelled' else 'retry', reason)
@@ -5252,7 +5248,7 @@ class TestLimits(DownloadTest):
         now = time.monotonic()
         attempt.check(now)
         attempt.check(now + 299)
-        self.assertIsNone(attempt.stopped_at)
+        self.assertIsNone(attempt.stopper.stopped_at)
         attempt.check(now + 301)
         self.assert_ends(run.wait(), 'retry', 'timeout')
         self.assertTrue(attempt.folder.path.exists())
@@ -5270,16 +5266,16 @@ class TestLimits(DownloadTest):
             attempt.meter.enter(phase)
             attempt.check(clock)
             clock += 290
-        self.assertIsNone(attempt.stopped_at)
+        self.assertIsNone(attempt.stopper.stopped_at)
         attempt.meter.enter('merge')
         attempt.check(clock)
         for changed in range(3):  # a merge that only moves its bytes around
             os.utime(file, (changed, changed))
             attempt.check(clock + 290)
             clock += 290
-        self.assertIsNone(attempt.stopped_at)
+        self.assertIsNone(attempt.stopper.stopped_at)
         attempt.check(clock + 301)
-        self.assertIsNotNone(attempt.stopped_at)
+        self.assertIsNotNone(attempt.stopper.stopped_at)
 
     def test_less_than_64_kb_in_that_time_are_no_gain(self):
         attempt = self.attempt('https://www.tiktok.com/@a/video/1')
@@ -5289,7 +5285,7 @@ class TestLimits(DownloadTest):
                                      (1295, 262_000, False), (1301, 263_000, True)):
             file.write_bytes(b'x' * size)
             attempt.check(clock)
-            self.assertEqual(attempt.stopped_at is not None, stopped, clock)
+            self.assertEqual(attempt.stopper.stopped_at is not None, stopped, clock)
 
     def test_a_page_that_drips_ends_by_timeout(self):
         post = self.site.tiktok(page={'drip': 0.2})

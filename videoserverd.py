@@ -2658,11 +2658,6 @@ def post_url(url: str) -> str:
     return url
 
 
-def web_addresses(*found: Any) -> list[str]:
-    """Those that are web addresses: a site's data may have anything in their place."""
-    return [url for url in found if isinstance(url, str) and url.startswith('https://')]
-
-
 class Pictures:
     """Gives Instagram's extractors `pictures`: the addresses of each, best first."""
 
@@ -2676,7 +2671,7 @@ class Pictures:
         return self._picture(info, [size.get('url') for size in sizes], media.get('code'))
 
     def _picture(self, info, urls, code):
-        urls = web_addresses(*urls)
+        urls = list(filter(None, urls))
         formats = [{'url': url, 'format_id': 'picture', 'ext': 'jpg'} for url in urls]
         return {**info, 'id': code or info.get('id'), 'pictures': [urls],
                 'formats': formats}  # without one yt-dlp takes it for a failure
@@ -2706,7 +2701,7 @@ def post_extractors() -> list[Any]:
         def _parse_aweme_video_web(self, aweme_detail, *args, **more):
             info = super()._parse_aweme_video_web(aweme_detail, *args, **more)
             images = (aweme_detail.get('imagePost') or {}).get('images') or ()
-            info['pictures'] = [web_addresses(*(image.get('imageURL') or {}).get('urlList') or ())
+            info['pictures'] = [(image.get('imageURL') or {}).get('urlList') or ()
                                 for image in images]
             return info
 
@@ -2738,8 +2733,7 @@ def announced(info: dict[str, Any]) -> set[str]:
     """Which of 'video' and 'audio' yt-dlp says to be in a format, or in those it merges."""
     kinds = set()
     for part in info.get('requested_formats') or [info]:
-        sound_only = media_type(f'x.{part.get("ext")}').startswith('audio/')
-        if part.get('vcodec') != 'none' and not sound_only:
+        if part.get('vcodec') != 'none':
             kinds.add('video')
         if part.get('acodec') not in (None, 'none'):
             kinds.add('audio')
@@ -3581,11 +3575,6 @@ class Attempt:
         self._identified = False  # whether on_identity has been asked
         self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; bytes, last write, steps
 
-    @property
-    def stopped_at(self) -> float | None:
-        """When it was told to stop, by time.monotonic()."""
-        return self.stopper.stopped_at
-
     def check(self, now: float) -> None:
         """Stop it if the disk is full or nothing comes for too long. `now`: time.monotonic()."""
         with suppress(OSError):  # the folder is gone: the next write says so
@@ -3679,25 +3668,24 @@ class Attempt:
 
     def take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
         """What becomes of what an extractor found; None for an item of a post that failed."""
-        at = extra.get('playlist_index')
         try:
+            if info.get('_type', 'video') != 'video' and 'entries' not in info:
+                return process(info)  # a link that leads on
+            self._describe(info)
+            pictures = info.pop('pictures', None)
+            if pictures and not self._wants_sound():
+                info = self._album(info, pictures)
+            if 'entries' in info:
+                return process(info)
             return self._take(process, info, extra)
         except (Exception, Ending) as error:
-            outcome = self._failed(error)
+            at, outcome = extra.get('playlist_index'), self._failed(error)
             if not at or self.stopper.reason or outcome.kind not in ('retry', 'give_up'):
                 raise
             self.failures[at] = info.get('kind', 'video'), outcome
             return None
 
     def _take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
-        if info.get('_type', 'video') != 'video' and 'entries' not in info:
-            return process(info)  # a link that leads on
-        self._describe(info)
-        pictures = info.pop('pictures', None)
-        if pictures and not self._wants_sound():
-            info = self._album(info, pictures)
-        if 'entries' in info:
-            return process(info)
         self.folder.total = max(self.folder.total, extra.get('n_entries') or 1)
         if 'addresses' in info:
             got = self._fetch_plain(info, extra)
@@ -3743,10 +3731,10 @@ class Attempt:
         kind, failure = info['kind'], Ending('bad_media')
         headers = {**self.session.params['http_headers'], **(info.get('http_headers') or {})}
         for number, url in enumerate(info['addresses']):
-            part = {**extra, 'url': url, 'format_id': kind, 'protocol': urlsplit(url).scheme,
-                    'http_headers': headers}
             path = self.folder.path / f'{extra.get("playlist_index", 0)}-{number}{PLAIN[kind]}'
             try:
+                part = {**extra, 'url': url, 'format_id': kind, 'protocol': urlsplit(url).scheme,
+                        'http_headers': headers}
                 self.choose(part)
                 self.session.dl(str(path), part)
                 if is_picture(path) if kind == 'picture' else 'audio' in tracks(path):
@@ -5272,7 +5260,7 @@ class Scheduler:
             runs = [run for run in self._running.values() if run.attempt]
         for run in runs:
             run.attempt.check(monotonic)
-            stopped_at = run.attempt.stopped_at
+            stopped_at = run.attempt.stopper.stopped_at
             if stopped_at is None or monotonic - stopped_at <= HANG_SECONDS or run.hung:
                 continue
             run.hung = True
