@@ -10072,8 +10072,7 @@ class TestPage(DaemonTest):
     def test_cookies_a_star_and_once_more(self):
         file = self.daemon.folder / 'cookies of a browser.txt'
         file.write_text(f'# Netscape\n.instagram.com\tTRUE\t/\tTRUE\t{int(time.time()) + 9999}\tsessionid\tx\n')
-        self.browser.click('summary')
-        self.browser.run('scrollTo(0, 1e6)')
+        self.browser.run('document.querySelector("summary").click(); scrollTo(0, 1e6)')
         self.browser.type('#cookie-file', str(file))
         self.browser.until('#cookies', 'textContent.includes("instagram.com")')
         self.browser.click('#forget-cookies')
@@ -10381,8 +10380,8 @@ class TestPage(DaemonTest):
         self.daemon.fails(str(self.site.tiktok(state='private')))
         self.row(self.daemon.download(str(self.site.tiktok()))['download_id'])
         for path, dark, before in (('/', False, ''), ('/', True, 'document.querySelector(".play").click()'),
-                                   ('/', True, 'document.querySelector(".delete").click()'), ('/setup', False, ''),
-                                   ('/', False, 'document.querySelector(".more:not([hidden])").click()')):
+                                   ('/', False, 'document.querySelector(".more:not([hidden])").click()'),
+                                   ('/', True, 'document.querySelector(".delete").click()'), ('/setup', False, '')):
             self.browser.screen(390, 844, dark)
             self.visit(path)
             self.browser.run(f'{before}; {AXE_CORE.read_text()}')

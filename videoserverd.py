@@ -7387,8 +7387,8 @@ PAGE_HTML = r'''<!DOCTYPE html>
     <p class="go"><label class="button quiet">Choose cookies.txt<input id="cookie-file" type="file"
       ></label> <button id="forget-cookies" class="button quiet">Remove the cookies</button>
       <button id="forget" class="button quiet" hidden>Forget the key</button></p></details></footer>
-<div id="notes"><p id="pulse"></p><p id="note" role="status"></p><button id="offer" hidden></button>
-  <button id="hush" aria-label="Close">✕</button></div>
+<section id="notes" aria-label="News"><p id="pulse"></p><p id="note" role="status"></p>
+  <button id="offer" hidden></button><button id="hush" aria-label="Close">✕</button></section>
 <dialog id="player" aria-labelledby="player-title"><div class="inside">
   <div class="top"><h2 id="player-title" dir="auto"></h2><p id="place"></p></div>
   <div id="screen"></div><div class="acts"></div></div></dialog>
