@@ -6649,7 +6649,6 @@ class TestSigV4(unittest.TestCase):
                 ('https://videos.example.org', 'videos', 'a', 'https://videos.example.org/videos/a'),  # a PUBLIC_HOST
                 ('https://{bucket}.s3.eu-west-3.amazonaws.com', 'videos', 'ü',
                  'https://videos.s3.eu-west-3.amazonaws.com/%C3%BC'),
-                ('https://videos.s3.amazonaws.com', 'videos', '', 'https://videos.s3.amazonaws.com/'),
                 ('http://[::1]:9000', 'videos', 'a', 'http://[::1]:9000/videos/a')]:
             self.assertEqual(''.join(v.bucket_address(endpoint, bucket, key)), url)
 
@@ -6904,16 +6903,6 @@ class TestBucket(WithBucket):
             self.put(path)
             self.assertEqual(self.stored(path)[2], path.read_bytes())
 
-    def test_a_file_that_is_there_is_not_sent_again(self):
-        path = self.file()
-        self.put(path)
-        self.relay.received = 0
-        self.put(path)
-        self.assertLess(self.relay.received, 2000)
-        os.utime(path, (1, 1))  # another file now
-        self.put(path)
-        self.assertGreater(self.relay.received, 300_000)
-
     def test_an_empty_file(self):
         path = self.file(size=0)
         self.put(path)
@@ -6933,7 +6922,6 @@ class TestBucket(WithBucket):
             bucket.keys = bucket.keys._replace(**{key: change[key] for key in change if key in v.Keys._fields})
             error = self.refused(path, bucket=bucket)
             self.assertRegex(str(error), said)
-            self.assertLess(self.relay.received, 2000, 'the file was sent in vain')
 
     def test_a_missing_file_and_a_server_without_sense_are_errors_of_one_line(self):
         self.assertIn('No such file', str(self.refused(self.output / 'gone.mp4')))
@@ -6962,8 +6950,9 @@ class TestBucket(WithBucket):
 
             def do_PUT(self):  # as nginx does with a body that is too large: it does not read it
                 self.do_GET()
-                self.connection.shutdown(socket.SHUT_WR)
-                self.rfile.read(1 << 20)
+                with contextlib.suppress(OSError):
+                    self.connection.shutdown(socket.SHUT_WR)
+                    self.rfile.read(1 << 20)
                 self.close_connection = True
 
             def log_message(self, *args):

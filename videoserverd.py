@@ -4636,14 +4636,11 @@ def presign_v4(keys: Keys, now: float, base: str, path: str, query: Pairs, secon
 
 def bucket_address(endpoint: str, bucket: str, key: str = '') -> tuple[str, str]:
     """('https://host', '/path') of an object: path-style, or virtual-host style where the
-    endpoint says {bucket} or its host starts with the bucket's name and `.s3`."""
+    endpoint says {bucket}."""
     url = urlsplit(endpoint.replace('{bucket}', bucket))
     port = {'http': ':80$', 'https': ':443$'}[url.scheme]  # left out, as browsers do
-    host = re.sub(port, '', url.netloc.lower())
-    folder = url.path
-    if '{bucket}' not in endpoint and not host.startswith(bucket.lower() + '.s3'):
-        folder += f'/{quote(bucket)}'
-    return f'{url.scheme}://{host}', f'{folder}/{quote(key)}'
+    folder = url.path if '{bucket}' in endpoint else f'{url.path}/{quote(bucket)}'
+    return f'{url.scheme}://{re.sub(port, "", url.netloc.lower())}', f'{folder}/{quote(key)}'
 
 
 # -- the bucket
@@ -4654,7 +4651,6 @@ REFUSALS = {  # S3's words that somebody can do something about
     'AccessDenied': 'does not let this key in: allow it to get, put and delete objects',
     'NoSuchBucket': 'has no such bucket: create it, or check [s3] bucket',
 }
-NOT_THERE = ('NoSuchKey', 'AccessDenied', 'InvalidRange')  # GET of no object, or an empty one
 NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may put, but not list
 
 
@@ -4715,20 +4711,13 @@ class Bucket:
         return presign_v4(self.keys, now, base, path, query, seconds)
 
     def put(self, path: Path, key: str, kind: str) -> None:
-        """Store the file as `key`, unless it is there already. A large one goes in parts, of
-        which those that an earlier try has left are not sent again. Raises Trouble."""
+        """Store the file as `key`. A large one goes in parts, of which those that an earlier try
+        has left are not sent again. Raises Trouble."""
         try:
             with open(path, 'rb') as file:
-                info = os.fstat(file.fileno())
-                mtime = '%d.%09d' % divmod(info.st_mtime_ns, 10 ** 9)  # as rclone writes it
-                headers = (('Content-Type', kind), ('X-Amz-Meta-Mtime', mtime))
-                body = Body(file, 0, info.st_size, self.client.halted)
-                # This also tells a wrong key or bucket before an upload is spent on it.
-                found, _ = self._call('GET', key, (), [('Range', 'bytes=0-0')], fine=NOT_THERE)
-                there = found.get('Content-Range'), found.get('X-Amz-Meta-Mtime')
-                if there == (f'bytes 0-0/{body.size}', mtime):
-                    return
-                if body.size > self.multipart_above:
+                size, headers = os.fstat(file.fileno()).st_size, [('Content-Type', kind)]
+                body = Body(file, 0, size, self.client.halted)
+                if size > self.multipart_above:
                     self._put_parts(body, key, headers)
                 else:
                     self._call('PUT', key, (), headers, body)
