@@ -2388,7 +2388,7 @@ class Reach:
 
 
 @contextmanager
-def within(reach: Reach) -> Iterator[None]:
+def within(reach: Reach | None) -> Iterator[None]:
     """This thread works for an attempt."""
     before, here.reach = here.reach, reach
     try:
@@ -2860,13 +2860,15 @@ def import_ytdlp(folder: Path) -> Any:
     """The class Session over the yt-dlp in `folder`, imported and guarded once per process.
 
     Raises whatever a damaged copy raises; nothing of that stays: another one can be tried."""
-    with IMPORT_LOCK:
+    with IMPORT_LOCK, within(None):  # so that what it compiles is kept
         if not IMPORTED:
             os.environ['YTDLP_NO_PLUGINS'] = '1'
             only_python()
             sys.path.insert(0, str(folder))
             try:
                 import yt_dlp
+                import yt_dlp.extractor.instagram
+                import yt_dlp.extractor.tiktok
                 adapt_ytdlp()
                 IMPORTED['Session'] = session_class(yt_dlp.YoutubeDL)
             except BaseException:
