@@ -5928,7 +5928,7 @@ def parse_head(data: bytes) -> Head:
 
 
 def decode_path(raw: str) -> str:
-    """A path, percent-decoded. Raises HTTPError for one that could climb or mean two things."""
+    """A path, percent-decoded; one that could climb or mean two things raises HTTPError."""
     try:
         path = unquote(raw, errors='strict')
     except UnicodeDecodeError:
@@ -6131,7 +6131,7 @@ def status_message(record: Record, percent: int, now: float) -> str:
 
 
 class App:
-    """All that handlers need; what is not handed in by name comes from the daemon in `more`."""
+    """All that handlers need; `more` is the daemon's: health, forget, thumbs, bucket..."""
 
     def __init__(self, config: Config, store: Any = None, board: Any = None,
                  scheduler: Any = None, **more: Any):
@@ -6141,7 +6141,7 @@ class App:
         self.routes: tuple[Route, ...] = more.get('routes', ())
         self.assets: dict[str, Any] = more.get('assets', {})
         self.image_origin: str = more.get('image_origin', '')  # names the machine's addresses
-        self.more = SimpleNamespace(**more)  # health, gauges, forget, update, thumbs, bucket...
+        self.more = SimpleNamespace(**more)
         self.prefix = urlsplit(config.server.public_base_url or '').path
         self.watchers = threading.Semaphore(WATCHERS)
         self.video_waiters = threading.Semaphore(WATCHERS)
@@ -6308,15 +6308,14 @@ class App:
         return signed and self.is_signed(name, signed[2]) or self.has_key(request)
 
     def is_signed(self, name: str, signature: str) -> bool:
-        """Whether a current key has made this signature; compared in constant time."""
+        """Whether a current key has made this signature."""
         import hmac
         sent = signature.encode('utf-8', 'replace')
         return any([hmac.compare_digest(sign_name(key, name).encode(), sent)
                     for key in self.config.api_keys])
 
     def has_key(self, request: Request) -> bool:
-        """Whether the request carries one of the keys, compared in constant time; always true
-        where there are none."""
+        """Whether the request carries one of the keys; true where there are none."""
         if not self.config.api_keys:
             return True
         import hmac  # it loads every digest of OpenSSL: 0.6 MB
@@ -6340,7 +6339,7 @@ class App:
         time.sleep(min(WRONG_KEY_DELAY * 2 ** min(times, 10), 2.0))
 
     def _below_base(self, path: str) -> str:
-        """`path` without that of public_base_url, which a proxy may or may not have taken off."""
+        """Without the path of public_base_url, which a proxy may have taken off."""
         if self.prefix and path.startswith(self.prefix + '/'):
             return path[len(self.prefix):]
         return path
@@ -6376,8 +6375,7 @@ class App:
         return given
 
     def refuse(self, raw_path: str, error: HTTPError) -> Reply:
-        """Trouble in the dialect of the path: document B has always 418 and errorCode, below
-        /share it is one sentence."""
+        """Trouble in the dialect of the path; below /share it is one sentence."""
         path, message = self._below_base(unquote(raw_path)), error.message
         if SHARE_PATH.match(path):
             return text_reply(error.status, message, *error.headers)
@@ -6394,17 +6392,6 @@ class App:
 B_STATUS = {'queued': 'PENDING', 'downloading': 'DOWNLOADING', 'completed': 'COMPLETED',
             'failed': 'FAILED'}
 COMMON_ERRORS = {400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503}
-
-
-def object_schema(words: str) -> dict[str, Any]:
-    """A JSON schema from words 'name' or 'name:kind|kind' (string by default); ! is required."""
-    properties, required = {}, []
-    for word in words.split():
-        name, _, kinds = word.rstrip('!').partition(':')
-        properties[name] = {'type': (kinds or 'string').split('|')}
-        if word.endswith('!'):
-            required.append(name)
-    return {'type': 'object', 'properties': properties, 'required': required}
 
 
 def operation_of(route: Route, keys: bool) -> dict[str, Any]:
@@ -6425,7 +6412,9 @@ def operation_of(route: Route, keys: bool) -> dict[str, Any]:
              'responses': {str(status): {'description': REASONS[status][0], 'content': media}
                            for status in sorted(statuses)}}
     if route.body:
-        body = {JSON: {'schema': object_schema(route.body)}}
+        names = route.body.split()
+        body = {JSON: {'schema': {'type': 'object', 'required': names[:1],
+                                  'properties': {name: {} for name in names}}}}
         if route.access == 'share' or route.method == 'PUT':
             body['text/plain'] = {}
         found['requestBody'] = {'required': True, 'content': body}
@@ -6452,7 +6441,7 @@ def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, An
 
 def store_links(app: App, links: Sequence[Submission], window: int = 0) -> list[Any]:
     """Store links in one commit and queue them: for each a Stored or RateLimited. A post whose
-    files are gone from the output folder is fetched again. Raises StoreDown."""
+    files are gone is fetched again. Raises StoreDown."""
     now, started = int(time.time()), time.monotonic()
     folder = app.config.downloads.output_directory
     results = app.store.add_many(links, now, window)
@@ -6678,7 +6667,6 @@ def feed_time(seconds: float) -> str:
 def feed_entry(row: dict[str, Any]) -> str:
     parts = [xml_element('id', f'urn:uuid:{row["download_id"]}'), feed_time(row['completed_at']),
              xml_element('title', row['title'] or row['filename']),
-             f'<author>{xml_element("name", row["uploader"] or row["site"])}</author>',
              xml_element('link', href=row['url'])]
     parts += [xml_element('link', rel='enclosure', href=file['url'], type=file['type'],
                           length=file['size']) for file in row['files']]
@@ -6686,8 +6674,8 @@ def feed_entry(row: dict[str, Any]) -> str:
 
 
 def get_feed(app: App, request: Request) -> Reply:
-    """The newest finished downloads as an Atom feed with enclosures (RFC 4287). Where keys are
-    on, its link to itself carries a signature, for programs that can send no key."""
+    """The newest finished downloads as an Atom feed (RFC 4287). Where keys are on, its link to
+    itself carries a signature, for programs that can send no key."""
     if not app.is_signed('/feed.xml', request.query['signature']):
         app.require_key(request)
     address = own = app.base() + '/feed.xml'
@@ -6696,7 +6684,7 @@ def get_feed(app: App, request: Request) -> Reply:
     rows = [app.describe(record) for record in app.store.page(FEED_ENTRIES, 0, 'completed')[1]]
     feed = ['<?xml version="1.0" encoding="utf-8"?><feed xmlns="http://www.w3.org/2005/Atom">',
             xml_element('id', address), xml_element('title', 'Videos'), feed_time(time.time()),
-            xml_element('link', rel='self', href=own),
+            xml_element('link', rel='self', href=own), '<author><name>videoserverd</name></author>',
             *(feed_entry(row) for row in rows if row['files']), '</feed>']
     return Reply(200, '\n'.join(feed).encode(), 'application/atom+xml; charset=utf-8', (NO_STORE,))
 
@@ -6739,12 +6727,12 @@ def describe_in_b(app: App, record: Any) -> dict[str, Any]:
     """A download as document B lists it; size and progress only where they are known."""
     progress = app.progress(record)
     size = record['file_size'] or getattr(progress, 'total', None)
-    row = {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']]}
-    if size:
-        row['downloadSizeInBytes'] = size
+    percent = None
     if progress or record['status'] == 'completed':
-        row['progress'] = shown_percent(record, progress)
-    return row
+        percent = shown_percent(record, progress)
+    row = {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']],
+           'downloadSizeInBytes': size or None, 'progress': percent}
+    return {name: known for name, known in row.items() if known is not None}
 
 
 def list_downloads(app: App, request: Request) -> Reply:
@@ -6891,11 +6879,12 @@ def read_shared_text(request: Request) -> str:
     elif media == 'multipart/form-data':
         fields = form_fields(request.body(), parameters.partition('boundary=')[2])
     else:
-        return request.body().decode('utf-8', 'replace')
-    for name, content in fields.items():
-        if name.lower() in ('text', 'url') and isinstance(content, str):
-            return content
-    raise Refused('bad_field', 'There is no field "text" in what was sent.')
+        fields = {'text': request.body().decode('utf-8', 'replace')}
+    fields = known_fields(fields)
+    found = fields.get('text', fields.get('url'))
+    if not isinstance(found, str):
+        raise Refused('bad_field', 'There is no field "text" in what was sent.')
+    return found
 
 
 def tell_shared(app: App, saved: list[Stored], wanted: int) -> Reply:
@@ -6913,9 +6902,7 @@ def tell_shared(app: App, saved: list[Stored], wanted: int) -> Reply:
 
 
 def store_shared(app: App, request: Request) -> tuple[str, Reply]:
-    """Store every link that was shared: the first one's id, and what the phone is told.
-
-    Raises HTTPError, Refused, RateLimited, StoreDown."""
+    """Store every link that was shared: the first one's id, and what the phone is told."""
     fields = {'text': read_shared_text(request), 'client_id': request.params['who']}
     rows, _ = store_every_link(app, request, fields, REPEAT_SECONDS)
     saved = [item for _, item in rows if isinstance(item, Stored)]
@@ -6966,14 +6953,12 @@ def get_share(app: App, request: Request) -> Reply:
 # -- the table of routes
 
 AGAIN = (Param('again', one_of({'1': True, '0': False}), '0'),)
-MORE = ' client_id:string|null timestamp:integer|null again:boolean|null'
-OPTIONS_WORD = ':array|string|null'
 ID = '/api/v1/download/{id}'
 ROUTES = (
     Route('POST', '/api/v1/download', post_download, 'key', JSON,
-          'url! ytdlp_cli_parameters' + OPTIONS_WORD + MORE, AGAIN, (200, 429), 202),
-    Route('POST', '/api/v1/downloads', post_downloads, 'key', JSON, 'text!' + MORE, AGAIN, (429,),
-          202, LARGE_BODY),
+          'url client_id timestamp ytdlp_cli_parameters again', AGAIN, (200, 429), 202),
+    Route('POST', '/api/v1/downloads', post_downloads, 'key', JSON,
+          'text client_id timestamp again', AGAIN, (429,), 202, LARGE_BODY),
     Route('GET', '/api/v1/status/{id}', get_status),
     Route('GET', '/api/v1/history', get_history, query=(
         Param('limit', whole(1, 200), '50', 'integer'),
@@ -6992,7 +6977,7 @@ ROUTES = (
     Route('PUT', '/api/v1/cookies', put_cookies, body='cookies', limit=LARGE_BODY),
     Route('DELETE', '/api/v1/cookies', delete_cookies),
     Route('POST', '/api/v1/update', post_update, status=202),
-    Route('POST', '/api/v1/share-address', post_share_address, body='name!'),
+    Route('POST', '/api/v1/share-address', post_share_address, body='name'),
     Route('POST', '/share/{who}', post_share, 'share', 'text/plain', 'text url', AGAIN,
           (200, 429), 202),
     Route('POST', '/share/{who}/video', post_share_video, 'share', 'application/octet-stream',
@@ -7006,7 +6991,7 @@ ROUTES = (
     Route('GET', '/metrics', get_metrics, 'key', 'text/plain'),
     Route('GET', '/openapi.json', get_openapi),
     Route('POST', '/initiateDownload', initiate_download, 'key', JSON,
-          'videoURL! again:boolean|null ytdlpCLIParameters' + OPTIONS_WORD, AGAIN),
+          'videoURL ytdlpCLIParameters again', AGAIN),
     Route('GET', '/listDownloads', list_downloads, query=(
         Param('overLastPeriodDurationInMinutes', whole(0, 99999999), '60', 'integer'),
         Param('onlyShowOngoingDownloads', one_of({'true': True, 'false': False}), 'false'))),
@@ -7042,7 +7027,7 @@ class Peer:
         self.sock.do_handshake()
 
     def read_more(self) -> None:
-        """Add to the buffer what comes next. Raises ClientGone, HTTPError when it is too slow."""
+        """Add to the buffer what comes next. Raises ClientGone, HTTPError."""
         try:
             data = self.sock.recv(HEAD_LIMIT)
         except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
@@ -7088,7 +7073,7 @@ class Peer:
             view = view[self.sock.send(view):]
 
     def break_off(self, how: int = socket.SHUT_RDWR) -> None:
-        """From any thread: its own thread then finds the connection closed. Leaves TLS alone."""
+        """From any thread: its own then finds it closed. Leaves TLS alone."""
         with suppress(OSError):  # closed already
             socket.socket.shutdown(self.sock, how)
 
@@ -7131,7 +7116,7 @@ class Handler(BaseHTTPRequestHandler):
     server: 'Server'
 
     def setup(self) -> None:
-        """The handshake is this thread's, not that of the one that accepts."""
+        """The handshake is this thread's."""
         self.peer, self.app = self.request, self.server.app
         if self.server.context is not None:
             self.peer.shake_hands(self.server.context)
@@ -7140,7 +7125,7 @@ class Handler(BaseHTTPRequestHandler):
         """The server closes it."""
 
     def handle_one_request(self) -> None:
-        """Read, answer; `close_connection` tells whether that was the last one."""
+        """`close_connection` tells whether that was the last one."""
         peer, request, head = self.peer, None, b''
         self.close_connection = True
         if not peer.buffer:
@@ -7163,7 +7148,7 @@ class Handler(BaseHTTPRequestHandler):
             peer.enter('closing')
 
     def _goes_on(self, request: Request | None, reply: Reply) -> bool:
-        """Whether the connection is kept: only after a request that was read to its end."""
+        """Only after a request that was read to its end."""
         return (request is not None and request.unread == 0
                 and request.head.version == 'HTTP/1.1' and not self.server.draining
                 and 'close' not in request.field('connection').lower()
@@ -7236,7 +7221,7 @@ class Server(ThreadingHTTPServer):
         return Peer(sock, str(plain_address(address[0]))), address[0]
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
-        """Whether there is room for it, made by closing an idle one if need be."""
+        """Whether there is room for it, made by closing an idle one."""
         address, proxies = request.address, self.app.config.server.trusted_proxies
         with self._guard:
             total = len(self._peers)
@@ -7248,8 +7233,7 @@ class Server(ThreadingHTTPServer):
         return True
 
     def _evict(self, address: str) -> bool:
-        """Break off the one (of this address, if not '') that has done nothing for longest;
-        whether there was one."""
+        """Break off the one (of this address, unless '') that has done nothing for longest."""
         now = time.monotonic()
         with self._guard:
             idle = [(peer.since, key) for key, peer in self._peers.items()
@@ -7279,7 +7263,7 @@ class Server(ThreadingHTTPServer):
             log.exception('%s: connection failed', client_address)
 
     def drain(self, seconds: float) -> None:
-        """Let requests under way end, and new connections ask once; the socket stays open."""
+        """Let requests under way end; the socket stays open."""
         self.draining = True
         self.shutdown()
         end = time.monotonic() + seconds
