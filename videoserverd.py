@@ -905,18 +905,18 @@ def site_of(url: str) -> str:
     return next((site for site in SITES if is_under(host, (site,))), host)
 
 
-POST_PATHS = {  # where the path of a link names the post: by site
-    'tiktok.com': re.compile(r'/(?:@[^/]*/(?:video|photo)|share/video|embed(?:/v\d)?|v)'
-                         r'/(\d{1,25})(?:\.html)?/?'),
-    'instagram.com': re.compile(r'/(?:[\w.]{1,64}/)?(?:p|reels?|tv)/([\w-]{8,64})/?', re.A),
-}
+POST_LINK = re.compile(  # where a link names its post
+    r'https://(?:[\w.-]+\.)?(?:tiktokv?\.com/(?:@[^/]*/(?:video|photo)|share/video|embed(?:/v\d)?|v)'
+    r'/(\d{1,25})(?:\.html)?'
+    r'|instagram\.com/(?:[\w.]{1,64}/)?(?:p|reels?|tv)/([\w-]{8,64}))/?(?:\?|$)', re.A)
 
 
 def post_of(url: str) -> tuple[str | None, str | None]:
     """Site and media id of the post that a canonical URL names; of a short link (None, None)."""
-    site = site_of(url)
-    named = site in POST_PATHS and POST_PATHS[site].fullmatch(urlsplit(url).path)
-    return (site, named[1]) if named else (None, None)
+    named = POST_LINK.match(url)
+    if not named:
+        return None, None
+    return SITES[bool(named[2])], named[1] or named[2]
 
 
 HOW = ('--limit-rate', '--retries', '--fragment-retries', '--extractor-retries', '--socket-timeout',
@@ -925,6 +925,8 @@ HOW = ('--limit-rate', '--retries', '--fragment-retries', '--extractor-retries',
 
 def asked_of(options: Sequence[tuple[str, Any]]) -> str | None:
     """What the options ask of a post, whatever they say of how it is fetched; None: the usual."""
+    if not options:
+        return None
     wanted = sorted((pair for pair in options if pair[0] not in HOW), key=lambda pair: pair[0])
     return json.dumps(wanted) if wanted else None
 
@@ -1915,7 +1917,7 @@ class Store:
     def check_room(self) -> None:
         """Raise DiskLow if links must be refused."""
         with suppress(OSError):
-            if free_space(self.path.parent) < LAST_ROOM:
+            if free_space(self.path) < LAST_ROOM:
                 self.error = 'the disk is almost full'
                 raise DiskLow(self.error)
 
