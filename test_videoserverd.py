@@ -2441,7 +2441,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
          'icloud_url '
          'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delay_list domain_list '
          'http_url proxy_url notify_url location ROWS retention HOST_NAME',
-    128: 'parse_name UNSAFE whole Store', 255: 'forget_files content_disposition file_name',
+    128: 'parse_name UNSAFE whole', 255: 'Store forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
     2000: 'PATTERNS judge_error Notifier runs_here version_key',
     4096: 'parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',

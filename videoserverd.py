@@ -906,8 +906,8 @@ def site_of(url: str) -> str:
 
 
 POST_LINK = re.compile(  # where a link names its post
-    r'https://(?:[\w.-]+\.)?(?:tiktokv?\.com/(?:@[^/]*/(?:video|photo)|share/video|embed(?:/v\d)?|v)'
-    r'/(\d{1,25})(?:\.html)?'
+    r'https://(?:[\w.-]+\.)?(?:tiktokv?\.com/'
+    r'(?:@[^/]*/(?:video|photo)|share/video|embed(?:/v\d)?|v)/(\d{1,25})(?:\.html)?'
     r'|instagram\.com/(?:[\w.]{1,64}/)?(?:p|reels?|tv)/([\w-]{8,64}))/?(?:\?|$)', re.A)
 
 
