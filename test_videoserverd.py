@@ -3074,7 +3074,7 @@ class TestFreeze(DaemonTest):
         daemon.kill()
         v.dump_file(daemon.config).write_text('Timeout (0:01:00)!\nThread 0x1 (most recent call first):\n  File "x"')
         daemon.start()
-        self.assertEqual(daemon.row(id)['crashes'], 1)
+        wait_until(lambda: daemon.row(id)['crashes'] == 1, 10)
         self.assertRegex(daemon.log(), 'watchdog: Timeout')
 
 
@@ -8548,6 +8548,12 @@ class TestDailyCare(unittest.TestCase):
         for moment in (now, now + 500 * v.DAY):
             care.renew_certificate(moment)
             self.assertGreater(care.certificate.not_after, moment + 300 * v.DAY)
+
+    def test_a_certificate_that_ends_soon_is_a_problem(self):
+        daemon = v.Daemon(new_config())
+        for days, count in ((13.5, 1), (15.5, 0)):
+            daemon.care.certificate = SimpleNamespace(not_after=time.time() + days * v.DAY)
+            self.assertEqual(str(daemon.health.problems(None)).count('The certificate ends in 13 days. Fix: '), count)
 
 
 class TestStopAtTheStart(DaemonTest):
