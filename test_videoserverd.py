@@ -6479,7 +6479,7 @@ class TestFreshDaemon(DaemonTest):
 
 
 # ---------- publish -----------------------------------------------------------------------
-# Links, SigV4 (judges: AWS's published vectors, botocore), the bucket (judge: OpenStack Swift,
+# Links, SigV4 (judge: AWS's published vectors), the bucket (judge: OpenStack Swift,
 # which verifies signatures, behind a relay that can lose, stall and refuse), thumbnails.
 
 SUITE = v.Keys('AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY', 'us-east-1', 'service')
@@ -6527,13 +6527,6 @@ S3_DOCS_PRESIGNED = (
     '&X-Amz-Signature=aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404')
 HARD_NAMES = [
     'cat.mp4', 'Grüße – 猫 🐈‍⬛ #1 50% "a+b" & c?_7.mp4', "l'été; a=b, (x)~!*.mp4", 'שלום_1.mp4', 'e\u0301_1.mp4']
-
-try:
-    import botocore.auth
-    import botocore.awsrequest
-    import botocore.credentials
-except ImportError:
-    botocore = None
 
 
 def publish_config(**s3) -> v.Config:
@@ -6619,7 +6612,7 @@ class TestLinks(unittest.TestCase):
 
 
 class TestSigV4(unittest.TestCase):
-    """Requests are signed as AWS publishes, and as botocore does."""
+    """Requests are signed as AWS publishes."""
 
     def signature(self, keys, now, host, case, **more):
         _, method, path, query, headers, body, _ = case
@@ -6651,49 +6644,6 @@ class TestSigV4(unittest.TestCase):
                  'https://videos.s3.eu-west-3.amazonaws.com/%C3%BC'),
                 ('http://[::1]:9000', 'videos', 'a', 'http://[::1]:9000/videos/a')]:
             self.assertEqual(''.join(v.bucket_address(endpoint, bucket, key)), url)
-
-    @unittest.skipUnless(botocore, 'botocore is not installed')
-    def test_botocore_signs_the_same(self):
-        """The same headers and presigned URLs as AWS's own library, for any name and both styles."""
-        now = int(time.time())
-        for endpoint in ('http://127.0.0.1:9000', 'https://{bucket}.s3.amazonaws.com', 'https://h.lan:443/sub'):
-            for name in HARD_NAMES:
-                bucket = v.Bucket(publish_config(endpoint=endpoint, region='eu-west-3', prefix='vids/'))
-                with self.subTest(endpoint=endpoint, name=name):
-                    url = bucket.presign(bucket.key('7f', name), name, 600, now)
-                    base, _, query = url.partition('?')
-                    said = {key: text for key, text in given(query).items() if key.startswith('response')}
-                    theirs = self.botocore_presigned(base, said, bucket.keys, now)
-                    self.assertEqual(parse_qs(query), parse_qs(urlsplit(theirs).query))
-                    self.assertEqual(self.our_put(base, bucket.keys, now), self.botocore_put(base, bucket.keys, now))
-
-    def botocore_auth(self, kind, keys, now, **more):
-        made = kind(botocore.credentials.Credentials(keys.access, keys.secret), 's3', keys.region, **more)
-        stamp = v.amz_date(now)
-        utc = botocore.auth.datetime.datetime.fromtimestamp(now, botocore.auth.datetime.timezone.utc)
-        clock = unittest.mock.patch.multiple(botocore.auth, create=True, get_current_datetime=lambda *a, **k: utc)
-        return made, stamp, clock
-
-    def botocore_presigned(self, url, query, keys, now):
-        auth, _, clock = self.botocore_auth(botocore.auth.S3SigV4QueryAuth, keys, now, expires=600)
-        request = botocore.awsrequest.AWSRequest('GET', url, params=query)
-        with clock:
-            auth.add_auth(request)
-        return request.url
-
-    def botocore_put(self, url, keys, now):
-        auth, _, clock = self.botocore_auth(botocore.auth.S3SigV4Auth, keys, now)
-        request = botocore.awsrequest.AWSRequest('PUT', url, headers={'Content-Type': 'video/mp4'}, data=b'x')
-        request.context['client_config'] = botocore.config.Config(s3={'payload_signing_enabled': True})
-        with clock:
-            auth.add_auth(request)
-        return request.headers['Authorization']
-
-    def our_put(self, url, keys, now):
-        payload = hashlib.sha256(b'x').hexdigest()
-        parts = urlsplit(url)
-        return v.sign_v4(keys, now, 'PUT', parts.netloc, parts.path, (), {
-            'Content-Type': 'video/mp4', 'X-Amz-Content-Sha256': payload}, payload)['Authorization']
 
 
 class Relay:
