@@ -10345,6 +10345,8 @@ class TestPage(DaemonTest):
                          r"^javascript:void\(open\('https://")
         self.browser.devtools('Emulation.setScriptExecutionDisabled', value=True)
         self.addCleanup(self.browser.devtools, 'Emulation.setScriptExecutionDisabled', value=False)
+        self.browser.open(f'https://127.0.0.1:{self.daemon.port}/')
+        self.browser.until('#old', 'innerText.includes("iOS 16")')
         self.visit('/setup')
         text = self.browser.get('main', 'textContent')
         for words in (v.ca_fingerprint(self.daemon.config), 'Certificate Trust Settings', 'Local Network',

@@ -7823,7 +7823,7 @@ async function look() {
   const place = {offset: first * CHUNK, limit: Math.min(MOST_ROWS, count * CHUNK)};
   if (version) Object.assign(place, {since: version, wait: 25});
   const answer = await api('GET', asked(place), null, wake.signal);
-  if (version !== answer.version && Date.now() - looked > ROUND / 10) makeRound();
+  if (version !== answer.version) looked = Math.min(looked, Date.now() - 0.9 * ROUND);
   version = answer.version;
   paintList(answer, place.offset);
   return answer.poll_after || FRAME;
