@@ -3036,7 +3036,7 @@ class JobFolder:
         # finished files: source, item (of the post), part, ext, size, names, note; name once moved
         self.results: list[dict[str, Any]] = []
         self.post: dict[str, Any] = {}  # post_facts() of what is behind the link
-        self.missing: list[int] = []    # the items that failed
+        self.missing: dict[int, str] = {}  # the items that failed, and what they are
         self.total = 1                  # items of the post
         self.current = ''  # the part whose bytes a request brings, '' for others
 
@@ -3049,8 +3049,8 @@ class JobFolder:
         end_leftovers(self.path)
         with suppress(OSError, ValueError, TypeError, KeyError):
             note = json.loads(self.file.read_text())
-            self.post, self.missing, self.total = note['post'], note['missing'], note['total']
-            self.results = note['results']
+            self.missing = {int(at): kind for at, kind in note['missing'].items()}
+            self.post, self.total, self.results = note['post'], note['total'], note['results']
             if note['boot'] == BOOT_ID:
                 self.parts = note['parts']
             else:  # only what was moved was synced
@@ -3876,12 +3876,10 @@ class Attempt:
         if wanted is not None:
             watch_process()
             with within(self.reach):
-                self._download(wanted)
+                self._fetch_missing(wanted)
                 self._add_slideshow()
             came = {result['item'] for result in folder.results}
-            for at in set(wanted) - came - set(self.failures):
-                self.failures[at] = 'video', Ending('gone').outcome
-            folder.missing = sorted(self.failures)
+            folder.missing = {at: kind for at, (kind, _) in self.failures.items()}
             if not came:
                 return self._outcome(()) if self.failures else Ending('bad_media').outcome
             folder.results.sort(key=lambda result: result['item'])
@@ -3895,6 +3893,19 @@ class Attempt:
         names = {file.name for file in files}
         forget_files(self.config, '', [old.name for old in self.job.files if old.name not in names])
         return self._outcome(files)
+
+    def _fetch_missing(self, items: list[int]) -> None:
+        """Fetch these items, all if there are none; what came before is not lost for their sake."""
+        outcome = Ending('gone').outcome
+        try:
+            self._download(items)
+        except (Exception, Ending) as error:
+            outcome = self._failed(error)
+            if not self.folder.results or outcome.kind not in ('retry', 'give_up'):
+                raise
+        for at in set(items) - {result['item'] for result in self.folder.results}:
+            kind = self.folder.missing.get(at, 'video')
+            self.failures.setdefault(at, (kind, outcome))
 
     def _add_slideshow(self) -> None:
         """A video of a TikTok photo post, once all of it is here; it may do without."""
