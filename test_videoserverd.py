@@ -3701,6 +3701,19 @@ class TestCommands(DaemonTest):
         done = daemon.run('doctor')
         self.assertRegex(done.stdout, r'BAD +The server does not answer .*\n +fix: [^\0]*\d+ to fix\.')
 
+    def test_doctor_names_what_the_certificate_lacks(self):
+        daemon = self.new_daemon(start=False, server={'names': 'elsewhere.local'})
+        self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: does not name .*elsewhere.local')
+
+    def test_more_links_than_one_request_takes_are_all_added(self):
+        daemon = self.new_daemon(start=False, downloads={'min_free_space': '9000GB'})
+        for first in (0, 1000):
+            done = daemon.run('add', '\n'.join(map(tiktok_link, range(first, first + 501))))
+            self.assertEqual((done.returncode, done.stdout.count('\n')), (0, 501), done.stdout[-500:])
+            if not first:
+                daemon.start()
+        self.assertEqual(len(daemon.rows('SELECT id FROM downloads')), 1002)
+
     def test_doctor_goes_on_where_a_key_cannot_be_looked_at(self):
         daemon = self.new_daemon(start=False, server={'key_file': 'k' * 300})
         self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: [^\0]*\d+ to fix\.')
@@ -8504,6 +8517,14 @@ class TestDailyCare(unittest.TestCase):
         for moment in (now, now + 500 * v.DAY):
             care.renew_certificate(moment)
             self.assertGreater(care.certificate.not_after, moment + 300 * v.DAY)
+
+    def test_the_watchdog_is_fed_only_while_every_thread_comes_round(self):
+        daemon = v.Daemon(new_config())
+        daemon.server, daemon.store.thread = SimpleNamespace(), threading.current_thread()
+        late = time.monotonic() - v.STALE_SECONDS - 1
+        for scheduler, server, alive in ((0, 0, True), (late, 0, False), (0, late, False)):
+            daemon.scheduler.beat, daemon.server.beat = (beat or time.monotonic() for beat in (scheduler, server))
+            self.assertEqual(daemon.alive(), alive)
 
     def test_a_certificate_that_ends_soon_is_a_problem(self):
         daemon = v.Daemon(new_config())
