@@ -10014,6 +10014,13 @@ class TestPage(DaemonTest):
         self.browser.until('#refusal', 'textContent.includes("example.org")')
         self.assertEqual(self.browser.get('#box', 'value'), 'https://example.org/clip')
 
+    def test_a_long_list_on_one_line_is_sent_in_parts(self):
+        many = self.new_daemon(downloads={'min_free_space': '900TB'})
+        self.visit(daemon=many)
+        self.send(' '.join(map(tiktok_link, range(700))))
+        self.browser.wait('return document.querySelector("#outbox").hidden && box.value === ""')
+        self.assertEqual(len({row['url'] for row in many.rows()}), 700)
+
     def test_several_links_one_a_line(self):
         posts = [str(self.site.tiktok()), str(self.site.tiktok())]
         self.send(f'{posts[0]}\n\nhttps://example.org/clip\n  {posts[1]}  ')
