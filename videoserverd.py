@@ -4819,7 +4819,9 @@ class Courier:
 
     def __init__(self, name: str, client: HttpClient, store: Any, delays: Sequence[int]):
         self.error: str | None = None  # why it fails at present, a sentence; for health
-        self.client, self.store, self.delays = client, store, delays
+        self.client, self.store, self.delays = client, store, list(delays)
+        while self.delays[-1] < LONGEST_DELAY:  # then twice as long each time
+            self.delays.append(min(max(1, self.delays[-1] * 2), LONGEST_DELAY))
         self._changed = threading.Condition()
         self._current, self._stopping, self._woken = '', False, False
         self._pause_until = 0.0
@@ -4890,11 +4892,8 @@ class Courier:
         return 0
 
     def _postpone(self, item: Any, error: str, now: int) -> float:
-        """Seconds of pause; none if nobody wants it any more. The next try comes after `delays`,
-        then after twice as long each time."""
-        beyond = item['attempts'] + 1 - len(self.delays)
-        delay = max(1, self.delays[min(beyond, 0) - 1]) << min(max(0, beyond), 20)
-        delay = min(LONGEST_DELAY, delay)
+        """Seconds of pause; none if nobody wants it any more."""
+        delay = int(min(max(1, backoff(item['attempts'] + 1, self.delays)), LONGEST_DELAY))
         if not self.store.settle(item, now, now + delay, 'failing', error):
             return 0
         log.warning('%s %s: next try in %d s: %s', item['kind'], item['download_id'], delay, error)
