@@ -2145,8 +2145,8 @@ class Ending(BaseException):
 # -- how it is stopped
 
 class Stopper:
-    """Ends what an attempt does in well under a second: what blocks in system calls (name servers,
-    connecting, fsync) is left behind, sockets are shut down, child processes killed."""
+    """Ends what an attempt does in well under a second: what blocks (name servers, connecting,
+    fsync) is left behind, sockets are shut down, child processes killed."""
 
     def __init__(self):
         self.reason = ''  # of the first stop
@@ -2180,8 +2180,7 @@ class Stopper:
         self.go_on()
 
     def unless_stopped(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        """function(…) in a thread of its own, left behind at a stop. Raises what it raises, or
-        Ending."""
+        """function(…), left behind at a stop. Raises what it raises, or Ending."""
         from concurrent.futures import Future
         answer = Future()
 
@@ -2251,7 +2250,7 @@ def is_on_link(address: str) -> bool:
 
 
 def host_of(url: str) -> str:
-    """The canonical host of `url`; 'localhost' if programs might read it in different ways."""
+    """The canonical host of `url`; 'localhost' if it can be read in two ways."""
     try:
         return split_url(url)[1]
     except ValueError:
@@ -2259,8 +2258,8 @@ def host_of(url: str) -> str:
 
 
 def die_with_us() -> Callable[[], None] | None:
-    """For preexec_fn: Linux kills the child when the thread that started it ends, be it by kill -9.
-    Elsewhere None: the next attempt ends what is left over (`end_leftovers`)."""
+    """For preexec_fn: Linux kills the child when the thread that started it ends. Elsewhere the
+    next attempt does (`end_leftovers`)."""
     if not sys.platform.startswith('linux'):
         return None
     import ctypes
@@ -2274,8 +2273,8 @@ def die_with_us() -> Callable[[], None] | None:
 
 
 def local_only(args: Sequence[str]) -> list[str]:
-    """A command line that reads nothing but files, even if a file names an address; with a URL
-    in it, or of another program, it is as if the program was not installed. Raises OSError."""
+    """A command line that reads nothing but files, even if a file names an address. Raises OSError
+    for a URL or another program, as if that was not installed."""
     name = os.path.basename(args[0])
     if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', arg) for arg in args):
         raise FileNotFoundError(errno.ENOENT, 'not to be run', args[0])
@@ -2300,7 +2299,7 @@ here = Here()
 
 
 class Reach:
-    """What the threads of one attempt may connect to, run and write. What the hook asks, may_…,
+    """What the threads of one attempt may connect to, run and write. May_…, which the hook asks,
     raises Ending or OSError."""
 
     def __init__(self, config: Config, folder: Path, stopper: Stopper):
@@ -2399,25 +2398,22 @@ def within(reach: Reach | None) -> Iterator[None]:
         here.reach = before
 
 
-def each(check: Callable[..., None], names: str) -> dict[str, Callable[..., None]]:
-    """The same check for some events."""
-    return dict.fromkeys(names.split(), check)
-
-
-CHECKS: dict[str, Callable[..., None]] = {
-    'socket.__new__': lambda reach, sock, *_: reach.stopper.hold(sock),
-    'socket.connect': Reach.may_connect, 'urllib.Request': Reach.may_request,
-    'subprocess.Popen': Reach.may_run,
-    'open': lambda reach, path, _, flags: reach.may_write(*[path] * bool(flags & WRITING)),
-    'os.rename': lambda reach, source, target, *_: reach.may_write(source, target),
-    'ctypes.dlopen': lambda reach, name: name is None or reach.refuse(name),
-    **each(Reach.may_look_up, 'socket.getaddrinfo socket.gethostbyname'),
-    **each(lambda reach, path, *_: reach.may_write(path),
-           'os.remove os.rmdir os.mkdir os.truncate os.chmod os.chown os.chflags os.utime '
-           'os.setxattr os.removexattr sqlite3.connect'),
-    **each(Reach.refuse,
-           'os.link os.symlink os.chdir os.system os.exec os.posix_spawn os.spawn os.fork '
-           'os.forkpty pty.spawn socket.bind socket.sendto socket.sendmsg')}
+CHECKS = {event: check for check, events in (
+    (lambda reach, sock, *_: reach.stopper.hold(sock), 'socket.__new__'),
+    (Reach.may_connect, 'socket.connect'),
+    (Reach.may_look_up, 'socket.getaddrinfo socket.gethostbyname'),
+    (Reach.may_request, 'urllib.Request'),
+    (Reach.may_run, 'subprocess.Popen'),
+    (lambda reach, name: name is None or reach.refuse(name), 'ctypes.dlopen'),
+    (lambda reach, path, _, flags: reach.may_write(*[path] * bool(flags & WRITING)), 'open'),
+    (lambda reach, source, target, *_: reach.may_write(source, target), 'os.rename'),
+    (lambda reach, path, *_: reach.may_write(path),
+     'os.remove os.rmdir os.mkdir os.truncate os.chmod os.chown os.chflags os.utime os.setxattr '
+     'os.removexattr sqlite3.connect'),
+    (Reach.refuse,
+     'os.link os.symlink os.chdir os.system os.exec os.posix_spawn os.spawn os.fork os.forkpty '
+     'pty.spawn socket.bind socket.sendto socket.sendmsg'),
+) for event in events.split()}
 
 
 def audit(event: str, args: tuple[Any, ...]) -> None:
@@ -4056,7 +4052,7 @@ def version_key(version: str) -> tuple[int, ...]:
 
 
 def runs_here(requires: str, python: tuple[int, ...] = sys.version_info[:3]) -> bool:
-    """Is this Python within a Requires-Python such as '>=3.9,<4'? The try-out finds the rest."""
+    """Is this Python within a Requires-Python such as '>=3.9,<4'?"""
     bounds = re.findall(r'(>=|<)\s*(\d{1,9}(?:\.\d{1,9}){0,9})', requires, re.A)
     return all((python >= version_key(version)) == (sign == '>=') for sign, version in bounds)
 
@@ -4106,7 +4102,7 @@ def unpack(wheel: Path, folder: Path) -> None:
 
 
 def version_in(folder: Path) -> str:
-    """The version of the yt-dlp in `folder`, as it writes it itself; '' if there is none."""
+    """The version of the yt-dlp in `folder`; '' if there is none."""
     return find_line(folder / 'yt_dlp/version.py', r"^__version__ = '(\d[\d.]*)'")
 
 
@@ -4205,9 +4201,9 @@ class Vendor:
         self.pointer = folder / f'current-{PYTHON}'
 
     def state(self, pointer: Path | None = None) -> dict[str, Any]:
-        """What a pointer says, this Python's unless told: version, previous, bad, newest; the sites
-        that worked with the one and with the other (before); when the index was asked (checked),
-        and for a pre-release too (searched)."""
+        """What a pointer says: version, previous, bad, newest; the sites that worked with the one
+        and with the other (before); when the index was asked (checked; searched: for a
+        pre-release)."""
         try:
             return dict(json.loads((pointer or self.pointer).read_text(encoding='utf-8')))
         except (OSError, ValueError, TypeError):
@@ -4291,8 +4287,7 @@ class Vendor:
         return sorted(found, key=lambda release: version_key(release.version), reverse=True)
 
     def fetch(self, release: Release, folder: Path) -> Path:
-        """The wheel of `release`, put into `folder` by pip where there is one; its SHA-256 is the
-        one that the index named. Raises Trouble."""
+        """The wheel of `release`, by pip where there is one. Raises Trouble."""
         import hashlib
         pinned, wheel = folder / 'requirements.txt', folder / 'yt_dlp.whl'
         pinned.write_text(f'yt-dlp=={release.version} --hash=sha256:{release.sha256}\n')
@@ -4358,9 +4353,8 @@ class Vendor:
         return fitting
 
     def install(self, channel: str = 'stable') -> str:
-        """Make the newest release that this Python can use the current one and return its version;
-        one that is broken is marked so, and the next one tried. `channel`: auto is a pre-release
-        if there is no newer final one. Raises Trouble; what was in use then stays in use."""
+        """Take the newest release that works here and return its version; `channel`: auto is a
+        pre-release if there is no newer final one. Raises Trouble, and changes nothing then."""
         with self.locked():
             now = int(time.time())
             if channel == 'auto':
@@ -4381,8 +4375,7 @@ class Vendor:
         return version
 
     def roll_back(self, version: str) -> str | None:
-        """From `version` back to the last good release; returns which. None, and no change, if
-        there is none, or `version` has been replaced meanwhile."""
+        """From `version`, if it is still in use, back to the last good release; returns which."""
         with self.locked():
             state = self.state()
             previous = state.get('previous') or ''
@@ -4478,8 +4471,7 @@ class Freshness:
             self.failed.clear()
 
     def look(self, now: float, channel: str) -> None:
-        """Install the newest release in a process of its own: its memory comes back, and it can be
-        stopped."""
+        """Install the newest release in a process of its own, for its memory and to be stopped."""
         import subprocess
         self.failures, self.last_tried = self.failures + 1, now
         line = bare_python(INSTALL, str(self.vendor.folder), self.vendor.index,
