@@ -8649,22 +8649,6 @@ print(step)
             self.assertGreater(int(steps), least)
             self.check_whole(config)
 
-    def test_kill_9_at_random_moments(self):
-        config = new_config()
-        v.ensure_certificate(config, NOW)
-        self.run_maker(config, '''
-killed = 0
-for _ in range(10):
-    child = fork(lambda: None, force=True)
-    time.sleep(random.uniform(0, 0.08))
-    os.kill(child, signal.SIGKILL)
-    killed += wait(child)
-    assert not pair().own
-assert killed
-v.ensure_certificate(config, now, force=True)
-''')
-        self.check_whole(config)
-
     def test_makers_at_the_same_time_take_turns(self):
         config = new_config()
         self.run_maker(config, '''
