@@ -8866,7 +8866,8 @@ class TestInstallScript(unittest.TestCase):
 
     @unittest.skipUnless(shutil.which('shellcheck'), 'shellcheck is not installed')
     def test_shell_scripts_are_shellcheck_clean(self):
-        done = subprocess.run(['shellcheck', '-x', *SHELL_FILES], cwd=str(HERE), stdout=subprocess.PIPE, encoding='utf-8')
+        done = subprocess.run(['shellcheck', '-x', *SHELL_FILES], cwd=str(HERE), stdout=subprocess.PIPE,
+                              encoding='utf-8')
         self.assertEqual(done.stdout, '')
 
     def test_shell_scripts_run_from_any_folder_and_are_executable(self):
