@@ -391,18 +391,18 @@ def networks(text: str) -> tuple[Any, ...]:
         raise ValueError('networks such as 192.168.1.0/24, separated by commas') from None
 
 
-PRIVATE_NETWORKS = networks(  # RFC 1918, 6598 (Tailscale), 3927, 4193, loopback
-    '127.0.0.0/8,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,169.254.0.0/16,'
-    '::1,fc00::/7,fe80::/10')
+CLIENTS = {  # RFC 1918, 6598 (Tailscale), 3927, 4193, loopback
+    'private': '127.0.0.0/8,10.0.0.0/8,172.16.0.0/12,192.168.0.0/16,100.64.0.0/10,169.254.0.0/16,'
+               '::1,fc00::/7,fe80::/10',
+    'any': '0.0.0.0/0,::/0'}
+PRIVATE_NETWORKS = networks(CLIENTS['private'])
 
 
 def clients(text: str) -> tuple[Any, ...]:
     """The networks whose clients are answered."""
-    if text.lower() == 'private':
-        return PRIVATE_NETWORKS
     if not word_list(text):
         raise ValueError('private, any, or networks such as 192.168.1.0/24')
-    return networks('0.0.0.0/0,::/0' if text.lower() == 'any' else text)
+    return networks(CLIENTS.get(text.lower(), text))
 
 
 def http_url(text: str) -> str:
