@@ -6442,6 +6442,13 @@ class TestFreshDaemon(DaemonTest):
                           after.page.requests[-1].headers['Accept-Language'][-3:]], ['0.5', '0.2'])
         self.assertEqual((daemon.health()['ytdlp_version'], starts(daemon)), ('9999.2.2', 2))
 
+    def test_who_asks_for_an_update_need_not_wait_until_it_is_due(self) -> None:
+        daemon = self.fresh_daemon(some_files(), checked=time.time(), env={'VIDEOSERVER_DOWNLOADER_AUTO_UPDATE': 'off'})
+        self.index.add('9999.2.2', some_files())
+        status, _, body = daemon.client.post('/api/v1/update')
+        self.assertEqual((status, body['status']), (202, 'updating'))
+        wait_until(lambda: daemon.vendor.version() == '9999.2.2', 40)
+
     def test_with_a_wrong_configuration_the_old_release_goes_on_downloading(self) -> None:
         daemon = self.fresh_daemon(some_files(), checked=time.time())
         daemon.download(self.site.tiktok())

@@ -6911,8 +6911,8 @@ def store_shared(app: App, request: Request) -> tuple[str, Reply]:
     rows, _ = store_every_link(app, request, fields, REPEAT_SECONDS)
     saved = [item for _, item in rows if isinstance(item, Stored)]
     for stored in saved:
-        if stored.status == 'failed' and app.store.move(
-                'retry', stored.id, int(time.time())):
+        if stored.status == 'failed':
+            app.store.move('retry', stored.id, int(time.time()))
             app.scheduler.push(stored.id)
     return saved[0].id, tell_shared(app, saved, len(rows))
 
@@ -6922,11 +6922,11 @@ def post_share(app: App, request: Request) -> Reply:
     return store_shared(app, request)[1]
 
 
-def wait_for_end(app: App, download_id: str, seconds: float) -> Record:
+def wait_for_end(app: App, request: Request, seconds: float) -> Record:
     """The download once it is completed or failed, or as it is after `seconds`."""
     end = time.monotonic() + seconds
     while True:
-        version, record = app.board.version, app.store.get(download_id)
+        version, record = app.board.version, app.record(request)
         left = end - time.monotonic()
         over = record['status'] in ('completed', 'failed') or left <= 0
         if over or not app.board.wait(version, left):
@@ -6935,9 +6935,9 @@ def wait_for_end(app: App, download_id: str, seconds: float) -> Record:
 
 def post_share_video(app: App, request: Request) -> Reply:
     """Share a link, and get the finished file itself if that does not take too long."""
-    download_id, told = store_shared(app, request)
+    request.params['id'], told = store_shared(app, request)
     with place_in(app.video_waiters) as free:
-        record = wait_for_end(app, download_id, VIDEO_SECONDS * free)
+        record = wait_for_end(app, request, VIDEO_SECONDS * free)
     if record['status'] == 'completed' and record['files']:
         return reply_with_file(app, request, record['files'][0])
     if record['status'] == 'failed':
