@@ -3184,11 +3184,11 @@ def forget_files(config: Config, job_id: str, files: Iterable[str]) -> None:
         file = inside(output, name)
         try:
             file.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning('download %s: %s stays: %s', job_id, name, error)
+        with suppress(OSError):  # others are in it
             for folder in list(file.parents)[:name.count('/')]:
                 folder.rmdir()
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT):
-                log.warning('download %s: %s stays: %s', job_id, name, error)
 
 
 # -- is it media?
@@ -8786,8 +8786,12 @@ def usable_output(config: Config, make: bool = True) -> str | None:
         if make:
             (folder / '.incomplete').mkdir(exist_ok=True)
     except OSError as error:
-        return (f'The output folder {folder} cannot be used ({error.strerror}). '
-                f'Fix: `ls -ld {folder}`')
+        fix = f'ls -ld {folder}'
+        if error.errno == errno.EROFS:  # the service's sandbox
+            fix = f'sudo ./install.sh --output {folder}'
+        return f'The output folder {folder} cannot be used ({error.strerror}). Fix: `{fix}`'
+    if not (folder / '.incomplete').exists():
+        return f'The output folder {folder} is not there yet. Fix: start the server, which makes it'
     if all(os.access(place, os.W_OK | os.X_OK) for place in (folder, folder / '.incomplete')):
         return None
     return (f'The output folder {folder} is read-only for this user. '
