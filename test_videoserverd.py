@@ -3643,6 +3643,11 @@ class TestCommands(DaemonTest):
         done = daemon.run('doctor')
         self.assertEqual(done.returncode, 1)
         self.assertRegex(done.stdout, r'BAD +The output folder .* plugged in.\n +fix: mount it')
+        daemon.change_env({'https_proxy': 'http://127.0.0.1:1', 'VIDEOSERVER_DOWNLOADER_PROXY': '',
+                           'SSL_CERT_FILE': '/nowhere', 'SSL_CERT_DIR': '/nowhere'})
+        done = daemon.run('doctor')
+        self.assertIn('BAD  proxy: downloads ignore https_proxy of the environment', done.stdout)
+        self.assertIn('BAD  CA certificates are missing: no site can be verified', done.stdout)
         self.assertRegex(done.stdout, r'BAD +server: not running')
 
     def test_backup_while_running_and_restoring_it(self):

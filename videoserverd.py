@@ -9740,6 +9740,14 @@ def check_downloads(config: Config) -> Faults:
     if not which('ffmpeg'):
         yield ('ffmpeg is missing: the best video cannot be merged with its sound',
                'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
+    if not has_ca_store():
+        yield ('CA certificates are missing: no site can be verified', 'sudo apt-get install '
+               'ca-certificates (a Mac: run Install Certificates.command)')
+    ignored = [name for name in os.environ if name.lower() in
+               ('http_proxy', 'https_proxy', 'all_proxy')]
+    if ignored and not config.downloader.proxy:
+        yield (f'proxy: downloads ignore {", ".join(ignored)} of the environment',
+               'set [downloader] proxy if they shall use one, else unset it')
     if time.time() - Vendor(config.downloader.ytdlp_directory).last_checked() > 30 * DAY:
         yield 'yt-dlp: not looked for a newer one for a month', f'{program(config)} update'
 
