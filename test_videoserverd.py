@@ -9377,7 +9377,8 @@ class TestRequests(DaemonTest):
         for line, fields, body in (('GET /api/v1/health HTTP/1.0', (), ''), ('HEAD / HTTP/1.1', (close,), ''),
                                    ('GET /api/v1/health?x=%41+b HTTP/1.1', (close, 'Empty:', 'Odd!#$: \xfc'), ''),
                                    ('GET /api/v1/health HTTP/1.1', ('Content-Length: 3', close), 'abc')):
-            self.assertEqual(http_answers(self.get(line, *fields, body=body)), [200], line)
+            data = self.get(line, *fields, body=body)
+            self.assertEqual((http_answers(data), data.endswith(b'\r\n\r\n')), ([200], line.startswith('HEAD')), line)
         two = b'GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n'
         data = self.daemon.client.raw(b'\r\n' + two + two[:-2] + b'Connection: close\r\n\r\n')
         self.assertEqual(data.count(b'HTTP/1.1 200'), 2)
