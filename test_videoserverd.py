@@ -9744,7 +9744,7 @@ BROWSER_ARGUMENTS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-q
                      '--host-resolver-rules=MAP *.local 127.0.0.1')
 AXE_CORE = Path(os.environ.get('AXE_CORE') or HERE / 'axe.min.js')
 AXE_RULES = ['wcag2a', 'wcag2aa', 'wcag21a', 'wcag21aa', 'wcag22aa', 'best-practice']
-FIRST_PAINT_BYTES = 150 * 1024  # nothing is packed
+FIRST_PAINT_BYTES = 100 * 1024
 FINGER = 44  # CSS pixels (Apple's Human Interface Guidelines)
 ENTER = '\ue007'
 ROWS = 'return [...document.querySelectorAll("article:not([hidden])")].map(node => node.row)'

@@ -6709,9 +6709,16 @@ def get_asset(app: App, request: Request) -> Reply:
     if request.path.startswith('/setup/'):  # the picture that the plain page of `phone` asks for
         rules = ('no-store', 'cross-origin')
     csp = CSP.format(images=app.image_origin * is_at_home(request))
-    return Reply(200, content, media, (
-        ('Cache-Control', rules[0]), ('Cross-Origin-Resource-Policy', rules[1]),
-        ('Content-Security-Policy', csp)))
+    headers = [('Cache-Control', rules[0]), ('Cross-Origin-Resource-Policy', rules[1]),
+               ('Content-Security-Policy', csp)]
+    if media.startswith('text/'):  # nothing in them is secret, so that BREACH has no use
+        headers.append(('Vary', 'Accept-Encoding'))
+        if 'gzip' in request.field('accept-encoding').lower().replace(' ', '').split(','):
+            import zlib
+            packer = zlib.compressobj(wbits=31)
+            content = packer.compress(content) + packer.flush()
+            headers.append(('Content-Encoding', 'gzip'))
+    return Reply(200, content, media, tuple(headers))
 
 
 # -- handlers, document B
