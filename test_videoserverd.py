@@ -773,6 +773,21 @@ class TestLaw(unittest.TestCase):
         told = re.findall(r'^    (\w+) {2,}\S', ast.get_docstring(TREE, clean=False), re.M)
         self.assertEqual(told, list(banners(SOURCE)))
 
+    def test_the_docstring_names_every_lock_and_thread(self):
+        found = set()
+        for owner in TREE.body:
+            prefix = f'{owner.name}.' if isinstance(owner, ast.ClassDef) else ''
+            for node in ast.walk(owner):
+                makes = ast.unparse(node.value) if isinstance(node, ast.Assign) else ''
+                if re.search(r'threading\.(Lock|Condition)\(', makes):
+                    names = re.findall(r'\b(?!self\b)\w+', ast.unparse(node.targets[0]))
+                    found.add(prefix + next((name for name in names if name.endswith('lock')), names[0]))
+                if isinstance(node, ast.Call) and ast.unparse(node.func) == 'threading.Thread':
+                    found |= {f'`{word.value.value}`' for word in node.keywords
+                              if word.arg == 'name' and isinstance(word.value, ast.Constant)}
+        found.discard('Store.ticket')  # an answer that is waited for
+        self.assertEqual([name for name in found if name not in ast.get_docstring(TREE)], [])
+
     def test_no_name_is_defined_twice(self):
         for file in (HERE / 'videoserverd.py', Path(__file__)):
             tree = ast.parse(file.read_text(encoding='utf-8'))

@@ -27,10 +27,11 @@ Threads: main waits for signals and re-arms the watchdog; `accept` takes connect
 ones; `request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp;
 `commit` alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`;
 `upload` and `notify` empty the outbox; `care` does what is due by the minute or day; `log` writes
-the log. faulthandler's ends the process when no thread has had a turn for a minute.
+the log; helpers without a name wait for slow disks and name servers in an attempt's place.
+faulthandler's ends the process when no thread has had a turn for a minute.
 
-Locks, never two at once: Store._tickets and _pool_lock, Board._changed, Scheduler._changed,
-Courier._changed, Stopper._changed (sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is
+Locks, never two at once: Store._tickets, Board._changed, Scheduler._changed, Courier._changed,
+Stopper._changed (sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is
 imported once), NAMES_LOCK (a free name is taken), Pace._lock, App._guard, Server._guard,
 LogWriter.writing; between processes flock on <database>.lock and <ytdlp_directory>/.lock.
 """
