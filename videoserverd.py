@@ -6652,9 +6652,14 @@ def post_share_address(app: App, request: Request) -> Reply:
 
 def get_metrics(app: App, request: Request) -> Reply:
     """Figures for Prometheus."""
-    lines = []
+    lines, kinds = [], {'videoserverd_ack_seconds': 'histogram'}
     for name, figure in app.more.gauges():
-        lines.append(name if name.startswith('#') else f'{name} {figure!r}')
+        family = next((known for known in kinds if name.startswith(known)), name.partition('{')[0])
+        kind = kinds.setdefault(family, 'counter' if family.endswith('_total') else 'gauge')
+        line = f'# TYPE {family} {kind}'
+        if line not in lines:
+            lines.append(line)
+        lines.append(f'{name} {figure!r}')
     return Reply(200, '\n'.join([*lines, '']).encode(),
                  'text/plain; version=0.0.4; charset=utf-8', (NO_STORE,))
 
@@ -9139,7 +9144,7 @@ class Health:
             'cookies': [told for _, told in Cookies(self.config).report(time.time())]}
 
     def gauges(self, paused: bool) -> list[tuple[str, float]]:
-        """(name, value) of each figure of /metrics; one that begins with # is a line of its own."""
+        """(name, value) of each figure of /metrics."""
         figures = [(f'downloads{{status="{status}"}}', number)
                    for status, number in self.store.counts().items()]
         figures += [
@@ -9148,8 +9153,7 @@ class Health:
             ('uptime_seconds', time.time() - self.started),
             (f'ytdlp_info{{version="{self.care.vendor.version() or ""}"}}', 1.0)]
         rows = [(f'videoserverd_{name}', value) for name, value in figures if value is not None]
-        return [*rows, *sorted(self.board.counters.items()),
-                ('# TYPE videoserverd_ack_seconds histogram', 0.0), *self.board.acks()]
+        return [*rows, *sorted(self.board.counters.items()), *self.board.acks()]
 
 
 class Daemon:
