@@ -113,16 +113,13 @@ class Trouble(Exception):
     exit_code = 1
 
 
-SIZE_UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
-
-
 def parse_size(text: str) -> int:
     """Bytes of '10MB', '1.5M', '500k' or '4096'; powers of 1024. Raises ValueError."""
     match = re.fullmatch(r'(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?', text.strip(),
                          re.I | re.A)
     if not match:
         raise ValueError('a size such as 500MB, 1.5G or 4096')
-    return int(float(match[1]) * SIZE_UNITS[match[2].upper()])
+    return int(float(match[1]) * 1024 ** ('', 'K', 'M', 'G', 'T').index(match[2].upper()))
 
 
 def format_size(size: float) -> str:
@@ -588,15 +585,6 @@ def parse_setting(where: str, section: str, key: str, text: str, folder: Path) -
     return value
 
 
-def check_together(config: Config, where: str) -> None:
-    """What no single key can tell. Raises ConfigError."""
-    if config.s3.endpoint and not config.s3.bucket:
-        raise ConfigError(f'{where}: [s3] bucket is empty, but endpoint is set')
-    if config.s3.endpoint and not (config.aws_access_key_id and config.aws_secret_access_key):
-        raise ConfigError(f'{where}: [s3] endpoint needs {" and ".join(SECRET_NAMES[2:])} in the '
-                          'environment')
-
-
 def load_config(file: Path | None, env: dict[str, str]) -> Config:
     """Built-in values, then `file` (None: none), then the environment. Raises ConfigError."""
     folder = (file or PROGRAM).absolute().parent
@@ -610,7 +598,10 @@ def load_config(file: Path | None, env: dict[str, str]) -> Config:
     config.notify_secret = env.get('VIDEOSERVER_NOTIFY_SECRET', '')
     config.aws_access_key_id = env.get('AWS_ACCESS_KEY_ID', '')
     config.aws_secret_access_key = env.get('AWS_SECRET_ACCESS_KEY', '')
-    check_together(config, str(file or 'environment'))
+    s3, keys = config.s3, config.aws_access_key_id and config.aws_secret_access_key
+    if s3.endpoint and not (s3.bucket and keys):
+        raise ConfigError(f'{file or "environment"}: [s3] endpoint needs bucket, and '
+                          f'{" and ".join(SECRET_NAMES[2:])} in the environment')
     return config
 
 
