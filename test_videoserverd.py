@@ -9375,6 +9375,7 @@ class TestRequests(DaemonTest):
                       'b\xe4d: x', 'x: \x7f'):
             self.refused(400, self.get('GET / HTTP/1.1', field))
         self.refused(400, self.daemon.client.raw(b'GET / HTTP/1.1\nHost: localhost\n\n', 3))
+        self.refused(400, self.daemon.client.raw(b'GET / HTTP/1.1\r\nHost: localhost\n\n', 3))
         self.refused(400, self.daemon.client.raw(b'GET / HTTP/1.1\r\nHost: localhost\r\nx: a\rb\r\n\r\n', 3))
         self.refused(405, self.get('BREW /api/v1/health HTTP/1.1', 'Connection: close'))
         self.refused(404, self.get('BREW /nowhere HTTP/1.1', 'Connection: close'))
