@@ -128,7 +128,7 @@ BASE_SETTINGS = {
     'security': {'requests_per_hour': '0'},
 }
 OWN_VARIABLES = ('VIDEOSERVER_', 'PRT_', 'AWS_', 'SSL_CERT_', 'HTTP_PROXY', 'HTTPS_PROXY', 'ALL_PROXY', 'NO_PROXY',
-                 'PYTHONPATH', 'NOTIFY_SOCKET', 'INVOCATION_ID', 'JOURNAL_STREAM')
+                 'PYTHONPATH', 'NO_COLOR', 'BASH_FUNC_', 'NOTIFY_SOCKET', 'INVOCATION_ID', 'JOURNAL_STREAM')
 
 
 @functools.lru_cache(maxsize=None)
