@@ -6029,7 +6029,7 @@ class Route:
     path: str
     handler: Callable[['App', Request], Reply]
     access: str = 'key'
-    answer: str = JSON
+    answer: str = 'Object'
     body: str = ''
     query: tuple[Param, ...] = ()
     errors: tuple[int, ...] = ()
@@ -6387,33 +6387,121 @@ class App:
 
 B_STATUS = {'queued': 'PENDING', 'downloading': 'DOWNLOADING', 'completed': 'COMPLETED',
             'failed': 'FAILED'}
+SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required; see schema_of
+    'Object': '',
+    'Status': {'type': 'string', 'enum': list(STATES)},
+    'StatusB': {'type': 'string', 'enum': list(B_STATUS.values())},
+    'Timestamp': {'type': ['integer', 'null'], 'minimum': 0,
+                  'description': 'only compared: a repeat with the same one is the same link'},
+    'Options': {'type': ['array', 'string', 'null'], 'items': {'type': 'string'},
+                'description': 'options of yt-dlp, as on its command line; an allowlist'},
+    'Counts': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
+    'Text': {'type': 'string'},
+    'Error': 'status:=error! error! message! code! timestamp:integer!',
+    'ErrorB': 'errorCode! errorMessage!',
+    'Submission': 'url! client_id:string? timestamp:Timestamp ytdlp_cli_parameters:Options '
+                  'again:boolean?',
+    'Name': 'name!',
+    'Address': 'address! message!',
+    'Shared': 'text url',
+    'Batch': 'text! client_id:string? timestamp:Timestamp again:boolean?',
+    'Queued': 'status:Status! download_id! message! timestamp:integer!',
+    'BatchRow': 'url! download_id error',
+    'BatchAnswer': 'status:=queued! message! downloads:[BatchRow! keep! timestamp:integer!',
+    'Done': 'status! message! timestamp:integer! download_id',
+    'File': 'name! size:integer! type! url! path!',
+    'Download': 'download_id! status:Status! url! progress:integer! message! '
+                'error_message:string?! completed_at:integer?! title:string? site note:string? '
+                'filename:string? files:[File file_size:integer? phase:string? '
+                'downloaded:integer? speed:number? eta:integer? retry_count:integer '
+                'next_attempt_at:integer? client_id created_at:integer started_at:integer? '
+                'uploader:string? duration:number? description:string? upload_date:string? '
+                'starred:boolean public_url:string? '
+                'thumbnail:string? s3:object?',
+    'History': 'total:integer! message! downloads:[Download! version:integer! counts:Counts! '
+               'poll_after:integer!',
+    'Health': 'status! version! uptime:integer! queue_size:integer! message! problems:[string '
+              'paused:string? free_disk:integer? ytdlp_version:string? '
+              'certificate_days:integer? s3:boolean keys:boolean preparing:boolean '
+              'cookies:[string',
+    'Initiate': 'videoURL! ytdlpCLIParameters:Options again:boolean?',
+    'Initiated': 'downloadUUID!',
+    'Listed': 'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:integer '
+              'progress:integer',
+    'Listing': 'downloads:[Listed!',
+    'PublicURL': 'publicURL!',
+}
 COMMON_ERRORS = {400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503}
 
 
-def operation_of(route: Route, keys: bool) -> dict[str, Any]:
-    """OpenAPI's operation object of a route, with every status that it can answer with."""
+def schema_of(kind: str) -> dict[str, Any]:
+    """A JSON schema from a word: integer, integer? (or null), Name, [Name (a list), =constant."""
+    if kind.startswith('='):
+        return {'const': kind[1:]}
+    if kind.startswith('['):
+        return {'type': 'array', 'items': schema_of(kind[1:])}
+    if kind[0].isupper():
+        return {'$ref': f'#/components/schemas/{kind}'}
+    if kind.endswith('?'):
+        return {'type': [kind[:-1], 'null']}
+    return {'type': kind}
+
+
+def object_schema(words: Any) -> dict[str, Any]:
+    """A row of SCHEMAS as a JSON schema."""
+    if not isinstance(words, str):
+        return words
+    properties, required = {}, []
+    for word in words.split():
+        name, _, kind = word.rstrip('!').partition(':')
+        properties[name] = schema_of(kind or 'string')
+        if word.endswith('!'):
+            required.append(name)
+    return {'type': 'object', 'properties': properties, 'required': required}
+
+
+def content_of(answer: str) -> dict[str, Any]:
+    """OpenAPI's content object: of a media type, or of JSON by a row of SCHEMAS."""
+    if '/' in answer:
+        return {answer: {'schema': {'type': 'string'} if 'json' not in answer else {}}}
+    return {JSON: {'schema': schema_of(answer)}}
+
+
+def responses_of(route: Route, keys: bool) -> dict[str, Any]:
+    """Every status that the route can answer with, and how."""
     statuses = {route.status, *COMMON_ERRORS, *route.errors, *[415] * bool(route.body),
                 *[401] * (keys and route.access != 'open'), *[404] * ('{' in route.path)}
+    bad = 'Error'
     if B_PATH.match(route.path):
-        statuses = {200, 418}
-    media = {route.answer: {}, JSON: {}}
+        statuses, bad = {200, 418}, 'ErrorB'
     if route.access == 'share':
-        media = {route.answer: {}, 'text/plain': {}}
+        bad = 'text/plain'
+    found: dict[str, Any] = {}
+    for status in sorted(statuses):
+        answer = bad
+        if status == route.status or status < 400 and bad == 'Error':
+            answer = route.answer
+        found[str(status)] = {'description': REASONS[status][0], 'content': content_of(answer)}
+        if status == 304:
+            del found['304']['content']
+    return found
+
+
+def operation_of(route: Route, keys: bool) -> dict[str, Any]:
+    """OpenAPI's operation object of a route."""
     parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
                   for name in re.findall(r'{(\w+)}', route.path)]
     parameters += [{'name': param.name, 'in': 'query', 'schema': {'type': param.type}}
                    for param in route.query]
-    found = {'summary': ' '.join((route.handler.__doc__ or '').split()), 'parameters': parameters,
-             'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_'),
-             'responses': {str(status): {'description': REASONS[status][0], 'content': media}
-                           for status in sorted(statuses)}}
+    found = {
+        'summary': ' '.join((route.handler.__doc__ or '').split()),
+        'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_'),
+        'parameters': parameters, 'responses': responses_of(route, keys)}
     if route.body:
-        names = route.body.split()
-        body = {JSON: {'schema': {'type': 'object', 'required': names[:1],
-                                  'properties': {name: {} for name in names}}}}
-        if route.access == 'share' or route.method == 'PUT':
-            body['text/plain'] = {}
-        found['requestBody'] = {'required': True, 'content': body}
+        content = content_of(route.body)
+        if route.access == 'share':
+            content.update(content_of('text/plain'))
+        found['requestBody'] = {'required': True, 'content': content}
     if keys and route.access == 'key':
         found['security'] = [{'key': []}]
     return found
@@ -6424,12 +6512,12 @@ def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, An
     paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation_of(route, keys)
-    found = {'openapi': '3.1.0', 'info': {'title': 'videoserverd', 'version': VERSION},
-             'servers': [{'url': base}], 'paths': paths}
+    components = {'schemas': {name: object_schema(words) for name, words in SCHEMAS.items()}}
     if keys:
-        found['components'] = {'securitySchemes': {
-            'key': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}}
-    return found
+        components['securitySchemes'] = {
+            'key': {'type': 'apiKey', 'in': 'header', 'name': 'X-API-Key'}}
+    return {'openapi': '3.1.0', 'info': {'title': 'videoserverd', 'version': VERSION},
+            'servers': [{'url': base}], 'paths': paths, 'components': components}
 
 
 # -- handlers, document A
@@ -6963,33 +7051,33 @@ def get_share(app: App, request: Request) -> Reply:
 AGAIN = (Param('again', one_of({'1': True, '0': False}), '0'),)
 ID = '/api/v1/download/{id}'
 ROUTES = (
-    Route('POST', '/api/v1/download', post_download, 'key', JSON,
-          'url client_id timestamp ytdlp_cli_parameters again', AGAIN, (200, 429), 202),
-    Route('POST', '/api/v1/downloads', post_downloads, 'key', JSON,
-          'text client_id timestamp again', AGAIN, (429,), 202, LARGE_BODY),
-    Route('GET', '/api/v1/status/{id}', get_status),
-    Route('GET', '/api/v1/history', get_history, query=(
+    Route('POST', '/api/v1/download', post_download, 'key', 'Queued', 'Submission', AGAIN,
+          (200, 429), 202),
+    Route('POST', '/api/v1/downloads', post_downloads, 'key', 'BatchAnswer', 'Batch', AGAIN,
+          (429,), 202, LARGE_BODY),
+    Route('GET', '/api/v1/status/{id}', get_status, 'key', 'Download'),
+    Route('GET', '/api/v1/history', get_history, 'key', 'History', query=(
         Param('limit', whole(1, 200), '50', 'integer'),
         Param('offset', whole(0, 999999999), '0', 'integer'), Param('q', lambda q: q[:200]),
         Param('status', optional(one_of({state: state for state in STATES}))),
         Param('since', optional(whole(0, 999999999)), '', 'integer'),
         Param('wait', whole(0, 25), '25', 'integer'))),
-    Route('GET', '/api/v1/health', get_health, 'open'),
+    Route('GET', '/api/v1/health', get_health, 'open', 'Health'),
     Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'key', 'image/jpeg'),
-    Route('POST', ID + '/cancel', post_cancel, errors=(409,)),
-    Route('POST', ID + '/retry', post_retry, errors=(409,)),
-    Route('POST', ID + '/star', post_star),
-    Route('POST', ID + '/unstar', post_star),
-    Route('DELETE', ID, delete_download, errors=(409,), query=(
+    Route('POST', ID + '/cancel', post_cancel, 'key', 'Download', errors=(409,)),
+    Route('POST', ID + '/retry', post_retry, 'key', 'Download', errors=(409,)),
+    Route('POST', ID + '/star', post_star, 'key', 'Download'),
+    Route('POST', ID + '/unstar', post_star, 'key', 'Download'),
+    Route('DELETE', ID, delete_download, 'key', 'Done', errors=(409,), query=(
         Param('files', one_of({'keep': True, 'delete': False}), 'delete'),)),
-    Route('PUT', '/api/v1/cookies', put_cookies, body='cookies', limit=LARGE_BODY),
-    Route('DELETE', '/api/v1/cookies', delete_cookies),
-    Route('POST', '/api/v1/update', post_update, status=202),
-    Route('POST', '/api/v1/share-address', post_share_address, body='name'),
-    Route('POST', '/share/{who}', post_share, 'share', 'text/plain', 'text url', AGAIN,
+    Route('PUT', '/api/v1/cookies', put_cookies, 'key', 'Done', 'text/plain', limit=LARGE_BODY),
+    Route('DELETE', '/api/v1/cookies', delete_cookies, 'key', 'Done'),
+    Route('POST', '/api/v1/update', post_update, 'key', 'Done', status=202),
+    Route('POST', '/api/v1/share-address', post_share_address, 'key', 'Address', 'Name'),
+    Route('POST', '/share/{who}', post_share, 'share', 'text/plain', 'Shared', AGAIN,
           (200, 429), 202),
     Route('POST', '/share/{who}/video', post_share_video, 'share', 'application/octet-stream',
-          'text url', AGAIN, (202, 429, 502)),
+          'Shared', AGAIN, (202, 429, 502)),
     Route('GET', '/share/{who}', get_share, 'share', 'text/plain', '',
           (Param('within', whole(1, 999999999), '999999999', 'integer'),), (202,)),
     Route('GET', '/files/{id}/{name}', get_file, 'link', 'application/octet-stream',
@@ -6998,12 +7086,11 @@ ROUTES = (
           (Param('signature', str),)),
     Route('GET', '/metrics', get_metrics, 'key', 'text/plain'),
     Route('GET', '/openapi.json', get_openapi),
-    Route('POST', '/initiateDownload', initiate_download, 'key', JSON,
-          'videoURL ytdlpCLIParameters again', AGAIN),
-    Route('GET', '/listDownloads', list_downloads, query=(
+    Route('POST', '/initiateDownload', initiate_download, 'key', 'Initiated', 'Initiate', AGAIN),
+    Route('GET', '/listDownloads', list_downloads, 'key', 'Listing', query=(
         Param('overLastPeriodDurationInMinutes', whole(0, 99999999), '60', 'integer'),
         Param('onlyShowOngoingDownloads', one_of({'true': True, 'false': False}), 'false'))),
-    Route('GET', '/getVideoDownloadPublicURL', get_public_url, query=(
+    Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'key', 'PublicURL', query=(
         Param('videoDownloadUUID', str),
         Param('URLTypeEnum', one_of({'https': 'HTTPS', 's3': 'S3'})))),
 )
