@@ -3871,6 +3871,15 @@ class TestAccidents(unittest.TestCase):
             self.scheduler._refresh_pause(time.monotonic() + later)
             self.assertEqual(self.scheduler.paused, paused)
 
+    def test_the_figures_of_a_full_disk_are_no_news(self):
+        news = []
+        for message in ('The disk is full: 3 MB free.', 'The disk is full: 2 MB free.', 'The folder is gone: x.', None):
+            before, self.scheduler.preflight = self.scheduler.board.version, lambda message=message: message
+            self.scheduler._refresh_pause(time.monotonic())
+            self.assertEqual(self.scheduler.paused, message)
+            news.append(self.scheduler.board.version - before)
+        self.assertEqual(news, [1, 0, 1, 1])
+
     def test_an_attempt_that_does_not_stop_is_settled_and_ends_the_process(self):
         hangs: List[int] = []
         self.scheduler.on_hang = lambda: hangs.append(1)

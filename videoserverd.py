@@ -5207,13 +5207,13 @@ class Scheduler:
         message = self.preflight()
         if not message and monotonic < self._pause_until:
             message = self._pause_message
-        if message == self.paused:
-            return
+        before, self.paused = self.paused, message
+        if (message or '').partition(':')[0] == (before or '').partition(':')[0]:
+            return  # the figures of a full disk change all the time
         if message:
             log.warning('queue: paused: %s', message)
         else:
             log.info('queue: goes on')
-        self.paused = message
         self.board.post('')
 
     def _may_take(self, now: float) -> bool:
