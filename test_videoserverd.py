@@ -3014,7 +3014,7 @@ class TestKill9(DaemonTest):
             daemon.kill()
             daemon.start()
         row = daemon.wait_status(id, 'failed')
-        self.assertIn('The server ended 3 times', row['error_message'])
+        self.assertIn('The server crashed 3 times', row['error_message'])
 
 
 class TestFreeze(DaemonTest):
@@ -3040,7 +3040,7 @@ class TestFreeze(DaemonTest):
             wait_until(lambda pid=pid: not os.path.exists(f'/proc/{pid}'), 30, 'the watchdog ends it')
             wait_until(daemon.listens, 20)
             daemon.client = daemon.poller = daemon.new_client()
-            self.assertIn('server freeze for a minute', daemon.wait_status(bad, 'failed')['error_message'])
+            self.assertIn('server for a minute', daemon.wait_status(bad, 'failed')['error_message'])
             for id in good:
                 daemon.wait_status(id, 'completed')
             self.assertEqual(len(re.findall('ended by its watchdog: Timeout .*yt_dlp', daemon.log())), number)
@@ -3062,7 +3062,7 @@ class TestFreeze(DaemonTest):
             self.assertEqual(len(running), wanted)
             post.media[0].release()
             daemon.start()
-        self.assertIn('freeze', daemon.wait_status(bad, 'failed')['error_message'])
+        self.assertIn('froze', daemon.wait_status(bad, 'failed')['error_message'])
         self.assertEqual(daemon.wait_status(held, 'completed')['retry_count'], 0)
 
     def test_a_freeze_that_is_not_yt_dlps_counts_as_a_crash(self):
@@ -4268,7 +4268,7 @@ class TestPosts(DownloadTest):
         del items[2]['video_versions']
         outcome = self.fetch(post)
         self.assertEqual((outcome.kind, outcome.files[1:]), ('done', outcome.files[1:2]), outcome)
-        self.assertRegex(outcome.note, '^2 of 3: video 3 is missing. There is no video ')
+        self.assertRegex(outcome.note, '^2 of 3: video 3 is missing. This link has no video ')
         items[2] = items[0]
         self.assert_done(self.fetch(post), post.media[0], post.media[1], post.media[0])
 
@@ -4477,7 +4477,7 @@ class TestCookies(unittest.TestCase):
                 self.file.write_bytes(data)
                 self.assertEqual(self.loaded(self.cookies), wanted)
                 self.assertEqual(self.cookies.report(time.time()),
-                                 [(True, '3 cookies for instagram.com, valid till 2 October 2096')])
+                                 [(True, '3 cookies for instagram.com, valid until 2 October 2096')])
 
     def test_what_is_wrong_with_the_file_is_said(self):
         row = '.instagram.com\tTRUE\t/\tTRUE\t{}\t{}\tsecret\n'
@@ -4500,7 +4500,7 @@ class TestCookies(unittest.TestCase):
         again = v.Cookies(self.config)
         self.assertIsNone(again.jar('https://www.instagram.com/p/x'))
         self.assertIsNotNone(again.jar('https://www.tiktok.com/@a/video/1'))
-        self.assertRegex(again.report(time.time())[0][1], 'instagram.com no longer takes the login')
+        self.assertRegex(again.report(time.time())[0][1], 'instagram.com no longer accepts the login')
         with unittest.mock.patch.object(v, 'REST_SECONDS', 0):  # an hour later
             self.assertIsNotNone(again.jar('https://www.instagram.com/p/x'))
         again.judge('https://www.instagram.com/p/x', True)
@@ -5921,7 +5921,7 @@ class TestVendor(unittest.TestCase):
         if sys.version_info >= (3, 11):
             self.assertIsNone(told)
         else:
-            self.assertIn(f'yt-dlp of today needs Python >=3.11, and this is Python {v.PYTHON}', told)
+            self.assertIn(f'yt-dlp now needs Python >=3.11, and this is Python {v.PYTHON}', told)
 
     def test_pip_fetches_where_there_is_one_and_the_hash_is_that_of_the_index(self) -> None:
         self.with_pip()
@@ -5969,7 +5969,7 @@ class TestVendor(unittest.TestCase):
         self.index.add('9999.2.2', wrong_hash=True)
         for prepare in (lambda: None, self.with_pip):
             prepare()
-            with self.assertRaisesRegex(v.Trouble, r'9999\.2\.2 arrived without the SHA-256'):
+            with self.assertRaisesRegex(v.Trouble, r'9999\.2\.2 does not have the SHA-256'):
                 self.vendor.install()
             self.assertEqual(self.vendor.version(), '9999.1.1')
 
@@ -6087,7 +6087,7 @@ class TestVendor(unittest.TestCase):
 
     def test_a_folder_that_cannot_be_written_is_trouble(self) -> None:
         (self.folder / 'file').write_text('')
-        with self.assertRaisesRegex(v.Trouble, 'cannot be kept in .*/file/vendor'):
+        with self.assertRaisesRegex(v.Trouble, 'cannot be stored in .*/file/vendor'):
             v.Vendor(self.folder / 'file/vendor', self.index.url).install()
 
     def test_a_copied_in_yt_dlp_is_used_unless_it_is_unsafe(self) -> None:
@@ -6909,8 +6909,8 @@ class TestBucket(WithBucket):
         self.addCleanup(down.close)
         for change, said in [
                 ({'secret': 'wrong'}, r'AWS_SECRET_ACCESS_KEY \(403 SignatureDoesNotMatch\)'),
-                ({'bucket': 'nothere'}, r"bucket nothere, has no such bucket: create it.*\(404 NoSuchBucket\)"),
-                ({'endpoint': f'http://127.0.0.1:{down.getsockname()[1]}'}, 'cannot be reached .*Connection refused')]:
+                ({'bucket': 'nothere'}, r"bucket nothere\) has no such bucket: create it.*\(404 NoSuchBucket\)"),
+                ({'endpoint': f'http://127.0.0.1:{down.getsockname()[1]}'}, 'failed: .*Connection refused')]:
             self.config = self.new_config()
             bucket = self.new_bucket(**{key: change[key] for key in change if key in ('bucket', 'endpoint')})
             bucket.keys = bucket.keys._replace(**{key: change[key] for key in change if key in v.Keys._fields})
@@ -6976,7 +6976,7 @@ class TestBucket(WithBucket):
         path, relay = self.file(size=3 * PART), self.new_relay(context)
         bucket = self.new_bucket(endpoint=relay.url)
         error = self.refused(path, bucket=bucket)
-        self.assertRegex(str(error), 'certificate verify failed.*name its CA in SSL_CERT_FILE')
+        self.assertRegex(str(error), 'certificate verify failed.*set SSL_CERT_FILE to its CA')
         hashing = unittest.mock.patch.object(v.Body, 'digest', side_effect=AssertionError('TLS makes this needless'))
         with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=str(ca)), hashing:
             self.put(path, bucket=bucket)
@@ -6995,7 +6995,7 @@ class TestBucket(WithBucket):
         """Lose the server after so many parts, and forget what was in memory."""
         self.relay.limit = self.relay.received + parts * PART + 100_000
         error = self.refused(path)
-        self.assertRegex(str(error), 'was lost')
+        self.assertRegex(str(error), 'connection to .* failed')
         self.relay.limit, self.relay.received, self.bucket = None, 0, self.new_bucket()
 
     def test_an_upload_lost_in_the_middle_resumes_behind_the_last_whole_part(self):
@@ -7010,7 +7010,7 @@ class TestBucket(WithBucket):
         path = self.file(size=6 * PART)
         self.lose(path)
         self.swift.kill()
-        self.assertRegex(str(self.refused(path)), 'was lost|cannot be reached')
+        self.assertRegex(str(self.refused(path)), 'connection to the S3 server .* failed')
         self.swift.start()
         self.relay.target = self.swift.port
         self.relay.received = 0
@@ -7074,7 +7074,7 @@ class TestBucket(WithBucket):
     def test_a_server_that_stalls_is_left_after_a_while(self):
         self.relay.limit, self.relay.stall = 500_000, True
         with unittest.mock.patch.multiple(v, BLOCK_SECONDS=0.5, JOIN_SECONDS=0.5):
-            self.assertRegex(str(self.refused(self.file(size=30 << 20))), 'was lost: .*timed out')
+            self.assertRegex(str(self.refused(self.file(size=30 << 20))), 'failed: timed out')
 
 
 class TestUploader(WithBucket):
@@ -7131,7 +7131,7 @@ class TestUploader(WithBucket):
             self.uploader.step(now)
             waited.append(self.due()[0][2] - now)
             now += waited[-1]
-            self.assertRegex(self.uploader.error, 'was lost')
+            self.assertRegex(self.uploader.error, 'connection to .* failed')
         self.assertEqual(waited, [60, 300, 900, 1800, 3600, 7200, 14400, 21600, 21600])
         self.relay.limit = None
         self.uploader.step(now)
@@ -7167,7 +7167,7 @@ class TestUploader(WithBucket):
         self.store.forget(id, [self.bucket.key(id, 'cat.mp4')])
         self.relay.limit = 0  # the bucket is away just then
         self.uploader.step(time.time())
-        self.assertRegex(self.uploader.error, 'was lost')
+        self.assertRegex(self.uploader.error, 'connection to .* failed')
         self.relay.limit = None
         self.new_uploader().step(time.time() + 60)  # after a restart
         self.assertEqual((fetch(self.link(id, 'cat.mp4'))[0], self.due()), (404, []))
@@ -8345,7 +8345,7 @@ class TestRenewal(unittest.TestCase):
             with self.assertRaisesRegex(v.Trouble, rf'^{re.escape(word)}: .*--new-ca'):
                 v.ensure_certificate(self.config, NOW, [word])
         for word in ('no host', '10.0.0.0/8', '-x', '', 'a..b', 'x' * 64, '*.lan'):
-            with self.assertRaisesRegex(v.Trouble, 'is no host name'):
+            with self.assertRaisesRegex(v.Trouble, 'is neither a host name'):
                 v.ensure_certificate(self.config, NOW, [word])
         self.assertEqual(self.changed(), set())
         v.ensure_certificate(self.config, NOW, ['videos.example.org', '8.8.8.8'], new_ca=True)

@@ -451,15 +451,15 @@ EVENTS = 'completed,failed,attention'
 ROWS = {  # section: {key: (default, parser, help)}
     'server': {
         'host': ('0.0.0.0', listen_host, 'address to listen on; :: is IPv6 and IPv4'),
-        'port': ('8443', whole(0, 65535), 'TCP port to listen on; 0 takes a free one'),
-        'tls': ('on', on_off, 'off: plain HTTP, behind a proxy that speaks TLS'),
-        'cert_file': ('certs/server.crt', file_setting, 'certificate; made when missing'),
+        'port': ('8443', whole(0, 65535), 'TCP port to listen on; 0 picks a free one'),
+        'tls': ('on', on_off, 'off: plain HTTP, behind a proxy that does TLS'),
+        'cert_file': ('certs/server.crt', file_setting, 'certificate; created if missing'),
         'key_file': ('certs/server.key', file_setting, 'its private key'),
         'ca_file': ('certs/ca.crt', file_setting, 'the CA; its key is ca.key beside it'),
-        'names': ('', word_list, 'further names and addresses to be reached by'),
+        'names': ('', word_list, 'other names and addresses of this server'),
         'public_base_url': ('', optional(http_url),
                             'how others reach it; empty: https://<host>.local:<port>'),
-        'trusted_proxies': ('', networks, 'proxies whose X-Forwarded-For is believed'),
+        'trusted_proxies': ('', networks, 'proxies whose X-Forwarded-For is trusted'),
         'accel_redirect': ('', location, 'internal nginx location of the videos'),
     },
     'database': {
@@ -469,54 +469,54 @@ ROWS = {  # section: {key: (default, parser, help)}
     'downloads': {
         'output_directory': ('~/Downloads/VideoServer', file_setting, 'where videos go'),
         'max_concurrent': ('1', whole(1, 16), 'downloads at the same time'),
-        'max_retries': ('3', whole(0, 100), 'retries after a failure that may pass'),
-        'retry_delays': ('60,300,900', delay_list, 'seconds before each; the last repeats'),
-        'min_free_space': ('500MB', parse_size, 'with less on the disk the queue pauses'),
+        'max_retries': ('3', whole(0, 100), 'retries after a temporary failure'),
+        'retry_delays': ('60,300,900', delay_list, 'seconds before each retry; the last repeats'),
+        'min_free_space': ('500MB', parse_size, 'with less free space the queue pauses'),
         'keep': ('forever', retention,
-                 'or 90d, or 200GB: then the oldest videos go, never those with a star'),
+                 'or 90d, or 200GB: the oldest videos are deleted, except those with a star'),
         'filename': ('%(title)s_%(id)s', name_pattern,
                      'names of files: title, id, uploader, site, date; / makes folders'),
-        'slideshow': ('on', on_off, 'make a video of a photo post with sound, by ffmpeg'),
+        'slideshow': ('on', on_off, 'turn a photo post with sound into a video, by ffmpeg'),
         'metadata': ('off', on_off, 'title, author, caption and link inside the videos'),
-        'mtime': ('on', on_off, 'the time of a file is that of the post'),
+        'mtime': ('on', on_off, 'give each file the date of its post'),
     },
     'downloader': {
         'ytdlp_directory': ('vendor', file_setting, 'where the vendored yt-dlp lives'),
-        'auto_update': ('on', on_off, 'new yt-dlp weekly, and when a site has changed'),
+        'auto_update': ('on', on_off, 'update yt-dlp weekly, and when a site has changed'),
         'channel': ('auto', one_of({name: name for name in ('stable', 'nightly', 'auto')}),
                     'auto: a pre-release when a site has changed'),
         'format': ('', str, 'yt-dlp format; empty: the best that an iPhone plays, as mp4'),
         'rate_limit': ('', optional(parse_size), 'bytes per second; empty: no limit'),
-        'user_agent_rotation': ('on', on_off, 'another browser name for each download'),
+        'user_agent_rotation': ('on', on_off, 'a different browser name for each attempt'),
         'page_pace': ('tiktok.com 2, instagram.com 6', site_gaps,
                       'seconds between requests for pages of a site'),
-        'timeout': ('300', whole(5, 86400), 'seconds in which 64 KB must have come'),
-        'cookies_file': ('', optional(file_setting), 'cookies for what needs a login'),
+        'timeout': ('300', whole(5, 86400), 'seconds in which 64 KB must arrive'),
+        'cookies_file': ('', optional(file_setting), 'cookies for posts that need a login'),
         'proxy': ('', optional(proxy_url), 'proxy for all downloads'),
     },
     'security': {
         'allowed_domains': ('tiktok.com,instagram.com', domain_list, '* = any public site'),
-        'allowed_clients': ('private', clients, 'who is answered, or any, or networks'),
-        'requests_per_hour': ('100', whole(0, 1000000), 'links of a client; 0 = no limit'),
-        'max_url_length': ('2048', whole(64, 8192), 'longest link taken, in characters'),
+        'allowed_clients': ('private', clients, 'who may connect: private, any, or networks'),
+        'requests_per_hour': ('100', whole(0, 1000000), 'links per client; 0 = no limit'),
+        'max_url_length': ('2048', whole(64, 8192), 'longest link accepted, in characters'),
         'max_request_size': ('16KB', parse_size, 'longest request body'),
-        'allow_private_targets': ('off', on_off, 'may videos come from private addresses?'),
+        'allow_private_targets': ('off', on_off, 'allow videos from private addresses'),
     },
     'phone': {
         'shortcut_url': ('', optional(icloud_url), 'your Shortcut, offered on /setup'),
     },
     'notify': {
-        'url': ('', optional(notify_url), 'an ntfy topic or a webhook to be told'),
+        'url': ('', optional(notify_url), 'ntfy topic or webhook to notify'),
         'events': (EVENTS, listing(EVENTS.replace(',', '|'), f'some of {EVENTS}'),
-                   'what it is told'),
+                   'which events are sent'),
     },
     's3': {
         'endpoint': ('', optional(http_url), 'object storage for a copy of each file'),
-        'public_endpoint': ('', optional(http_url), 'its address as a phone reaches it'),
+        'public_endpoint': ('', optional(http_url), 'its address as phones reach it'),
         'bucket': ('', str, 'its name; {bucket} in the endpoint: virtual-host addresses'),
         'region': ('us-east-1', matching('.+', 'not empty'), 'region to sign for'),
         'prefix': ('', str, 'put before each object name'),
-        'url_expiry': ('86400', whole(60, 604800), 'seconds that a signed link lives'),
+        'url_expiry': ('86400', whole(60, 604800), 'seconds that a signed link is valid'),
     },
     'logging': {
         'level': ('INFO', log_level, 'DEBUG, INFO, WARNING or ERROR'),
@@ -841,8 +841,8 @@ def check_host(host: str, security: Any) -> None:
         raise Refused('domain_not_allowed', f'Links to {excerpt(host)} are not accepted, '
                                             f'only to {", ".join(security.allowed_domains)}.')
     if not security.allow_private_targets and is_private_host(host):
-        raise Refused('private_address', f'{excerpt(host)} is in a private network, '
-                                         'and such links are switched off.')
+        raise Refused('private_address', f'{excerpt(host)} is in a private network; '
+                                         'such links are not allowed.')
 
 
 WEB_LINK = re.compile(r'(https?)://([^/?#]*)([^?#]*)(\?[^#]*)?(?:#.*)?', re.I | re.A)
@@ -1309,10 +1309,10 @@ MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts
 HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
 REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
 LAST_ROOM = 20 << 20  # bytes free on the database's disk, below which links are refused
-CRASHED = 'The server ended 3 times while downloading this.'
+CRASHED = 'The server crashed 3 times while downloading this.'
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
-FROZE = 'This page made the whole server freeze for a minute; it is not tried again.'
-SUSPECT = 'The server froze while it downloaded this and others; each is tried again alone.'
+FROZE = 'This page froze the whole server for a minute; it will not be tried again.'
+SUSPECT = 'The server froze while downloading this and others; each is tried again alone.'
 CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked in full
 
 # The link whose hour has to pass before the client may send another; none of the future counts.
@@ -1456,11 +1456,11 @@ class Store:
             why = f'{self.path}: the database cannot be opened ({error}); '
             if isinstance(error, (OSError, sqlite3.OperationalError)) and (
                     'malformed' not in str(error)):
-                raise Trouble(why + 'check its folder: a local disk is needed.') from None
+                raise Trouble(why + 'check its folder; it must be on a local disk.') from None
             raise Trouble(
                 f'{self.path}: the database is damaged ({" ".join(str(error).split())}). Nothing '
                 'was changed. Stop the server, move this file and its -wal and -shm away, and copy '
-                f'here the newest of {self.path.parent / "backups"}.') from None
+                f'the newest of {self.path.parent / "backups"} here.') from None
         self.thread.start()
 
     def close(self) -> None:
@@ -1942,7 +1942,7 @@ class Store:
             os.replace(part, target)
         except (sqlite3.Error, OSError) as error:
             raise Trouble(f'{target}: the copy failed ({error}); '
-                          'the database itself was only read.') from None
+                          'the database itself is unchanged.') from None
         finally:
             part.unlink(missing_ok=True)
 
@@ -1961,7 +1961,7 @@ class Lock:
             fresh = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise Trouble(f'{self.path}: cannot be opened ({error.strerror}); check its folder, '
-                          'use the user of the server, or set [database] path.') from None
+                          "run this as the server's user, or set [database] path.") from None
         if self.fd is not None and os.path.samestat(os.fstat(self.fd), os.fstat(fresh)):
             os.close(fresh)
         else:  # what was kept across a re-execution may lock the database of before
@@ -2090,33 +2090,33 @@ ENDINGS = {reason: (kind, text) for kind, texts in {  # what a person reads
     'cancelled': {'cancelled': 'Cancelled'},
     'stopped': {'stopped': 'The server was stopped'},
     'pause': {
-        'disk': 'The disk is nearly full: delete videos, and the downloads go on',
-        'output': 'The output folder is not there yet, or its disk fails: mount it',
-        'read_only': 'The output folder is read-only here: mount it for writing, or '
-                     'name it to the service with `sudo ./install.sh --output DIR`',
-        'ytdlp': 'yt-dlp is missing or damaged: the command "update" fetches it',
+        'disk': 'The disk is nearly full: delete videos, and downloads resume',
+        'output': 'The output folder is missing or its disk fails: mount or check it',
+        'read_only': 'The output folder is read-only: mount it for writing, or '
+                     'give the service access with `sudo ./install.sh --output DIR`',
+        'ytdlp': 'yt-dlp is missing or damaged: run the command "update"',
         'ca_store': 'No site can be verified: install ca-certificates '
                     '(on a Mac: run Install Certificates.command)'},
     'retry': {
-        'timeout': 'Nothing more came from the site',
+        'timeout': 'The site stopped sending data',
         'network': 'The connection to the site failed',
         'http': 'The site answered with an error',
         'site_changed': 'The site has changed: yt-dlp needs an update',
-        'bad_media': 'The site sent something that is no video',
-        'crash': 'A program that helps with the video failed',
-        'internal': 'The server made a mistake; its log tells more',
-        'login': 'The site asks for a login: give cookies of an account, or try again later',
+        'bad_media': 'The site sent something that is not a video',
+        'crash': 'A helper program (ffmpeg) failed',
+        'internal': 'The server hit an internal error; see its log',
+        'login': 'The site asks for a login: add cookies of an account, or try again later',
         'session': 'The site refuses the login in your cookies: export them again',
-        'blocked': "The site blocks this server's address: wait some hours, or set a proxy",
+        'blocked': "The site blocks this server's address: wait a few hours, or set a proxy",
         'filtered': 'A DNS filter, the router or a VPN hides the site: allow it there'},
     'give_up': {
         'gone': 'This post is gone or was deleted',
-        'private': 'This post is private: it takes cookies of an account that may see it',
-        'geo': 'This post is not shown in your country: only a proxy elsewhere helps',
-        'unsupported': 'There is no video behind this link that can be downloaded',
+        'private': 'This post is private: add cookies of an account that can see it',
+        'geo': 'This post is blocked in your country: only a proxy elsewhere helps',
+        'unsupported': 'This link has no video that can be downloaded',
         'no_post': 'Share the video or photo itself',
-        'refused_address': 'The link leads to an address outside the Internet',
-        'ffmpeg': 'Picture and sound come apart: install ffmpeg, then retry'},
+        'refused_address': 'The link leads to an address that is not public',
+        'ffmpeg': 'Picture and sound are separate files: install ffmpeg, then retry'},
 }.items() for reason, text in texts.items()}
 FEW_TRIES = ('login', 'blocked', 'session')  # asked again and again, a site shuts for good
 
@@ -3112,7 +3112,7 @@ class JobFolder:
         if part:
             stated = max(part.get('total') or 0, info.get('filesize') or 0)
             if info.get('protocol') in ('http', 'https') and size < stated:
-                raise Ending('bad_media', 'it is not whole')
+                raise Ending('bad_media', 'it is incomplete')
             part['size'] = size
             self.save()
 
@@ -3177,7 +3177,7 @@ def forget_files(config: Config, job_id: str, files: Iterable[str]) -> None:
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
-            log.warning('download %s: %s stays: %s', job_id, name, error)
+            log.warning('download %s: cannot delete %s: %s', job_id, name, error)
         with suppress(OSError):  # others are in it
             for folder in list(file.parents)[:name.count('/')]:
                 folder.rmdir()
@@ -3280,7 +3280,7 @@ def tracks(path: Path) -> set[str]:
         try:
             return mp4_tracks(path)
         except ValueError:
-            raise Ending('bad_media', 'it is not whole') from None
+            raise Ending('bad_media', 'it is incomplete') from None
     if not which('ffprobe'):
         return {'video', 'audio'}
     try:
@@ -3510,7 +3510,7 @@ class Cookies:
             found = self.read()
         except OSError as error:
             return [(False, f'{self.file} cannot be read ({error.strerror}). Fix: put it where the '
-                            'server may read it; a service sees no home folders')
+                            'server can read it; a service sees no home folders')
                     ] * self.configured
         if not found:
             return [(False, f'{self.file} has no cookies for {", ".join(self.domains)}. {EXPORT}')]
@@ -3522,17 +3522,17 @@ class Cookies:
         what, date = f'{len(cookies)} cookies for {site}', time.localtime(end)
         day = f'{date.tm_mday} {time.strftime("%B %Y", date)}'
         if site in self.refused():
-            return False, f'{site} no longer takes the login in {self.file}. {EXPORT}'
+            return False, f'{site} no longer accepts the login in {self.file}. {EXPORT}'
         if 0 < end < now:
             return False, f'{what}, expired on {day}. {EXPORT}'
         if site in SITES and not login:
             return False, f'{what}, but no login ({LOGIN_COOKIE}). {EXPORT}'
-        return True, what + f', valid till {day}' * bool(end)
+        return True, what + f', valid until {day}' * bool(end)
 
     def save(self, data: bytes) -> None:
         """Keep what the page was given, for allowed sites only. Raises Refused, OSError."""
         if self.configured:
-            raise Refused('cookies_file', f'The cookies are in {self.file}, as config.ini says.')
+            raise Refused('cookies_file', f'The cookies come from {self.file}, set in config.ini.')
         found = self.read(data)
         if not found:
             raise Refused('bad_cookies', f'No cookies for {", ".join(self.domains)} in this file.')
@@ -3601,7 +3601,7 @@ class Attempt:
             PACE.answered(site, gap, time.monotonic())
         for name in ('Content-Length', 'Content-Range'):
             if re.search(r'\d{16}', response.headers.get(name) or ''):
-                raise Ending('http', 'it states a size that cannot be')
+                raise Ending('http', 'it states an impossible size')
         if not self.folder.continues(response):
             response.close()
             del request.headers['Range']
@@ -3631,7 +3631,7 @@ class Attempt:
         if free < least:
             raise Ending('disk')
         if free - needed < least:  # the queue can go on, this one cannot
-            raise Ending('disk', f'this takes {format_size(needed)}, {format_size(free)} are free',
+            raise Ending('disk', f'this needs {format_size(needed)}, {format_size(free)} is free',
                          kind='retry')
         self.meter.plan(info, len(formats))
 
@@ -3769,7 +3769,7 @@ class Attempt:
         if self.folder.post['site'] not in SITES or self._wants_sound():
             return formats
         if formats and not any('video' in announced(part) for part in formats):
-            raise Ending('unsupported', 'it is a photo post, and yt-dlp tells only its music')
+            raise Ending('unsupported', 'it is a photo post, and yt-dlp finds only its music')
         return [part for part in formats if part.get('format_id') != 'audio']  # TikTok's music
 
     def _lacking(self, got: dict[str, Any] | None) -> str:
@@ -3825,7 +3825,7 @@ class Attempt:
         if outcome.reason in ('login', 'private'):
             self.jar = cookies.jar(self.job.url)
         if self.jar:  # an account that fetches little is not flagged
-            log.info('download %s: the site asks for a login: again with cookies', self.job.id)
+            log.info('download %s: the site asks for a login: retrying with cookies', self.job.id)
             self.failures.clear()
             outcome = self._try()
             cookies.judge(self.job.url, outcome.reason != 'login')
@@ -3941,7 +3941,7 @@ class Attempt:
         try:
             session = self.session = Session(params, auto_init=False)
         except (SyntaxError, ValueError) as error:  # of yt-dlp's own little languages
-            log.warning('download %s: yt-dlp does not take its options: %s', self.job.id, error)
+            log.warning('download %s: yt-dlp rejects its options: %s', self.job.id, error)
             raise Ending('unsupported', 'not in the format asked for') from None
         session.attempt = self
         for site in self._sites():
@@ -4075,7 +4075,7 @@ def run_helper(*command: str) -> Any:
         raise Trouble(f'the update of yt-dlp hung for {HELPER_TIMEOUT} seconds') from None
     if done.returncode < 0:
         raise Trouble(f'the update of yt-dlp was killed by signal {-done.returncode}; is there '
-                      'memory left?')
+                      'enough memory?')
     return done
 
 
@@ -4211,8 +4211,8 @@ class Vendor:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 yield
         except OSError as error:
-            raise Trouble(f'yt-dlp cannot be kept in {self.folder} ({error.strerror or error}): '
-                          'make room, or let this user write there') from None
+            raise Trouble(f'yt-dlp cannot be stored in {self.folder} ({error.strerror or error}): '
+                          'free some space, or let this user write there') from None
 
     def remember(self, **changes: Any) -> None:
         """Write the pointer with these changes."""
@@ -4257,7 +4257,7 @@ class Vendor:
 
     def held_back(self) -> str | None:
         """A sentence if newer releases do not run on this Python."""
-        newest, requires = self.state().get('newest') or ('of today', NEEDS)
+        newest, requires = self.state().get('newest') or ('now', NEEDS)
         if runs_here(requires):
             return None
         return (f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads '
@@ -4293,8 +4293,8 @@ class Vendor:
         else:
             wheel.write_bytes(fetch_url(release.url))
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != release.sha256:
-            raise Trouble(f'yt-dlp {release.version} arrived without the SHA-256 that the index '
-                          'names and was thrown away: try later, or look at the proxy or mirror')
+            raise Trouble(f'yt-dlp {release.version} does not have the SHA-256 that the index '
+                          'names and was discarded: try later, or check the proxy or mirror')
         return wheel
 
     def take(self, release: Release) -> None:
@@ -4647,7 +4647,7 @@ def bucket_address(endpoint: str, bucket: str, key: str = '') -> tuple[str, str]
 REFUSALS = {  # S3's words that somebody can do something about
     'InvalidAccessKeyId': 'does not know the access key: check AWS_ACCESS_KEY_ID',
     'SignatureDoesNotMatch': 'refuses the secret key: check AWS_SECRET_ACCESS_KEY',
-    'AccessDenied': 'does not let this key in: allow it to get, put and delete objects',
+    'AccessDenied': 'denies access to this key: allow it to get, put and delete objects',
     'NoSuchBucket': 'has no such bucket: create it, or check [s3] bucket',
 }
 NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may put, but not list
@@ -4668,7 +4668,7 @@ class Body:
         while left:
             block = self.file.read(min(left, UPLOAD_BLOCK))
             if self.halted.is_set() or not block:
-                raise OSError('the upload was stopped' if block else 'the file became shorter')
+                raise OSError('the upload was stopped' if block else 'the file got shorter')
             left -= len(block)
             yield block
 
@@ -4780,15 +4780,15 @@ class Bucket:
         except OSError as error:
             text = excerpt(' '.join(str(error).split()), 200)
             if isinstance(error, ssl.SSLCertVerificationError):
-                text += ': name its CA in SSL_CERT_FILE'
-            raise Trouble(f'The S3 server {host} cannot be reached or was lost: {text}') from None
+                text += ': set SSL_CERT_FILE to its CA'
+            raise Trouble(f'The connection to the S3 server {host} failed: {text}') from None
         if status < 300 and b'<Error' not in answer:  # joining parts may fail after its 200
             return found, answer
         code, text = (excerpt(''.join(xml_texts(answer, tag)), 200) for tag in ('Code', 'Message'))
         if code in fine:
             return {}, b''
         meaning = REFUSALS.get(code) or f'answers: {text or http.client.responses.get(status)}'
-        raise Trouble(f'The S3 server {host}, asked for bucket {self.s3.bucket}, {meaning} '
+        raise Trouble(f'The S3 server {host} (bucket {self.s3.bucket}) {meaning} '
                       f'({f"{status} {code}".strip()})')
 
 
@@ -4838,7 +4838,7 @@ class Courier:
             try:
                 nap = self.step(time.time())
             except StoreDown as error:
-                log.warning('%s: waits for the database: %s', self._thread.name, error)
+                log.warning('%s: waiting for the database: %s', self._thread.name, error)
             with self._changed:
                 self._changed.wait_for(lambda: self._woken or self._stopping, nap)
                 self._woken = False
@@ -4865,7 +4865,7 @@ class Courier:
             if self.client.halted.is_set():
                 return 0
             if not isinstance(error, Trouble):
-                log.exception('%s: a mistake of the server', self._thread.name)
+                log.exception('%s: failed unexpectedly', self._thread.name)
             pause = self._postpone(item, str(error), int(now))
             self.error, self._pause_until = str(error) if pause else None, now + pause
             return pause
@@ -4920,7 +4920,7 @@ MOST_NOTICES = 10  # tries of a notification: the last one comes after more than
 NTFY = {  # what an event's title begins with, its priority and its tag
     'completed': ('Video saved', 'default', 'white_check_mark'),
     'failed': ('Not saved', 'high', 'x'),
-    'attention': ('Please look', 'high', 'warning'),
+    'attention': ('Needs attention', 'high', 'warning'),
 }
 
 
@@ -5023,9 +5023,9 @@ MAX_NAP = 5.0     # seconds: a wall clock that jumps (a Pi has no RTC) is notice
 WATCH_NAP = 1.0   # seconds between looks at running attempts and at what pauses the queue
 PAUSE_SECONDS = 30  # how long a full disk, told by an attempt, keeps the queue from trying again
 HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never end
-HUNG = Outcome('retry', 'timeout', 'The download hung and had to be broken off.')
+HUNG = Outcome('retry', 'timeout', 'The download hung and had to be stopped.')
 CANCELLED = Outcome('cancelled', 'cancelled', 'Cancelled')
-INTERNAL = Outcome('retry', 'internal', 'The server made a mistake; its log tells more.')
+INTERNAL = Outcome('retry', 'internal', 'Something went wrong in the server; see its log.')
 STORE_NAP = 2.0   # seconds before an outcome that could not be stored is offered again
 
 
@@ -5161,10 +5161,10 @@ class Scheduler:
             try:
                 self.step(time.time(), time.monotonic())
             except StoreDown as error:
-                log.error('scheduler: waits for the database: %s', error)
+                log.error('scheduler: waiting for the database: %s', error)
                 self._stopping.wait(STORE_NAP)
             except Exception:
-                log.exception('scheduler: goes on after this')
+                log.exception('scheduler: continuing after this')
                 self._stopping.wait(STORE_NAP)
             with self._changed:
                 if not self._stopping.is_set():
@@ -5213,7 +5213,7 @@ class Scheduler:
         if message:
             log.warning('queue: paused: %s', message)
         else:
-            log.info('queue: goes on')
+            log.info('queue: resumed')
         self.board.post('')
 
     def _may_take(self, now: float) -> bool:
@@ -5263,10 +5263,10 @@ class Scheduler:
         try:
             self._attempt(download_id, run)
         except StoreDown as error:
-            log.warning('download %s: waits for the database: %s', download_id, error)
+            log.warning('download %s: waiting for the database: %s', download_id, error)
             self.push(download_id, time.time() + STORE_NAP)
         except Exception:
-            log.exception('download %s: failed inside', download_id)
+            log.exception('download %s: failed unexpectedly', download_id)
             self._settle(run.job, INTERNAL)
         finally:
             with self._changed:
@@ -5440,7 +5440,7 @@ def host_words(given: Iterable[str]) -> tuple[str, ...]:
         text = word.strip('[] ').lower().partition('%')[0].rstrip('.')
         address = as_address(text)
         if not (address or HOST_NAME.fullmatch(text)):
-            raise Trouble(f'{word!r} is no host name (such as pi.lan) and no IP address')
+            raise Trouble(f'{word!r} is neither a host name (such as pi.lan) nor an IP address')
         found[str(address or text)] = True
     return tuple(found)
 
@@ -5526,8 +5526,8 @@ def tls_context(*pair: Path) -> ssl.SSLContext:
             file.open('rb').close()  # unlike load_cert_chain's, its error names the file
         context.load_cert_chain(*pair, password=lambda: '')
     except (OSError, ValueError) as error:
-        raise Trouble(f'{" with ".join(map(str, pair))}: {error}; put a matching pair in PEM form '
-                      'there, or move both away to have them made') from None
+        raise Trouble(f'{" with ".join(map(str, pair))}: {error}; put a matching PEM pair '
+                      'there, or move both away to have new ones made') from None
     return context
 
 
@@ -5572,7 +5572,7 @@ def look_at_certificate(config: Config) -> Certificate:
         return Certificate(own, int(ssl.cert_time_to_seconds(found['notAfter'])),
                            tuple(word.lower() for kind, word in words if kind == 'DNS'),
                            tuple(addresses))
-    raise Trouble(f'{leaf}: clients would refuse it: {reason}')
+    raise Trouble(f'{leaf}: clients would reject it: {reason}')
 
 
 def read_ca(file: Path) -> tuple[bytes, dict[str, Any]]:
@@ -5582,7 +5582,7 @@ def read_ca(file: Path) -> tuple[bytes, dict[str, Any]]:
         context.load_verify_locations(file)
         return context.get_ca_certs(binary_form=True)[0], context.get_ca_certs()[0]
     except (OSError, IndexError):
-        raise Trouble(f'{file} is missing or holds no CA') from None
+        raise Trouble(f'{file} is missing or contains no CA') from None
 
 
 def run_openssl(folder: Path, *arguments: str) -> None:
@@ -5596,7 +5596,7 @@ def run_openssl(folder: Path, *arguments: str) -> None:
         raise Trouble('the openssl command is missing: install it (Debian, Raspberry Pi: '
                       'sudo apt-get install openssl; Mac: brew install openssl)') from None
     except subprocess.TimeoutExpired:
-        raise Trouble(f'openssl {arguments[0]} did not end within two minutes') from None
+        raise Trouble(f'openssl {arguments[0]} did not finish within two minutes') from None
     if done.returncode:
         said = done.stderr.decode('utf-8', 'replace').replace('Using configuration from config', '')
         raise Trouble(f'openssl {arguments[0]} failed: ' + said.strip().partition('\n')[0])
@@ -5657,8 +5657,8 @@ def leaf_words(config: Config, asked: Sequence[str], given: Sequence[str],
     if the CA must not sign for what is asked for."""
     for words in (asked, host_words(config.server.names)):
         refused = ', '.join(word for word in words if not may_sign(word, permitted))
-        advice = (f'{refused}: outside what the CA may sign for; `videoserverd.py cert --new-ca` '
-                  'with the same names makes a CA that may, to install on each phone')
+        advice = (f'{refused}: the CA may not sign for this; `videoserverd.py cert --new-ca` '
+                  'with the same names makes one that may, to install on each phone')
         if refused and words is asked:
             raise Trouble(advice)
         if refused:
@@ -5685,8 +5685,8 @@ def make_certificate(config: Config, now: float, words: Iterable[str], notes: di
     import tempfile
     if now < BUILT:
         today = time.strftime('%Y-%m-%d', time.gmtime(now))
-        raise ClockWrong(f'the clock shows {today}, too early for a certificate: it sets itself '
-                         'with the network, or: sudo timedatectl set-ntp true')
+        raise ClockWrong(f'the clock shows {today}, too early for a certificate: connect the '
+                         'network, or run: sudo timedatectl set-ntp true')
     files, start = certificate_files(config), now - BACK_DATED
     ca, ca_key = files['ca.crt'], files['ca.key']
     folder = Path(tempfile.mkdtemp(prefix=WORKING[:-1], dir=ca.parent))
@@ -5720,7 +5720,7 @@ def ensure_locked(config: Config, now: float, asked: tuple[str, ...], force: boo
         usable = now < old.not_after or now < BUILT
         if old.own and demanded:
             raise Trouble(f'{server.cert_file} is your own certificate, not from {server.ca_file}, '
-                          'and left alone: move it and its key away to have one made')
+                          'and is left alone: move it and its key away to have one made')
         if old.own:
             return old, False
     new_ca = fresh or not server.ca_file.exists()
@@ -6223,8 +6223,8 @@ class App:
         if isinstance(error, OSError):
             return HTTPError(503, f'The disk does not allow that: {error.strerror}.', 'disk_error',
                              Retry_After='30')
-        log.exception('request: %s %s failed inside', request.head.method, request.shown_path)
-        return HTTPError(500, 'The server made a mistake; its log tells more.', 'internal')
+        log.exception('request: %s %s: failed', request.head.method, request.shown_path)
+        return HTTPError(500, 'Something went wrong in the server; see its log.', 'internal')
 
     def _pass_gates(self, request: Request) -> Reply:
         self._check_client(request)
