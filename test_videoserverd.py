@@ -7361,6 +7361,18 @@ class TestNotify(DaemonTest):
         notifier.step(63)
         self.assertEqual([json.loads(body)['message'] for _, _, body in self.told], ['The disk is full.'])
 
+    def test_a_mistake_does_not_end_the_thread(self):
+        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
+        store.open()
+        self.addCleanup(store.close)
+        looks = unittest.mock.Mock(side_effect=[ZeroDivisionError, []])
+        config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
+        notifier = v.Notifier(config, store, None, '', looks)
+        with unittest.mock.patch.object(v, 'COURIER_NAP', 0.01), self.assertLogs(v.log, 'WARNING'):
+            notifier.start()
+            wait_until(lambda: looks.call_count == 2, 5)
+            notifier.stop()
+
     def test_a_problem_that_lasts_is_told_once_also_across_restarts(self):
         config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
         store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
@@ -7450,6 +7462,14 @@ class TestKeep(unittest.TestCase):
         self.assertFalse((self.output / '4.mp4').exists())
         self.assertTrue((self.output / '3.mp4').exists())
         self.assertEqual([self.store.get(id)['reason'] for id in (self.ids[3], other)], ['room', None])
+
+    def test_a_name_that_was_free_again_is_anothers_file(self):
+        self.make('forever')
+        self.store.room_made([id for id, _ in self.store.make_room(self.ids[:1], 7)])
+        other = self.finish(7, '0.mp4')
+        self.store.write(lambda db: db.execute("UPDATE downloads SET media_id = 'other' WHERE id = ?", (other,)))
+        self.assertEqual(self.store.forget(self.ids[0]), ())
+        self.assertEqual([file.name for file in self.store.forget(other)], ['0.mp4'])
 
     def test_a_kill_in_the_middle_leaves_no_file_behind_and_forever_keeps_all(self):
         self.make('forever')
@@ -7765,6 +7785,14 @@ class TestDeleted(FilesTest):
         self.assertEqual(self.get(path).json, b'a picture')
         self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{self.ids["clip"]}').status, 200)
         self.assertEqual((picture.exists(), self.get(path).status), (False, 404))
+
+    def test_document_b_is_told_that_a_file_was_deleted_to_make_room(self):
+        with contextlib.closing(sqlite3.connect(self.daemon.database)) as db, db:
+            db.execute("UPDATE downloads SET reason = 'room', note = 'Deleted to make room.' WHERE id = ?",
+                       (self.ids['html'],))
+        path = f'/getVideoDownloadPublicURL?URLTypeEnum=HTTPS&videoDownloadUUID={self.ids["html"]}'
+        self.assertEqual((self.get(path).status, self.get(path).json), (
+            418, {'errorCode': 'downloadFailed', 'errorMessage': 'Deleted to make room.'}))
 
 
 class TestFeed(FilesTest):
@@ -10618,6 +10646,19 @@ class TestShareVideo(DaemonTest):
         answer = self.video(self.site.tiktok(state='gone'))
         self.assertEqual((answer.status, answer.headers['Content-Type']), (502, 'text/plain; charset=utf-8'))
         self.assertEqual(answer.json.decode(), self.daemon.rows()[-1]['error_message'])
+
+    def test_one_that_is_deleted_meanwhile_is_404(self):
+        busy, answers = self.site.tiktok(hold_at=20_000), []
+        self.daemon.submit(busy)
+        busy.media[0].wait_held()
+        thread = threading.Thread(target=lambda: answers.append(self.video(self.site.tiktok())))
+        thread.start()
+        wait_until(lambda: self.daemon.rows()[-1]['status'] == 'queued', 3)
+        id = self.daemon.rows()[-1]['id']
+        self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{id}').status, 200)
+        thread.join()
+        busy.media[0].release()
+        self.assertEqual((answers[0].status, answers[0].json), (404, b'There is no such download.'))
 
     def test_eight_wait_and_the_ninth_is_told_at_once(self):
         post = self.site.tiktok(hold_at=20_000)

@@ -1291,6 +1291,7 @@ ADD description TEXT;     -- the whole caption
 ADD upload_date TEXT;     -- YYYYMMDD
 ADD starred INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX idx_post ON downloads(site, media_id) WHERE media_id IS NOT NULL;
+CREATE INDEX idx_file ON downloads(filename) WHERE filename IS NOT NULL;
 -- What another server is to be told: written with what gives reason to, deleted once it is done.
 CREATE TABLE outbox (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -1792,10 +1793,10 @@ class Store:
         return self.write(work)
 
     def _unshared(self, db: sqlite3.Connection, row: sqlite3.Row) -> tuple[MediaFile, ...]:
-        """The files of a download that no other one has."""
+        """The files of a download that no other one has; a name may have been free again."""
         others = db.execute(
-            'SELECT files FROM downloads WHERE site = ? AND media_id = ? AND id <> ? '
-            f'AND {HAS_FILES}', (row['site'], row['media_id'], row['id'])).fetchall()
+            'SELECT files FROM downloads WHERE (site = :site AND media_id = :media_id OR '
+            "filename = :filename) AND id <> :id AND reason IS NOT 'room'", dict(row)).fetchall()
         kept = {file[0] for other in others for file in json.loads(other['files'] or '[]')}
         return tuple(file for file in Record.of(row)['files'] if file.name not in kept)
 
@@ -4837,8 +4838,9 @@ class Courier:
             nap = COURIER_NAP
             try:
                 nap = self.step(time.time())
-            except StoreDown as error:
-                log.warning('%s: waiting for the database: %s', self._thread.name, error)
+            except Exception as error:
+                log.warning('%s: waits after this: %s', self._thread.name, error,
+                            exc_info=not isinstance(error, StoreDown))
             with self._changed:
                 self._changed.wait_for(lambda: self._woken or self._stopping, nap)
                 self._woken = False
@@ -6848,6 +6850,8 @@ def get_public_url(app: App, request: Request) -> Reply:
         raise HTTPError(409, 'No object storage is set up: [s3] endpoint.', 's3NotConfigured')
     if in_bucket:
         state, why = record['s3_state'], record['s3_error']
+    elif record['reason'] == 'room':
+        state, why = 'gone', record['note']
     if state in ('failed', 'gone'):
         raise HTTPError(409, why or 'The download failed.', 'downloadFailed')
     if state not in ('completed', 'stored'):
