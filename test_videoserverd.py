@@ -998,7 +998,7 @@ class TestSamePost(DaemonTest):
             self.assertEqual(sum(len(media.requests) for media in post.media), 1)
             last = answers[-1]
             self.assertEqual((last.status, last.json['status'], last.json['message'], last.json['download_id']),
-                             (200, 'completed', 'You have this video already', rows[-1]['download_id']))
+                             (200, 'completed', 'You already have this video', rows[-1]['download_id']))
             self.assertEqual(len({row['download_id'] for row in rows}), 1 + len(others))
             self.assertEqual([row['title'] for row in rows], [rows[0]['title']] * len(rows))
 
@@ -10114,7 +10114,7 @@ class TestPage(DaemonTest):
         post = self.site.tiktok(page={'fail': [503] * 9})
         id = self.daemon.submit(str(post))
         self.row(id, 'row.next_attempt_at')
-        self.assertRegex(self.browser.get('article .word'), r'^Again\sin\s4\smin.*1\sfailed')
+        self.assertRegex(self.browser.get('article .word'), r'^Next\stry\sin\s4\smin.*1\sfailed')
         post.page.set(fail=[])
         self.press(id, 'retry')
         self.row(id, 'row.files.length')
@@ -10183,7 +10183,7 @@ class TestPage(DaemonTest):
         self.browser.click('#bulk [value=clear]')
         self.browser.wait('return !document.querySelector("article")')
         self.assertEqual(self.daemon.rows("SELECT * FROM downloads WHERE status = 'failed'"), [])
-        self.assertRegex(self.browser.run('return window.asked'), r'Take \d+ off this list. Their files stay')
+        self.assertRegex(self.browser.run('return window.asked'), r'Remove \d+ from this list. Their files stay')
         self.browser.click('#states [value=""]')
         self.browser.click('#pick')
         chosen = self.browser.wait(f'{ROWS}[0]?.download_id')
@@ -10564,7 +10564,7 @@ class TestShare(DaemonTest):
         self.assertEqual(ask(address).status, 202)
         self.share(tiktok_link(60), name='asks')
         self.assertEqual((ask(address).status, ask(address).json.decode()),
-                         (200, 'It works: a link to tiktok.com has come from asks.'))
+                         (200, 'It works: a link to tiktok.com arrived from asks.'))
         self.assertEqual(ask(self.address('asks too')).status, 202)
         self.assertEqual(ask('/share/asks').status, 401)
 
@@ -10640,7 +10640,7 @@ class TestShareVideo(DaemonTest):
         self.assertEqual(answer.headers['Content-Disposition'], v.content_disposition(name))
         self.assertEqual(answer.json, (self.daemon.output / name).read_bytes())
         again = self.daemon.client.post('/share/phone', post.encode())
-        self.assertEqual((again.status, again.json), (200, b'You have this video already.'))
+        self.assertEqual((again.status, again.json), (200, b'You already have this video.'))
 
     def test_a_failed_one_is_502_with_its_sentence(self):
         answer = self.video(self.site.tiktok(state='gone'))

@@ -5919,9 +5919,9 @@ def parse_head(data: bytes) -> Head:
     first, *lines = data.decode('latin-1').split('\r\n')
     match = REQUEST_LINE.fullmatch(first)
     if not match:
-        raise HTTPError(400, 'The first line is not that of HTTP/1.1.')
+        raise HTTPError(400, 'The first line is not valid HTTP/1.1.')
     if not TARGET.fullmatch(match[2]):
-        raise HTTPError(400, 'This is not a path.')
+        raise HTTPError(400, 'This path is invalid.')
     return Head(match[1], match[2], match[3], parse_fields(lines))
 
 
@@ -5941,7 +5941,7 @@ def body_length(fields: dict[str, list[str]]) -> int | None:
     lengths, codings = fields.get('content-length'), fields.get('transfer-encoding')
     if codings and not lengths:
         if ','.join(codings).strip().lower() != 'chunked':
-            raise HTTPError(501, 'The transfer coding is not known.')
+            raise HTTPError(501, 'The transfer coding is not supported.')
         raise HTTPError(411, 'Send the body with a Content-Length.')
     if not lengths:
         return None
@@ -6064,8 +6064,8 @@ def parse_name(given: Any) -> str:
         name = unicodedata.normalize('NFC', given).strip()
     bad = len(name) > LONGEST_NAME or UNSAFE.search(name) or re.search(r'[/\\]|^\.', name)
     if not name or bad:
-        raise Refused('bad_name', 'The name of a phone has 1 to 64 characters, no slash among '
-                      'them, and does not start with a dot.')
+        raise Refused('bad_name', 'A phone name has 1 to 64 characters, no slash, and does not '
+                      'start with a dot.')
     return name
 
 
@@ -6119,12 +6119,12 @@ def shown_percent(record: Record, progress: Progress | None) -> int:
 def status_message(record: Record, percent: int, now: float) -> str:
     """Where a download stands, in a sentence that a phone can show."""
     if record['status'] == 'downloading':
-        return f'Downloading: {percent} %.'
+        return f'Downloading: {percent}%.'
     if record['status'] == 'completed':
         return record['note'] or 'The video is ready.'
     wait = (record['next_attempt_at'] or 0) - now
     if record['status'] == 'queued' and wait > 0:
-        return f'{record["error_message"]} It is tried again in {math.ceil(wait / 60)} min.'
+        return f'{record["error_message"]} Trying again in {math.ceil(wait / 60)} min.'
     return record['error_message'] or 'Waiting for its turn.'
 
 
@@ -6223,7 +6223,7 @@ class App:
         if isinstance(error, StoreDown):
             return HTTPError(503, error.sentence, 'cannot_store', Retry_After='30')
         if isinstance(error, OSError):
-            return HTTPError(503, f'The disk does not allow that: {error.strerror}.', 'disk_error',
+            return HTTPError(503, f'The disk reported an error: {error.strerror}.', 'disk_error',
                              Retry_After='30')
         log.exception('request: %s %s: failed', request.head.method, request.shown_path)
         return HTTPError(500, 'Something went wrong in the server; see its log.', 'internal')
@@ -6237,7 +6237,7 @@ class App:
         if size > limit:
             raise HTTPError(413, f'The request is over {format_size(limit)}.')
         if request.field('expect').lower() not in ('', '100-continue'):
-            raise HTTPError(417, 'The header Expect is not understood.')
+            raise HTTPError(417, 'The header Expect is not supported.')
         self._check_origin(request)
         self._check_key(request, route)
         request.query = self._parse_query(request, route)
@@ -6256,7 +6256,7 @@ class App:
             try:
                 client = str(plain_address(hop.strip()))
             except ValueError:
-                raise HTTPError(400, 'X-Forwarded-For names no address.') from None
+                raise HTTPError(400, 'X-Forwarded-For has no valid address.') from None
         request.client = client
         allowed = self.config.security.allowed_clients
         at_home = (server.host == '::' and is_on_link(client) and allowed == PRIVATE_NETWORKS)
@@ -6271,8 +6271,8 @@ class App:
         """A Host that is not ours is a trick (DNS rebinding) or a mistake."""
         host = request_host(request.head.fields)
         if host not in self.hosts and host != request.peer.local:
-            raise HTTPError(421, f'This server is not {host}; if it is, add the name to [server] '
-                            'names.', 'wrong_host')
+            raise HTTPError(421, f'This server is not {host}; if that is its name, add it to '
+                            '[server] names.', 'wrong_host')
 
     def _check_origin(self, request: Request) -> None:
         """Pages of other sites may change nothing: no CORS, and Fetch Metadata where sent."""
@@ -6285,12 +6285,12 @@ class App:
         site = request.field('sec-fetch-site').lower()
         if (origin and not ours) or site not in ('', 'same-origin', 'none'):
             raise HTTPError(403, 'Pages of other sites may not use this server. If this is its own '
-                            'behind a proxy, set [server] public_base_url.', 'foreign_origin')
+                            'page behind a proxy, set [server] public_base_url.', 'foreign_origin')
 
     def _check_key(self, request: Request, route: Route) -> None:
         if route.access == 'share' and not self._may_share(request):
-            raise HTTPError(401, 'This address is not valid any more. Make a new one on the '
-                            'set-up page.')
+            raise HTTPError(401, 'This address is no longer valid. Make a new one on the set-up '
+                            'page.')
         if route.access == 'key':
             self.require_key(request)
 
@@ -6564,7 +6564,7 @@ def queued_message(app: App, sentence: str) -> str:
 
 
 SAID_BEFORE = {'queued': 'It is on its way', 'downloading': 'It is on its way',
-               'completed': 'You have this video already', 'failed': 'This link was sent before'}
+               'completed': 'You already have this video', 'failed': 'This link was sent before'}
 
 
 def post_download(app: App, request: Request) -> Reply:
@@ -6596,7 +6596,7 @@ def store_every_link(app: App, request: Request, fields: dict[str, Any],
 
 
 def post_downloads(app: App, request: Request) -> Reply:
-    """Queue every link of a text, in one commit. `keep` has those to send again."""
+    """Queue every link in a text, in one commit; `keep` has those to send again."""
     found, keep = store_every_link(app, request, request.json())
     rows, limited = [], []
     for written, item in found:
@@ -6643,7 +6643,7 @@ def get_history(app: App, request: Request) -> Reply:
 
 
 def get_health(app: App, request: Request) -> Reply:
-    """How the server is; without a key, where keys are on, in four fields."""
+    """Server health; without a key, where keys are set, only four fields."""
     facts = app.more.health()
     storing = facts.pop('storing')
     facts['message'] = ' '.join(facts['problems']) or 'All is well.'
@@ -6662,7 +6662,7 @@ def post_cancel(app: App, request: Request) -> Reply:
     record = app.record(request)
     if not app.scheduler.cancel(record['id'], time.time()):
         status = app.record(request)['status']
-        raise HTTPError(409, f'It is {status} and cannot be cancelled now.', 'not_running')
+        raise HTTPError(409, f'It is now {status}, so it cannot be cancelled.', 'not_running')
     return get_status(app, request)
 
 
@@ -6670,14 +6670,14 @@ def post_retry(app: App, request: Request) -> Reply:
     """Queue it again."""
     record = app.record(request)
     if not app.store.move('retry', record['id'], int(time.time())):
-        raise HTTPError(409, f'It is {record["status"]}; only a failed or waiting one can be '
-                        'tried again.', 'not_failed')
+        raise HTTPError(409, f'Only a failed or waiting download can be retried; this one is '
+                        f'{record["status"]}.', 'not_failed')
     app.scheduler.push(record['id'])
     return get_status(app, request)
 
 
 def post_star(app: App, request: Request) -> Reply:
-    """Star it, or take the star away: what has one is never deleted to make room."""
+    """Add or remove a star; starred downloads are never deleted to make room."""
     app.store.star(app.record(request)['id'], request.path.endswith('/star'))
     app.board.post(request.params['id'])
     return get_status(app, request)
@@ -6695,23 +6695,23 @@ def delete_download(app: App, request: Request) -> Reply:
 
 
 def get_thumbnail(app: App, request: Request) -> Reply:
-    """A small picture."""
+    """A thumbnail."""
     try:
         data = (app.more.thumbs / f'{request.params["id"]}.jpg').read_bytes()
     except OSError:
-        raise HTTPError(404, 'There is no picture of it.') from None
+        raise HTTPError(404, 'It has no thumbnail.') from None
     return Reply(200, data, 'image/jpeg', (('Cache-Control', 'private, max-age=86400'),))
 
 
 def put_cookies(app: App, request: Request) -> Reply:
-    """Keep the cookies of a browser, those for allowed sites; used where cookies_file is empty."""
+    """Store a browser's cookies for the allowed sites; used if cookies_file is empty."""
     cookies = Cookies(app.config)
     cookies.save(request.body())
     return done_reply('stored', '\n'.join(told for _, told in cookies.report(time.time())))
 
 
 def delete_cookies(app: App, request: Request) -> Reply:
-    """Forget the cookies that the page was given."""
+    """Remove the stored cookies."""
     Cookies(app.config).remove()
     return done_reply('deleted', 'The cookies are removed.')
 
@@ -6723,7 +6723,7 @@ def post_update(app: App, request: Request) -> Reply:
 
 
 def post_share_address(app: App, request: Request) -> Reply:
-    """Where the phone of that name shares to."""
+    """The share address for a phone of that name."""
     name = parse_name(request.json().get('name'))
     address = f'{app.base()}/share/{quote(name, safe="")}'
     for key in app.config.api_keys[:1]:
@@ -6732,7 +6732,7 @@ def post_share_address(app: App, request: Request) -> Reply:
 
 
 def get_metrics(app: App, request: Request) -> Reply:
-    """Figures for Prometheus."""
+    """Metrics for Prometheus."""
     lines, kinds = [], {'videoserverd_ack_seconds': 'histogram'}
     for name, figure in app.more.gauges():
         family = next((known for known in kinds if name.startswith(known)), name.partition('{')[0])
@@ -6765,8 +6765,8 @@ def feed_entry(row: dict[str, Any]) -> str:
 
 
 def get_feed(app: App, request: Request) -> Reply:
-    """The newest finished downloads as an Atom feed (RFC 4287). Where keys are on, its link to
-    itself carries a signature, for programs that can send no key."""
+    """The newest finished downloads as an Atom feed (RFC 4287). Where keys are set, its self link
+    is signed, for programs that cannot send a key."""
     if not app.is_signed('/feed.xml', request.query['signature']):
         app.require_key(request)
     address = own = app.base() + '/feed.xml'
@@ -6847,7 +6847,7 @@ def get_public_url(app: App, request: Request) -> Reply:
     state, why = record['status'], record['error_message']
     in_bucket = request.query['URLTypeEnum'] == 'S3' and state == 'completed'
     if in_bucket and app.more.bucket is None:
-        raise HTTPError(409, 'No object storage is set up: [s3] endpoint.', 's3NotConfigured')
+        raise HTTPError(409, 'No object storage is set up; see [s3] endpoint.', 's3NotConfigured')
     if in_bucket:
         state, why = record['s3_state'], record['s3_error']
     elif record['reason'] == 'room':
@@ -6855,7 +6855,7 @@ def get_public_url(app: App, request: Request) -> Reply:
     if state in ('failed', 'gone'):
         raise HTTPError(409, why or 'The download failed.', 'downloadFailed')
     if state not in ('completed', 'stored'):
-        raise HTTPError(409, why or 'It is not finished.', 'downloadNotReady')
+        raise HTTPError(409, why or 'It is not finished yet.', 'downloadNotReady')
     if not in_bucket:
         return json_reply(200, {'publicURL': app.describe(record)['public_url']})
     key = app.more.bucket.key(record['id'], record['filename'])
@@ -6947,7 +6947,7 @@ def get_file(app: App, request: Request) -> Reply:
     if not signed and 'signature' not in request.query:
         app.require_key(request)
     elif not signed and not app.has_key(request):
-        raise HTTPError(403, 'This link has expired or is cut short; copy it again.', 'bad_link')
+        raise HTTPError(403, 'This link has expired or is incomplete; copy it again.', 'bad_link')
     for file in app.record(request)['files']:
         if file.name == request.params['name']:
             return reply_with_file(app, request, file)
@@ -6983,7 +6983,7 @@ def read_shared_text(request: Request) -> str:
     fields = known_fields(fields)
     found = fields.get('text', fields.get('url'))
     if not isinstance(found, str):
-        raise Refused('bad_field', 'There is no field "text" in what was sent.')
+        raise Refused('bad_field', 'The field "text" is missing.')
     return found
 
 
@@ -7038,16 +7038,16 @@ def post_share_video(app: App, request: Request) -> Reply:
         return reply_with_file(app, request, record['files'][0])
     if record['status'] == 'failed':
         return text_reply(502, record['error_message'])
-    return text_reply(202, told.body.decode() + ' It is not here yet; look at the page later.')
+    return text_reply(202, told.body.decode() + ' It is not ready yet; check the page later.')
 
 
 def get_share(app: App, request: Request) -> Reply:
-    """Whether a link of this phone has come, `within` seconds."""
+    """Whether a link came from this phone in the last `within` seconds."""
     name = request.params['who']
     record = app.store.first_of(name, int(time.time()) - request.query['within'])
     if record is None:
-        return text_reply(202, f'Nothing has come from {name} yet.')
-    return text_reply(200, f'It works: a link to {site_of(record["url"])} has come from {name}.')
+        return text_reply(202, f'Nothing has arrived from {name} yet.')
+    return text_reply(200, f'It works: a link to {site_of(record["url"])} arrived from {name}.')
 
 
 # -- the table of routes
@@ -7159,9 +7159,9 @@ class Peer:
             if len(self.buffer) > HEAD_LIMIT:
                 raise HTTPError(431, 'The headers are over 16 KB.')
             if line_end and not first.endswith((b' HTTP/1.1\r', b' HTTP/1.0\r')):
-                raise HTTPError(400, 'The first line is not that of HTTP/1.1.')
+                raise HTTPError(400, 'The first line is not valid HTTP/1.1.')
             if BARE_LINE_END.search(self.buffer):
-                raise HTTPError(400, 'There is a bare line break.')
+                raise HTTPError(400, 'The request has a bare line break.')
             self.read_more()
 
     def send(self, data: Any) -> None:
@@ -7449,14 +7449,14 @@ PAGE_HTML = r'''<!DOCTYPE html>
       <li>Or paste a link into the box above.</li></ol>
     <a class="button" href="setup">Set up a phone</a>
   </section>
-  <section id="nothing" hidden><p>No video fits this search and filter.</p>
+  <section id="nothing" hidden><p>No video matches this search and filter.</p>
     <button id="show-all" class="button">Show all videos</button></section>
   <div id="list" role="feed" aria-label="Videos" aria-busy="true"></div>
 </main>
 <footer>
   <details><summary>Cookies and keys</summary>
     <p>Some posts can be seen only after a login. Export cookies.txt from a browser that is logged
-      in, and choose the file here.</p>
+      in and choose the file here.</p>
     <p id="cookies"></p>
     <p class="go"><label class="button quiet">Choose cookies.txt<input id="cookie-file" type="file"
       ></label> <button id="forget-cookies" class="button quiet">Remove the cookies</button>
@@ -7788,7 +7788,7 @@ function connected(now) {
 function askForKey() {
   locked = true;
   write($('key-text'), recall('key') ? 'The server does not know this key. Please try another.'
-    : 'It is one of those in VIDEOSERVER_API_KEYS. It stays in this browser.');
+    : 'Use one of those in VIDEOSERVER_API_KEYS. It stays in this browser.');
   if (!$('door').open) $('door').showModal();
 }
 function useKey(key) {
@@ -8034,12 +8034,12 @@ function words(row, waits) {
   if (stateOf(row) === 'cancelled') return ['Cancelled'];
   if (next) {
     const left = Math.max(1, next - Date.now() / 1000);
-    return ['Again in ' + duration(left), tried + ' failed so far'];
+    return ['Next try in ' + duration(left), tried + ' failed so far'];
   }
   if (row.status !== 'downloading') return [STATES[row.status]];
   const phase = {
-    page: 'Reading the page', merge: 'Joining picture and sound', file: 'Putting it in place'};
-  return filled([phase[row.phase], row.progress + ' %', speed && size(speed) + '/s',
+    page: 'Reading the page', merge: 'Joining picture and sound', file: 'Saving the file'};
+  return filled([phase[row.phase], row.progress + '%', speed && size(speed) + '/s',
     eta && duration(eta) + ' left']);
 }
 // Fetched once it is in sight, and not linked: the key travels as a header.
@@ -8129,7 +8129,7 @@ function show(row, at) {
 async function explain(file, media) {
   const there = await fetch(file.path, {method: 'HEAD'}).catch(() => null);
   media.replaceWith(element('p', {}, there?.ok ? 'This browser cannot play it. Save it instead.'
-    : 'The file is not there. Is its disk plugged in?'));
+    : 'The file is missing. Is its disk plugged in?'));
 }
 function beside(way) {
   const all = visible().flatMap(({row}) => (row.files ?? []).map((_, at) => ({row, at})));
@@ -8153,11 +8153,11 @@ const canShare = Boolean(
 async function share(files) {
   const bytes = files.reduce((sum, file) => sum + file.size, 0), end = new AbortController();
   if (bytes > MOST_SHARED) {
-    return note(`${size(bytes)} is too much to share. Save it instead.`, 'Save', () => save(files));
+    return note(`${size(bytes)} is too big to share. Save it instead.`, 'Save', () => save(files));
   }
   try {
     const parcel = await load(files, end.signal, done => note(
-      `Loading ${Math.floor(100 * done / bytes)} %`, 'Stop', () => end.abort()));
+      `Loading ${Math.floor(100 * done / bytes)}%`, 'Stop', () => end.abort()));
     const give = () => navigator.share({files: parcel}).catch(error => {
       if (error.name !== 'NotAllowedError') return;
       note('Ready. Save Video puts it into Photos.', 'Share', give);
@@ -8166,7 +8166,7 @@ async function share(files) {
     give();
   } catch (error) {
     hush();
-    if (!end.signal.aborted) note('The file is not there. Is its disk plugged in?');
+    if (!end.signal.aborted) note('The file is missing. Is its disk plugged in?');
   }
 }
 async function load(files, signal, progress) {
@@ -8244,7 +8244,7 @@ async function several({target: {value: name}}) {
   const ids = name ? await everyId() : [], all = ids.length;
   const [method, end, question] = {
     retry: ['POST', '/retry', `Try ${all} again?`],
-    clear: ['DELETE', '?files=keep', `Take ${all} off this list? Their files stay.`],
+    clear: ['DELETE', '?files=keep', `Remove ${all} from this list? Their files stay.`],
     delete: ['DELETE', '', `Delete ${all}, with their files?`]}[name] ?? [];
   if (!all || !confirm(question)) return;
   let good = 0;
@@ -8278,7 +8278,7 @@ function prefill() {
 function submit(event) {
   event.preventDefault();
   const text = filled($('box').value.split('\n').map(line => line.trim())).join('\n');
-  write($('refusal'), text ? '' : 'There is no link in the box yet.');
+  write($('refusal'), text ? '' : 'Paste a link into the box first.');
   if (!text) return;
   changeOutbox([...outbox(), {text, timestamp: Date.now()}]);
   fill('');
@@ -8404,7 +8404,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
   <p>Set it up once, at home, in about four minutes.</p>
   <!--qr_svg--><div class="desk"><p>On a computer? Point the phone’s camera at this, or open
     <b>{{BASE_URL}}/setup</b> in Safari.</p>
-    <div class="qr" role="img" aria-label="QR code of it">{{QR_SVG}}</div></div><!--/qr_svg-->
+    <div class="qr" role="img" aria-label="QR code for it">{{QR_SVG}}</div></div><!--/qr_svg-->
 </div>
 <!--fingerprint-->
 <nav aria-label="Steps"><ol id="way">
@@ -8421,7 +8421,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
     <rect class="tap" x="158" y="78" width="104" height="34" rx="10"/>
     <text class="do" x="210" y="101">Allow</text></svg>
   <p>Tap the button, then <b>Allow</b>, then <b>Close</b>. Your iPhone can then trust this server.
-    It stays at home: the profile is good for nothing outside your network.</p>
+    The profile is good for your home network only.</p>
   <p class="go"><a id="get" class="button" href="ca.mobileconfig">Get the profile</a>
     <a href="#install">Next</a></p>
 </section>
@@ -8438,7 +8438,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
     <text class="do" x="241" y="94">Install</text></svg>
   <p>Open <b>Settings</b>. Tap <b>Profile Downloaded</b>, near the top, then <b>Install</b>. Enter
     your passcode, and tap <b>Install</b> until it says <b>Done</b>.</p>
-  <p class="hint">Not there? <b>General</b> → <b>VPN &amp; Device Management</b> (iOS 18, 26
+  <p class="hint">Not shown? <b>General</b> → <b>VPN &amp; Device Management</b> (iOS 18, 26
     and 27).</p>
   <details><summary>Is it really from your server?</summary><p>Tap <b>More Details</b> before you
     install. The SHA-256 fingerprint of the certificate must be the one in the server’s terminal:
@@ -8459,7 +8459,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
     Settings</b>. Turn on the switch and tap <b>Continue</b>. Then come back here.</p>
   <p id="trusted" role="status">This page moves on by itself as soon as your iPhone trusts the
     server.</p>
-  <p class="go"><a href="{{BASE_URL}}/setup#share">Go on without waiting</a></p>
+  <p class="go"><a href="{{BASE_URL}}/setup#share">Continue without waiting</a></p>
 </section>
 <!--/fingerprint--><!--secure-->
 <!--has_keys--><form class="step" id="unlock">
@@ -8498,25 +8498,25 @@ SETUP_HTML = r'''<!DOCTYPE html>
       <b>Save video</b>.</li></ol>
   <p>Now share a video: <b>Share</b> → <b>Save video</b> → <b>Always Allow</b>.</p>
   <p id="works" role="status">Waiting for the first link from this phone…</p>
-  <p class="go"><a class="button" href="./">To the videos</a></p>
+  <p class="go"><a class="button" href="./">Go to the videos</a></p>
 </section>
 <!--/secure-->
-<details><summary>Something does not work</summary><dl>
+<details><summary>Something is not working</summary><dl>
   <!--fingerprint--><dt>Safari does not offer the profile</dt>
   <dd>Open <b>{{BASE_URL}}/ca.mobileconfig</b> on a computer, and send the file to the iPhone by
     AirDrop. Or save it to iCloud Drive and tap it in <b>Files</b>. (iOS 27 may take a profile only
     this way, or over https.)</dd>
-  <dt>Profile Downloaded is not there</dt>
+  <dt>Profile Downloaded is not shown</dt>
   <dd>It disappears after 8 minutes. Get the profile again.</dd>
   <dt>It is never trusted</dt>
-  <dd>Is the switch of step 3 on? Is the phone in the same Wi-Fi? Does the server run?</dd>
+  <dd>Is the switch in step 3 on? Is the phone on the same Wi-Fi? Is the server running?</dd>
   <dt>Safari warned about this page</dt>
   <dd>“Visit this website” counts in Safari only. Do steps 1 to 3.</dd><!--/fingerprint-->
   <dt>“Could not connect to the server”</dt>
   <dd><b>Settings</b> → <b>Privacy &amp; Security</b> → <b>Local Network</b>: turn on
     <b>Safari</b> and <b>Shortcuts</b>. Turn off the VPN, or let it reach the local network.</dd>
   <dt>The name is not found</dt>
-  <dd>Not every network knows names that end in <b>.local</b>. Use an address by number:
+  <dd>Some networks cannot find names that end in <b>.local</b>. Use a numeric address:
     {{ADDRESSES}}</dd></dl></details>
 <!--secure--><details><summary>Photos, away from home, other devices</summary><dl>
   <dt>The video straight into Photos</dt>
