@@ -3762,6 +3762,12 @@ class TestSignals(DaemonTest):
         wait_until(lambda: 'restart refused' in daemon.log(), 10)
         daemon.download(self.site.tiktok())
 
+    def test_it_starts_with_stdin_stdout_and_stderr_closed(self):
+        daemon = self.new_daemon(start=False)
+        daemon.prefix = ['sh', '-c', 'exec "$@" <&- >&- 2>&-', 'sh']
+        daemon.launch(from_source=True)
+        wait_until(daemon.listens, 20)
+
     @unittest.skipUnless(Path('/proc/self/environ').exists(), 'only Linux tells')
     def test_started_from_source_it_goes_on_as_the_tests_start_it(self):
         def life(daemon: Daemon, from_source: bool) -> List[Any]:

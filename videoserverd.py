@@ -9357,8 +9357,7 @@ class Daemon:
                 setup_facts(config, port, True, is_at_home(request))))}
         routes = [Route('GET', path, get_asset, 'open', kind.split(';')[0])
                   for path, (kind, _) in assets.items()]
-        # The set-up page asks for a picture by another name: Safari may have been told to visit the
-        # name that is in the address bar although nothing vouches for it.
+        # Of the picture by which the set-up page sees that it is trusted.
         origins = f' {public_base(config, port)} {bases_by_number(port)}'
         app = App(config, self.store, self.board, self.scheduler, assets=assets,
                   routes=(*ROUTES, *routes), health=self.health.report, forget=self._forget,
@@ -9384,7 +9383,7 @@ class Daemon:
         os.set_blocking(self._wishes[1], False)
         signal.set_wakeup_fd(self._wishes[1], warn_on_full_buffer=False)
         wishes = ['stop', 'stop', 'restart']
-        if sys.stdin is not None and sys.stdin.isatty():  # the terminal is gone
+        if sys.stdin.isatty():  # the terminal is gone
             wishes[2] = 'stop'
         for number, wish in zip(OUR_SIGNALS, wishes):
             signal.signal(number, lambda *_, wish=wish: self._ask(wish))
@@ -10013,6 +10012,10 @@ def act(file: Path | None, command: Callable[[Config, Any], int], options: Any =
 def go_on(config: Config, options: Any) -> int:
     """Become the server proper; in the foreground, as the child of a small parent."""
     compile_program()
+    fd = 0
+    while fd < 3:  # a closed one would be a file of ours
+        fd = os.open(os.devnull, os.O_RDWR)
+        os.set_inheritable(fd, fd < 3)
     os.environ.setdefault('MALLOC_ARENA_MAX', '1')  # else glibc keeps a heap per thread
     line = bare_python(SERVE, str(config.file or ''))
     if 'NOTIFY_SOCKET' not in os.environ and os.getppid() != 1:
