@@ -3854,6 +3854,14 @@ class TestAccidents(unittest.TestCase):
         self.assertTrue(self.store.finish(self.download_id, outcome, Path('/tmp'), 3))
         self.assertEqual(self.store.get(self.download_id)['title'], 'a \ufffd')
 
+    def test_search_finds_captions_and_authors_and_takes_no_sign_for_another(self):
+        self.store.claim(self.download_id, 2)
+        outcome = v.Outcome('done', title='a', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),),
+                            post={'uploader': 'Zoë_k', 'description': 'a\nTen 50% \\ hills'})
+        self.store.finish(self.download_id, outcome, Path('/tmp'), 3)
+        for q, found in (('zoë_', 1), ('HILLS', 1), ('50%', 1), ('% \\', 1), ('o_k', 0), ('Te%s', 0)):
+            self.assertEqual(self.store.page(9, q=q)[0], found, q)
+
     def test_one_at_a_time_and_one_entry_in_the_heap_for_each(self):
         for _ in range(3):
             for id in (self.download_id, 'other'):
@@ -10172,8 +10180,12 @@ class TestPage(DaemonTest):
         self.assertLessEqual(self.browser.run('return window.most'), 2)
 
     def test_search_filter_and_several_at_once(self):
+        failed = "SELECT * FROM downloads WHERE status = 'failed'"
+        for row in self.daemon.rows(failed):  # of other tests
+            self.daemon.client.delete(f'/api/v1/download/{row["id"]}')
         self.daemon.download(str(self.site.tiktok(title='Needle in the hay')))
-        self.daemon.fails(str(self.site.tiktok(state='private')))
+        private = self.site.tiktok(state='private')
+        self.daemon.fails(str(private))
         for _ in range(4):  # from the fifth video on there is something to search
             self.daemon.download(str(self.site.tiktok(title='Hay')))
         self.browser.run('window.confirm = question => { window.asked = question; return true; }')
@@ -10186,9 +10198,13 @@ class TestPage(DaemonTest):
         self.browser.wait(f'{ROWS}.length > 4 && document.querySelector("article").getBoundingClientRect().top < 230')
         self.browser.click('#states [value=failed]')
         self.browser.wait(f'{ROWS}.length && {ROWS[7:]}.every(row => row.status === "failed")')
+        asked = len(private.page.requests)
+        self.browser.click('#bulk [value=retry]')
+        wait_until(lambda: len(private.page.requests) > asked and self.daemon.rows(failed), 60)
+        self.browser.wait(f'{ROWS}.length')
         self.browser.click('#bulk [value=clear]')
         self.browser.wait('return !document.querySelector("article")')
-        self.assertEqual(self.daemon.rows("SELECT * FROM downloads WHERE status = 'failed'"), [])
+        self.assertEqual(self.daemon.rows(failed), [])
         self.assertRegex(self.browser.run('return window.asked'), r'Remove \d+ from this list. Their files stay')
         self.browser.click('#states [value=""]')
         self.browser.click('#pick')

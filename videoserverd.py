@@ -1307,6 +1307,7 @@ INSERT INTO outbox (kind, download_id, payload, attempts, due)
 DROP INDEX idx_s3_due;    -- s3_due and s3_attempts are not used any more
 '''
 MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts those that have run
+SEARCHED = ('url', 'title', 'filename', 'uploader', 'description')
 HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
 REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
 LAST_ROOM = 20 << 20  # bytes free on the database's disk, below which links are refused
@@ -1602,9 +1603,9 @@ class Store:
         if status:
             where, args = 'status = ?', [status]
         if q:
-            fields = [rf"{name} LIKE ? ESCAPE '\'" for name in ('url', 'title', 'filename')]
+            fields = [rf"{name} LIKE ? ESCAPE '\'" for name in SEARCHED]
             where += f' AND ({" OR ".join(fields)})'
-            args += ['%' + re.sub(r'([%_\\])', r'\\\1', q) + '%'] * 3
+            args += ['%' + re.sub(r'([%_\\])', r'\\\1', q) + '%'] * len(fields)
             total = self.read(f'SELECT count(*) FROM downloads WHERE {where}', args)[0][0]
         else:
             total = sum(n for name, n in self.counts().items() if status in ('', name))
@@ -7444,7 +7445,7 @@ PAGE_HTML = r'''<!DOCTYPE html>
     <button value="delete" class="button quiet">Delete</button></div>
   <section id="empty" hidden>
     <h2>Nothing here yet</h2>
-    <ol><li>Set up your iPhone. It takes about four minutes.</li>
+    <ol><li>Set up your iPhone. It takes about five minutes.</li>
       <li>In TikTok or Instagram tap Share, then Save video.</li>
       <li>Or paste a link into the box above.</li></ol>
     <a class="button" href="setup">Set up a phone</a>
@@ -8401,7 +8402,7 @@ SETUP_HTML = r'''<!DOCTYPE html>
 <main data-check="{{CHECK}}" data-next="{{BASE_URL}}/setup#share">
 <div class="lead">
   <h1>Tap Share on your iPhone, and the video is saved on {{HOST}}.</h1>
-  <p>Set it up once, at home, in about four minutes.</p>
+  <p>Set it up once, at home, in about five minutes.</p>
   <!--qr_svg--><div class="desk"><p>On a computer? Point the phone’s camera at this, or open
     <b>{{BASE_URL}}/setup</b> in Safari.</p>
     <div class="qr" role="img" aria-label="QR code for it">{{QR_SVG}}</div></div><!--/qr_svg-->
@@ -8898,7 +8899,7 @@ def program(config: Config) -> str:
     if str(PROGRAM) == INSTALLED:
         return 'sudo videoserverd'
     words = ['python3', str(PROGRAM)]
-    if config.file:
+    if config.file not in (None, PROGRAM.parent / 'config.ini'):
         words += ['--config', str(config.file)]
     return shlex.join(words)
 
