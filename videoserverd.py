@@ -1603,9 +1603,9 @@ class Store:
         if status:
             where, args = 'status = ?', [status]
         if q:
-            fields = [rf"{name} LIKE ? ESCAPE '\'" for name in SEARCHED]
-            where += f' AND ({" OR ".join(fields)})'
-            args += ['%' + re.sub(r'([%_\\])', r'\\\1', q) + '%'] * len(fields)
+            fields = ' || char(10) || '.join(f"ifnull({name}, '')" for name in SEARCHED)
+            where += rf" AND {fields} LIKE ? ESCAPE '\'"
+            args.append('%' + re.sub(r'([%_\\])', r'\\\1', q) + '%')
             total = self.read(f'SELECT count(*) FROM downloads WHERE {where}', args)[0][0]
         else:
             total = sum(n for name, n in self.counts().items() if status in ('', name))
@@ -7401,18 +7401,20 @@ MANIFEST = r'''{
 }
 '''
 
-PAGE_HTML = r'''<!DOCTYPE html>
+HEAD = r'''<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
-<title>Video inbox</title>
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
 <meta name="color-scheme" content="light dark">
 <meta name="referrer" content="no-referrer">
 <link rel="icon" href="icon.png">
 <link rel="apple-touch-icon" href="icon.png">
-<link rel="manifest" href="manifest.webmanifest">
 <link rel="stylesheet" href="page.css">
+'''
+
+PAGE_HTML = HEAD + r'''<title>Video inbox</title>
+<link rel="manifest" href="manifest.webmanifest">
 <script type="module" src="page.js"></script>
 </head>
 <body>
@@ -8385,17 +8387,7 @@ addEventListener('fetch', event => {
 '''
 
 # {{NAME}} is a fact, escaped; <!--name-->…<!--/name--> stays only where that fact is not empty.
-SETUP_HTML = r'''<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<title>Set up an iPhone</title>
-<meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<link rel="icon" href="icon.png">
-<link rel="apple-touch-icon" href="icon.png">
-<link rel="stylesheet" href="page.css">
+SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 <script type="module" src="setup.js"></script>
 </head>
 <body class="setup">
@@ -8899,7 +8891,7 @@ def program(config: Config) -> str:
     if str(PROGRAM) == INSTALLED:
         return 'sudo videoserverd'
     words = ['python3', str(PROGRAM)]
-    if config.file not in (None, PROGRAM.parent / 'config.ini'):
+    if config.file:
         words += ['--config', str(config.file)]
     return shlex.join(words)
 
