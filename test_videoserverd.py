@@ -863,7 +863,8 @@ class TestMainJob(DaemonTest):
         row = self.daemon.wait_status(id, 'completed')
         self.assertRegex(row['note'], '^2 of 3: video 3 is missing. The site answered with an error: HTTP 404')
         self.assertEqual([file['type'] for file in row['files']], ['video/mp4', 'image/jpeg'])
-        self.assertEqual((post.media[0].hits, row['uploader'], row['upload_date']), (1, 'tester', '20251113'))
+        date = '20251113' if sys.version_info >= (3, 10) else None  # the yt-dlp of Python 3.9 does not tell
+        self.assertEqual((post.media[0].hits, row['uploader'], row['upload_date']), (1, 'tester', date))
         status, _, _ = self.daemon.client.delete(f'/api/v1/download/{id}')
         self.assertEqual((status, set(self.daemon.files()) & {file['name'] for file in row['files']}), (200, set()))
 
@@ -3642,7 +3643,7 @@ class TestCommands(DaemonTest):
     def test_doctor_names_each_fault_and_what_fixes_it(self):
         daemon = self.new_daemon()
         done = daemon.run('doctor')
-        self.assertIn(' ok  server: ', done.stdout)
+        self.assertIn(' ok  server: ' if v.runs_here(v.NEEDS) else 'needs Python', done.stdout)
         self.assertNotIn('Traceback', done.stdout)
         self.assertNotIn('permissions', done.stdout)
         (daemon.database.parent / 'cookies.txt').write_text('')
@@ -6184,6 +6185,8 @@ class TestVendor(unittest.TestCase):
                 ('extractor/tiktok.py', {'class TikTokVMIE': 'class TikTokShortIE'},
                  'tiktok.com/@a/video/1 ends with')):
             file = root / 'yt_dlp' / name
+            if 'nap' in why and sys.version_info < (3, 10):
+                continue  # its last release, which no other one follows, never sleeps in the try-out
             before = text = file.read_text('utf-8')
             for there, then in changes.items():
                 self.assertRegex(text, there)
@@ -7317,7 +7320,7 @@ class TestNotify(DaemonTest):
     def test_a_webhook_gets_the_download_as_signed_json_again_until_it_takes_it(self):
         self.listener.answers[:] = 500, 404
         daemon = self.started(self.listener.url + '/hook?a=b', VIDEOSERVER_NOTIFY_SECRET='s3cret',
-                              hurry={'COURIER_NAP': 0.2})
+                              VIDEOSERVER_NOTIFY_EVENTS='completed', hurry={'COURIER_NAP': 0.2})
         row = daemon.download(self.site.tiktok())
         wait_until(lambda: len(self.told) == 3, 20)
         for path, headers, body in self.told:
@@ -10195,7 +10198,8 @@ class TestPage(DaemonTest):
         self.browser.until('#nothing', 'checkVisibility()')
         self.browser.click('#show-all')
         self.browser.screen(390, 844)
-        self.browser.wait(f'{ROWS}.length > 4 && document.querySelector("article").getBoundingClientRect().top < 230')
+        top = 230 if v.runs_here(v.NEEDS) else 999  # below what is said of an old Python
+        self.browser.wait(f'{ROWS}.length > 4 && document.querySelector("article").getBoundingClientRect().top < {top}')
         self.browser.click('#states [value=failed]')
         self.browser.wait(f'{ROWS}.length && {ROWS[7:]}.every(row => row.status === "failed")')
         asked = len(private.page.requests)
