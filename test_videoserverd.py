@@ -4372,7 +4372,7 @@ class TestPosts(DownloadTest):
     def test_pages_of_a_site_have_their_pace_and_media_do_not(self):
         pace = v.Pace()
         self.assertEqual([pace.turn(site, 2, 10) for site in ('a', 'a', 'b', 'a')], [0, 2, 0, 2])
-        pace.answered('a', 2, 11)
+        pace.turn('a', 2, 11, answered=True)
         self.assertEqual([pace.turn('a', 2, now) for now in (12, 13, 14)], [1, 0, 1])
         config = self.config(downloader={'page_pace': 'tiktok.com 0.5, instagram.com 0.5'})
         posts = [self.site.tiktok() for _ in range(3)] + [self.site.instagram()]
@@ -4647,6 +4647,8 @@ class TestFormats(DownloadTest):
         outcome = self.fetch(post)
         self.assert_done(outcome, silent[1])
         self.assertEqual((outcome.note, len(self.finished())), ('The site sent it without sound.', 2))
+        renamed = [{'url': '//a', 'format_id': 'a b', 'acodec': 'aac'}], {'url': 'http://a', 'acodec': 'aac'}
+        self.assertEqual(v.without_formats(*renamed, 'audio'), [], 'the same again and again')
         blind = movie(100_000, 'blind').replace(b'vide', b'hint')
         post = self.site.tiktok(formats=('h264_540p', 'h264_720p'))
         post.media[1].set(body=blind)
@@ -4986,6 +4988,33 @@ class TestResume(DownloadTest):
         self.begin(post)
         self.assert_done(self.fetch(post, 'resumed'), post.media[0])
         self.assertRegex(post.media[0].ranges_asked[-1], r'bytes=[1-9]\d+-')
+
+    def test_of_a_carousel_that_was_stopped_every_item_comes_or_is_named(self):
+        for number, (boot, page) in enumerate((('', []), ('another', []), ('', [404] * 9))):
+            post = self.site.instagram('video', 'photo', 'video')
+            post.media[2].set(hold_at=50_000)
+            attempt = self.attempt(post, f'carousel{number}')
+            run = self.in_background(attempt)
+            post.media[2].wait_held()
+            attempt.stop('stopped')
+            run.wait()
+            post.media[2].release()
+            post.page.set(fail=page)
+            with unittest.mock.patch.object(v, 'BOOT_ID', boot or v.BOOT_ID):
+                outcome = self.fetch(post, f'carousel{number}')
+            if page:
+                self.assertRegex(outcome.note, '^2 of 3: video 3 is missing. ')
+            else:
+                self.assert_done(outcome, *post.media)
+                self.assertEqual(post.media[0].hits, 1 + bool(boot))
+
+    def test_what_was_broken_is_fetched_anew(self):
+        for post in (self.site.tiktok(known_size=False), self.site.instagram('photo')):
+            whole = post.media[0].body
+            post.media[0].set(body=whole[:len(whole) // 2])
+            self.assertEqual(self.fetch(post, post.id, ['-R', '0']).kind, 'retry')
+            post.media[0].set(body=whole)
+            self.assert_done(self.fetch(post, post.id, ['-R', '0']), post.media[0])
 
     def test_another_file_is_fetched_from_its_beginning(self):
         for make, sizes in ((self.site.tiktok, (900_000, 999_950, 1_200_000, 400_000)),
@@ -5476,6 +5505,11 @@ class TestGuard(DownloadTest):
                 outcome = self.fetch('http://cdn.example.com/x.mp4', config=self.open_config)
                 self.assert_ends(outcome, 'give_up', 'refused_address')
         self.assertEqual(self.connected, [])
+
+    def test_an_attempt_may_ask_the_database(self):
+        attempt = self.attempt(self.site.tiktok())
+        attempt.on_identity = lambda *_: sqlite3.connect(self.folder / 'x.db').close()
+        self.assertEqual(attempt.run().kind, 'done')
 
     def test_redirects_segments_and_keys_are_checked_too(self):
         inside = 'http://127.0.0.2/x.ts'

@@ -2517,7 +2517,6 @@ PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
 CLASSES = {'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported',
            'FileNotFoundError': 'crash'}
 STATUSES = {401: 'login', 403: 'blocked', 404: 'gone', 410: 'gone', 451: 'geo'}  # of a page
-PASSING_STATUSES = (408, 425, 429)  # and 5xx
 OUTPUT_ERRORS = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
 NETWORKING = re.compile(r'(?:/http/|/urllib/|/networking/|(?:^|/)(?:socket|ssl|socks)\.py)')
 
@@ -2544,11 +2543,8 @@ def has_ca_store() -> bool:
 
 def where_raised(error: BaseException) -> list[str]:
     """The files of the code that an error came through, the innermost last."""
-    files, step = [], error.__traceback__
-    while step:
-        files.append(step.tb_frame.f_code.co_filename)
-        step = step.tb_next
-    return files
+    import traceback
+    return [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def system_reason(error: BaseException, output: Path) -> str | None:
@@ -2612,7 +2608,7 @@ def judge_error(error: BaseException, output: Path, in_page: bool) -> Ending:
     if in_page and status in STATUSES:
         return Ending(STATUSES[status])
     if status:  # the address of a medium expires: the next try asks for a new one
-        passing = status >= 500 or status in PASSING_STATUSES
+        passing = status >= 500 or status in (408, 425, 429)
         return Ending('http', f'HTTP {status}', tries=None if passing else 2)
     if 'SSLCertVerificationError' in classes and not has_ca_store():
         return Ending('ca_store')
@@ -2738,7 +2734,8 @@ def without_formats(formats: list[dict[str, Any]], got: dict[str, Any], lacking:
               if lacking in announced(part) for key in ('url', 'format_id')}
     struck |= {re.sub(r'-\d+$', '', name) for name in struck}  # as the site had it
     rest = [part for part in formats if not struck & {part.get('url'), part.get('format_id')}]
-    return rest if any(lacking in announced(part) for part in rest) else []
+    fewer = len(rest) < len(formats)  # else yt-dlp has changed the name and address
+    return rest if fewer and any(lacking in announced(part) for part in rest) else []
 
 
 # -- yt-dlp, imported and held
@@ -2756,9 +2753,8 @@ def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
     import subprocess
     line = ['openssl', 'enc', '-d', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()]
     with suppress(OSError):
-        with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL) as child:
-            return child.communicate(data)[0]
+        return subprocess.run(line, input=data, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL).stdout
     return b''
 
 
@@ -2858,7 +2854,6 @@ def import_ytdlp(folder: Path) -> Any:
             only_python()
             sys.path.insert(0, str(folder))
             try:
-                import yt_dlp
                 import yt_dlp.extractor.instagram
                 import yt_dlp.extractor.tiktok
                 adapt_ytdlp()
@@ -2893,19 +2888,14 @@ class Pace:
     def __init__(self):
         self._lock, self._next = threading.Lock(), {}  # when a site may be asked again
 
-    def turn(self, site: str, gap: float, now: float) -> float:
-        """Seconds to wait before asking again; 0: it is your turn."""
+    def turn(self, site: str, gap: float, now: float, answered: bool = False) -> float:
+        """Seconds to wait before asking; 0: it is your turn. The gap counts from the answer:
+        nobody knows when the request arrived."""
         with self._lock:
             wait = self._next.get(site, 0.0) - now
-            if wait <= 0:
+            if gap and (answered or wait <= 0):
                 self._next[site] = now + gap
             return max(wait, 0.0)
-
-    def answered(self, site: str, gap: float, now: float) -> None:
-        """The gap counts from the answer: nobody knows when the request arrived."""
-        with self._lock:
-            if gap:
-                self._next[site] = now + gap
 
 
 PACE = Pace()
@@ -3027,7 +3017,8 @@ class JobFolder:
         self.results: list[dict[str, Any]] = []
         self.post: dict[str, Any] = {}  # post_facts() of what is behind the link
         self.missing: dict[int, str] = {}  # the items that failed, and what they are
-        self.total = 1                  # items of the post
+        self.total = 1  # items of the post
+        self.fetched = False  # whether each was tried
         self.current = ''  # the part whose bytes a request brings, '' for others
 
     def open(self) -> None:
@@ -3042,7 +3033,7 @@ class JobFolder:
             self.missing = {int(at): kind for at, kind in note['missing'].items()}
             self.post, self.total, self.results = note['post'], note['total'], note['results']
             if note['boot'] == BOOT_ID:
-                self.parts = note['parts']
+                self.parts, self.fetched = note['parts'], note['fetched']
             else:  # only what was moved was synced
                 self.results = [result for result in self.results if 'name' in result]
         self.clear({result['source'] for result in self.results} | {self.file.name} | {
@@ -3059,8 +3050,7 @@ class JobFolder:
 
     def save(self) -> None:
         """Write job.json. Raises OSError."""
-        note = {'boot': BOOT_ID, 'parts': self.parts, 'results': self.results,
-                'post': self.post, 'missing': self.missing, 'total': self.total}
+        note = {**vars(self), 'boot': BOOT_ID, 'path': '', 'file': ''}
         write_whole(self.file, json.dumps(note), durable=bool(self.missing))
 
     def begin(self, name: str, info: dict[str, Any]) -> None:
@@ -3131,10 +3121,11 @@ class JobFolder:
             final = output / result.get('name', '.')
             moved = final.is_file() and final.stat().st_size == result['size']
             return moved or (self.path / result['source']).exists()
-        lost = {result['item'] for result in self.results if not there(result)}
-        self.results = [result for result in self.results if result['item'] not in lost]
-        items = sorted(lost.union(self.missing))
-        if not self.results:
+        for lost in {result['item'] for result in self.results if not there(result)}:
+            self.missing.setdefault(lost, 'video')
+            self.results = [result for result in self.results if result['item'] != lost]
+        items = sorted(self.missing.keys() - {result['item'] for result in self.results})
+        if not self.results or not (items or self.fetched):
             return []
         return items or None
 
@@ -3600,7 +3591,7 @@ class Attempt:
                 raise
             response = error.response
         finally:
-            PACE.answered(site, gap, time.monotonic())
+            PACE.turn(site, gap, time.monotonic(), answered=True)
         for name in ('Content-Length', 'Content-Range'):
             if re.search(r'\d{16}', response.headers.get(name) or ''):
                 raise Ending('http', 'it states an impossible size')
@@ -3647,9 +3638,9 @@ class Attempt:
         self.stopper.go_on()  # before anything that was cut off by a stop is taken for whole
         if told['status'] == 'finished':
             file = Path(told['filename'])
-            self.folder.finished(file.name, told.get('info_dict') or {})
             if media_extension(file) in MP4_KINDS:  # else ffmpeg would hide what is missing
                 tracks(file)
+            self.folder.finished(file.name, told.get('info_dict') or {})
         if self.meter.hear(told):
             self.check(time.monotonic())
 
@@ -3681,11 +3672,14 @@ class Attempt:
 
     def _take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
         self.folder.total = max(self.folder.total, extra.get('n_entries') or 1)
+        at = extra.get('playlist_index') or 1
+        if any(result['item'] == at for result in self.folder.results):
+            return info  # before a stop
         if 'addresses' in info:
             got = self._fetch_plain(info, extra)
         else:
             got = self._fetch_video(process, info)
-        self._keep(got, extra.get('playlist_index') or 1)
+        self._keep(got, at)
         return got
 
     def _describe(self, info: dict[str, Any]) -> None:
@@ -3698,7 +3692,8 @@ class Attempt:
         if not first or not post['id'] or info.get('extractor_key') == 'Generic':
             return  # the generic extractor's ids are not unique
         post['media_id'] = post['id'][:200]
-        found = self.on_identity(post['site'], post['media_id'])
+        with within(None):  # the database
+            found = self.on_identity(post['site'], post['media_id'])
         if found:
             ending = Ending('done')
             ending.outcome = found
@@ -3733,6 +3728,8 @@ class Attempt:
                 self.session.dl(str(path), part)
                 if is_picture(path) if kind == 'picture' else 'audio' in tracks(path):
                     return {**info, 'requested_downloads': [{'filepath': str(path)}]}
+                self.folder.drop(path.name)
+                raise Ending('bad_media')
             except (Exception, Ending) as error:
                 self.stopper.go_on()
                 failure = error
@@ -3868,11 +3865,10 @@ class Attempt:
             with within(self.reach):
                 self._fetch_missing(wanted)
                 self._add_slideshow()
-            came = {result['item'] for result in folder.results}
             folder.missing = {at: kind for at, (kind, _) in self.failures.items()}
-            if not came:
+            if not folder.results:
                 return self._outcome(()) if self.failures else Ending('bad_media').outcome
-            folder.results.sort(key=lambda result: result['item'])
+            folder.fetched = True
             folder.save()
         self.meter.enter('file')
         for result in folder.results:
@@ -3893,13 +3889,15 @@ class Attempt:
             outcome = self._failed(error)
             if not self.folder.results or outcome.kind not in ('retry', 'give_up'):
                 raise
+            items = items or list(range(1, self.folder.total + 1))
         for at in set(items) - {result['item'] for result in self.folder.results}:
             kind = self.folder.missing.get(at, 'video')
             self.failures.setdefault(at, (kind, outcome))
 
     def _add_slideshow(self) -> None:
         """A video of a TikTok photo post, once all of it is here; it may do without."""
-        results = sorted(self.folder.results, key=lambda result: result['item'])
+        results = self.folder.results
+        results.sort(key=lambda result: result['item'])
         kinds = [media_type('x.' + result['ext']).partition('/')[0] for result in results]
         if self.failures or kinds[:1] != ['image'] or kinds[-1] != 'audio' \
                 or not self.config.downloads.slideshow or not which('ffmpeg'):
@@ -4000,7 +3998,7 @@ class Attempt:
 
         def chat(message):  # errors are told once more when the attempt ends
             log.debug('download %s: %s', self.job.id, excerpt(message, 400))
-        pause = {kind: lambda n: min(0.5 * 2 ** n, 5) for kind in ('http', 'fragment', 'extractor')}
+        pause = dict.fromkeys(('http', 'fragment', 'extractor'), lambda n: min(0.5 * 2 ** n, 5))
         return {**params, **FORCED,
                 'paths': {'home': str(self.folder.path)}, 'ffmpeg_location': ffmpeg,
                 'ratelimit': min(rates, default=None), 'retry_sleep_functions': pause,
@@ -4500,13 +4498,13 @@ class Freshness:
 # Called by http (links) and daemon.
 
 MARKER = '.videoserverd'  # in the output folder: an unplugged disk leaves a folder without it
-UPLOAD_BLOCK = 256 << 10         # bytes in memory at a time
-MULTIPART_ABOVE = 100 << 20      # where AWS advises parts
-PART_SIZE = 16 << 20             # what a lost connection costs at most; S3 takes 10,000
-JOIN_SECONDS = 300.0             # for an answer: joining many parts takes a server long
-LONGEST_DELAY = 6 * 3600         # seconds between tries
-COURIER_NAP = 60.0               # seconds between looks when nothing is due, and after a failure
-THUMBNAIL_SECONDS = 20.0         # a Pi needs two for a frame of a 4K video
+UPLOAD_BLOCK = 256 << 10  # bytes in memory at a time
+MULTIPART_ABOVE = 100 << 20  # where AWS advises parts
+PART_SIZE = 16 << 20  # what a lost connection costs at most; S3 takes 10,000
+JOIN_SECONDS = 300.0  # for an answer: joining many parts takes a server long
+LONGEST_DELAY = 6 * 3600  # seconds between tries
+COURIER_NAP = 60.0  # seconds between looks when nothing is due, and after a failure
+THUMBNAIL_SECONDS = 20.0  # a Pi needs two for a frame of a 4K video
 THUMBNAIL_FILTER = ("crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',"
                     "scale='min(120,iw)':-2")  # twice what the page shows
 # None that leads to other files, as a playlist does.
@@ -5022,13 +5020,12 @@ def make_thumbnail(video: Path, picture: Path) -> bool:
 # Lock: `_changed` guards heap, `_running` and the pause; never held across the store, a
 # download or a socket. Called by http (push, cancel), daemon (start, stop) and its own threads.
 
-MAX_NAP = 5.0     # seconds: a wall clock that jumps (a Pi has no RTC) is noticed after this
-WATCH_NAP = 1.0   # seconds between looks at running attempts and at what pauses the queue
+MAX_NAP = 5.0  # seconds: a wall clock that jumps (a Pi has no RTC) is noticed after this
+WATCH_NAP = 1.0  # seconds between looks at running attempts and at what pauses the queue
 PAUSE_SECONDS = 30  # how long a full disk, told by an attempt, keeps the queue from trying again
 HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never end
 HUNG = Outcome('retry', 'timeout', 'The download hung and had to be stopped.')
-CANCELLED = Outcome('cancelled', 'cancelled', 'Cancelled')
-INTERNAL = Outcome('retry', 'internal', 'Something went wrong in the server; see its log.')
+CANCELLED, INTERNAL = Ending('cancelled').outcome, Ending('internal').outcome
 STORE_NAP = 2.0   # seconds before an outcome that could not be stored is offered again
 
 
