@@ -92,7 +92,7 @@ usage() {
 usage: ./install.sh [--user NAME] [--output DIR] [--port N] [--no-service] [--dry-run]
        ./install.sh --uninstall [--purge] [--dry-run]
 
-  --user NAME     run as NAME (default: $name; on a Mac: who calls this)
+  --user NAME     run as NAME (default: $name; on a Mac: you)
   --output DIR    folder for the videos (default: $state/videos; on a Mac: ~/Movies/VideoServer)
   --port N        TCP port (default: 8443)
   --no-service    install, but start nothing
@@ -123,9 +123,9 @@ parse_arguments() {
 }
 
 check_arguments() {
-    [ ! "$purge" ] || [ "$action" = uninstall ] || die '--purge goes with --uninstall'
+    [ ! "$purge" ] || [ "$action" = uninstall ] || die '--purge needs --uninstall'
     case $user in
-        root) die '--user root: what opens files from the internet does not run as root' ;;
+        root) die '--user root: a program that opens files from the internet must not run as root' ;;
         -* | *[!A-Za-z0-9._-]*) die "--user $user: not the name of a user" ;;
     esac
     case $port in
@@ -154,7 +154,7 @@ check_system() {
         *) die "this is $system: here, run the program itself: python3 videoserverd.py" ;;
     esac
     if [ "$system" = Linux ] && [ "$service" ] && [ ! -d /run/systemd/system ]; then
-        say 'no systemd runs here: goes on as with --no-service'
+        say 'systemd is not running here: continuing as with --no-service'
         service=''
     fi
 }
@@ -176,15 +176,15 @@ END
 ensure_packages() {
     if [ "$system" = Darwin ]; then
         for tool in ffmpeg qrencode; do
-            command -v $tool >/dev/null || say "goes on without $tool; it comes by  brew install $tool"
+            command -v $tool >/dev/null || say "continuing without $tool; to get it:  brew install $tool"
         done
         return
     fi
     packages=$(missing_packages)
     [ "$packages" ] || return 0
-    command -v apt-get >/dev/null 2>&1 || { say "missing, and no apt-get to bring it: $packages" && return; }
+    command -v apt-get >/dev/null 2>&1 || { say "missing, and there is no apt-get to install it: $packages" && return; }
     doing install "the packages $packages"
-    [ "$dry" ] || apt_get update || say 'the list of packages could not be fetched; tries the one at hand'
+    [ "$dry" ] || apt_get update || say 'the list of packages could not be updated; trying the old one'
     # shellcheck disable=SC2086 # each word is a package
     [ "$dry" ] || apt_get install $packages || say "apt-get failed; still missing: $(missing_packages)"
 }
@@ -202,7 +202,7 @@ ensure_python() {
         done
     done
     python=/usr/bin/python3
-    [ "$dry" ] || die "no Python from 3.9 up that $user could run; Debian: apt-get install python3, Mac: brew install python"
+    [ "$dry" ] || die "no Python 3.9 or newer that $user can run; Debian: apt-get install python3, Mac: brew install python"
 }
 
 # python_serves MINOR: is $python 3.MINOR or newer, with what the program needs?
@@ -223,7 +223,7 @@ choose_user() {
     [ "$user" ] && [ "$user" != root ] && return
     user=$name
     [ "$system" != Darwin ] || user=${SUDO_USER:-$(id -un)}
-    [ "$user" != root ] || die 'say whom to run as: --user NAME'
+    [ "$user" != root ] || die 'choose the user to run as: --user NAME'
 }
 
 ensure_user() {
@@ -252,8 +252,8 @@ ensure_config() {
     [ ! "$output" ] || change_config downloads output_directory "$output"
     [ ! "$port" ] || change_config server port "$port"
     [ -f "$secrets" ] || put "$secrets" 600 <<'END'
-# Secrets of videoserverd, a line each, in effect after  sudo systemctl restart videoserver
-# Without an API key, whoever is in your network may use it.
+# Secrets of videoserverd, one per line, in effect after  sudo systemctl restart videoserver
+# Without an API key, anyone on your network may use it.
 #VIDEOSERVER_API_KEYS=a-long-random-word
 #AWS_ACCESS_KEY_ID=
 #AWS_SECRET_ACCESS_KEY=
@@ -370,7 +370,7 @@ ensure_provisioned() {
     running && return
     [ ! "$dry" ] || doing run "videoserverd setup as $user"
     [ "$dry" ] || "$command" setup ||
-        say 'goes on all the same: what can wait is tried again by the server itself'
+        say 'continuing anyway: the server tries again by itself what can wait'
 }
 
 install_service() {
@@ -388,14 +388,14 @@ install_systemd() {
     doing restart "$name"
     [ "$dry" ] || systemctl restart "$name" || {
         journalctl -n 20 --no-pager -u "$name" >&2
-        die 'the service does not start; above are its last words'
+        die 'the service does not start; the end of its log is above'
     }
 }
 
 # What differs here from the unit as delivered.
 drop_in() {
     cat <<END
-# Written by install.sh, anew at each run. For own changes: sudo systemctl edit $name
+# Written by install.sh at each run. For your own changes: sudo systemctl edit $name
 [Service]
 User=$user
 ExecStart=
@@ -408,7 +408,7 @@ END
         *) say "ReadWritePaths=\"-$quoted\"" ;;
     esac
     [ "$dry" ] || ask_config 'sys.exit(0 < config.server.port < 1024)' || cat <<END
-# A port below 1024 takes a capability of this machine.
+# A port below 1024 needs this capability.
 AmbientCapabilities=CAP_NET_BIND_SERVICE
 CapabilityBoundingSet=CAP_NET_BIND_SERVICE
 PrivateUsers=no
@@ -450,15 +450,15 @@ while True:
         sys.exit(print('videoserverd', health['version'], 'answers at', url + ':', health['status']))
     except OSError as error:
         time.sleep(0.5) if time.monotonic() < deadline else sys.exit(f'{url}: {error}')
-" || die 'it does not answer; what is wrong:  sudo videoserverd doctor'
+" || die 'it does not answer; to find out why:  sudo videoserverd doctor'
 }
 
 last_words() {
     cat <<END
 
-The iPhone, once:     sudo videoserverd phone      and open on it the address that it shows
-A link by hand:       videoserverd add URL
-How it is:            videoserverd list, videoserverd doctor
+Set up an iPhone:     sudo videoserverd phone      and open the address it shows on the iPhone
+Add a link by hand:   videoserverd add URL
+Check on it:          videoserverd list, videoserverd doctor
 Settings, API keys:   $config, $secrets
 END
 }
@@ -501,7 +501,7 @@ do_uninstall() {
         '' | "$state"/*) ;;
         *) doing keep "$videos with your videos" ;;
     esac
-    say 'keeps the Debian packages'
+    say 'keeps the Debian packages it installed'
 }
 
 purge_data() {

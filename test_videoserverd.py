@@ -3044,10 +3044,10 @@ class TestFreeze(DaemonTest):
             self.assertIn('server for a minute', daemon.wait_status(bad, 'failed')['error_message'])
             for id in good:
                 daemon.wait_status(id, 'completed')
-            self.assertEqual(len(re.findall('ended by its watchdog: Timeout .*yt_dlp', daemon.log())), number)
+            self.assertEqual(len(re.findall('its watchdog stopped it: Timeout .*yt_dlp', daemon.log())), number)
         for number in (signal.SIGHUP, signal.SIGTERM):  # passed on
             os.kill(daemon.process.pid, number)
-            wait_until(lambda: daemon.log().count('stopping to start anew') == 1)
+            wait_until(lambda: daemon.log().count('stopping to restart') == 1)
         self.assertEqual(daemon.wait_exit(), 0)
         self.assertFalse(list(daemon.database.parent.glob('*.freeze.last')))
 
@@ -3074,7 +3074,7 @@ class TestFreeze(DaemonTest):
         v.dump_file(daemon.config).write_text('Timeout (0:01:00)!\nThread 0x1 (most recent call first):\n  File "x"')
         daemon.start()
         wait_until(lambda: daemon.row(id)['crashes'] == 1, 10)
-        self.assertRegex(daemon.log(), 'watchdog: Timeout')
+        self.assertRegex(daemon.log(), 'watchdog stopped it: Timeout')
 
 
 class KillTally:
@@ -3568,7 +3568,7 @@ class TestCommands(DaemonTest):
         held = self.site.tiktok(title='Katze am Klavier', size=300_000, hold_at=150_000)
         running = daemon.half_way(held)
         waiting, dead = daemon.submit(self.site.tiktok()), self.site.tiktok(page={'fail': [500] * 9})
-        self.assertRegex(daemon.run('list').stdout, fr'{running[:8]}  \S+ \S+  \d+ % of it +Katze am Klavier\n')
+        self.assertRegex(daemon.run('list').stdout, fr'{running[:8]}  \S+ \S+  \d+% done +Katze am Klavier\n')
         self.assertRegex(daemon.run('cancel', waiting[:8]).stdout, waiting[:8] + ' .*ancel')
         self.assertIn('cancelled', daemon.run('list', '--status', 'failed').stdout)
         held.media[0].release()
@@ -3662,7 +3662,7 @@ class TestCommands(DaemonTest):
         daemon.change_env({'https_proxy': 'http://127.0.0.1:1', 'VIDEOSERVER_DOWNLOADER_PROXY': '',
                            'SSL_CERT_FILE': '/nowhere', 'SSL_CERT_DIR': '/nowhere'})
         done = daemon.run('doctor')
-        self.assertIn('BAD  proxy: downloads ignore https_proxy of the environment', done.stdout)
+        self.assertIn('BAD  proxy: downloads ignore https_proxy in the environment', done.stdout)
         self.assertIn('BAD  CA certificates are missing: no site can be verified', done.stdout)
         self.assertRegex(done.stdout, r'BAD +server: not running')
 
@@ -3707,7 +3707,7 @@ class TestCommands(DaemonTest):
 
     def test_doctor_names_what_the_certificate_lacks(self):
         daemon = self.new_daemon(start=False, server={'names': 'elsewhere.local'})
-        self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: does not name .*elsewhere.local')
+        self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: does not cover .*elsewhere.local')
 
     def test_more_links_than_one_request_takes_are_all_added(self):
         daemon = self.new_daemon(start=False, downloads={'min_free_space': '9000GB'})
@@ -4928,7 +4928,7 @@ class TestFailures(DownloadTest):
 
     def test_an_output_folder_that_is_not_there_yet_is_not_called_read_only(self):
         config = self.config(downloads={'output_directory': 'new'}, database={'path': 'new.db'})
-        self.assertIn('not there yet', v.usable_output(config, make=False))
+        self.assertIn('does not exist', v.usable_output(config, make=False))
         with unittest.mock.patch('pathlib.Path.mkdir', side_effect=OSError(errno.EROFS, 'Read-only file system')):
             self.assertIn(f'install.sh --output {self.folder / "new"}', v.usable_output(config))
         self.assertIsNone(v.usable_output(config))
@@ -8635,7 +8635,7 @@ class TestDailyCare(unittest.TestCase):
         daemon = v.Daemon(new_config())
         for days, count in ((13.5, 1), (15.5, 0)):
             daemon.care.certificate = SimpleNamespace(not_after=time.time() + days * v.DAY)
-            self.assertEqual(str(daemon.health.problems(None)).count('The certificate ends in 13 days. Fix: '), count)
+            self.assertEqual(str(daemon.health.problems(None)).count('certificate expires in 13 days. Fix: '), count)
 
 
 class TestStopAtTheStart(DaemonTest):
@@ -8991,7 +8991,7 @@ class TestInstallScript(unittest.TestCase):
         if os.path.isdir('/run/systemd/system'):
             self.assertIn('/etc/systemd/system/videoserver.service', named)
         else:
-            self.assertIn('no systemd runs here', done.stdout)
+            self.assertIn('systemd is not running here', done.stdout)
         self.assertIn('would set port = 9443 in /etc/videoserver/config.ini', done.stdout)
         self.assertRegex(done.stdout, r'would set output_directory = /\S+/clips in ')
         self.assertEqual(before, {path: Path(path).exists() for path in before})
@@ -9017,8 +9017,8 @@ class TestInstallScript(unittest.TestCase):
         self.assertNotIn('systemctl', done.stdout)
 
     def test_refuses_in_one_line_what_it_does_not_understand(self):
-        for words, said in ((['--purge'], 'goes with --uninstall'), (['--port', '70000'], '1 to 65535'),
-                            (['--port', '0x50'], '1 to 65535'), (['--user', 'root'], 'does not run as root'),
+        for words, said in ((['--purge'], 'needs --uninstall'), (['--port', '70000'], '1 to 65535'),
+                            (['--port', '0x50'], '1 to 65535'), (['--user', 'root'], 'must not run as root'),
                             (['--user', '$(id)'], 'not the name of a user'), (['--output', '/a"b'], 'a path without'),
                             (['--output', '/a%b'], 'a path without'), (['--user'], 'needs a value'),
                             (['--frobnicate'], 'unknown; see --help')):

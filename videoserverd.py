@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
 """videoserverd: the video inbox people trust.
 
-An iPhone shares a TikTok or Instagram link; this daemon has stored it safely before the phone
-says "Queued", and then does whatever it takes to turn it into a file. One file, the standard
-library and a vendored yt-dlp.
+An iPhone shares a TikTok or Instagram link; this daemon stores it safely before the phone says
+"Saved", and then does whatever it takes to turn it into a file. One file, the standard library
+and a vendored yt-dlp.
 
 The map. One law: a name is used only below the line that defines it; calls point up the file.
 
     tools        what every section uses: sizes, small files, stable storage
-    settings     one row per key; feeds config.ini, environment, --help, error texts
+    settings     one row per key, for config.ini, environment, --help and error texts
     jobs         what a download is: states, submissions, options, outcomes. Pure
     store        the only user of SQLite; the group commit
-    board        what is volatile: progress, a version number, a Condition
+    board        volatile state: progress, a version number, a Condition
     guard        what an attempt may reach, run and write, and how it is stopped
     download     the only importer of yt_dlp; one Attempt at one job
     vendor       fetching, checking and switching the vendored yt-dlp
@@ -20,15 +20,15 @@ The map. One law: a name is used only below the line that defines it; calls poin
     certificate  CA and leaf through the openssl command, the iPhone's profile
     http         the TLS server, its limits, one table of routes for two dialects
     page         the web page and the set-up page, as raw strings
-    daemon       wiring, order of start and stop, signals, re-execution
+    daemon       wiring, start and stop, signals, re-execution
     commands     what the command line offers
 
-Threads: main waits for signals and re-arms the watchdog; `accept` takes connections and ends late
+Threads: main waits for signals and re-arms the watchdog; `accept` takes connections and ends slow
 ones; `request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp;
 `commit` alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`;
-`upload` and `notify` empty the outbox; `care` does what is due by the minute or day; `log` writes
-the log; helpers without a name wait for slow disks and name servers in an attempt's place.
-faulthandler's ends the process when no thread has had a turn for a minute.
+`upload` and `notify` empty the outbox; `care` does daily and minutely chores; `log` writes the
+log; unnamed helpers wait for slow disks and name servers on behalf of an attempt. faulthandler's
+thread ends the process when no other thread has run for a minute.
 
 Locks, never two at once: Store._tickets, Board._changed, Scheduler._changed, Courier._changed,
 Stopper._changed (sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is
@@ -86,13 +86,13 @@ from types import SimpleNamespace
 from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 
 # ---------- tools -------------------------------------------------------------------------
-# Owns what every section uses: the log, the kinds of trouble, sizes, small files that are
-# whole or not there, stable storage. No lock. Called by all.
+# Owns what every section uses: the log, the kinds of trouble, sizes, atomic small files, stable
+# storage. No lock. Called by all.
 
 VERSION = '1.0.0'
 BUILT = 1795219200  # 2026-11-21, epoch seconds: a clock that shows less is wrong
 PROGRAM = Path(__file__).absolute()
-CLOCK_STEP = 30  # seconds; what is less nobody minds
+CLOCK_STEP = 30  # seconds; smaller steps do not matter
 log = logging.getLogger('videoserverd')
 Any = object  # in annotations only; the module typing takes 0.4 MB
 
@@ -123,7 +123,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """'1.4 GB' for 1503238553, as people read it; powers of 1024 as in parse_size."""
+    """'1.4 GB' for 1503238553, for people; powers of 1024 as in parse_size."""
     units = ['TB', 'GB', 'MB', 'KB', 'bytes']
     while size >= 1024 and len(units) > 1:
         size /= 1024
@@ -133,7 +133,7 @@ def format_size(size: float) -> str:
 
 
 def sync_handle(fd: int) -> None:
-    """An open file's bytes on stable storage. Raises OSError."""
+    """Put an open file's bytes on stable storage. Raises OSError."""
     if hasattr(fcntl, 'F_FULLFSYNC'):  # macOS leaves the drive's own cache out of fsync
         with suppress(OSError):
             fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
@@ -141,7 +141,7 @@ def sync_handle(fd: int) -> None:
 
 
 def sync(path: Path) -> None:
-    """A file's bytes, or a folder's names, on stable storage. Raises OSError."""
+    """Put a file's bytes, or a folder's names, on stable storage. Raises OSError."""
     folder = path.is_dir()
     for mode in (os.O_RDONLY, os.O_RDWR):
         fd = os.open(path, mode)
@@ -158,8 +158,8 @@ def sync(path: Path) -> None:
 
 
 def write_whole(file: Path, text: str, durable: bool = True) -> None:
-    """Replace a small file, private to us, so that a kill leaves the old or the new one; if
-    `durable`, a power cut too. Raises OSError."""
+    """Replace a small private file atomically: a kill leaves the old one or the new one; if
+    `durable`, a power cut does too. Raises OSError."""
     fresh = file.with_name(f'.{file.name}.new')
     fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(fd, 'w', encoding='utf-8') as stream:
@@ -182,21 +182,21 @@ def find_line(file: Path, pattern: str) -> str:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder with all that is in it, as far as that can be."""
+    """Remove a folder and its contents, as far as possible."""
     import shutil
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def which(name: str) -> str | None:
     """Where a program is, None if it is not installed."""
-    import shutil  # with three compressors: 0.5 MB that an idle server can do without
+    import shutil  # it imports three compressors: 0.5 MB that an idle server does not need
     return shutil.which(name)
 
 
 def free_space(folder: Path) -> int:
     """Bytes free for us on its disk. Raises OSError."""
     disk = os.statvfs(folder)
-    if not disk.f_blocks:  # a mount that does not tell is not full
+    if not disk.f_blocks:  # the mount does not report it: assume it is not full
         return 1 << 50
     return disk.f_bavail * disk.f_frsize
 
@@ -206,7 +206,7 @@ BLOCK_SECONDS = 60.0    # for a block of what is sent
 
 
 class TimedReader(io.RawIOBase):
-    """What a socket receives, until a moment of time.monotonic(), however slowly it drips."""
+    """Reads a socket until a deadline in time.monotonic(), however slowly the data comes."""
 
     def __init__(self, connected: socket.socket, until: float):
         super().__init__()
@@ -230,15 +230,15 @@ class TimedReader(io.RawIOBase):
 
 
 class HttpClient:
-    """The program's own requests: to the index, the bucket, whoever wants to be notified, the
-    running server. One at a time; no redirects, no proxy. `hang_up` from any thread."""
+    """The program's own requests: to the index, the bucket, the notification URL, the running
+    server. One at a time; no redirects, no proxy. `hang_up` from any thread."""
 
     def __init__(self):
-        self.halted = threading.Event()  # set: what is under way ends, and nothing begins
+        self.halted = threading.Event()  # set: the running request ends, and no new one starts
         self._socket: socket.socket | None = None
 
     def hang_up(self) -> None:
-        """End what is under way, and all that follows until `halted` is cleared."""
+        """End the running request and all later ones until `halted` is cleared."""
         self.halted.set()
         current = self._socket
         if current:
@@ -262,7 +262,7 @@ class HttpClient:
                 if self.halted.is_set():
                     raise ConnectionAbortedError('stopped')
                 target = parts._replace(scheme='', netloc='').geturl() or '/'
-                with suppress(ConnectionError):  # who refuses may hang up before it has read all
+                with suppress(ConnectionError):  # a refusing server may hang up before reading all
                     line.request(method, target, body, dict(headers))
                 source = TimedReader(line.sock, time.monotonic() + answer_seconds)
                 answer = http.client.HTTPResponse(source, method=method)
@@ -278,7 +278,7 @@ class HttpClient:
 
 
 class ClockWatch:
-    """Notices that the wall clock was set: a Pi has none of its own and starts with an old time."""
+    """Notices that the wall clock was set: a Pi has no clock chip and starts with an old time."""
 
     def __init__(self):
         self._gap = time.time() - time.monotonic()
@@ -290,8 +290,8 @@ class ClockWatch:
 
 
 # ---------- settings ----------------------------------------------------------------------
-# Owns every key of config.ini: default, parser and help in one row, written once. From these
-# rows come config.ini's checks, the environment's names, --help and the README's table.
+# Owns every key of config.ini: default, parser and help in one row. These rows give config.ini's
+# checks, the names in the environment, --help and the README's table.
 # No lock: a Config is built once and never changed. Called by commands and tests.
 
 class ConfigError(Trouble):
@@ -326,7 +326,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
 
 def matching(pattern: str, accepted: str) -> Callable[[str], str]:
-    """A parser that gives back texts of that form."""
+    """A parser that accepts texts matching the pattern."""
     def parse(text):
         if not re.fullmatch(pattern, text, re.A):
             raise ValueError(accepted)
@@ -335,7 +335,7 @@ def matching(pattern: str, accepted: str) -> Callable[[str], str]:
 
 
 def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Empty is None, anything else is for `parse`."""
+    """A parser that takes empty as None and anything else by `parse`."""
     return lambda text: parse(text) if text else None
 
 
@@ -345,7 +345,7 @@ def word_list(text: str) -> tuple[str, ...]:
 
 
 def listing(pattern: str, accepted: str, convert: Any = str) -> Callable[[str], Any]:
-    """A parser of words of that form, 1 to 30."""
+    """A parser of 1 to 30 comma-separated words matching the pattern."""
     def parse(text):
         found = word_list(text)
         if not 0 < len(found) <= 30 or not all(re.fullmatch(pattern, word, re.A) for word in found):
@@ -360,7 +360,7 @@ def file_setting(text: str) -> Path:
 
 
 def retention(text: str) -> tuple[str, int] | None:
-    """What is kept: None is all, else ('days', n) or ('bytes', n)."""
+    """What is kept: None for everything, else ('days', n) or ('bytes', n)."""
     if text.lower() == 'forever':
         return None
     days = re.fullmatch(r'(\d{1,5}) ?d', text, re.I | re.A)
@@ -397,7 +397,7 @@ PRIVATE_NETWORKS = networks(CLIENTS['private'])
 
 
 def clients(text: str) -> tuple[Any, ...]:
-    """The networks whose clients are answered."""
+    """The networks whose clients may connect."""
     if not word_list(text):
         raise ValueError('private, any, or networks such as 192.168.1.0/24')
     return networks(CLIENTS.get(text.lower(), text))
@@ -606,7 +606,7 @@ def load_config(file: Path | None, env: dict[str, str]) -> Config:
 
 
 # ---------- jobs --------------------------------------------------------------------------
-# Owns what a download is: its states, the parsing of a submission (text → URL → checked URL),
+# Defines a download: its states, the parsing of a submission (text → URL → checked URL),
 # the allowlist of yt-dlp options, names of files, back-off, outcomes. No clock, no I/O, no
 # lock: pure functions of their arguments. Called by all sections below.
 
@@ -645,8 +645,8 @@ class Progress:
 
 @named_tuple
 class Job:
-    """One try at one download: attempt 1 is the first; `files` were delivered by earlier ones.
-    `site` and `media_id` name the post, if its link does."""
+    """One try at one download: attempt 1 is the first; earlier ones delivered `files`. `site` and
+    `media_id` identify the post, if its link does."""
     id: str
     url: str
     options: tuple[tuple[str, Any], ...]
@@ -660,10 +660,10 @@ class Job:
 class Outcome:
     """How a try ended: done, retry, give_up, cancelled, stopped or pause.
 
-    `reason` is a stable word, `message` a sentence for a person, `tries` the attempts that this
-    reason is worth when fewer than the configured ones; `files` with a retry are those that came.
-    `note` says what is missing or unusual, `post` is what the site tells about it. `shared` is
-    the download whose files these are, if the post was here already."""
+    `reason` is a stable word, `message` a sentence for a person, `tries` a limit on attempts for
+    this reason, below the configured one; `files` with a retry are those that arrived. `note` says
+    what is missing or unusual, `post` is what the site says about it. `shared` is the download
+    that owns the files, if the post had already been downloaded."""
     kind: str
     reason: str = ''
     message: str = ''
@@ -687,8 +687,8 @@ STEPS = {'done': 'finish', 'give_up': 'give_up', 'cancelled': 'give_up',
 
 def next_step(outcome: Outcome, attempt: int, max_retries: int,
               delays: Sequence[int]) -> tuple[str, float]:
-    """The store's verb for how an attempt ended, and seconds to wait before the next. What came
-    of a post is finished when the rest cannot be had."""
+    """The store's verb for how an attempt ended, and seconds to wait before the next. A post is
+    finished with the files that came when the rest cannot be had."""
     if outcome.kind != 'retry':
         return STEPS[outcome.kind], 0
     tries = max_retries + 1
@@ -719,8 +719,8 @@ class Refused(Exception):
 
 @named_tuple
 class Submission:
-    """A link to be stored. `timestamp` is the sender's, of any size; it is only compared. The
-    option `again` asks for a post that is here already to be fetched anew."""
+    """A link to store. `timestamp` is the sender's, of any size; it is only compared. The option
+    `again` asks to download a post again that is already here."""
     url: str
     client_id: str
     timestamp: int | None
@@ -741,8 +741,8 @@ def excerpt(text: str, length: int = 60) -> str:
     return start
 
 
-# A link in running text ends at a space, quote or bracket, and where Chinese text or an emoji
-# follows. A host does not end there, nor at a line's end: what a browser might read on is judged.
+# A link in running text ends at a space, quote or bracket, or before Chinese text or an emoji.
+# A host does not end there, nor at a line's end: all that a browser might read must be checked.
 LINK_CHARACTER = r'[!#-;=?-~\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u052f]'
 NEXT_LINK = r'(?<![=/])https?://'  # after / or = it belongs to the link before
 REST = rf'(?:[/?#](?:(?!{NEXT_LINK}){LINK_CHARACTER})*)'
@@ -760,7 +760,7 @@ def is_under(host: str, domains: Sequence[str]) -> bool:
 
 
 def trim_link(link: str) -> str:
-    """`link` without the punctuation of the sentence around it; a bracket opened inside stays."""
+    """`link` without the punctuation of the sentence around it; balanced brackets stay."""
     for last in link[:-65:-1]:
         opening = {')': '(', ']': '[', '}': '{'}.get(last)
         if last not in TRAILING and not (opening and link.count(last) > link.count(opening)):
@@ -770,7 +770,7 @@ def trim_link(link: str) -> str:
 
 
 def find_urls(text: str, domains: Sequence[str] = SITES) -> list[str]:
-    """The links in a text, in order, as written; without https:// only those to `domains`."""
+    """The links in a text, in order, as written; those without https:// only to `domains`."""
     return ['https://' * bool(match[1]) + trim_link(match[0]) for match in LINK.finditer(text)
             if not match[1] or is_under(match[1].lower(), domains)]
 
@@ -779,7 +779,7 @@ def find_urls(text: str, domains: Sequence[str] = SITES) -> list[str]:
 
 # RFC 6761, 6762 and 8375; .internal is reserved by ICANN.
 PRIVATE_NAMES = ('localhost', 'local', 'lan', 'internal', 'home.arpa')
-WRAPPED_IPV4 = (  # IPv6 networks that lead to the IPv4 address after so many bits
+WRAPPED_IPV4 = (  # IPv6 networks that contain an IPv4 address, and its offset in bits
     (ipaddress.IPv6Network('::ffff:0:0/96'), 96), (ipaddress.IPv6Network('::/96'), 96),
     (ipaddress.IPv6Network('64:ff9b::/96'), 96), (ipaddress.IPv6Network('2002::/16'), 16))
 NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (  # some versions call these global
@@ -788,7 +788,7 @@ NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (  # some versions c
 
 
 def unwrap_address(address: str) -> Any:
-    """The IP address; of an IPv6 one that wraps an IPv4 one, that. Raises ValueError."""
+    """The IP address; the IPv4 address inside an IPv6 one. Raises ValueError."""
     ip = ipaddress.ip_address(address.partition('%')[0])
     for network, bits in WRAPPED_IPV4:
         if ip in network:
@@ -805,14 +805,14 @@ def is_public(address: str) -> bool:
 
 @functools.lru_cache(maxsize=32)  # nearly all links lead to the same few hosts
 def is_private_host(host: str) -> bool:
-    """Does the canonical host, by its spelling, name something that is not on the Internet?"""
+    """Is the canonical host, by its spelling, something that is not on the Internet?"""
     try:
         return not is_public(host.strip('[]'))
     except ValueError:
         return '.' not in host or is_under(host, PRIVATE_NAMES)
 
 
-# Names beyond ASCII are refused, also as xn--: not all programs read them alike.
+# Non-ASCII names are refused, also as xn--: programs do not all read them alike.
 LABEL = re.compile(r'(?!xn--)[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?')
 
 
@@ -867,9 +867,9 @@ def split_url(text: str) -> tuple[str, str, int, str]:
 
 
 def check_url(text: str, security: Any) -> str:
-    """The canonical URL of a link: this very text is judged, stored and fetched. Raises Refused.
+    """The canonical URL of a link: exactly this is checked, stored and fetched. Raises Refused.
 
-    Built anew from its parts; to a listed domain always https on its own port."""
+    Rebuilt from its parts; to a listed domain always https on port 443."""
     try:
         scheme, host, port, rest = split_url(text[:security.max_url_length + 1])
     except ValueError:
@@ -890,7 +890,7 @@ def check_url(text: str, security: Any) -> str:
 
 
 def site_of(url: str) -> str:
-    """The site of a canonical URL as a person knows it: 'tiktok.com'."""
+    """The site of a canonical URL as people know it: 'tiktok.com'."""
     host = re.sub(r'^\w+://(www\.)?|(:\d+)?([/?#].*)?$', '', url, flags=re.S)
     if is_under(host, (TIKTOKV,)):
         return SITES[0]
@@ -916,7 +916,7 @@ HOW = ('--limit-rate', '--retries', '--fragment-retries', '--extractor-retries',
 
 
 def asked_of(options: Sequence[tuple[str, Any]]) -> str | None:
-    """What the options ask of a post, whatever they say of how it is fetched; None: the usual."""
+    """What the options ask for, without those on how to fetch it; None: the default."""
     if not options:
         return None
     wanted = sorted((pair for pair in options if pair[0] not in HOW), key=lambda pair: pair[0])
@@ -926,7 +926,7 @@ def asked_of(options: Sequence[tuple[str, Any]]) -> str | None:
 # -- options of the caller
 
 def upto(high: int, low: int = 0) -> Callable[[str], str]:
-    """A parser of whole numbers from `low`; more than `high` is taken as `high`."""
+    """A parser of whole numbers from `low`; more than `high` becomes `high`."""
     def parse(text):
         if not re.fullmatch(r'[0-9]{1,9}', text) or int(text) < low:
             raise ValueError(f'a whole number from {low} to {high}')
@@ -940,7 +940,7 @@ def up_to_30(item: str) -> str:
 
 
 def byte_rate(text: str) -> str:
-    """Bytes per second, at least 10 KB: slower would hold up the queue for hours."""
+    """Bytes per second, at least 10 KB: slower would block the queue for hours."""
     known = re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,3})?[KMG]?', text, re.I | re.A)
     if not known or parse_size(text) < 10 << 10:
         raise ValueError('bytes per second such as 500K or 4.2M, at least 10K')
@@ -956,8 +956,8 @@ GROUP = re.compile(rf'\({SELECTORS.pattern}\)', re.A)
 
 
 def format_spec(text: str) -> str:
-    """A yt-dlp format without ~= (a pattern that may run for ever), - (asks on the terminal), all
-    and comma (a post has one file of each video)."""
+    """A yt-dlp format without ~= (its pattern may run forever), - (prompts on the terminal), all
+    and comma (each video of a post gives one file)."""
     rest = text
     if len(text) > 300 or re.search(r'~|^ ?- ?$|\b(merge)?all\b', text):
         rest = ''
@@ -968,7 +968,7 @@ def format_spec(text: str) -> str:
     return text
 
 
-# Fields of yt-dlp's FormatSorter, which keeps others and odd limits for later downloads.
+# Fields of yt-dlp's FormatSorter, which would keep others and odd limits for later downloads.
 SORT_FIELD = (r'(?a:\+?(?:(?:hasvid|hasaud|lang|quality|source|proto|hdr|id)'
               r'|(?:res|height|width|fps|channels|br|tbr|vbr|abr|asr)(?:[~:]\d{1,9})?'
               r'|(?:size|filesize|fs_approx)(?:[~:]\d{1,9}[KMGkmg]?)?'
@@ -1035,7 +1035,7 @@ def split_option(word: str) -> tuple[str, str | None]:
 def parse_options(value: Any) -> tuple[tuple[str, Any], ...]:
     """The caller's yt-dlp options as (long name, value or None). Raises Refused.
 
-    Only what is in OPTIONS is for yt-dlp's own parser, which reads files, asks and exits."""
+    Only what is in OPTIONS reaches yt-dlp's own parser, which reads files, prompts and exits."""
     found = []
     rest = deque(option_words(value))
     while rest:
@@ -1059,7 +1059,7 @@ def parse_options(value: Any) -> tuple[tuple[str, Any], ...]:
 # -- a submission
 
 def known_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields by name in lower case: an iPhone begins a word with a capital."""
+    """The fields by lower-case name: an iPhone capitalises the first letter."""
     return {**{name.lower(): value for name, value in fields.items()}, **fields}
 
 
@@ -1074,7 +1074,7 @@ def text_field(fields: dict[str, Any], name: str) -> str:
 
 
 def parse_client_id(fields: dict[str, Any]) -> str:
-    """Who sends, 'unknown' by default. Raises Refused."""
+    """The sender, 'unknown' by default. Raises Refused."""
     client_id = text_field(fields, 'client_id') or 'unknown'
     if len(client_id) > 128 or UNSAFE.search(client_id):
         raise Refused('bad_field', 'client_id must be at most 128 printable characters.')
@@ -1085,7 +1085,7 @@ def parse_timestamp(fields: dict[str, Any]) -> int | None:
     """The sender's time, any non-negative integer. Raises Refused."""
     value = fields.get('timestamp')
     if isinstance(value, float) and value.is_integer():
-        value = int(value)  # JSON knows one kind of number: 1.7e9 is an integer
+        value = int(value)  # JSON has one kind of number: 1.7e9 is an integer
     whole_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
     too_long = whole_number and value.bit_length() > 13000  # Python prints 4,300 digits at most
     if value is not None and (not whole_number or too_long):
@@ -1093,8 +1093,8 @@ def parse_timestamp(fields: dict[str, Any]) -> int | None:
     return value
 
 
-MOST_LINKS = 500  # of one text
-ADVERTISEMENT = re.compile(r'https://(?:www\.)?tiktok\.com/tiktoklite\b')  # beside shared links
+MOST_LINKS = 500  # in one text
+ADVERTISEMENT = re.compile(r'https://(?:www\.)?tiktok\.com/tiktoklite\b')  # comes with shared links
 
 
 def parse_links(fields: dict[str, Any], name: str,
@@ -1132,8 +1132,7 @@ def parse_again(fields: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
 
 
 def parse_submission(fields: dict[str, Any], security: Any) -> Submission:
-    """What the decoded JSON asks for: of several links in `url` the first that is good. Raises
-    Refused."""
+    """What the decoded JSON asks for: the first good link in `url`. Raises Refused."""
     fields = known_fields(fields)
     links = [link for _, link in parse_links(fields, 'url', security)[0].values()]
     url = next((link for link in links if isinstance(link, str)), links[0])
@@ -1145,7 +1144,7 @@ def parse_submission(fields: dict[str, Any], security: Any) -> Submission:
 
 def parse_batch(fields: dict[str, Any],
                 security: Any) -> tuple[list[tuple[str, Any]], list[str]]:
-    """The links in `text` as parse_links has them, with a Submission for each good one."""
+    """The links in `text` as from parse_links, with a Submission for each good one."""
     fields = known_fields(fields)
     client_id, timestamp, again = (
         parse_client_id(fields), parse_timestamp(fields), parse_again(fields))
@@ -1178,12 +1177,12 @@ def media_type(name: str) -> str:
 
 HOSTILE = re.compile(r'[\\/:*?"<>|]+')  # to Windows and SMB shares; slash and colon to all
 NAME_BYTES = 255  # of UTF-8: the limit of ext4, APFS and others
-LONGEST_TITLE = 1000  # characters: normalising 100,000 marks stops all threads for a minute
-SUFFIX_BYTES = 28  # kept for '.part.ext', so that a subtitle's name begins like its video's
+LONGEST_TITLE = 1000  # characters: normalising 100,000 marks blocks all threads for a minute
+SUFFIX_BYTES = 28  # reserved for '.part.ext', so that subtitles have the name of their video
 
 
 def readable(text: str) -> str:
-    """The start of `text` for a file name: on one line, no invisible or hostile marks."""
+    """The start of `text` for a file name: one line, no invisible or unsafe characters."""
     import unicodedata
     one_line = ' '.join(text[:LONGEST_TITLE].split())
     shown = (character for character in one_line
@@ -1192,7 +1191,7 @@ def readable(text: str) -> str:
 
 
 def cut_text(text: str, size: int) -> str:
-    """The start of `text` in `size` bytes of UTF-8: no half character, no dangling joiner."""
+    """The start of `text` in `size` bytes of UTF-8: no cut character, no dangling joiner."""
     return text.encode()[:max(size, 0)].decode('utf-8', 'ignore').rstrip(' \u200c\u200d')
 
 
@@ -1209,8 +1208,8 @@ def token(text: str, size: int) -> str:
 def file_name(title: str, media_id: str, ext: str, part: str = '', number: str = '',
               pattern: str = '%(title)s_%(id)s', limit: int = NAME_BYTES, **fields: str) -> str:
     """'title_id_number.part.ext' by the owner's `pattern`, each folder and name within `limit`
-    bytes of UTF-8: the title is cut. `part` is such as a subtitle's language; `fields`: uploader,
-    site, date. An empty field goes with what joins it to the next."""
+    bytes of UTF-8: the title is cut. `part` is, for example, a subtitle's language; `fields`:
+    uploader, site, date. An empty field is dropped with the separator after it."""
     values = {name: cut_text(readable(text), 60) for name, text in fields.items()}
     values['id'] = token(media_id, min(100, limit // 2))
     ext = re.sub('[^A-Za-z0-9]', '', ext[:99])[:10] or 'bin'
@@ -8804,7 +8803,7 @@ def sd_notify(text: str) -> None:
             sock.connect(address)
             sock.send(text.encode())
         except OSError as error:
-            log.warning('systemd cannot be told: %s', error)
+            log.warning('cannot notify systemd: %s', error)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -8862,8 +8861,8 @@ def usable_output(config: Config, make: bool = True) -> str | None:
     try:
         expected = known.exists() and known.read_text(encoding='utf-8') == str(folder)
         if expected and not (folder / MARKER).exists():
-            return (f'The output folder {folder} is not what it was: is its disk plugged in? Fix: '
-                    f'mount it, or, to begin anew: `mkdir -p {folder} && touch {folder / MARKER}`')
+            return (f'The output folder {folder} is not the usual one: is its disk plugged in? '
+                    f'Fix: mount it, or start over: `mkdir -p {folder} && touch {folder / MARKER}`')
         if not expected and make:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MARKER).touch()
@@ -8876,7 +8875,7 @@ def usable_output(config: Config, make: bool = True) -> str | None:
             fix = f'sudo ./install.sh --output {folder}'
         return f'The output folder {folder} cannot be used ({error.strerror}). Fix: `{fix}`'
     if not (folder / '.incomplete').exists():
-        return f'The output folder {folder} is not there yet. Fix: start the server, which makes it'
+        return f'The output folder {folder} does not exist. Fix: start the server, which makes it'
     if all(os.access(place, os.W_OK | os.X_OK) for place in (folder, folder / '.incomplete')):
         return None
     return (f'The output folder {folder} is read-only for this user. '
@@ -8954,7 +8953,7 @@ def welcome(config: Config, port: int, ytdlp: str | None) -> str:
   iPhone    {base}/setup   (first time: {program(config)} phone)
   videos    {config.downloads.output_directory}
   links     {config.database.path}
-  yt-dlp    {ytdlp or "being fetched; links are taken meanwhile"}
+  yt-dlp    {ytdlp or "being fetched; links are accepted meanwhile"}
 {told}
 Ctrl-C stops it; nothing is lost.'''
 
@@ -9020,8 +9019,8 @@ class Care:
                         log.warning('%s: %s', name, error)
                     self.problems[name] = str(error)
                 except Exception as error:
-                    log.exception('care: %s failed inside', name)
-                    self.problems[name] = f'{name}: {error}; the log tells more'
+                    log.exception('care: %s failed unexpectedly', name)
+                    self.problems[name] = f'{name}: {error}; see the log'
             self._due.wait(CARE_SECONDS)
             self._due.clear()
 
@@ -9157,8 +9156,8 @@ class Health:
         if message:
             return message
         if free is not None and free < least:
-            return (f'The disk is full: {format_size(free)} free, {format_size(least)} wanted. '
-                    'Fix: delete videos, or set [downloads] min_free_space lower.')
+            return (f'The disk is full: {format_size(free)} free, {format_size(least)} needed. '
+                    'Fix: delete videos, or lower [downloads] min_free_space.')
         if self.care.ytdlp is None and 'ytdlp' not in self.care.problems:
             return GETTING_READY
         if self.care.ytdlp is None:
@@ -9184,9 +9183,10 @@ class Health:
             found.insert(0, paused)
         if self.store.error:
             found.append(f'Links cannot be stored: {self.store.error}. '
-                         f'Fix: look at the disk of {self.config.database.path}')
+                         f'Fix: check the disk of {self.config.database.path}')
         if days is not None and days < CERTIFICATE_WARNING_DAYS:
-            found.append(f'The certificate ends in {days} days. Fix: `{program(self.config)} cert`')
+            found.append(f'The certificate expires in {days} days. '
+                         f'Fix: `{program(self.config)} cert`')
         found += [f'{courier.fails}: {courier.error}' for courier in self.couriers
                   if courier.error]
         found += [f'Cookies: {told}' for fine, told in Cookies(self.config).report(time.time())
@@ -9278,7 +9278,7 @@ class Daemon:
                 found += old.read_text(errors='replace')
                 old.unlink()
         if found:
-            log.error('the server froze and was ended by its watchdog: %s', found[:4000])
+            log.error('the server froze and its watchdog stopped it: %s', found[:4000])
         vendor = str(self.config.downloader.ytdlp_directory)
         self.scheduler.frozen = vendor.encode('ascii', 'backslashreplace').decode() in found
         with suppress(OSError):  # a full disk; systemd's watchdog is left
@@ -9423,7 +9423,7 @@ class Daemon:
                 self.next_socket = listen(*place)
             return True
         except (Trouble, OSError, SyntaxError, ValueError) as error:
-            log.error('restart refused, going on as before: %s', error)
+            log.error('restart refused, running on as before: %s', error)
             self.care.problems['restart'] = (
                 f'A restart was refused: {error}. Fix that, then restart by hand.')
             return False
@@ -9431,7 +9431,7 @@ class Daemon:
     def _stop(self, restart: bool) -> int:
         """Requests end, downloads go back into the queue, the database is closed; then exit or
         re-execute."""
-        log.info('stopping%s', ' to start anew in place' * restart)
+        log.info('stopping%s', ' to restart in place' * restart)
         sd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}' if restart
                   else 'STOPPING=1')
         self.board.release()
@@ -9556,7 +9556,7 @@ def cmd_cert(config: Config, options: Any) -> int:
     print(' ', *certificate.names, *certificate.addresses)
     print(f'CA SHA-256: {ca_fingerprint(config)}')
     if changed and Lock(config.database.path).running():
-        print('The running server takes it up within a minute.')
+        print('The running server will use it within a minute.')
     return 0
 
 
@@ -9565,11 +9565,11 @@ def cmd_update(config: Config, options: Any) -> int:
     vendor = Vendor(config.downloader.ytdlp_directory)
     before = vendor.version()
     after = vendor.install(config.downloader.channel.replace('auto', 'stable'))
-    print(f'The newest yt-dlp is {after}; before it was {before or "missing"}.')
+    print(f'yt-dlp is now {after}; it was {before or "missing"} before.')
     if vendor.held_back():
         print(vendor.held_back())
     if before != after and Lock(config.database.path).running():
-        print('The running server takes it up as soon as nothing is being downloaded.')
+        print('The running server will use it as soon as no download is running.')
     return 0
 
 
@@ -9670,7 +9670,7 @@ def describe_state(config: Config, record: Record) -> tuple[str, str]:
     if state == 'downloading':
         with suppress(Trouble):
             live = call_server(config, 'GET', f'/api/v1/status/{record["id"]}')
-            return f'{live["progress"]:.0f} % of it', live['title'] or title
+            return f'{live["progress"]:.0f}% done', live['title'] or title
     if record['reason'] == 'cancelled':
         state = 'cancelled'
     elif (record['next_attempt_at'] or 0) > time.time():
@@ -9713,7 +9713,7 @@ def cmd_change(config: Config, options: Any) -> int:
     for word in options.id:
         found = store.ids(word.lower())
         if len(found) != 1:
-            raise Trouble(f'{word}: {len(found) or "no"} downloads have an id that begins so')
+            raise Trouble(f'{word}: {len(found) or "no"} downloads have an id starting with this')
         ids += found
     if options.failed:
         records = store.page(1 << 30, status='failed')[1]
@@ -9727,10 +9727,10 @@ def cmd_change(config: Config, options: Any) -> int:
 
 
 def cmd_log(config: Config, options: Any) -> int:
-    """show the end of the log; with -f also what comes"""
+    """show the end of the log; with -f follow it"""
     file, stream = config.logging.file, None
     if not file:
-        raise Trouble('[logging] file is empty: look at the terminal of the server, or: '
+        raise Trouble("[logging] file is empty: look at the server's terminal, or: "
                       'journalctl -u videoserver')
     while True:
         with suppress(FileNotFoundError):  # moved aside, and the next one not begun yet
@@ -9767,7 +9767,7 @@ def check_server(config: Config) -> Faults:
             problems = [str(error)]
     for problem in problems:
         fault, _, fix = problem.partition(' Fix: ')
-        yield fault, fix or 'as it says, or look at the log'
+        yield fault, fix or 'see the log for details'
 
 
 def check_database(config: Config) -> Faults:
@@ -9782,15 +9782,15 @@ def check_database(config: Config) -> Faults:
     except sqlite3.Error as error:
         found = str(error)
     if found:
-        yield (f'database: {path}: {found}', 'stop the server, then copy the newest whole file of '
+        yield (f'database: {path}: {found}', 'stop the server, then copy the newest good file in '
                f'{path.parent / "backups"} to {path}')
     if not os.access(path, os.W_OK):
-        yield f'database: this user may not write {path}', f'sudo chown {user_name()} {path}'
+        yield f'database: this user cannot write to {path}', f'sudo chown {user_name()} {path}'
     keys = [file for name, file in certificate_files(config).items() if name.endswith('.key')]
     for file in (path, *keys, Cookies(config).file):  # a group may be let in on purpose
         with suppress(OSError):  # it is not there, or where this user may not look
             if file.stat().st_mode & 0o007:
-                yield (f'permissions: everybody on this machine may use {file}',
+                yield (f'permissions: everybody on this machine can access {file}',
                        f'sudo chmod o= {file}')
 
 
@@ -9815,7 +9815,7 @@ def check_certificate(config: Config) -> Faults:
     permitted = remembered_names(config)[1]
     missing = [name for name in sorted(missing) if not leaf.own and may_sign(name, permitted)]
     if missing:
-        yield f'certificate: does not name {", ".join(missing)}', fix
+        yield f'certificate: does not cover {", ".join(missing)}', fix
 
 
 def check_downloads(config: Config) -> Faults:
@@ -9829,10 +9829,10 @@ def check_downloads(config: Config) -> Faults:
     ignored = [name for name in os.environ if name.lower() in
                ('http_proxy', 'https_proxy', 'all_proxy')]
     if ignored and not config.downloader.proxy:
-        yield (f'proxy: downloads ignore {", ".join(ignored)} of the environment',
-               'set [downloader] proxy if they shall use one, else unset it')
+        yield (f'proxy: downloads ignore {", ".join(ignored)} in the environment',
+               'set [downloader] proxy if they should use one, else unset it')
     if time.time() - Vendor(config.downloader.ytdlp_directory).last_checked() > 30 * DAY:
-        yield 'yt-dlp: not looked for a newer one for a month', f'{program(config)} update'
+        yield 'yt-dlp: no check for a newer one in a month', f'{program(config)} update'
 
 
 def cmd_doctor(config: Config, options: Any) -> int:
@@ -9884,7 +9884,7 @@ def tell_first_link(config: Config, since: int) -> None:
 
 
 def cmd_phone(config: Config, options: Any) -> int:
-    """help a new iPhone: the profile and the steps, for some minutes"""
+    """set up a new iPhone: serve the profile and the steps for some minutes"""
     if not config.server.tls:
         raise Trouble('[server] tls is off: the phone has to trust the certificate of the proxy in '
                       'front, not ours')
@@ -9910,8 +9910,8 @@ def cmd_phone(config: Config, options: Any) -> int:
     print(f'Open this on the iPhone (in Safari, on the same Wi-Fi):  {url}\n')
     print(f'The fingerprint of the certificate it offers:\n  {ca_fingerprint(config)}\n')
     if not running:
-        print(f'The server does not run yet: start it with  {program(config)}')
-    print(f'This page goes away in {options.minutes} minutes; Ctrl-C ends it at once.', flush=True)
+        print(f'The server is not running yet: start it with  {program(config)}')
+    print(f'This page stays up for {options.minutes} minutes; Ctrl-C ends it now.', flush=True)
     for thread in (threading.Timer(options.minutes * 60, server.shutdown),
                    threading.Thread(target=tell_first_link, args=(config, int(time.time())))):
         thread.daemon = True
@@ -9967,20 +9967,20 @@ def make_parser() -> Any:
            for name, told in HELP.items()}
     commands.add_parser('help').add_argument('topic', nargs='?', default='')
     add['add']('url', nargs='+', metavar='URL', help='a link, or any text with links in it')
-    add['add']('--again', action='store_true', help='fetch a video anew that is here already')
+    add['add']('--again', action='store_true', help='download a video again that is already here')
     add['backup']('file', type=Path, metavar='FILE', help='where the copy goes')
     add['cert']('--force', action='store_true', help='a new certificate even if it is still good')
-    add['cert']('--new-ca', action='store_true', help='a new CA; every phone must trust it anew')
-    add['cert']('--host', action='append', metavar='NAME', help='a further name')
-    add['cert']('--ip', action='append', metavar='ADDR', help='a further address')
-    add['list']('--status', choices=tuple(STATES), default='', help='only those')
+    add['cert']('--new-ca', action='store_true', help='a new CA; every phone must trust it again')
+    add['cert']('--host', action='append', metavar='NAME', help='another name')
+    add['cert']('--ip', action='append', metavar='ADDR', help='another address')
+    add['list']('--status', choices=tuple(STATES), default='', help='only those with this status')
     add['list']('--all', action='store_true', help=f'not only the newest {SHOWN}')
     for name in CHANGES:
         add[name]('id', nargs='*', metavar='ID', help='as `list` shows it')
         add[name]('--failed', action='store_true', help='all that failed')
-    add['log']('-f', dest='follow', action='store_true', help='go on with what comes')
-    add['phone']('--minutes', type=whole(1, 1440), default=15, help='until it ends (15)')
-    add['phone']('--port', type=whole(0, 65535), default=8080, help='of the page (8080)')
+    add['log']('-f', dest='follow', action='store_true', help='follow the log')
+    add['phone']('--minutes', type=whole(1, 1440), default=15, help='how long it runs (15)')
+    add['phone']('--port', type=whole(0, 65535), default=8080, help='port of the page (8080)')
     return parser
 
 
