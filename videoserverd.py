@@ -1231,7 +1231,7 @@ def file_name(title: str, media_id: str, ext: str, part: str = '', number: str =
 
 
 # ---------- store -------------------------------------------------------------------------
-# Owns the SQLite database: schema, migrations, the verbs of the domain, the group commit. One
+# Owns the SQLite database: schema, migrations, the domain's verbs, the group commit. One
 # connection writes and checkpoints, all others only read (sqlite.org/wal.html, "WAL-reset bug").
 # Lock: `_tickets` guards the queue to the commit thread. Called by scheduler, http, publish, daemon
 # and commands, from any thread.
@@ -1291,10 +1291,10 @@ ADD upload_date TEXT;     -- YYYYMMDD
 ADD starred INTEGER NOT NULL DEFAULT 0;
 CREATE INDEX idx_post ON downloads(site, media_id) WHERE media_id IS NOT NULL;
 CREATE INDEX idx_file ON downloads(filename) WHERE filename IS NOT NULL;
--- What another server is to be told: written with what gives reason to, deleted once it is done.
+-- What other servers must be told: written along with its cause, deleted once done.
 CREATE TABLE outbox (
     id INTEGER PRIMARY KEY AUTOINCREMENT,
-    kind TEXT NOT NULL,   -- upload|delete|notify, or known: a problem was told
+    kind TEXT NOT NULL,   -- upload|delete|notify, or known: a problem that was announced
     download_id TEXT,
     payload TEXT NOT NULL,  -- the store's verb, a sentence, or JSON names of objects
     attempts INTEGER NOT NULL DEFAULT 0,
@@ -1303,26 +1303,26 @@ CREATE TABLE outbox (
 CREATE INDEX idx_outbox ON outbox(kind, due);
 INSERT INTO outbox (kind, download_id, payload, attempts, due)
     SELECT 'upload', id, '', s3_attempts, s3_due FROM downloads WHERE s3_due IS NOT NULL;
-DROP INDEX idx_s3_due;    -- s3_due and s3_attempts are not used any more
+DROP INDEX idx_s3_due;    -- s3_due and s3_attempts are no longer used
 '''
 MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts those that have run
 SEARCHED = ('url', 'title', 'filename', 'uploader', 'description')
 HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
-REPEAT_SECONDS = 600  # in which the same link shared by the same phone is a repeat
-LAST_ROOM = 20 << 20  # bytes free on the database's disk, below which links are refused
+REPEAT_SECONDS = 600  # within which the same link from the same phone is a repeat
+LAST_ROOM = 20 << 20  # with fewer bytes free on the database's disk, links are refused
 CRASHED = 'The server crashed 3 times while downloading this.'
 CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
 FROZE = 'This page froze the whole server for a minute; it will not be tried again.'
 SUSPECT = 'The server froze while downloading this and others; each is tried again alone.'
 CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked in full
 
-# The link whose hour has to pass before the client may send another; none of the future counts.
+# The link that must be an hour old before the client may send another; future ones do not count.
 HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? '
              'AND created_at <= ? ORDER BY created_at DESC LIMIT 1 OFFSET ?')
 KNOWN = 'SELECT id, status, next_attempt_at, files FROM downloads WHERE '
 SAME_POST = (KNOWN + "site = ? AND media_id = ? AND asked IS ? AND status <> 'failed' "
              "AND reason IS NOT 'room' ORDER BY status, created_at DESC LIMIT 1")
-INSERT_LINK = (  # one statement: each one hands the interpreter to another thread twice
+INSERT_LINK = (  # one statement, since each one releases the GIL twice
     'INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, timestamp, '
     "options, site, media_id, asked) SELECT ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ? "
     f'WHERE NOT (? AND EXISTS ({HOUR_FULL})) AND NOT EXISTS ({SAME_POST}) '
@@ -1331,7 +1331,7 @@ INSERT_LINK = (  # one statement: each one hands the interpreter to another thre
 
 @named_tuple
 class Stored:
-    """Where a link is stored. `fresh`: as a new download; `same_post`: with another link."""
+    """Where a link is stored. `fresh`: as a new download; `same_post`: with another link to it."""
     id: str
     fresh: bool
     status: str = 'queued'
@@ -1352,7 +1352,7 @@ class DiskLow(StoreDown):
 
 
 class RateLimited(Exception):
-    """The client has used up its hour; `retry_after` seconds until the next link is taken."""
+    """The client has used up its hourly links; the next is accepted in `retry_after` seconds."""
 
     def __init__(self, retry_after: int, limit: int):
         super().__init__(f'This device has sent {limit} links within an hour; try again later.')
@@ -1370,14 +1370,14 @@ class Record(dict):
 
 
 def job_of(row: sqlite3.Row) -> Job:
-    """The try at this download that comes next."""
+    """The next try at this download."""
     options = tuple(map(tuple, json.loads(row['options'] or '[]')))
     return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1,
                Record.of(row)['files'], row['site'], row['media_id'])
 
 
 def full_sync(file: str) -> None:
-    """On a Mac flush the drive's cache for `file`: SQLite there only uses a barrier."""
+    """On a Mac flush the drive's cache for `file`: there, SQLite only uses a barrier."""
     if hasattr(fcntl, 'F_FULLFSYNC') and os.path.exists(file):
         with open(file, 'rb') as handle:
             fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
@@ -1431,13 +1431,13 @@ class Store:
     def __init__(self, path: Path, links_per_hour: int = 0):
         self.path, self.links_per_hour = path, links_per_hour
         self.error: str | None = None  # why the last commit failed, None when it did not
-        self.outgoing: dict[str, Sequence[str]] = {}  # verb: kinds of items that it puts out
-        self._repeats: dict[str, tuple[int, int]] = {}  # by client: when its hour began, how many
-        self._commits, self._counted = 0, (-1, {})  # and what `counts` was after how many
+        self.outgoing: dict[str, Sequence[str]] = {}  # verb: kinds of items for the outbox
+        self._repeats: dict[str, tuple[int, int]] = {}  # by client: start of its hour, how many
+        self._commits, self._counted = 0, (-1, {})  # commits so far; `counts` as of which commit
         self._queue: deque = deque()
         self._tickets = threading.Condition()  # guards _queue and _closed
         self._closed = False
-        self._pool: deque = deque()  # readers that nobody uses now
+        self._pool: deque = deque()  # idle readers
         self._writer: sqlite3.Connection | None = None
         self.thread = threading.Thread(target=self._commit_loop, name='commit', daemon=True)
 
@@ -1465,7 +1465,7 @@ class Store:
         self.thread.start()
 
     def close(self) -> None:
-        """After what waits is committed."""
+        """Commit what waits, then close."""
         with self._tickets:
             self._closed = True
             self._tickets.notify()
@@ -1509,7 +1509,7 @@ class Store:
                 self._connect_writer()
             self._writer.execute('BEGIN IMMEDIATE')
             for ticket in batch:
-                try:  # a verb refuses before it writes: the others' work stays whole
+                try:  # a verb refuses before it writes, so the others' work is not affected
                     ticket.result = ticket.work(self._writer)
                 except (RateLimited, LookupError, ValueError, TypeError, OverflowError) as error:
                     ticket.error = error
@@ -1522,7 +1522,7 @@ class Store:
             ticket.done.release()
 
     def _fail(self, batch: list[Any], error: Exception) -> None:
-        """Nobody knows what a failed sync left: tell all, reopen with the next batch."""
+        """What a failed sync left is unknown: fail all, reopen with the next batch."""
         ours = not isinstance(error, (sqlite3.Error, OSError))
         if self.error is None or ours:
             log.error('database: commit failed, links are refused until it works: %s', error,
@@ -1536,13 +1536,13 @@ class Store:
         writer, self._writer = self._writer, None
         if writer is None:
             return
-        with suppress(sqlite3.Error):  # it may be rolled back already; the next start checkpoints
+        with suppress(sqlite3.Error):  # it may have rolled back; the next start checkpoints
             writer.execute(statement).fetchall()
         with suppress(sqlite3.Error):
             writer.close()
 
     def write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
-        """The result of `work` in the next transaction, once that is on stable storage."""
+        """The result of `work` in the next transaction, once it is on stable storage."""
         ticket = SimpleNamespace(work=work, result=None, error=None, done=threading.Lock())
         ticket.done.acquire()  # until it is answered: a third of an Event's cost
         with self._tickets:
@@ -1576,7 +1576,7 @@ class Store:
         return rows
 
     def records(self, where: str, *args: Any) -> list[Record]:
-        """The downloads for which this is true."""
+        """The downloads that match a WHERE clause."""
         return [Record.of(row) for row in self.read(f'SELECT * FROM downloads WHERE {where}', args)]
 
     def get(self, download_id: str) -> Record:
@@ -1614,24 +1614,24 @@ class Store:
                                    f'LIMIT ? OFFSET ?) {newest}', *args, limit, offset)
 
     def ids(self, begin: str) -> list[str]:
-        """The first few ids that begin with this."""
+        """The first few ids with this prefix."""
         return [row['id'] for row in self.read(
             'SELECT id FROM downloads WHERE id BETWEEN ? AND ? LIMIT 9', (begin, begin + '~'))]
 
     def since(self, created_at: int, ongoing: bool) -> list[sqlite3.Row]:
-        """Downloads made since then, or the unfinished of them: newest first, 10,000 at most."""
+        """Downloads created since then, or only the unfinished: newest first, 10,000 at most."""
         return self.read('SELECT id, status, file_size FROM downloads WHERE created_at >= ? '
                          "AND (NOT ? OR status IN ('queued', 'downloading')) "
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
     def due_times(self) -> list[tuple[str, int]]:
-        """(id, when it may start) of all that is queued, oldest first."""
+        """(id, when it may start) of all queued downloads, oldest first."""
         return [tuple(row) for row in self.read(
             "SELECT id, coalesce(next_attempt_at, 0) FROM downloads WHERE status = 'queued' "
             'ORDER BY created_at, rowid')]
 
     def unfinished(self) -> dict[str, str]:
-        """Status by id of what is queued or downloading."""
+        """Status by id of all queued or running downloads."""
         return dict(tuple(row) for row in self.read(
             "SELECT id, status FROM downloads WHERE status IN ('queued', 'downloading')"))
 
@@ -1684,7 +1684,7 @@ class Store:
                       same_post)
 
     def _count_repeat(self, client_id: str, now: int) -> None:
-        """A client may send as many repeats as links. Raises RateLimited."""
+        """A client may send as many repeats as new links. Raises RateLimited."""
         began, repeats = self._repeats.get(client_id, (now, 0))
         if not began <= now < began + 3600:  # the hour is over, or the clock was set back
             began, repeats = now, 0
@@ -1695,21 +1695,21 @@ class Store:
         self._repeats[client_id] = began, repeats + 1
 
     def star(self, download_id: str, starred: bool) -> None:
-        """Star it, or take the star away."""
+        """Add or remove its star."""
         self.write(lambda db: db.execute(
             'UPDATE downloads SET starred = ? WHERE id = ?', (starred, download_id)))
 
     def first_of(self, client_id: str, since: int) -> Record | None:
-        """The first link of a phone since then, None if there is none."""
+        """The first link from a phone since then, or None."""
         found = self.records('client_id = ? AND created_at >= ? ORDER BY created_at LIMIT 1',
                              client_id, since)
         return found[0] if found else None
 
-    # -- the way of a download
+    # -- the life of a download
 
     def _change(self, db: sqlite3.Connection, verb: str, download_id: str, now: int,
                 due: int | None = None, **columns: Any) -> bool:
-        """Change the status as TRANSITIONS has it; whether it could. `due`: only if due by then."""
+        """Change the status by TRANSITIONS; whether it did. `due`: only if due by then."""
         before, after = TRANSITIONS[verb]
         where = f'WHERE id = ? AND status IN ({", ".join("?" * len(before))})'
         if due is not None:
@@ -1725,12 +1725,12 @@ class Store:
         return changed
 
     def move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
-        """Requeue, cancel or retry it; whether its status let us."""
+        """Requeue, cancel or retry it; whether its status allowed that."""
         return self.write(lambda db: self._change(db, verb, download_id, now, **columns))
 
     def claim(self, download_id: str, now: int) -> Job | None:
         """Take a queued download to work on; None if it is not queued, or not due yet."""
-        def work(db):  # one transaction: a row that is taken but cannot be read would be nobody's
+        def work(db):  # one transaction: a row claimed but not read would have no owner
             if not self._change(db, 'claim', download_id, now, due=now, started_at=now):
                 return None
             return job_of(db.execute('SELECT * FROM downloads WHERE id = ?',
@@ -1757,7 +1757,7 @@ class Store:
                             f'AND {HAS_FILES} ORDER BY created_at DESC', site, media_id, asked)
 
     def _delivered(self, outcome: Outcome, folder: Path) -> dict[str, Any]:
-        """The columns of what is in place; a lone surrogate cannot be stored."""
+        """The columns for delivered files; a lone surrogate cannot be stored."""
         post, files, columns = outcome.post, outcome.files, {}
         if post.get('media_id'):
             columns.update(site=post['site'], media_id=post['media_id'])
@@ -1771,7 +1771,7 @@ class Store:
 
     def fail(self, verb: str, job: Job, outcome: Outcome, now: int, folder: Path,
              due: int | None = None) -> bool:
-        """The attempt failed: retry_later, which is due then, or give_up."""
+        """The attempt failed: retry_later at `due`, or give_up."""
         columns = self._delivered(outcome, folder) if outcome.files else {}
         return self.move(verb, job.id, now, retry_count=job.attempt - (verb == 'give_up'),
                          next_attempt_at=due, reason=outcome.reason,
@@ -1808,13 +1808,13 @@ class Store:
                          'AND completed_at < ? ORDER BY completed_at LIMIT 100', (before,))
 
     def bytes_kept(self) -> int:
-        """What the files of all downloads take on the disk; shared ones count once."""
+        """Bytes on the disk of all downloads' files; shared ones count once."""
         return self.read('SELECT coalesce(sum(size), 0) FROM (SELECT max(file_size) AS size '
                          f'FROM downloads WHERE {HAS_FILES} GROUP BY file_path)')[0][0]
 
     def make_room(self, ids: Sequence[str], now: int) -> list[tuple[str, tuple[MediaFile, ...]]]:
-        """Give up the files of these downloads, unless one has a star by now: (id, files to be
-        deleted) of all whose files may still be there, also those that a kill has left."""
+        """Give up the files of these downloads, unless starred by now: (id, files to delete) of
+        all whose files may still exist, including those left by a kill."""
         def work(db):
             db.executemany(
                 "UPDATE downloads SET reason = 'room', note = 'Deleted to make room.', "
@@ -1831,8 +1831,8 @@ class Store:
                                              [(download_id,) for download_id in ids]))
 
     def recover(self, now: int, frozen: bool) -> list[tuple[Job, Outcome]]:
-        """After a start: what was being downloaded is queued again. But those that are returned
-        ended so: at CRASH_LIMIT unclean ends in a row, or alone as yt-dlp froze (`frozen`)."""
+        """After a start: queue again what was being downloaded, except those returned with their
+        outcome: CRASH_LIMIT unclean ends in a row, or the only one when yt-dlp froze (`frozen`)."""
         over: list[tuple[Job, Outcome]] = []
 
         def work(db):
@@ -1851,7 +1851,7 @@ class Store:
         return over
 
     def suspects(self) -> set[str]:
-        """Those that were running when yt-dlp froze, until it is known which it was."""
+        """Those that were running when yt-dlp froze, until the culprit is known."""
         return {row['id'] for row in self.read(
             "SELECT id FROM downloads WHERE status = 'queued' AND reason = 'freeze'")}
 
@@ -1869,7 +1869,7 @@ class Store:
                        (kind, download_id, event, now))
 
     def note_problems(self, there: Iterable[str], new: dict[str, str], now: int) -> None:
-        """Announce the problems `new`, by name, once, until they are not `there` any more."""
+        """Announce the problems `new`, by name, once, until they are no longer `there`."""
         known = {row['payload'] for row in self.read(
             "SELECT payload FROM outbox WHERE kind = 'known'")}
         over, begun = known - set(there), new.keys() - known
@@ -1884,7 +1884,8 @@ class Store:
             self.write(work)
 
     def next_outgoing(self, kinds: Sequence[str], latest: int) -> sqlite3.Row | None:
-        """What of these kinds is due first; one after `latest` is overdue: the clock was ahead."""
+        """The first item due of these kinds; one due after `latest` goes first: the clock was
+        ahead."""
         marks = ', '.join('?' * len(kinds))
         rows = self.read(f'SELECT * FROM outbox WHERE kind IN ({marks}) '
                          'ORDER BY due > ? DESC, due, id LIMIT 1', (*kinds, latest))
@@ -1892,8 +1893,8 @@ class Store:
 
     def settle(self, item: sqlite3.Row, now: int, due: int | None, state: str = '',
                error: str | None = None) -> bool:
-        """It was sent (`due` None), or is to be tried again then; an upload's row notes `state`
-        and `error`. Whether anybody still wanted it."""
+        """It was sent (`due` None), or will be tried again then; an upload's row records `state`
+        and `error`. Whether it was still wanted."""
         def work(db):
             found = db.execute('UPDATE outbox SET attempts = attempts + 1, due = ? WHERE id = ?',
                                (due or 0, item['id'])).rowcount
@@ -1915,7 +1916,7 @@ class Store:
                 raise DiskLow(self.error)
 
     def probe(self) -> None:
-        """Write what a long link takes, to see whether one can be stored. Raises StoreDown."""
+        """Write as much as a long link takes, to see if one can be stored. Raises StoreDown."""
         self.check_room()
 
         def work(db):
@@ -1927,7 +1928,7 @@ class Store:
         self.write(work)
 
     def backup(self, target: Path) -> None:
-        """A checked copy at `target` (sqlite.org/backup.html). Raises Trouble."""
+        """A verified copy at `target` (sqlite.org/backup.html). Raises Trouble."""
         part = target.with_name(target.name + '.part')
         try:
             with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), 'r+b') as handle, \
@@ -1949,8 +1950,8 @@ class Store:
 
 
 class Lock:
-    """One server on one database: flock on `<database>.lock`, which tells who and where it is.
-    Across a re-execution the descriptor is kept."""
+    """One server per database: flock on `<database>.lock`, which says who and where it is. The
+    descriptor is kept across a re-execution."""
 
     def __init__(self, database: Path, fd: int | None = None):
         self.path, self.fd = Path(f'{database}.lock'), fd
@@ -1965,7 +1966,7 @@ class Lock:
                           "run this as the server's user, or set [database] path.") from None
         if self.fd is not None and os.path.samestat(os.fstat(self.fd), os.fstat(fresh)):
             os.close(fresh)
-        else:  # what was kept across a re-execution may lock the database of before
+        else:  # a lock kept across a re-execution may be of the previous database
             self.release()
             self.fd = fresh
         for _ in range(10):
@@ -1981,19 +1982,19 @@ class Lock:
         self.tell({'pid': os.getpid()})
 
     def tell(self, facts: dict[str, Any]) -> None:
-        """Leave in the file who holds it."""
+        """Record in the file who holds it."""
         with suppress(OSError):  # a full disk: it is locked all the same
             os.ftruncate(self.fd, os.pwrite(self.fd, json.dumps(facts).encode(), 0))
 
     def holder(self) -> dict[str, Any]:
-        """What the holder has left, {} if nothing."""
+        """What the holder recorded, {} if nothing."""
         try:
             return json.loads(self.path.read_text() or '{}')
         except (OSError, ValueError):
             return {}
 
     def running(self) -> dict[str, Any]:
-        """The facts of the server that runs on this database, {} if none does."""
+        """The facts of the server running on this database, {} if there is none."""
         try:
             fd = os.open(self.path, os.O_RDWR)
         except OSError:
@@ -2014,9 +2015,9 @@ class Lock:
 
 
 # ---------- board -------------------------------------------------------------------------
-# Owns what is volatile: progress of running downloads and a version number that grows with
-# every change anybody could want to see. Lock: `_changed` guards all of it; those who watch
-# wait on it. Called by scheduler (writes) and http (reads, waits, limits how many wait).
+# Owns volatile state: progress of running downloads and a version number that grows with every
+# visible change. Lock: `_changed` guards all of it, and watchers wait on it. Called by scheduler
+# (writes) and http (reads, waits, limits how many wait).
 
 ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)  # seconds
 
@@ -2028,13 +2029,13 @@ class Board:
         self.version = first_version  # differs from run to run: a page notices a new run
         self._changed = threading.Condition()
         self._progress: dict[str, Progress] = {}
-        self._released = False  # the server is stopping: nobody waits any more
+        self._released = False  # the server is stopping: nobody waits
         self.counters: dict[str, float] = {}  # of /metrics, since the start
         self._acks = [0] * (len(ACK_BUCKETS) + 1)  # each in the first bucket that it fits into
         self._ack_seconds = 0.0
 
     def post(self, download_id: str, progress: Progress | None = None) -> None:
-        """Something about this download changed; `progress` None: it runs no more."""
+        """Something about this download changed; `progress` None: it no longer runs."""
         with self._changed:
             self._progress[download_id] = progress
             if progress is None:
@@ -2048,7 +2049,7 @@ class Board:
             self.counters[name] = self.counters.get(name, 0) + amount
 
     def observe(self, seconds: float) -> None:
-        """An acknowledgement took that long: into its histogram."""
+        """Add the time of an acknowledgement to the histogram."""
         with self._changed:
             self._acks[bisect.bisect_left(ACK_BUCKETS, seconds)] += 1
             self._ack_seconds += seconds
@@ -2062,7 +2063,7 @@ class Board:
         return [*rows, (f'{name}_count', sums[-1]), (f'{name}_sum', seconds)]
 
     def progress(self, download_id: str) -> Progress | None:
-        """How far it is, None if it does not run."""
+        """Its progress, None if it is not running."""
         with self._changed:
             return self._progress.get(download_id)
 
@@ -2073,7 +2074,7 @@ class Board:
             return not self._released
 
     def release(self) -> None:
-        """Let all go on who wait: the server is stopping."""
+        """Release all who wait: the server is stopping."""
         with self._changed:
             self.version += 1
             self._released = True
@@ -2082,9 +2083,9 @@ class Board:
 
 # ---------- guard -------------------------------------------------------------------------
 # Owns how an attempt ends (ENDINGS), how it is stopped, and what its threads may connect to, run
-# and write: one audit hook (PEP 578) sees it all, whatever yt-dlp calls its functions. Threads
-# that our own threads start are free; those that an attempt starts are the attempt's; all others
-# may do nothing. Lock: Stopper._changed guards what stop() has to end. Called by download, vendor.
+# and write: one audit hook (PEP 578) sees it all, whatever yt-dlp's functions are called. Threads
+# started by our own threads are free; those started by an attempt belong to it; all others may do
+# nothing. Lock: Stopper._changed guards what stop() has to end. Called by download, vendor.
 
 ENDINGS = {reason: (kind, text) for kind, texts in {  # what a person reads
     'done': {'done': 'It is here'},  # the post was here already
@@ -2119,7 +2120,7 @@ ENDINGS = {reason: (kind, text) for kind, texts in {  # what a person reads
         'refused_address': 'The link leads to an address that is not public',
         'ffmpeg': 'Picture and sound are separate files: install ffmpeg, then retry'},
 }.items() for reason, text in texts.items()}
-FEW_TRIES = ('login', 'blocked', 'session')  # asked again and again, a site shuts for good
+FEW_TRIES = ('login', 'blocked', 'session')  # a site asked again and again blocks us for good
 
 
 class Ending(BaseException):
@@ -2129,7 +2130,7 @@ class Ending(BaseException):
         kind, text = ENDINGS[reason]
         message = f'{text}: {detail}.' if detail else f'{text}.'
         if reason == 'cancelled':
-            message = text  # a word of document A's
+            message = text  # document A's word
         tries = 2 if reason in FEW_TRIES else None
         self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
         super().__init__(message)
@@ -2138,8 +2139,8 @@ class Ending(BaseException):
 # -- how it is stopped
 
 class Stopper:
-    """Ends what an attempt does in well under a second: what blocks (name servers, connecting,
-    fsync) is left behind, sockets are shut down, child processes killed."""
+    """Ends an attempt in well under a second: blocking calls (name servers, connecting, fsync) are
+    abandoned, sockets shut down, child processes killed."""
 
     def __init__(self):
         self.reason = ''  # of the first stop
@@ -2156,13 +2157,13 @@ class Stopper:
             self.reason, self.stopped_at = reason, time.monotonic()
             for sock in list(self._sockets):
                 with suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # not TLS's, which lets go first
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's drops its state first
             for child in self.children:
                 child.kill()
             self._changed.notify_all()
 
     def go_on(self) -> None:
-        """Raise Ending if somebody said stop."""
+        """Raise Ending if it was stopped."""
         if self.reason:
             raise Ending(self.reason)
 
@@ -2173,7 +2174,7 @@ class Stopper:
         self.go_on()
 
     def unless_stopped(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
-        """function(…), left behind at a stop. Raises what it raises, or Ending."""
+        """function(…), abandoned at a stop. Raises what it raises, or Ending."""
         from concurrent.futures import Future
         answer = Future()
 
@@ -2191,14 +2192,14 @@ class Stopper:
         return answer.result()
 
     def adopt(self, child: Any) -> None:
-        """A child process that is to end with a stop."""
+        """A child process that a stop must end."""
         with self._changed:
             self.children = [other for other in self.children if other.returncode is None] + [child]
             if self.reason:
                 child.kill()
 
     def hold(self, sock: socket.socket) -> None:
-        """A new socket that is to end with a stop. Raises Ending."""
+        """A new socket that a stop must end. Raises Ending."""
         with self._changed:
             self.go_on()
             self._sockets.add(sock)
@@ -2207,10 +2208,10 @@ class Stopper:
 # -- what it may reach
 
 LARGEST_PAGE = 8 << 20  # bytes, unpacked; pages, manifests and keys are held in memory
-LARGEST_FRAGMENT = 128 << 20  # bytes; those of HLS and DASH, too
+LARGEST_FRAGMENT = 128 << 20  # bytes; also of HLS and DASH
 FAKE = tuple(map(ipaddress.ip_network, ('0.0.0.0/32', '198.18.0.0/15')))  # what filters answer with
 PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # deno gets no permission from yt-dlp
-LOCAL_FILES = (  # demuxers by name: a playlist that calls itself a video is not followed
+LOCAL_FILES = (  # demuxers by name: a playlist posing as a video is not followed
     '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
     'mov,matroska,mpegts,mpeg,aac,mp3,ogg,flac,wav,avi,flv,gif,webvtt,srt,ass,ffmetadata,'
     'jpeg_pipe,png_pipe,webp_pipe')  # of a photo post
@@ -2237,13 +2238,13 @@ def own_networks() -> list[Any]:
 
 
 def is_on_link(address: str) -> bool:
-    """Is it in an IPv6 network of this machine's own, which at home is global, too?"""
+    """Is it in one of this machine's IPv6 networks, which are global even at home?"""
     ip = ipaddress.ip_address(address)
     return any(ip in net for net in own_networks() if net.version == 6 and net.prefixlen >= 64)
 
 
 def host_of(url: str) -> str:
-    """The canonical host of `url`; 'localhost' if it can be read in two ways."""
+    """The canonical host of `url`; 'localhost' if it is ambiguous."""
     try:
         return split_url(url)[1]
     except ValueError:
@@ -2266,8 +2267,8 @@ def die_with_us() -> Callable[[], None] | None:
 
 
 def local_only(args: Sequence[str]) -> list[str]:
-    """A command line that reads nothing but files, even if a file names an address. Raises OSError
-    for a URL or another program, as if that was not installed."""
+    """A command line that reads only files, even if a file names an address. Raises OSError for a
+    URL or another program, as if that were not installed."""
     name = os.path.basename(args[0])
     if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', arg) for arg in args):
         raise FileNotFoundError(errno.ENOENT, 'not to be run', args[0])
@@ -2278,9 +2279,9 @@ def local_only(args: Sequence[str]) -> list[str]:
 
 
 class Here(threading.local):
-    """`reach`: that of the attempt this thread works for, None in the program's own threads.
+    """`reach`: of the attempt that this thread works for, None in the program's own threads.
     `line`: the command line that it may run."""
-    unknown: Any = None  # reach of threads that nobody known has started
+    unknown: Any = None  # reach of threads of unknown origin
 
     def __init__(self):
         super().__init__()
@@ -2292,8 +2293,8 @@ here = Here()
 
 
 class Reach:
-    """What the threads of one attempt may connect to, run and write. May_…, which the hook asks,
-    raises Ending or OSError."""
+    """What the threads of one attempt may connect to, run and write. The hook calls may_…, which
+    raise Ending or OSError."""
 
     def __init__(self, config: Config, folder: Path, stopper: Stopper):
         self.security, self.stopper = config.security, stopper
@@ -2306,21 +2307,21 @@ class Reach:
         self._doors: set[tuple[str, int]] = set()  # addresses of the proxy
 
     def allows(self, address: str, port: int) -> bool:
-        """May it be connected to? Only what is on the Internet; where there is a proxy, only it."""
+        """May we connect to it? Only to what is on the Internet; with a proxy, only to that."""
         if self.proxy:
             return (address, port) in self._doors
         if self.security.allow_private_targets:
             return True
         try:
             ip = unwrap_address(address)
-        except ValueError:  # a name: what it stands for is not known yet
+        except ValueError:  # a name, not resolved yet
             return False
         return is_public(address) and not any(ip in network for network in own_networks())
 
     def look_up(self, real: Callable[..., Any], host: str, port: int, *args: Any,
                 **more: Any) -> list[Any]:
-        """socket.getaddrinfo, up to a stop: addresses that may be connected to. Raises Ending if
-        there are none: a name service that hides a site gives one that no site can have."""
+        """socket.getaddrinfo, up to a stop: addresses that we may connect to. Raises Ending if
+        there are none: a DNS filter answers with an address that no site can have."""
         found = self.stopper.unless_stopped(real, host, port, *args, **more)
         if self.proxy == host.lower() and port in self._ports:
             self._doors.update(entry[4][:2] for entry in found)
@@ -2334,25 +2335,25 @@ class Reach:
         raise Ending(reason, f'{host} is {address}')
 
     def allow_link(self, url: str) -> None:
-        """Raise Ending unless the page, asked for or led to, is of an allowed domain."""
+        """Raise Ending unless the page, also after redirects, is on an allowed domain."""
         domains = self.security.allowed_domains
         if domains != ('*',) and not is_under(host_of(url), domains):
             raise Ending('unsupported', f'it leads to {excerpt(url)}')
 
     def may_connect(self, sock: socket.socket, address: Any) -> None:
-        """Asked of each socket, about the very address."""
+        """Checks each socket, with the actual address."""
         self.stopper.go_on()
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or not self.allows(*address[:2]):
             self.refuse(address)
 
     def may_look_up(self, host: Any, *_: Any) -> None:
-        """Names are the proxy's to resolve."""
+        """With a proxy, it resolves the names."""
         self.stopper.go_on()
         if not self._names_are_ours and str(host).lower() != self.proxy:
             raise Ending('refused_address', excerpt(str(host)))
 
     def may_request(self, url: str, *_: Any) -> None:
-        """Each hop of a request; with a proxy, hosts are judged by their spelling."""
+        """Checks each hop of a request; with a proxy, hosts by their spelling."""
         scheme, host = url.partition(':')[0].lower(), host_of(url)
         if scheme not in ('http', 'https', 'data'):
             raise Ending('unsupported', f'it leads to {excerpt(url)}')
@@ -2361,13 +2362,13 @@ class Reach:
             raise Ending('refused_address', excerpt(urlsplit(url).netloc))
 
     def may_run(self, executable: Any, args: Any, *_: Any) -> None:
-        """Only a command line that `start_process` has made."""
+        """Only a command line made by `start_process`."""
         self.stopper.go_on()
         if args != here.line or executable != args[0] or self._inside(executable):
             raise FileNotFoundError(errno.ENOENT, 'not to be run', executable)
 
     def may_write(self, *paths: Any) -> None:
-        """Make, change or remove these: only in the folder of the download."""
+        """Create, change or remove these: only in the download's folder."""
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)) and not self._inside(path):
                 raise PermissionError(errno.EACCES, 'outside the download', os.fsdecode(path))
@@ -2377,7 +2378,7 @@ class Reach:
         return path in (self.folder, os.devnull) or path.startswith(self.folder + '/')
 
     def refuse(self, *what: Any) -> None:
-        """What no download needs."""
+        """Refuse what no download needs."""
         raise PermissionError(errno.EPERM, f'not for a download: {excerpt(str(what))}')
 
 
@@ -2410,21 +2411,21 @@ CHECKS = {event: check for check, events in (
 
 
 def audit(event: str, args: tuple[Any, ...]) -> None:
-    """The hook: all that Python code opens, in any thread, passes here first."""
+    """The hook: whatever Python code opens, in any thread, passes here first."""
     check = CHECKS.get(event)
     if check is not None and here.reach is not None:
         check(here.reach, *args)
 
 
-# -- what ends with a stop, and what memory it may take
+# -- what a stop ends, and how much memory it may use
 
 def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
-    """owner.name becomes make(what it was). Raises AttributeError if there is no such name."""
+    """owner.name becomes make(its old value). Raises AttributeError if there is no such name."""
     setattr(owner, name, make(getattr(owner, name)))
 
 
 def for_attempts(owner: Any, name: str, guarded: Callable[..., Any]) -> None:
-    """What an attempt's threads call as owner.name becomes guarded(reach, the old one, …)."""
+    """For an attempt's threads, owner.name becomes guarded(reach, the old one, …)."""
     def make(real):
         @functools.wraps(real)
         def choose(*args, **more):
@@ -2435,7 +2436,7 @@ def for_attempts(owner: Any, name: str, guarded: Callable[..., Any]) -> None:
 
 
 def small_page(page: bytes) -> bytes:
-    """The page, if it can be held in memory. Raises Ending."""
+    """The page, if it is not too large for memory. Raises Ending."""
     if len(page) > LARGEST_PAGE:
         raise Ending('unsupported', f'a page has more than {format_size(LARGEST_PAGE)}')
     return page
@@ -2460,14 +2461,14 @@ def read_answer(reach: Reach, real: Callable[..., bytes], answer: Any, size: Any
 
 def start_process(reach: Reach, real: Callable[..., None], process: Any, args: Any, *rest: Any,
                   **more: Any) -> None:
-    """Popen.__init__ for a child that reads only files, and ends with us and with a stop."""
+    """Popen.__init__ for a child that only reads files, and ends with us or at a stop."""
     here.line = local_only(args)
     real(process, here.line, *rest, **{**more, 'preexec_fn': die_with_us()})
     reach.stopper.adopt(process)
 
 
 def watch_process() -> None:
-    """Install the hook, once. All threads there are by then are the program's own."""
+    """Install the hook, once. All threads that exist by then are the program's own."""
     if Here.unknown:
         return
     import http.client
@@ -2495,9 +2496,9 @@ def watch_process() -> None:
 
 
 # ---------- download ----------------------------------------------------------------------
-# Owns the vendored yt-dlp (its only importer) and the folder <output>/.incomplete/<id>, in which
+# Owns the vendored yt-dlp (as its only importer) and the folder <output>/.incomplete/<id>, in which
 # one Attempt at a time downloads. Locks: Meter._lock guards the figures, NAMES_LOCK a free name
-# until its file is there. Called by scheduler (Attempt), daemon and http (forget_files).
+# until its file exists. Called by scheduler (Attempt), daemon and http (forget_files).
 
 PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
     ('disk', 'No space left on device|Disk quota exceeded'),
@@ -2541,14 +2542,14 @@ def has_ca_store() -> bool:
 
 
 def where_raised(error: BaseException) -> list[str]:
-    """The files of the code that an error came through, the innermost last."""
+    """The source files in an error's traceback, innermost last."""
     import traceback
     return [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
 def system_reason(error: BaseException, output: Path) -> str | None:
-    """'disk', 'read_only' or 'output' if this is an error of our own files: by its path, else by
-    where it was raised. TLS's numbers are its own (5 is not EIO)."""
+    """'disk', 'read_only' or 'output' if this error is about our own files: by its path, else by
+    where it was raised. TLS has its own error numbers (5 is not EIO)."""
     number, path, files = error.errno, error.filename, where_raised(error)
     if path is not None:
         ours = str(path).startswith(str(output))
@@ -2568,7 +2569,7 @@ TRANSPORT = {'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeo
 
 
 def judge_words(classes: set[str], extraction: list[Any], text: str, output: Path) -> str:
-    """The reason that yt-dlp gives in words only; '' if it gives none."""
+    """The reason that only yt-dlp's words give; '' if none."""
     helper = 'PostProcessingError' in classes
     full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
     reasons = [reason for name, reason in CLASSES.items() if name in classes]
@@ -2584,14 +2585,14 @@ def judge_words(classes: set[str], extraction: list[Any], text: str, output: Pat
 
 
 def judge_place(error: BaseException) -> str:
-    """'site_changed' where yt-dlp trips over what the site sent; else the mistake is ours."""
+    """'site_changed' if yt-dlp tripped over what the site sent; else the fault is ours."""
     files = where_raised(error)
     return 'site_changed' if files and '/yt_dlp/' in files[-1] else 'internal'
 
 
 def judge_error(error: BaseException, output: Path, in_page: bool) -> Ending:
-    """What an exception out of yt-dlp means, in our words: its own are for the log. `in_page`: it
-    came before there was any media."""
+    """What an exception from yt-dlp means, in our words: its own go to the log. `in_page`: it came
+    before any media."""
     links = list(chain(error))
     classes = set().union(*(names for _, names in links))
     for link, _ in links:
@@ -2632,7 +2633,7 @@ NO_POSTS = tuple(
 
 
 def post_url(url: str) -> str:
-    """A link in the form that every yt-dlp takes. Raises Ending if it is of no post."""
+    """A link in the form that every yt-dlp accepts. Raises Ending if it is not to a post."""
     if urlsplit(url).hostname == 'l.instagram.com':  # its wrapper for links in messages
         url = dict(parse_qsl(urlsplit(url).query)).get('u', url)
     site, media_id = post_of(url)
@@ -2661,9 +2662,9 @@ class Pictures:
         urls = list(filter(None, urls))
         formats = [{'url': url, 'format_id': 'picture', 'ext': 'jpg'} for url in urls]
         return {**info, 'id': code or info.get('id'), 'pictures': [urls],
-                'formats': formats}  # without one yt-dlp takes it for a failure
+                'formats': formats}  # without one, yt-dlp reports a failure
 
-    def _extract_nodes(self, nodes, is_direct=False):  # what 2025's finds without a login
+    def _extract_nodes(self, nodes, is_direct=False):  # what 2025's yt-dlp finds logged out
         for node in nodes:
             if node.get('is_video') or node.get('__typename') == 'GraphVideo':
                 yield from super()._extract_nodes([node], is_direct)
@@ -2681,7 +2682,7 @@ class Pictures:
 
 
 def post_extractors() -> list[Any]:
-    """yt-dlp's extractors of posts, with `pictures`; a class it would look up among all others."""
+    """yt-dlp's post extractors, with `pictures`; instances, as a class would be looked up."""
     from yt_dlp.extractor import instagram, tiktok
 
     class TikTokIE(tiktok.TikTokIE):
@@ -2698,8 +2699,8 @@ def post_extractors() -> list[Any]:
 
 
 def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
-    """What the site tells of a post. The title of TikTok and Instagram is the caption's first
-    line: theirs is cut or made up."""
+    """What the site says about a post. For TikTok and Instagram, the title is the caption's first
+    line: their own is cut off or made up."""
     site, title = site_of(url), str(info.get('title') or '')
     caption = str(info.get('description') or '').strip()
     made_up = re.fullmatch(r'(?:Post|Video|Story) by (.+)', title)
@@ -2717,7 +2718,7 @@ def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
 
 
 def announced(info: dict[str, Any]) -> set[str]:
-    """Which of 'video' and 'audio' yt-dlp says to be in a format, or in those it merges."""
+    """Which of 'video' and 'audio' a format, or those merged, should have according to yt-dlp."""
     kinds = set()
     for part in info.get('requested_formats') or [info]:
         if part.get('vcodec') != 'none':
@@ -2728,7 +2729,7 @@ def announced(info: dict[str, Any]) -> set[str]:
 
 
 def without_formats(formats: list[dict[str, Any]], got: dict[str, Any], lacking: str) -> list[Any]:
-    """The formats without those in `got` that lack it; none if the rest do not announce it."""
+    """The formats without those in `got` that lacked it; none if no other announces it."""
     struck = {str(part.get(key)) for part in got.get('requested_formats') or [got]
               if lacking in announced(part) for key in ('url', 'format_id')}
     struck |= {re.sub(r'-\d+$', '', name) for name in struck}  # as the site had it
@@ -2746,8 +2747,8 @@ IMPORTED: dict[str, Any] = {}  # 'Session': the class made below, once yt-dlp is
 
 def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
     """AES-128 by the openssl command, empty if that fails; yt-dlp's own takes ten seconds per MB
-    and hears no stop."""
-    if len(key) != 16 or len(iv) != 16:  # which openssl would refuse
+    and ignores a stop."""
+    if len(key) != 16 or len(iv) != 16:  # openssl would refuse it
         raise Ending('bad_media')
     import subprocess
     line = ['openssl', 'enc', '-d', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()]
@@ -2758,9 +2759,9 @@ def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
 
 
 def no_ffmpeg(base: Any) -> Any:
-    """HLS stays with yt-dlp's own downloader, which is stopped and resumed as all else."""
+    """Keep HLS with yt-dlp's own downloader, which can be stopped and resumed."""
     class NoFFmpeg(base):
-        """ffmpeg would fetch by itself."""
+        """ffmpeg would download by itself."""
         available = classmethod(lambda cls, path=None: False)
 
         def real_download(self, filename, info_dict):
@@ -2769,8 +2770,8 @@ def no_ffmpeg(base: Any) -> Any:
 
 
 def write_index(_: Reach, __: Any, downloader: Any, ctx: dict[str, Any]) -> None:
-    """FragmentFD._write_ytdl_file as yt-dlp has it, but whole at any moment and with the size that
-    belongs to it."""
+    """FragmentFD._write_ytdl_file as in yt-dlp, but atomic, and with the size of the partial
+    file."""
     index, part = downloader.ytdl_filename(ctx['filename']), ctx['tmpfilename']
     size = os.path.getsize(part) if os.path.exists(part) else 0
     note = {'current_fragment': {'index': ctx['fragment_index']},
@@ -2779,14 +2780,14 @@ def write_index(_: Reach, __: Any, downloader: Any, ctx: dict[str, Any]) -> None
 
 
 def cache_context(make: Callable[..., Any]) -> Callable[..., Any]:
-    """All CAs are read once, and again when somebody has installed them."""
+    """Read all CAs once, and again after they have been installed."""
     cached = functools.lru_cache(2)(lambda _, *args, **more: make(*args, **more))
     return lambda *args, **more: cached(has_ca_store(), *args, **more)
 
 
 def adapt_ytdlp() -> None:
-    """The five names of yt-dlp that are replaced; all else is held by the guard. Raises
-    AttributeError or ImportError where a release does not have them."""
+    """Replace five names in yt-dlp; the guard does the rest. Raises AttributeError or ImportError
+    if a release lacks one."""
     from yt_dlp.downloader import fragment, hls
     from yt_dlp.downloader.common import FileDownloader
     from yt_dlp.networking import common
@@ -2800,9 +2801,9 @@ def adapt_ytdlp() -> None:
 
 
 def session_class(base: Any) -> Any:
-    """YoutubeDL that asks its attempt before it fetches, follows or writes anything."""
+    """A YoutubeDL that asks its attempt before it fetches, follows or writes anything."""
     class Session(base):
-        """`attempt` is set by whoever makes one."""
+        """The creator sets `attempt`."""
 
         def urlopen(self, req):
             return self.attempt.fetch(super().urlopen, req)
@@ -2830,8 +2831,8 @@ def session_class(base: Any) -> Any:
 
 
 def only_python() -> None:
-    """Take off everything that is not Python itself: site-packages, what their .pth files added or
-    imported, the script's folder. A `requests` or `certifi` there would replace what is guarded."""
+    """Remove everything but Python itself from the path: site-packages, what .pth files added or
+    imported, the script's folder. A `requests` or `certifi` there would bypass the guards."""
     home = os.path.dirname(os.__file__)
     archive = 'python{}{}.zip'.format(*sys.version_info)
     sys.path[:] = [entry for entry in sys.path
@@ -2846,8 +2847,8 @@ def only_python() -> None:
 def import_ytdlp(folder: Path) -> Any:
     """The class Session over the yt-dlp in `folder`, imported and guarded once per process.
 
-    Raises whatever a damaged copy raises; nothing of that stays: another one can be tried."""
-    with IMPORT_LOCK, within(None):  # so that what it compiles is kept
+    Raises whatever a damaged copy raises, and leaves nothing of it: another one can be tried."""
+    with IMPORT_LOCK, within(None):  # so that compiled files can be written
         if not IMPORTED:
             os.environ['YTDLP_NO_PLUGINS'] = '1'
             only_python()
@@ -2866,26 +2867,26 @@ def import_ytdlp(folder: Path) -> Any:
 
 # -- how a site is asked
 
-WAYS = {  # by attempt: what failed is not repeated in the same way
+WAYS = {  # by attempt: a retry poses as another browser
     'chrome': '',  # by yt-dlp
     'firefox': 'Mozilla/5.0 (Windows NT 10.0; Win64; x64; rv:145.0) Gecko/20100101 Firefox/145.0',
     'safari': 'Mozilla/5.0 (Macintosh; Intel Mac OS X 10_15_7) AppleWebKit/605.1.15 '
               '(KHTML, like Gecko) Version/18.6 Safari/605.1.15'}
-NO_PAGES = ('/', '/api/v1/web/get_ruling_for_content/')  # before the page of an Instagram post
+NO_PAGES = ('/', '/api/v1/web/get_ruling_for_content/')  # requested before an Instagram post's page
 
 
 def way_of(job: Job, config: Config) -> str:
-    """How the site is asked in this attempt."""
+    """Which browser this attempt poses as."""
     if not config.downloader.user_agent_rotation or '--user-agent' in dict(job.options):
         return 'own'
     return list(WAYS)[(job.attempt - 1) % len(WAYS)]
 
 
 class Pace:
-    """Lets all workers ask a site for pages one after the other. `now`: time.monotonic()."""
+    """Spaces out all workers' page requests to a site. `now`: time.monotonic()."""
 
     def __init__(self):
-        self._lock, self._next = threading.Lock(), {}  # when a site may be asked again
+        self._lock, self._next = threading.Lock(), {}  # when each site's next request may go
 
     def turn(self, site: str, gap: float, now: float, answered: bool = False) -> float:
         """Seconds to wait before asking; 0: it is your turn. The gap counts from the answer:
@@ -2903,7 +2904,7 @@ PACE = Pace()
 # -- how far it is
 
 class Meter:
-    """Progress: never falls, is told at most twice a second. Lock: yt-dlp reports from several
+    """Progress: never falls, reported at most twice a second. Lock: yt-dlp calls it from several
     threads."""
     MEDIA = 97  # percent; the rest is checking and moving
     PAUSE = 0.5  # seconds
@@ -2916,13 +2917,13 @@ class Meter:
         self._bytes_before, self._bytes = 0, 0
 
     def enter(self, phase: str) -> None:
-        """A phase begins, or goes on."""
+        """A phase begins, or continues."""
         if phase != self.phase:
             self.phase, self.steps = phase, self.steps + 1
             self._report(self._progress._replace(phase=phase, speed=None, eta=None), True)
 
     def plan(self, info: dict[str, Any], parts: int) -> None:
-        """An item of so many parts begins: two where sound comes apart."""
+        """An item of so many parts begins: two if the sound is separate."""
         self._title = excerpt(str(info.get('playlist_title') or info.get('title') or ''), 200)
         self._items = max(int(info.get('n_entries') or 1), 1)
         self._item = min(int(info.get('playlist_autonumber') or 1), self._items) - 1
@@ -2936,7 +2937,7 @@ class Meter:
         self.enter('media')
 
     def hear(self, told: dict[str, Any]) -> bool:
-        """yt-dlp's progress hook; whether this was told on."""
+        """yt-dlp's progress hook; whether it was passed on."""
         self._bytes = told.get('downloaded_bytes') or told.get('total_bytes') or 0
         total = told.get('total_bytes') or told.get('total_bytes_estimate')
         done, goal = told.get('fragment_index') or 0, told.get('fragment_count') or 1
@@ -2961,9 +2962,9 @@ class Meter:
         return due
 
 
-# -- what lies in the folder of a download
+# -- the folder of a download
 
-# What has to be equal for a partial file to be continued.
+# What must be equal to continue a partial file.
 SAME = ('format_id', 'filesize', 'vcodec', 'width', 'height', 'tbr', 'duration', 'protocol')
 NAMES_LOCK = threading.Lock()
 SHORT_NAME = 143  # bytes: the limit of eCryptfs
@@ -2972,7 +2973,7 @@ BOOT_ID = find_line(Path('/proc/sys/kernel/random/boot_id'), '(.+)')  # '' where
 
 
 def end_leftovers(folder: Path) -> None:
-    """Kill an ffmpeg that an earlier life of this program left writing into `folder`."""
+    """Kill an ffmpeg that an earlier run of this program left writing into `folder`."""
     import subprocess
     with suppress(OSError):
         listed = subprocess.run(
@@ -2984,14 +2985,14 @@ def end_leftovers(folder: Path) -> None:
 
 
 def plain_ascii(text: str) -> str:
-    """`text` for a folder that takes no other letters."""
+    """`text` for a folder that accepts only ASCII."""
     import unicodedata
     return unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode()
 
 
 def free_names(output: Path, result: dict[str, Any]) -> Iterator[str]:
-    """Names that nothing in `output` has: the best, then shorter and plainer ones for encrypted
-    folders and shares with an old character set."""
+    """Unused names in `output`: the best, then shorter and plainer ones for encrypted folders and
+    shares with an old character set."""
     names = result['names']
     plain_names = {key: plain_ascii(text) for key, text in names.items()}
     for limit, fields in ((NAME_BYTES, names), (SHORT_NAME, names), (SHORT_NAME, plain_names),
@@ -3007,7 +3008,7 @@ def free_names(output: Path, result: dict[str, Any]) -> Iterator[str]:
 class JobFolder:
     """<output>/.incomplete/<id>: partial files; job.json says what they are and where results go.
 
-    It is written without a sync: after a reboot (seen on Linux only) nothing is believed."""
+    It is written without a sync: after a reboot (detected on Linux only) it is not trusted."""
 
     def __init__(self, path: Path):
         self.path, self.file = path, path / 'job.json'
@@ -3018,10 +3019,11 @@ class JobFolder:
         self.missing: dict[int, str] = {}  # the items that failed, and what they are
         self.total = 1  # items of the post
         self.fetched = False  # whether each was tried
-        self.current = ''  # the part whose bytes a request brings, '' for others
+        self.current = ''  # the part that a request is for, '' for other requests
 
     def open(self) -> None:
-        """Make it, or keep what can be continued; never the output folder. Raises OSError."""
+        """Create it, or keep what can be continued; never creates the output folder. Raises
+        OSError."""
         self.path.parent.mkdir(exist_ok=True)
         if not self.path.is_dir():
             self.path.mkdir()
@@ -3039,12 +3041,12 @@ class JobFolder:
             name + end for name in self.parts for end in ('', '.part', '.ytdl')})
 
     def clear(self, keep: Iterable[str] = ()) -> None:
-        """Remove all but these files. Raises OSError."""
+        """Remove all other files. Raises OSError."""
         for name in set(os.listdir(self.path)) - set(keep):
             (self.path / name).unlink()
 
     def drop(self, prefix: str) -> None:
-        """Remove the files whose names begin so. Raises OSError."""
+        """Remove the files with this prefix. Raises OSError."""
         self.clear(name for name in os.listdir(self.path) if not name.startswith(prefix))
 
     def save(self) -> None:
@@ -3053,7 +3055,7 @@ class JobFolder:
         write_whole(self.file, json.dumps(note), durable=bool(self.missing))
 
     def begin(self, name: str, info: dict[str, Any]) -> None:
-        """yt-dlp is about to fetch file `name`: keep what is there only if it can be continued."""
+        """yt-dlp is about to fetch file `name`: keep what exists only if it can be continued."""
         same = json.dumps([info.get(field) for field in SAME], default=str)
         plain_file = info.get('protocol') in ('http', 'https')
         if self.parts.get(name, {}).get('same') != same or not self._sound(name, plain_file):
@@ -3068,7 +3070,7 @@ class JobFolder:
             return file.exists() and file.stat().st_size == self.parts[name].get('size')
         if plain_file:
             return partial.stat().st_size < (self.parts[name].get('total') or 0)
-        try:  # cut it to the size in its index: no fragment may come twice
+        try:  # cut it to the size in its index, so that no fragment is in it twice
             index = json.loads((self.path / (name + '.ytdl')).read_text())
             size = index['downloader']['extra_state']['size']
         except (OSError, ValueError, KeyError, TypeError):
@@ -3080,7 +3082,7 @@ class JobFolder:
         return True
 
     def continues(self, response: Any) -> bool:
-        """Is this answer of the file that is being fetched? Notes its size."""
+        """Does this answer belong to the current file? Records its size."""
         part, headers = self.parts.get(self.current), response.headers
         if part is None:
             return True
@@ -3098,7 +3100,7 @@ class JobFolder:
         return True
 
     def finished(self, name: str, info: dict[str, Any]) -> None:
-        """yt-dlp has all of a file. Raises Ending if that is less than the site stated."""
+        """yt-dlp has finished a file. Raises Ending if it is shorter than the site stated."""
         part, size = self.parts.get(name), (self.path / name).stat().st_size
         if part:
             stated = max(part.get('total') or 0, info.get('filesize') or 0)
@@ -3115,7 +3117,7 @@ class JobFolder:
         return sum(size for size, _ in found), max(changed for _, changed in found)
 
     def wanted(self, output: Path) -> list[int] | None:
-        """The items still to be fetched, [] for all; None if every file is here or in place."""
+        """The items still to fetch, [] for all; None if every file is here or in place."""
         def there(result):
             final = output / result.get('name', '.')
             moved = final.is_file() and final.stat().st_size == result['size']
@@ -3144,7 +3146,7 @@ class JobFolder:
             result['name'] = name
             try:
                 (output / name).parent.mkdir(parents=True, exist_ok=True)
-                self.save()  # so that after a kill the same file is found and not made twice
+                self.save()  # so that after a kill this file is found and not made again
                 return os.rename(source, output / name)
             except OSError as error:
                 if error.errno not in BAD_NAME:
@@ -3162,7 +3164,7 @@ def inside(output: Path, name: str) -> Path:
 def forget_files(config: Config, job_id: str, files: Iterable[str]) -> None:
     """Remove the folder of a download, and finished files by name, with emptied folders."""
     output = config.downloads.output_directory
-    if re.fullmatch(r'[\w-]+', job_id):  # else it could lead out of there
+    if re.fullmatch(r'[\w-]+', job_id):  # else it could point elsewhere
         remove_folder(output / '.incomplete' / job_id)
     for name in files:
         file = inside(output, name)
@@ -3207,12 +3209,12 @@ MP4_KINDS = ('mp4', 'm4a', 'm4v', 'mov', '3gp')
 
 
 def still_format(path: Path) -> list[str]:
-    """For ffmpeg: the format of a picture. By itself it takes a % in the name for a series."""
+    """ffmpeg's options for a picture. Without them, a % in the name would mean a series."""
     return ['-f', STILLS[path.suffix]] if path.suffix in STILLS else []
 
 
 def media_extension(path: Path) -> str:
-    """The extension that fits the first bytes; '' if they are of no medium."""
+    """The extension that fits the first bytes; '' if it is not media."""
     with path.open('rb') as file:
         start = file.read(256)
     kinds = next((kinds for pattern, kinds in MAGIC if pattern.match(start)), [''])
@@ -3221,8 +3223,8 @@ def media_extension(path: Path) -> str:
 
 
 def mp4_tracks(path: Path) -> set[str]:
-    """'video' and 'audio' for the tracks of an mp4 that have content (ISO 14496-12, 4.2 and 8).
-    Raises ValueError if its boxes do not fill the file."""
+    """'video' and 'audio' for the non-empty tracks of an mp4 (ISO 14496-12, 4.2 and 8). Raises
+    ValueError if its boxes do not fill the file."""
     size, at, kind, samples = path.stat().st_size, 0, '', {}
     with path.open('rb') as file:
         for _ in range(MOST_BOXES):
@@ -3250,7 +3252,7 @@ def mp4_tracks(path: Path) -> set[str]:
 
 
 def is_picture(path: Path) -> bool:
-    """Is it a picture, and whole?"""
+    """Is it a complete picture?"""
     kind, size = media_extension(path), path.stat().st_size
     with path.open('rb') as file:
         start = file.read(8)
@@ -3265,8 +3267,8 @@ def is_picture(path: Path) -> bool:
 
 
 def tracks(path: Path) -> set[str]:
-    """Which of 'video' and 'audio' are in a file, by an mp4's own boxes or ffprobe; both where
-    there is none. Raises Ending for half a file."""
+    """Which of 'video' and 'audio' are in a file, by an mp4's boxes or ffprobe; both if there is no
+    ffprobe. Raises Ending for an incomplete file."""
     import subprocess
     if media_extension(path) in MP4_KINDS:
         try:
@@ -3294,7 +3296,7 @@ SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_b
 
 
 def run_gently(name: str, options: str, *more: Any) -> str:
-    """What a program prints, at the least priority. Raises CalledProcessError, OSError."""
+    """A program's output, run at the lowest priority. Raises CalledProcessError, OSError."""
     import subprocess
     command = [name, '-v', 'error', *options.split(), *map(str, more)]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -3309,7 +3311,7 @@ def run_gently(name: str, options: str, *more: Any) -> str:
 def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
     """A video of the pictures, each for its share of the sound. Raises CalledProcessError, OSError.
 
-    In pieces, so that one picture is in memory; MPEG-TS pieces can simply be joined."""
+    Piecewise, so that only one picture is in memory; MPEG-TS pieces can simply be joined."""
     told = run_gently('ffprobe', '-show_entries format=duration -of csv=p=0', f'file:{sound}')
     frames = math.ceil(max(float(told.strip()) / len(pictures), SLIDE_SECONDS) * SLIDE_RATE)
     piece = video.with_suffix('.piece')
@@ -3329,20 +3331,20 @@ def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
 
 # -- what yt-dlp is told
 
-# What an iPhone does not play; `?`: a codec that is not told passes.
+# What an iPhone does not play; `?`: an unknown codec passes.
 PLAYABLE = '[vcodec!^=?vp][vcodec!^=?av0][vcodec!^=?av1]'
-BEST = {  # best that an iPhone plays, then whatever there is; by whether ffmpeg can merge
+BEST = {  # the best that an iPhone plays, else any; by whether ffmpeg can merge
     True: f'bv*{PLAYABLE}+ba[acodec^=?mp4a]/bv*{PLAYABLE}+ba/b{PLAYABLE}/bv*+ba/b',
     False: f'b{PLAYABLE}/b'}
 PROTOCOLS = ('http', 'https', 'm3u8', 'm3u8_native', 'http_dash_segments',
              'http_dash_segments_generator', 'ism')
-PLAIN = {'picture': '.jpg', 'sound': '.m4a'}  # what is fetched as one file, and its usual kind
+PLAIN = {'picture': '.jpg', 'sound': '.m4a'}  # fetched as one file, with its usual extension
 LACKING = {'audio': 'sound', 'video': 'picture'}
-FEWEST_BYTES = 64 << 10  # to be gained within [downloader] timeout
+FEWEST_BYTES = 64 << 10  # that must arrive within [downloader] timeout
 DEFAULTS = {  # that the caller may change
     'retries': 3, 'fragment_retries': 3, 'socket_timeout': 20, 'noplaylist': True,
     'merge_output_format': 'mp4',
-    'playlistend': 100}  # a carousel has 20 at most; nobody wants a whole channel by accident
+    'playlistend': 100}  # a carousel has 20 at most; avoids fetching a whole channel by accident
 DEFAULT_WORDS = ('-R3', '--fragment-retries=3', '--socket-timeout=20', '--no-playlist',
                  '--merge-output-format=mp4')  # the same
 FORCED = {
@@ -3372,15 +3374,15 @@ def caller_params(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 # -- the owner's cookies
 
-COOKIE_LIMIT = 1 << 20  # bytes that are read of a file of cookies; a whole browser's are fewer
-REST_SECONDS = 3600  # after a login was refused: a refusal may be about something else
-LOGIN_COOKIE = 'sessionid'  # by which TikTok and Instagram know who is logged in
+COOKIE_LIMIT = 1 << 20  # bytes read of a cookies file; a whole browser's are fewer
+REST_SECONDS = 3600  # before a refused login is tried again: it may not be to blame
+LOGIN_COOKIE = 'sessionid'  # the login cookie of TikTok and Instagram
 EXPORT = 'Fix: log in with a browser and export its cookies again.'
 
 
 @named_tuple
 class Cookie:
-    """One cookie: site, epoch seconds of its end (0: the browser's), name, and its row in a
+    """One cookie: site, expiry in epoch seconds (0: with the session), name, and its row in a
     cookies.txt as yt-dlp reads it."""
     domain: str
     expires: int
@@ -3390,7 +3392,7 @@ class Cookie:
 
 def make_cookie(domain: Any, path: Any, secure: Any, expires: Any, name: Any,
                 value: Any) -> Cookie | None:
-    """A cookie of what stands in a file; None if yt-dlp or a site could not take it."""
+    """A cookie from the fields in a file; None if yt-dlp or a site would not accept it."""
     domain = re.sub('^https?://|/$', '', str(domain or '').lower())
     when = re.fullmatch(r'(-?\d{1,16})(\.\d{1,9})?', str(expires or 0), re.A)
     if not (when and re.fullmatch(r'\.?[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63}){1,9}', domain)
@@ -3406,8 +3408,8 @@ def make_cookie(domain: Any, path: Any, secure: Any, expires: Any, name: Any,
 
 
 def parse_cookies(data: bytes) -> list[Cookie]:
-    """The cookies of a file as people have it: Netscape's cookies.txt (with tabs or blanks, BOM,
-    CRLF, UTF-16, #HttpOnly_) or a browser extension's JSON. What makes no sense is left out."""
+    """The cookies in a file: Netscape's cookies.txt (with tabs or spaces, BOM, CRLF, UTF-16,
+    #HttpOnly_) or a browser extension's JSON. Nonsense is left out."""
     # Without its NULs, UTF-16 of plain characters is plain text.
     text = data.decode('utf-8-sig', 'replace').replace('\0', '').lstrip('\ufffd')
     found, rows = None, []
@@ -3434,7 +3436,7 @@ def parse_cookies(data: bytes) -> list[Cookie]:
 
 
 def cookies_txt(cookies: Iterable[Cookie]) -> str:
-    """A file of cookies for yt-dlp."""
+    """A cookies file for yt-dlp."""
     return '\n'.join(['# Netscape HTTP Cookie File', *(one.row for one in cookies), ''])
 
 
@@ -3444,8 +3446,8 @@ def last_labels(host: str) -> str:
 
 
 class Cookies:
-    """The owner's cookies: cookies_file or, where that is empty, what the page has stored beside
-    the database. No value ever gets into a log or a message."""
+    """The owner's cookies: cookies_file or, if that is empty, what the page stored beside the
+    database. No value ever gets into a log or a message."""
 
     def __init__(self, config: Config):
         folder = config.database.path.parent
@@ -3455,7 +3457,7 @@ class Cookies:
         self._refused = folder / 'cookies.refused'  # JSON: site → when it refused the login
 
     def read(self, data: bytes | None = None) -> dict[str, list[Cookie]]:
-        """By site the cookies that are allowed, of `data` or of the file. Raises OSError."""
+        """The allowed cookies by site, from `data` or the file. Raises OSError."""
         if data is None:
             with open(self.file, 'rb') as file:
                 data = file.read(COOKIE_LIMIT)
@@ -3466,8 +3468,8 @@ class Cookies:
         return found
 
     def jar(self, url: str) -> io.StringIO | None:
-        """What belongs to the site of `url`, for yt-dlp to read and write; None if there is
-        nothing, or the site has just refused it."""
+        """The cookies for the site of `url`, for yt-dlp to read and write; None if there are none,
+        or the site has just refused them."""
         site, cookies = last_labels(host_of(url)), None
         try:
             cookies = self.read().get(site)
@@ -3479,15 +3481,15 @@ class Cookies:
         return io.StringIO(cookies_txt(cookies))
 
     def refused(self) -> dict[str, float]:
-        """The sites that have refused the login of this very file, and when."""
+        """The sites that refused this file's login, and when."""
         with suppress(OSError, ValueError, AttributeError, TypeError):
             told, changed = json.loads(self._refused.read_text()), os.stat(self.file).st_ctime
             return {site: at for site, at in told.items() if at >= changed}
         return {}
 
     def judge(self, url: str, fine: bool) -> None:
-        """Whether the site of `url` has taken this login. If not, that is told until the file
-        changes or it does, and the login rests for an hour."""
+        """Record whether the site of `url` accepted this login. A refusal is reported until the
+        file changes or the login works; the login is not used for an hour."""
         site, told = last_labels(host_of(url)), self.refused()
         if fine and not told.pop(site, 0):
             return
@@ -3497,7 +3499,7 @@ class Cookies:
             write_whole(self._refused, json.dumps(told))
 
     def report(self, now: float) -> list[tuple[bool, str]]:
-        """(whether all is well, a sentence) for each site; none if there is no file."""
+        """(whether it is fine, a sentence) for each site; none if there is no file."""
         try:
             found = self.read()
         except OSError as error:
@@ -3522,7 +3524,7 @@ class Cookies:
         return True, what + f', valid until {day}' * bool(end)
 
     def save(self, data: bytes) -> None:
-        """Keep what the page was given, for allowed sites only. Raises Refused, OSError."""
+        """Store cookies from the page, for allowed sites only. Raises Refused, OSError."""
         if self.configured:
             raise Refused('cookies_file', f'The cookies come from {self.file}, set in config.ini.')
         found = self.read(data)
@@ -3531,7 +3533,7 @@ class Cookies:
         write_whole(self.file, cookies_txt(itertools.chain(*found.values())))
 
     def remove(self) -> None:
-        """Forget what the page was given. Raises OSError."""
+        """Remove the cookies from the page. Raises OSError."""
         if not self.configured:
             self.file.unlink(missing_ok=True)
 
