@@ -5428,6 +5428,12 @@ class TestHostileSites(DownloadTest):
         self.assert_ends(self.direct('/endless.m3u8', playlist, 'application/vnd.apple.mpegurl'),
                          'give_up', 'unsupported')
 
+    def test_what_a_site_says_of_a_post_can_be_stored_and_shown(self):
+        for wild in (float('inf'), float('nan'), -1e18, 10 ** 30, 1e20, 'x', []):
+            facts = v.post_facts({'id': '\ud800', 'timestamp': wild, 'duration': wild}, 'https://a.test/')
+            self.assertEqual([facts[name] for name in ('id', 'timestamp', 'duration', 'upload_date')],
+                             ['\ufffd', None, None, ''])
+
     def test_a_page_up_to_there_is_read_packed_or_not(self):
         self.site.add('127.0.0.1', '/d/large.mp4', movie(), 'video/mp4')
         page = b'<html><title>x</title><video src="/d/large.mp4"></video>' + b' ' * 3_000_000

@@ -2698,6 +2698,13 @@ def post_extractors() -> list[Any]:
     return [TikTokIE(), tiktok.TikTokVMIE(), instagram_ie(), story_ie()]
 
 
+def seconds_of(value: Any) -> Any:
+    """A site's number of seconds; None if it cannot be true."""
+    if isinstance(value, (int, float)) and 0 <= value < 1 << 32:
+        return value
+    return None
+
+
 def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
     """What the site says about a post. For TikTok and Instagram, the title is the caption's first
     line: their own is cut off or made up."""
@@ -2709,12 +2716,13 @@ def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
     uploader = info.get('uploader') or made_up and made_up[1]
     if site == 'instagram.com':  # there `uploader` is the full name
         uploader = info.get('channel') or uploader
-    date, moment = info.get('upload_date') or '', info.get('timestamp')
+    date, moment = info.get('upload_date') or '', seconds_of(info.get('timestamp'))
     if moment and not date:
         date = time.strftime('%Y%m%d', time.gmtime(moment))
-    return {'id': str(info.get('id') or ''), 'site': site, 'title': title[:LONGEST_TITLE],
-            'uploader': str(uploader or ''), 'duration': info.get('duration'),
-            'description': caption, 'upload_date': date, 'timestamp': moment}
+    return {'id': excerpt(str(info.get('id') or ''), 200), 'site': site,
+            'title': title[:LONGEST_TITLE], 'uploader': str(uploader or ''),
+            'duration': seconds_of(info.get('duration')), 'description': caption,
+            'upload_date': date, 'timestamp': moment}
 
 
 def announced(info: dict[str, Any]) -> set[str]:
@@ -3692,7 +3700,7 @@ class Attempt:
         first, self._identified = not self._identified, True
         if not first or not post['id'] or info.get('extractor_key') == 'Generic':
             return  # the generic extractor's ids are not unique
-        post['media_id'] = post['id'][:200]
+        post['media_id'] = post['id']
         with within(None):  # the database
             found = self.on_identity(post['site'], post['media_id'])
         if found:
