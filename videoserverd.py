@@ -4043,11 +4043,11 @@ class Release:
 
 
 class BrokenRelease(Trouble):
-    """A release that arrived as it was published, and does not work here."""
+    """A release that arrived as published but does not work here."""
 
 
 def version_key(version: str) -> tuple[int, ...]:
-    """Orders versions; '2026.8.29' equals '2026.08.29'. () if it is none that yt-dlp has."""
+    """Orders versions; '2026.8.29' equals '2026.08.29'. () if it is not a yt-dlp version."""
     match = re.fullmatch(r'(\d{1,9}(?:\.\d{1,9}){0,9})(?:\.dev\d{1,9})?', version[:99], re.A)
     return tuple(map(int, match[1].split('.'))) if match else ()
 
@@ -4072,8 +4072,8 @@ def fetch_url(url: str) -> bytes:
 
 
 def run_helper(*command: str) -> Any:
-    """Run a process without our secrets and yt-dlp's plugins, in a folder that is nobody's: no
-    pip.py that lies where we were called is run. Raises Trouble when it hangs or is killed."""
+    """Run a process without our secrets and yt-dlp's plugins, in the root folder: a pip.py in the
+    current one must not run. Raises Trouble when it hangs or is killed."""
     import subprocess
     env = {name: value for name, value in os.environ.items() if name not in SECRET_NAMES}
     try:
@@ -4107,9 +4107,9 @@ def version_in(folder: Path) -> str:
     return find_line(folder / 'yt_dlp/version.py', r"^__version__ = '(\d[\d.]*)'")
 
 
-# A release is used as the daemon uses it, without a network: it has to find the sites' extractors
-# and to take the proxy that it is told (nobody listens there). A site on 127.0.0.1, the Internet
-# for once, then sets a trap for each guard; what is out of reach is on 127.0.0.2.
+# Uses a release as the daemon does, without a network: it must find the sites' extractors and use
+# the proxy that it is given (nobody listens there). A site on 127.0.0.1, here counted as the
+# Internet, then sets a trap for each guard; forbidden addresses are on 127.0.0.2.
 TRY_OUT = '''
 import gzip, http.server, threading
 folder, output, public = pathlib.Path(sys.argv[3]), sys.argv[4], v.is_public
@@ -4175,15 +4175,15 @@ ALONE = ('-I', '-S', '-X', 'no_debug_ranges', '-X', 'utf8')  # no packages, no c
 
 
 def bare_python(script: str, *words: str) -> tuple[str, ...]:
-    """The command line of `script` in a bare Python that knows this program as `v`; its words
-    begin at argv[3]. Python's own modules come before what lies beside the program."""
+    """The command line of `script` in a bare Python that imports this program as `v`; its words
+    start at argv[3]. Python's own modules come before files beside the program."""
     begin = 'import pathlib, sys\nsys.path.append(sys.argv[1])\nv = __import__(sys.argv[2])\n'
     place = str(PROGRAM.parent), PROGRAM.stem
     return (sys.executable, *ALONE, '-c', begin + script, *place, *words)
 
 
 def try_out(folder: Path, version: str) -> str:
-    """Compile and use the yt-dlp in `folder`: why it does not work, '' if it does."""
+    """Compile and try the yt-dlp in `folder`: why it does not work, '' if it does."""
     import tempfile
     run_helper(sys.executable, '-m', 'compileall', '-q', str(folder / 'yt_dlp'))
     with tempfile.TemporaryDirectory() as output:
@@ -4202,8 +4202,8 @@ class Vendor:
         self.pointer = folder / f'current-{PYTHON}'
 
     def state(self, pointer: Path | None = None) -> dict[str, Any]:
-        """What a pointer says: version, previous, bad, newest; the sites that worked with the one
-        and with the other (before); when the index was asked (checked; searched: for a
+        """What a pointer says: version, previous, bad, newest; the sites that worked with version
+        (sites) and previous (before); when the index was asked (checked; searched: for a
         pre-release)."""
         try:
             return dict(json.loads((pointer or self.pointer).read_text(encoding='utf-8')))
@@ -4228,7 +4228,7 @@ class Vendor:
         write_whole(self.pointer, json.dumps({**self.state(), **changes}))
 
     def mark_bad(self, release: str, **changes: Any) -> None:
-        """Known as broken, until there is a newer one."""
+        """Mark a release as broken, until there is a newer one."""
         self.remember(bad=[*self.state().get('bad', ()), release][-5:], **changes)
 
     def fits(self, name: str, version: str, requires: str) -> bool:
@@ -4249,8 +4249,8 @@ class Vendor:
         return sorted(found, key=lambda path: version_key(path.name), reverse=True)
 
     def current(self) -> Path | None:
-        """The folder for sys.path: what the pointer names, else the last good one, what `pip
-        install --target` has put here, or any other release that this Python can use."""
+        """The folder for sys.path: the one the pointer names, else the last good one, one that `pip
+        install --target` put here, or any other release that this Python can use."""
         state = self.state()
         named = [self.folder / state[key] for key in ('version', 'previous') if state.get(key)]
         found = [*named, self.folder, *self.unpacked()]
@@ -4261,7 +4261,7 @@ class Vendor:
         return version_in(self.current() or Path(os.devnull)) or None
 
     def last_checked(self, channel: str = 'stable') -> float:
-        """When the index was last asked with success, in epoch seconds; 0: never."""
+        """When the index last answered, in epoch seconds; 0: never."""
         return float(self.state().get('searched' if channel == 'auto' else 'checked', 0))
 
     def held_back(self) -> str | None:
@@ -4307,8 +4307,8 @@ class Vendor:
         return wheel
 
     def take(self, release: Release) -> None:
-        """Make `release` the current one; fetched, tried and put in its place whole unless it is
-        here and works. Raises Trouble, OSError."""
+        """Make `release` the current one; fetch it, try it and put it in place atomically unless
+        it is here and works. Raises Trouble, OSError."""
         place, fresh = self.folder / release.version, self.folder / '.new'
         current, state = self.current(), self.state()
         if not self.usable(place) or try_out(place, release.version):
@@ -4338,7 +4338,7 @@ class Vendor:
                 remove_folder(path)
 
     def candidates(self, channel: str) -> list[Release]:
-        """What may be taken, the best first. A newer release ends the marks of broken ones."""
+        """The usable releases, best first. A newer release clears the marks of broken ones."""
         releases = [release for release in self.catalogue()
                     if channel != 'stable' or 'dev' not in release.version]
         least = version_key(self.version() or '')
@@ -4360,7 +4360,7 @@ class Vendor:
             now = int(time.time())
             if channel == 'auto':
                 self.remember(searched=now)
-            for release in self.candidates(channel)[:3]:  # three broken ones: the fault is here
+            for release in self.candidates(channel)[:3]:  # after three, the fault must be here
                 try:
                     self.take(release)
                     break
@@ -4389,7 +4389,7 @@ class Vendor:
 # -- the daemon's side
 
 HOUR, DAY = 3600, 86400  # seconds
-RETRY_GAPS = (60, 300, 900, 3600)  # seconds after a failed look-up; the last repeats
+RETRY_GAPS = (60, 300, 900, 3600)  # seconds after a failed check; the last repeats
 INSTALL = '''
 v.signal.alarm(int(sys.argv[5]))  # whatever it waits for, an index that drips or a lock
 try:
@@ -4401,8 +4401,8 @@ except v.Trouble as error:
 
 def update_due(now: float, last_checked: float, site_changed: bool, failures: int = 0,
                last_tried: float = 0) -> bool:
-    """Is it time to look for a newer yt-dlp? At most hourly when a site has changed, else weekly,
-    at growing gaps after failures. A clock set back by more than a day makes it due, too."""
+    """Is it time to check for a newer yt-dlp? At most hourly when a site has changed, else weekly;
+    at growing intervals after failures. A clock set back by over a day also makes it due."""
     if failures and 0 <= now - last_tried < backoff(failures, RETRY_GAPS):
         return False
     age = now - last_checked
@@ -4416,8 +4416,8 @@ def loaded_ytdlp() -> Path | None:
 
 
 class Freshness:
-    """Keeps the daemon's yt-dlp fresh, and a release that proves broken out of use. `heard` and
-    `stop` may be called by any thread, `step` by `care` alone."""
+    """Keeps the daemon's yt-dlp up to date, and drops a release that proves broken. Any thread may
+    call `heard` and `stop`, only `care` calls `step`."""
 
     def __init__(self, vendor: Vendor, downloader: Any,
                  loaded: Callable[[], Path | None] = loaded_ytdlp):
@@ -4427,11 +4427,11 @@ class Freshness:
         self.failed: set[str] = set()  # sites, in a way that may be yt-dlp's
         self.failures, self.last_tried = 0, 0.0
         self.wanted = False  # somebody has asked for it
-        self.trouble = ''  # why the last look-up failed, a sentence
+        self.trouble = ''  # why the last check failed, a sentence
         self.child: Any = None
 
     def heard(self, site: str, outcome: Outcome) -> None:
-        """How a download ended, as far as it tells about yt-dlp."""
+        """Note what the end of a download says about yt-dlp."""
         if outcome.kind == 'done':
             self.worked.add(site)
         elif outcome.reason in ('site_changed', 'bad_media', 'crash'):
@@ -4440,8 +4440,8 @@ class Freshness:
         self.site_changed |= outcome.reason == 'site_changed'
 
     def step(self, now: float) -> bool:
-        """Do what is due at `now`, epoch seconds. Should the daemon re-execute itself when it is
-        idle, as it has imported another yt-dlp than is to be used? Raises Trouble."""
+        """Do what is due at `now`, epoch seconds. Whether the daemon should re-execute itself when
+        idle, because it has imported a yt-dlp that is not the current one. Raises Trouble."""
         loaded, current, checked = self.loaded(), self.vendor.current(), 0.0
         if loaded in (None, current):
             self.judge()
@@ -4458,8 +4458,8 @@ class Freshness:
         return None not in (loaded, current) and loaded != current
 
     def judge(self) -> None:
-        """A release is trusted once a download worked. Before, it is rolled back if posts of two
-        sites fail that worked with the one before: what a single site does proves nothing."""
+        """A release is trusted once a download worked. Until then it is rolled back if two sites
+        fail that worked with the previous one: a single site proves nothing."""
         state, worked, failed = self.vendor.state(), set(self.worked), set(self.failed)
         version, sites = state.get('version'), set(state.get('sites', ()))
         if version and not worked <= sites and len(sites) < 50:
@@ -4472,7 +4472,8 @@ class Freshness:
             self.failed.clear()
 
     def look(self, now: float, channel: str) -> None:
-        """Install the newest release in a process of its own, for its memory and to be stopped."""
+        """Install the newest release in its own process: to save memory, and so it can be stopped.
+        """
         import subprocess
         self.failures, self.last_tried = self.failures + 1, now
         line = bare_python(INSTALL, str(self.vendor.folder), self.vendor.index,
@@ -4493,7 +4494,7 @@ class Freshness:
             self.site_changed = self.unusable = False
 
     def stop(self) -> None:
-        """End the installation that is under way with all its processes; none begins."""
+        """End a running installation with all its processes; start no more."""
         self.stopped = True
         if self.child and self.child.poll() is None:
             with suppress(ProcessLookupError):
@@ -4501,12 +4502,12 @@ class Freshness:
 
 
 # ---------- publish -----------------------------------------------------------------------
-# Owns the ways to a finished file: links and their signatures, the bucket (AWS Signature 4,
-# parts), the threads that empty the store's outbox (`upload`), thumbnails. Lock:
+# Owns access to finished files: links and their signatures, the bucket (AWS Signature 4, parts),
+# the threads that empty the store's outbox (`upload`, `notify`), thumbnails. Lock:
 # `Courier._changed` guards what is under way and the naps; never held across the network.
 # Called by http (links) and daemon.
 
-MARKER = '.videoserverd'  # in the output folder: an unplugged disk leaves a folder without it
+MARKER = '.videoserverd'  # in the output folder: the empty folder of an unplugged disk lacks it
 UPLOAD_BLOCK = 256 << 10  # bytes in memory at a time
 MULTIPART_ABOVE = 100 << 20  # where AWS advises parts
 PART_SIZE = 16 << 20  # what a lost connection costs at most; S3 takes 10,000
@@ -4516,7 +4517,7 @@ COURIER_NAP = 60.0  # seconds between looks when nothing is due, and after a fai
 THUMBNAIL_SECONDS = 20.0  # a Pi needs two for a frame of a 4K video
 THUMBNAIL_FILTER = ("crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',"
                     "scale='min(120,iw)':-2")  # twice what the page shows
-# None that leads to other files, as a playlist does.
+# None that refers to other files, as a playlist does.
 THUMBNAIL_FORMATS = 'mov,matroska,flv,avi,mpegts,mp3,ogg,' + ','.join(STILLS.values())
 
 
@@ -4535,14 +4536,14 @@ def file_path(download_id: str, name: str) -> str:
 
 
 def link_secret(file: Path) -> bytes:
-    """What signs links; made when missing (or emptied by a power cut). Raises OSError."""
+    """The key that signs links; created if missing (or emptied by a power cut). Raises OSError."""
     if not file.exists() or not file.stat().st_size:
         write_whole(file, os.urandom(32).hex())
     return file.read_bytes()
 
 
 def link_signature(secret: bytes, path: str, expires: str) -> str:
-    """Signs what the path means, not how it is percent-encoded: players encode it anew."""
+    """Signs the decoded path, as players percent-encode it in their own way."""
     import hmac
     signed = f'{expires}\n{unquote(path)}'.encode('utf-8', 'replace')
     return hmac.new(secret, signed, 'sha256').hexdigest()
@@ -4564,7 +4565,7 @@ def check_signature(secret: bytes, path: str, query: dict[str, str], now: float)
 
 
 def content_disposition(name: str) -> str:
-    """The header by RFC 6266: the real name as RFC 8187 has it, and ASCII for old clients."""
+    """The header by RFC 6266: the real name by RFC 8187, and ASCII for old clients."""
     ascii_name = re.sub(r'[^ !#-$&-\[\]-~]', '_', name)  # clients differ on quotes, \ and %
     value = f'inline; filename="{ascii_name}"'
     if ascii_name == name:
@@ -4620,7 +4621,7 @@ def signature_v4(keys: Keys, stamp: str, method: str, path: str, query: Pairs, h
 
 def sign_v4(keys: Keys, now: float, method: str, host: str, path: str, query: Pairs,
             headers: dict[str, str], payload: str) -> dict[str, str]:
-    """`headers` and those that prove who asks."""
+    """`headers` plus those that authenticate the request."""
     stamp = amz_date(now)
     headers = {**headers, 'Host': host, 'X-Amz-Date': stamp}
     signed = sorted((name.lower(), ' '.join(value.split())) for name, value in headers.items())
@@ -4653,7 +4654,7 @@ def bucket_address(endpoint: str, bucket: str, key: str = '') -> tuple[str, str]
 
 # -- the bucket
 
-REFUSALS = {  # S3's words that somebody can do something about
+REFUSALS = {  # S3's error codes that the owner can do something about
     'InvalidAccessKeyId': 'does not know the access key: check AWS_ACCESS_KEY_ID',
     'SignatureDoesNotMatch': 'refuses the secret key: check AWS_SECRET_ACCESS_KEY',
     'AccessDenied': 'denies access to this key: allow it to get, put and delete objects',
@@ -4664,7 +4665,7 @@ NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may
 
 @named_tuple
 class Body:
-    """A stretch of an open file, read until somebody halts."""
+    """A range of an open file, read until halted."""
     file: Any
     start: int
     size: int
@@ -4708,7 +4709,7 @@ class Bucket:
         self.client = HttpClient()
 
     def key(self, download_id: str, name: str) -> str:
-        """The object's name: with the id in it, so that two downloads of one name never meet."""
+        """The object's name, with the id, so that downloads of the same name never collide."""
         return f'{self.s3.prefix}{download_id}/{name}'
 
     def presign(self, key: str, name: str, seconds: int, now: float) -> str:
@@ -4719,8 +4720,8 @@ class Bucket:
         return presign_v4(self.keys, now, base, path, query, seconds)
 
     def put(self, path: Path, key: str, kind: str) -> None:
-        """Store the file as `key`. A large one goes in parts, of which those that an earlier try
-        has left are not sent again. Raises Trouble."""
+        """Store the file as `key`. A large one goes in parts; those that an earlier try has sent
+        are not sent again. Raises Trouble."""
         try:
             with open(path, 'rb') as file:
                 size, headers = os.fstat(file.fileno()).st_size, [('Content-Type', kind)]
@@ -4749,7 +4750,7 @@ class Bucket:
         return [upload for found, upload in pairs if found == key]
 
     def _put_parts(self, everything: Body, key: str, headers: Pairs) -> None:
-        """What is there already is trusted by its MD5 only: it may be of an older file."""
+        """Existing parts are trusted by their MD5 only: they may be of an older file."""
         size, stored = self.part_size, {}
         upload = next(iter(self._unfinished(key)), '')
         if upload:
@@ -4804,9 +4805,9 @@ class Bucket:
 # -- the outbox
 
 class Courier:
-    """A thread that sends what the store's outbox has of some `kinds`, one thing at a time.
+    """A thread that sends the outbox's items of some `kinds`, one at a time.
 
-    `send(item, now)` does it and returns what Store.settle is to note, or raises Trouble."""
+    `send(item, now)` does it and returns what Store.settle records, or raises Trouble."""
     kinds: tuple[str, ...] = ()
     fails = ''  # begins the sentence about its error in health
 
@@ -4825,7 +4826,7 @@ class Courier:
         self._thread.start()
 
     def wake(self, forgotten: str = '') -> None:
-        """There may be something to do; what is under way for the download `forgotten` ends."""
+        """There may be something to do; end what is running for the download `forgotten`."""
         with self._changed:
             if forgotten and self._current == forgotten:
                 self.client.hang_up()
@@ -4833,7 +4834,7 @@ class Courier:
             self._changed.notify_all()
 
     def stop(self, seconds: float = 0.8) -> bool:
-        """End, wherever it is; whether that came in time (looking up a name can take longer)."""
+        """End, whatever it is doing; whether it ended in time (a name look-up may take longer)."""
         with self._changed:
             self._stopping = True
         self.client.hang_up()
@@ -4854,8 +4855,8 @@ class Courier:
                 self._woken = False
 
     def step(self, now: float) -> float:
-        """Send one thing that is due at `now`; seconds until there may be another. After a failure
-        comes a pause, so that a server that is down is not asked once for each of many."""
+        """Send one item due at `now`; seconds until there may be another. After a failure comes a
+        pause, so that a server that is down is not asked for each of many items."""
         if 0 < self._pause_until - now <= COURIER_NAP:  # more: the clock was set back
             return self._pause_until - now
         item = self.store.next_outgoing(self.kinds, int(now) + LONGEST_DELAY)
@@ -4951,7 +4952,7 @@ class Notifier(Courier):
         self._looked, self._seen = -math.inf, set()
 
     def step(self, now: float) -> float:
-        """As any courier; once a minute after a look at what is wrong."""
+        """As in any courier; once a minute after a check for problems."""
         if 'attention' in self.events and not 0 <= now - self._looked < COURIER_NAP:
             found = {re.match(r'\D*', text)[0]: text for text in self.problems()
                      if not text.startswith(self.fails)}
@@ -4961,7 +4962,7 @@ class Notifier(Courier):
         return super().step(now)
 
     def send(self, item: Any, now: int) -> tuple[Any, ...]:
-        """It is told, unless it was deleted meanwhile. Raises Trouble."""
+        """Send a notification, unless its download was deleted. Raises Trouble."""
         if item['attempts'] >= MOST_NOTICES:
             log.warning('notify %s: given up', item['download_id'])
             return ()
@@ -5001,7 +5002,7 @@ class Notifier(Courier):
 # -- thumbnails
 
 def make_thumbnail(video: Path, picture: Path) -> bool:
-    """A small JPEG of `video`; whether there is one to be had. Slow: seconds of a Pi's time."""
+    """Make a small JPEG of `video`; whether it worked. Slow: takes a Pi seconds."""
     import subprocess
     fresh = picture.with_name(f'.{picture.name}.new')
     for second in ('1', '0'):  # a clip may be shorter than a second
@@ -5025,21 +5026,21 @@ def make_thumbnail(video: Path, picture: Path) -> bool:
 
 
 # ---------- scheduler ---------------------------------------------------------------------
-# Owns the heap (due, seq, id), an index of what SQLite knows to be queued, and the workers.
+# Owns the heap (due, seq, id), an index of what is queued in SQLite, and the workers.
 # Lock: `_changed` guards heap, `_running` and the pause; never held across the store, a
 # download or a socket. Called by http (push, cancel), daemon (start, stop) and its own threads.
 
 MAX_NAP = 5.0  # seconds: a wall clock that jumps (a Pi has no RTC) is noticed after this
 WATCH_NAP = 1.0  # seconds between looks at running attempts and at what pauses the queue
-PAUSE_SECONDS = 30  # how long a full disk, told by an attempt, keeps the queue from trying again
+PAUSE_SECONDS = 30  # how long the queue pauses after an attempt reports a full disk
 HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never end
 HUNG = Outcome('retry', 'timeout', 'The download hung and had to be stopped.')
 CANCELLED, INTERNAL = Ending('cancelled').outcome, Ending('internal').outcome
-STORE_NAP = 2.0   # seconds before an outcome that could not be stored is offered again
+STORE_NAP = 2.0   # seconds before storing an outcome is tried again
 
 
 class Run:
-    """A download in a worker's hands; `attempt` and `job` are None until it is claimed."""
+    """A download that a worker has; `attempt` and `job` are None until it is claimed."""
 
     def __init__(self):
         self.attempt: Any = None
@@ -5063,7 +5064,7 @@ class Scheduler:
         self.ready = False  # whether what an earlier life left has been queued again
         self.frozen = False  # whether that life ended because yt-dlp froze
         self._clock = ClockWatch()
-        self._stale = False  # whether the heap has to be filled anew: the clock was set
+        self._stale = False  # whether the heap must be rebuilt: the clock was set
         self.paused: str | None = None  # why nothing starts, a sentence
         self.beat = time.monotonic()  # when the loop last came round: for the watchdog
         self._pause_until, self._pause_message = -math.inf, ''  # monotonic
@@ -5073,7 +5074,7 @@ class Scheduler:
         self._due: dict[str, float] = {}  # by id: the entry that counts; others are stale
         self._seq = 0
         self._running: dict[str, Run] = {}
-        self._alone: set[str] = set()  # those that nothing may run beside
+        self._alone: set[str] = set()  # those that must run alone
         self._stopping = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -5102,7 +5103,7 @@ class Scheduler:
         self._stale = False
 
     def push(self, download_id: str, due: float = 0) -> None:
-        """It is queued and may start at `due`, epoch seconds; claim decides if that is true."""
+        """It is queued and may start at `due`, epoch seconds; claim verifies that."""
         with self._changed:
             self._enter(download_id, due)
         self.board.post(download_id)
@@ -5145,7 +5146,7 @@ class Scheduler:
         return runs
 
     def running(self) -> int:
-        """How many downloads are in workers' hands."""
+        """How many downloads workers have."""
         with self._changed:
             return len(self._running)
 
@@ -5195,7 +5196,7 @@ class Scheduler:
             self._employ(download_id)
 
     def _employ(self, download_id: str) -> None:
-        """Give it to a new worker: idle threads cost memory. Raises what Thread.start does."""
+        """Give it to a new worker (idle threads cost memory). Raises what Thread.start does."""
         try:
             self._spawn(f'worker-{download_id[:8]}', lambda: self._work(download_id))
         except Exception:
@@ -5251,7 +5252,7 @@ class Scheduler:
         return taken
 
     def _watch(self, monotonic: float) -> None:
-        """Let each attempt look at its own limits; one that ignores a stop ends the process."""
+        """Let each attempt check its limits; one that ignores a stop makes us restart in place."""
         with self._changed:
             runs = [run for run in self._running.values() if run.attempt]
         for run in runs:
@@ -5303,7 +5304,7 @@ class Scheduler:
         self._settle(job, attempt.run())
 
     def _here(self, job: Job, site: str | None, media_id: str | None) -> Outcome | None:
-        """How it ends with the files of this post that are here; None: fetch it."""
+        """The outcome if the files of this post are already here; None: fetch it."""
         if not media_id or ('again', None) in job.options:
             return None
         folder = self.config.downloads.output_directory
@@ -5379,8 +5380,8 @@ class Scheduler:
 # other program. Lock: flock on the CA's folder, across processes. Called by daemon, http, commands.
 
 LEAF_DAYS = 397  # iOS takes up to 825 from a private CA; 397 passes everywhere
-CA_DAYS = 3652  # a new CA means a walk to each phone
-RENEW_DAYS = 30  # a machine that is off for a holiday comes back to a valid certificate
+CA_DAYS = 3652  # a new CA must be installed on each phone
+RENEW_DAYS = 30  # a machine that was off for a holiday still has a valid certificate
 BACK_DATED = DAY  # a Pi has no clock, and may have booted with yesterday's time
 CA_NAME = 'videoserverd on '  # iOS lists a root under Certificate Trust Settings by its CommonName
 PERMITTED_NAMES = ('local', 'lan', 'home.arpa', 'localhost')  # and all PRIVATE_NETWORKS
@@ -5422,12 +5423,12 @@ subjectAltName = @listed
 
 
 class ClockWrong(Trouble):
-    """The clock is before this release: no certificate can be made."""
+    """The clock is older than this release: no certificate can be made."""
 
 
 @named_tuple
 class Certificate:
-    """What the server shows. `own`: the owner's, not from our CA; `not_after`: epoch seconds."""
+    """The server's certificate. `own`: the owner's, not our CA's; `not_after`: epoch seconds."""
     own: bool
     not_after: int
     names: tuple[str, ...]
@@ -5483,7 +5484,7 @@ def host_addresses() -> tuple[str, ...]:
         found += re.findall(r'\|-- (\S+)\n\s+/32 host LOCAL', table)
         for line in Path('/proc/net/if_inet6').read_text().splitlines():
             address, _, _, _, flags, name = line.split()
-            # What comes and goes: temporary (1), failed (8), deprecated (0x20), containers.
+            # Leave out the short-lived: temporary (1), failed (8), deprecated (0x20), containers.
             if not int(flags, 16) & 0x29 and not name.startswith('veth'):
                 found.append(str(ipaddress.ip_address(bytes.fromhex(address))))
     return host_words(found)
@@ -5498,7 +5499,7 @@ def may_sign(word: str, permitted: Iterable[str]) -> bool:
 
 
 def certificate_files(config: Config) -> dict[str, Path]:
-    """Where each file that is made belongs, in the order in which they are put there."""
+    """Where each generated file belongs, in the order in which they are put there."""
     server = config.server
     return {'ca.key': server.ca_file.with_name('ca.key'), 'server.key': server.key_file,
             'names.json': server.ca_file.with_name('names.json'), 'ca.crt': server.ca_file,
@@ -5506,7 +5507,7 @@ def certificate_files(config: Config) -> dict[str, Path]:
 
 
 def remembered_names(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What `cert` was ever given as --host and --ip, and what the CA was made to permit."""
+    """All that `cert` ever got as --host and --ip, and what the CA permits."""
     file, notes = certificate_files(config)['names.json'], {}
     try:
         with suppress(FileNotFoundError):
@@ -5546,8 +5547,8 @@ def server_context(config: Config) -> ssl.SSLContext:
 
 
 def seen_by_client(context: ssl.SSLContext, trusted: Path, leaf: Path) -> dict[str, Any]:
-    """The fields of `leaf`, seen by a client that trusts a file and looks at no clock: a handshake
-    with ourselves, in memory. Raises ssl.SSLError where the client would."""
+    """The fields of `leaf` as seen by a client that trusts a file and ignores the clock, in a
+    handshake with ourselves in memory. Raises ssl.SSLError if the client would."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
@@ -5595,7 +5596,7 @@ def read_ca(file: Path) -> tuple[bytes, dict[str, Any]]:
 
 
 def run_openssl(folder: Path, *arguments: str) -> None:
-    """Runs openssl in `folder`, with no terminal to ask on. Raises Trouble."""
+    """Runs openssl in `folder`, without a terminal for prompts. Raises Trouble."""
     import subprocess
     try:
         done = subprocess.run(
@@ -5613,7 +5614,7 @@ def run_openssl(folder: Path, *arguments: str) -> None:
 
 def make_key(new: Path, old: Path, fresh: bool) -> Path:
     """The old P-256 key if there is one, unless `fresh`; else a new one. Raises Trouble.
-    A renewal keeps the key, so that it changes one file only, which is atomic."""
+    A renewal keeps the key, so that it only changes one file, atomically."""
     if old.exists() and not fresh:
         return old
     run_openssl(new.parent, 'ecparam', '-name', 'prime256v1', '-genkey', '-noout',
@@ -5639,9 +5640,9 @@ def sign_certificate(out: Path, key: Path, subject: str, words: Iterable[str],
 
 
 def put_in_place(config: Config, folder: Path) -> None:
-    """Moves what was made to where it belongs. A kill leaves a good pair, or none and what the next
-    start needs to make one: keys come first, certificates last, a new CA only after the old
-    certificates are gone. Raises OSError."""
+    """Moves the new files into place. A kill leaves a good pair, or none and what the next start
+    needs to make one: keys come first, certificates last, a new CA only after the old certificates
+    are gone. Raises OSError."""
     files = {folder / name: target for name, target in certificate_files(config).items()
              if (folder / name).exists()}
     for file, target in files.items():
@@ -5662,8 +5663,8 @@ def put_in_place(config: Config, folder: Path) -> None:
 
 def leaf_words(config: Config, asked: Sequence[str], given: Sequence[str],
                permitted: Sequence[str]) -> list[str]:
-    """The names and addresses of the leaf to have; `asked` for now, `given` ever. Raises Trouble
-    if the CA must not sign for what is asked for."""
+    """The names and addresses for the leaf; `asked` for now, `given` ever. Raises Trouble if the CA
+    may not sign for what is asked."""
     for words in (asked, host_words(config.server.names)):
         refused = ', '.join(word for word in words if not may_sign(word, permitted))
         advice = (f'{refused}: the CA may not sign for this; `videoserverd.py cert --new-ca` '
@@ -5756,21 +5757,21 @@ def ensure_locked(config: Config, now: float, asked: tuple[str, ...], force: boo
 
 def ensure_certificate(config: Config, now: float, names: Iterable[str] = (), force: bool = False,
                        new_ca: bool = False) -> tuple[Certificate, bool]:
-    """The server's certificate, made or renewed where that is due; and whether it was changed.
-    `names` (and addresses) are remembered. The owner's own certificate is left alone. Raises
-    ClockWrong or Trouble if there is no usable certificate, or none as asked for."""
+    """The server's certificate, made or renewed if due; and whether it was changed. `names` (and
+    addresses) are remembered. The owner's own certificate is left alone. Raises ClockWrong or
+    Trouble if there is no usable certificate, or not the one asked for."""
     asked, folder = host_words(names), config.server.ca_file.parent
     try:
         if not config.server.cert_file.exists():
             folder.mkdir(0o711, parents=True, exist_ok=True)  # who may read it could lock it
-        if not folder.exists():  # the owner's certificate lies elsewhere, and none is made
+        if not folder.exists():  # the owner's certificate is elsewhere, and none is made
             return ensure_locked(config, now, asked, force, new_ca)
         handle = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             return ensure_locked(config, now, asked, force, new_ca)
         finally:
-            for left in folder.glob(WORKING):  # also what a killed maker has left
+            for left in folder.glob(WORKING):  # also those of a killed run
                 remove_folder(left)
             os.close(handle)
     except OSError as error:
@@ -5809,27 +5810,27 @@ def mobileconfig(config: Config) -> bytes:
 # ---------- http --------------------------------------------------------------------------
 # Owns the TLS server and its limits, the strict reading of requests, ROUTES (dispatch and
 # OpenAPI both come from that one table), both dialects, /share and files. Lock: `Server._guard`
-# guards the table of connections. Handlers validate, call one verb and reply; trouble is raised
-# and becomes a reply in one place, App.respond. Called by daemon and `phone`.
+# guards the table of connections. Handlers validate, call one verb and reply; App.respond alone
+# turns errors into replies. Called by daemon and `phone`.
 
-# What a connection does: seconds until it is broken off, and after which it may be closed earlier
-# to make room for another one.
+# What a connection is doing: seconds until it is cut off, and seconds after which it may be closed
+# to make room for another.
 PEER_STATES = {
     'new': (10.0, 0.0),          # handshake and first head
     'idle': (20.0, 0.0),         # between two requests
     'asking': (10.0, 1.0),       # a head, or a body of 16 KB over the worst of Wi-Fi
-    'working': (math.inf, 1.0),  # some wait for news
+    'working': (math.inf, 1.0),  # some long-poll
     'sending': (60.0, 0.1),      # a block of the answer
     'closing': (1.0, 0.0),       # see Peer.part
 }
-WRONG_KEY_DELAY = 0.1    # seconds; doubled by each wrong key from one address, to 2 at most
-SLOWEST_BODY = 32 << 10  # bytes a second: what a large body may be sent at
+WRONG_KEY_DELAY = 0.1    # seconds; doubled by each wrong key from one address, up to 2
+SLOWEST_BODY = 32 << 10  # bytes a second at which a large body may be sent
 HEAD_LIMIT = 16 << 10    # bytes of a request head
 LINE_LIMIT = 8 << 10     # bytes of a request line
-LARGE_BODY = 1 << 20     # bytes of a list of links, or of a file of cookies
+LARGE_BODY = 1 << 20     # bytes of a list of links, or of a cookies file
 CONNECTIONS = 128        # a thread each
 PER_ADDRESS = 16         # a browser opens 6
-BLOCK = 256 << 10        # bytes read and sent at a time: large enough for TLS to be the limit
+BLOCK = 256 << 10        # bytes read and sent at a time: large enough that TLS is the limit
 WATCHERS = 8             # pages that wait for news, and phones that wait for a video
 VIDEO_SECONDS = 50.0     # for a video; a phone gives up after 60
 LONGEST_NAME = 64        # characters of a phone's name
@@ -5879,7 +5880,7 @@ class HTTPError(Exception):
 
 
 class ClientGone(ConnectionError):
-    """The client left before its request was complete; nobody is there to be answered."""
+    """The client left before its request was complete; there is nobody to answer."""
 
 
 @named_tuple
@@ -5922,7 +5923,7 @@ def parse_fields(lines: Sequence[str]) -> dict[str, list[str]]:
 def parse_head(data: bytes) -> Head:
     """The head of a request, without its last empty line (RFC 9112). Raises HTTPError.
 
-    Stricter than it must be: whatever two readers could understand in two ways is refused."""
+    Stricter than the RFC: whatever two readers could understand differently is refused."""
     first, *lines = data.decode('latin-1').split('\r\n')
     match = REQUEST_LINE.fullmatch(first)
     if not match:
@@ -5933,7 +5934,7 @@ def parse_head(data: bytes) -> Head:
 
 
 def decode_path(raw: str) -> str:
-    """A path, percent-decoded; one that could climb or mean two things raises HTTPError."""
+    """A percent-decoded path. Raises HTTPError if it could climb or is ambiguous."""
     try:
         path = unquote(raw, errors='strict')
     except UnicodeDecodeError:
@@ -5966,14 +5967,14 @@ def request_host(fields: dict[str, list[str]]) -> str:
     return match[1].strip('[]').lower().rstrip('.')
 
 
-# NaN and Infinity are no JSON: ValueError. Python up to 3.10 converts any length, slowly; what is
-# longer than this is refused later.
+# NaN and Infinity are not JSON: ValueError. Python up to 3.10 slowly converts numbers of any
+# length; longer ones than this are refused later.
 STRICT_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits[:4300]), parse_constant=int)
 COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 
 
 class Request:
-    """One request: what was asked, by whom, with the body still to be read."""
+    """One request: what was asked, by whom, with the body not read yet."""
 
     def __init__(self, head: Head, peer: 'Peer'):
         self.head, self.peer = head, peer
@@ -5983,15 +5984,15 @@ class Request:
         self.query: dict[str, Any] = {}
         self.params: dict[str, str] = {}
         self.shown_path = excerpt(SIGNATURE.sub('.…', self.raw_path), 200)  # for the log
-        self.unread: int | None = None  # bytes of the body; None: the connection cannot go on
+        self.unread: int | None = None  # bytes of the body; None: the connection must be closed
         self.note = ''  # client_id and URL, for the log
 
     def field(self, name: str) -> str:
-        """A header field, '' if it is absent; several are joined as RFC 9110 has it."""
+        """A header field, '' if it is absent; several are joined as in RFC 9110."""
         return ', '.join(self.head.fields.get(name, ()))
 
     def content_type(self) -> tuple[str, str]:
-        """The media type of the body in lower case, and its parameters as they are written."""
+        """The media type of the body in lower case, and its parameters as written."""
         media, _, parameters = self.field('content-type').partition(';')
         return media.strip().lower(), parameters
 
@@ -6018,7 +6019,7 @@ class Request:
         return fields
 
 
-# -- what a route asks and answers
+# -- routes and replies
 
 
 @named_tuple
@@ -6047,7 +6048,7 @@ class Route:
 
 
 def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> Reply:
-    """A JSON answer that nobody keeps."""
+    """A JSON answer that is not cached."""
     data = COMPACT_JSON.encode(body).encode('utf-8', 'replace')
     return Reply(status, data, headers=(NO_STORE, *headers))
 
@@ -6058,7 +6059,7 @@ def done_reply(status: str, message: str, code: int = 200, **more: Any) -> Reply
 
 
 def text_reply(status: int, sentence: str, *headers: tuple[str, str]) -> Reply:
-    """One sentence, which a Shortcut can show as it is."""
+    """One sentence for a Shortcut to show."""
     return Reply(status, sentence.encode('utf-8', 'replace'), 'text/plain; charset=utf-8',
                  (NO_STORE, *headers))
 
@@ -6077,7 +6078,7 @@ def parse_name(given: Any) -> str:
 
 
 def sign_name(key: str, name: str) -> str:
-    """What gives the right to share under this name: HMAC-SHA256 in base64url."""
+    """The right to share under this name: HMAC-SHA256 in base64url."""
     import base64
     import hmac
     digest = hmac.new(key.encode(), name.encode(), 'sha256').digest()
@@ -6097,7 +6098,7 @@ def is_within(address: str, wanted: Iterable[Any]) -> bool:
 
 
 def is_at_home(request: Request) -> bool:
-    """Whether its client is in a private network: others learn no address of ours."""
+    """Whether its client is on a private network: others do not get our addresses."""
     return is_within(request.client, PRIVATE_NETWORKS)
 
 
@@ -6124,7 +6125,7 @@ def shown_percent(record: Record, progress: Progress | None) -> int:
 
 
 def status_message(record: Record, percent: int, now: float) -> str:
-    """Where a download stands, in a sentence that a phone can show."""
+    """The state of a download, in a sentence that a phone can show."""
     if record['status'] == 'downloading':
         return f'Downloading: {percent}%.'
     if record['status'] == 'completed':
@@ -6136,7 +6137,7 @@ def status_message(record: Record, percent: int, now: float) -> str:
 
 
 class App:
-    """All that handlers need; `more` is the daemon's: health, forget, thumbs, bucket..."""
+    """All that handlers need; `more` comes from the daemon: health, forget, thumbs, bucket..."""
 
     def __init__(self, config: Config, store: Any = None, board: Any = None,
                  scheduler: Any = None, **more: Any):
@@ -6150,7 +6151,7 @@ class App:
         self.prefix = urlsplit(config.server.public_base_url or '').path
         self.watchers = threading.Semaphore(WATCHERS)
         self.video_waiters = threading.Semaphore(WATCHERS)
-        self._wrong_keys: dict[str, tuple[int, float]] = {}  # how many of an address, and when
+        self._wrong_keys: dict[str, tuple[int, float]] = {}  # by address: how many, and when
         self._guard = threading.Lock()  # guards _wrong_keys
 
     # -- links and rows
@@ -6159,7 +6160,7 @@ class App:
         return public_base(self.config, self.port)
 
     def link(self, download_id: str, name: str) -> str:
-        """The path of a finished file below our base, signed where keys are on."""
+        """The path of a finished file below our base, signed if keys are set."""
         path = file_path(download_id, name)
         if not self.config.api_keys:
             return path
@@ -6211,7 +6212,7 @@ class App:
             raise
         except Exception as error:
             reply = self.refuse(request.raw_path, self._as_http_error(request, error))
-        level = logging.INFO  # of what somebody did; not of a page that looks again
+        level = logging.INFO  # for what somebody did, not for a page that polls
         if reply.status < 400 and request.head.method in ('GET', 'HEAD'):
             level = logging.DEBUG
         log.log(level, '%s "%s %s" %d %.1fms%s', request.client, request.head.method,
@@ -6249,7 +6250,7 @@ class App:
         self._check_key(request, route)
         request.query = self._parse_query(request, route)
         if not route.body and request.unread:
-            request.body()  # read and forgotten, so that the connection can go on
+            request.body()  # read and dropped, so that the connection can stay open
         return route.handler(self, request)
 
     def _check_client(self, request: Request) -> None:
@@ -6275,14 +6276,14 @@ class App:
         request.peer.admitted = not forwarded
 
     def _check_host(self, request: Request) -> None:
-        """A Host that is not ours is a trick (DNS rebinding) or a mistake."""
+        """A Host that is not ours is an attack (DNS rebinding) or a mistake."""
         host = request_host(request.head.fields)
         if host not in self.hosts and host != request.peer.local:
             raise HTTPError(421, f'This server is not {host}; if that is its name, add it to '
                             '[server] names.', 'wrong_host')
 
     def _check_origin(self, request: Request) -> None:
-        """Pages of other sites may change nothing: no CORS, and Fetch Metadata where sent."""
+        """Pages of other sites may not change anything: no CORS, and Fetch Metadata if sent."""
         if request.head.method in ('GET', 'HEAD'):
             return
         origin = request.field('origin').lower()
@@ -6313,14 +6314,14 @@ class App:
         return signed and self.is_signed(name, signed[2]) or self.has_key(request)
 
     def is_signed(self, name: str, signature: str) -> bool:
-        """Whether a current key has made this signature."""
+        """Whether this signature was made with a current key."""
         import hmac
         sent = signature.encode('utf-8', 'replace')
         return any([hmac.compare_digest(sign_name(key, name).encode(), sent)
                     for key in self.config.api_keys])
 
     def has_key(self, request: Request) -> bool:
-        """Whether the request carries one of the keys; true where there are none."""
+        """Whether the request has one of the keys; true if none are set."""
         if not self.config.api_keys:
             return True
         import hmac  # it loads every digest of OpenSSL: 0.6 MB
@@ -6331,8 +6332,8 @@ class App:
         return right
 
     def _slow_down(self, client: str) -> None:
-        """Whoever tries keys waits longer each time; a right key never waits."""
-        if ':' in client:  # a home has 2^64 of them
+        """Who guesses keys waits longer each time; a right key never waits."""
+        if ':' in client:  # a home has 2^64 addresses
             client = str(ipaddress.ip_network(f'{client}/64', strict=False))
         now = time.monotonic()
         with self._guard:
@@ -6344,7 +6345,7 @@ class App:
         time.sleep(min(WRONG_KEY_DELAY * 2 ** min(times, 10), 2.0))
 
     def _below_base(self, path: str) -> str:
-        """Without the path of public_base_url, which a proxy may have taken off."""
+        """Without the path of public_base_url, which a proxy may have removed."""
         if self.prefix and path.startswith(self.prefix + '/'):
             return path[len(self.prefix):]
         return path
@@ -6380,7 +6381,7 @@ class App:
         return given
 
     def refuse(self, raw_path: str, error: HTTPError) -> Reply:
-        """Trouble in the dialect of the path; below /share it is one sentence."""
+        """An error in the dialect of the path; below /share it is one sentence."""
         path, message = self._below_base(unquote(raw_path)), error.message
         if SHARE_PATH.match(path):
             return text_reply(error.status, message, *error.headers)
@@ -6565,7 +6566,7 @@ def submit(app: App, request: Request, fields: dict[str, Any]) -> Stored:
 
 
 def queued_message(app: App, sentence: str) -> str:
-    """What the phone shows; while the queue is paused it says so."""
+    """What the phone shows; says so if the queue is paused."""
     why = (app.scheduler.paused or '').partition(' Fix:')[0]
     return sentence + f'. The queue is paused: {why}' * bool(why)
 
@@ -6585,8 +6586,8 @@ def post_download(app: App, request: Request) -> Reply:
 
 def store_every_link(app: App, request: Request, fields: dict[str, Any],
                      window: int = 0) -> tuple[list[tuple[str, Any]], list[str]]:
-    """Store every link of a text, in one commit: each as written, with its Stored or what refuses
-    it; and the links beyond the most. Raises Refused or RateLimited if none is stored."""
+    """Store every link in a text, in one commit: each as written, with its Stored or its refusal;
+    and the links beyond MOST_LINKS. Raises Refused or RateLimited if none is stored."""
     fields = {'again': request.query['again'], **fields}
     items, rest = parse_batch(fields, app.config.security)
     links = [item for _, item in items if isinstance(item, Submission)]
@@ -6624,7 +6625,7 @@ def get_status(app: App, request: Request) -> Reply:
 
 @contextmanager
 def place_in(places: threading.Semaphore) -> Iterator[bool]:
-    """Whether one of these places was free; it is kept until the end of the block."""
+    """Whether a place was free; it is held until the end of the block."""
     free = places.acquire(blocking=False)
     try:
         yield free
@@ -6805,7 +6806,7 @@ def get_asset(app: App, request: Request) -> Reply:
     csp = CSP.format(images=app.image_origin * is_at_home(request))
     headers = [('Cache-Control', rules[0]), ('Cross-Origin-Resource-Policy', rules[1]),
                ('Content-Security-Policy', csp)]
-    if media.startswith('text/'):  # nothing in them is secret, so that BREACH has no use
+    if media.startswith('text/'):  # they have no secrets that BREACH could find out
         headers.append(('Vary', 'Accept-Encoding'))
         if 'gzip' in request.field('accept-encoding').lower().replace(' ', '').split(','):
             import zlib
@@ -6887,7 +6888,7 @@ def open_regular(path: Path) -> Any:
 def parse_range(header: str, size: int) -> tuple[int, int] | None:
     """(first, last) byte; None: the whole file, as no single range is asked for.
 
-    Raises ValueError when it is out of reach."""
+    Raises ValueError if it starts beyond the end."""
     match = re.fullmatch(r'bytes\s*=\s*(\d{0,18})-(\d{0,18})', header, re.A | re.I)
     if not match or match[1] + match[2] == '':
         return None
@@ -6902,7 +6903,7 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
 
 
 def is_unchanged(request: Request, etag: str, modified: str) -> bool:
-    """Whether the client has this very file (RFC 9110 section 13.1)."""
+    """Whether the client has this version of the file (RFC 9110 section 13.1)."""
     known = request.field('if-none-match')
     if not known:
         return request.field('if-modified-since') == modified
@@ -6910,7 +6911,7 @@ def is_unchanged(request: Request, etag: str, modified: str) -> bool:
 
 
 def send_file(request: Request, path: Path, media: str, headers: Pairs) -> Reply:
-    """The whole file, a part of it, or that it has not changed. Raises HTTPError."""
+    """The whole file, a part of it, or 304 Not Modified. Raises HTTPError."""
     handle = open_regular(path)
     facts = os.fstat(handle.fileno())
     size, etag = facts.st_size, f'"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"'
@@ -6936,7 +6937,7 @@ def send_file(request: Request, path: Path, media: str, headers: Pairs) -> Reply
 
 
 def reply_with_file(app: App, request: Request, file: MediaFile) -> Reply:
-    """A finished file: from the proxy where it can read the folder, else by us."""
+    """A finished file: sent by the proxy if it can read the folder, else by us."""
     headers = (('Content-Disposition', content_disposition(os.path.basename(file.name))),
                ('Cache-Control', 'private, no-cache'))
     server = app.config.server
@@ -7026,7 +7027,7 @@ def post_share(app: App, request: Request) -> Reply:
 
 
 def wait_for_end(app: App, request: Request, seconds: float) -> Record:
-    """The download once it is completed or failed, or as it is after `seconds`."""
+    """The download once completed or failed, or as it is after `seconds`."""
     end = time.monotonic() + seconds
     while True:
         version, record = app.board.version, app.record(request)
@@ -7111,19 +7112,19 @@ ROUTES = (
 
 
 class Peer:
-    """A connection: its socket, whose it is, and what it is doing since when."""
+    """A connection: its socket, its client, what it is doing, and since when."""
 
     def __init__(self, sock: socket.socket, address: str):
         self.sock, self.address = sock, address
         self.local = str(plain_address(sock.getsockname()[0]))
         self.buffer = bytearray()  # what has come and was not yet read
-        self.admitted = False  # its own address was found to be that of an allowed client
+        self.admitted = False  # its address was found to be an allowed client's
         self.state, self.since, self.deadline = 'new', 0.0, 0.0  # monotonic seconds
         self.enter('new')
 
     def enter(self, state: str, further: float = 0.0) -> None:
-        """It does that from now on, for as long as PEER_STATES allow and `further` seconds; then
-        the accepting thread breaks it off: a time-out of the socket costs two system calls."""
+        """Enter a state for as long as PEER_STATES allow plus `further` seconds; then the accepting
+        thread cuts it off: a socket timeout would cost two system calls."""
         self.state, self.since = state, time.monotonic()
         self.deadline = self.since + PEER_STATES[state][0] + further
 
@@ -7133,7 +7134,7 @@ class Peer:
         self.sock.do_handshake()
 
     def read_more(self) -> None:
-        """Add to the buffer what comes next. Raises ClientGone, HTTPError."""
+        """Read more into the buffer. Raises ClientGone, HTTPError."""
         try:
             data = self.sock.recv(HEAD_LIMIT)
         except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
@@ -7172,7 +7173,7 @@ class Peer:
             self.read_more()
 
     def send(self, data: Any) -> None:
-        """All of `data`, a BLOCK at most. Raises OSError, also when the client takes nothing."""
+        """Send all of `data`, a BLOCK at most. Raises OSError, also if the client stops reading."""
         view = memoryview(data)
         while view:
             self.enter('sending')
@@ -7184,7 +7185,7 @@ class Peer:
             socket.socket.shutdown(self.sock, how)
 
     def part(self) -> None:
-        """End it with close_notify, for clients that count on it, but never wait for theirs."""
+        """Close with close_notify, for clients that expect it, but never wait for theirs."""
         with suppress(OSError, ValueError):  # it was sent as far as the client let us
             self.sock.settimeout(0)
             if isinstance(self.sock, ssl.SSLSocket):
@@ -7197,9 +7198,9 @@ class Peer:
                     pass  # unread bytes would make the kernel reset it, and our answer with it
 
 
-@functools.lru_cache(maxsize=64)  # nearly all answers of a second begin alike
+@functools.lru_cache(maxsize=64)  # most answers within a second start alike
 def fixed_head(status: int, media: str, headers: Pairs, keep: bool, now: int) -> bytes:
-    """Status line and header fields but for the length; nothing in a value can end its line."""
+    """Status line and header fields except the length; no value can end its line."""
     fields = {'Date': formatdate(now, usegmt=True), **SAME_HEADERS, **dict(headers),
               'Connection': 'keep-alive' if keep else 'close'}
     if status != 304:
@@ -7217,8 +7218,8 @@ def format_head(reply: Reply, keep: bool) -> bytes:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """One connection, in a thread of its own. Its life is that of http.server (setup, handle,
-    finish); the reading is ours, as a proxy might read what is lenient there in another way."""
+    """One connection, in its own thread. http.server runs it (setup, handle, finish); the reading
+    is ours, as http.server is lenient where a proxy might read something else."""
     server: 'Server'
 
     def setup(self) -> None:
@@ -7284,9 +7285,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts and counts connections; where it gets crowded, closes the one idle for longest.
+    """Accepts and counts connections; when full, closes the one idle for longest.
 
-    `sock` listens already. `context`, None for plain HTTP, may be replaced at any time."""
+    `sock` is already listening. `context`, None for plain HTTP, may be replaced at any time."""
     daemon_threads = True
     block_on_close = False
 
@@ -7301,8 +7302,8 @@ class Server(ThreadingHTTPServer):
         self._peers: dict[int, Peer] = {}
 
     def service_actions(self) -> None:
-        """Twice a second: break off what takes too long. Reading ends first, so that a slow
-        client can be told; a second later writing too, as TLS may have to write to read."""
+        """Twice a second: cut off what takes too long. Reading ends first, so that a slow client
+        can be told; a second later writing too, as TLS may have to write to read."""
         now = time.monotonic()
         if now - self.beat < 0.25:
             return
@@ -7339,7 +7340,7 @@ class Server(ThreadingHTTPServer):
         return True
 
     def _evict(self, address: str) -> bool:
-        """Break off the one (of this address, unless '') that has done nothing for longest."""
+        """Cut off the one (from this address, unless '') that has been idle for longest."""
         now = time.monotonic()
         with self._guard:
             idle = [(peer.since, key) for key, peer in self._peers.items()
