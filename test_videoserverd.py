@@ -3580,6 +3580,7 @@ class TestCommands(DaemonTest):
         for words, said, code in ((['delete', running], running[:8], 0),
                                   (['delete', running[:8]], 'no downloads have an id', 1),
                                   (['retry', 'f' * 30], 'no downloads have an id', 1),
+                                  (['delete'], 'by their ID', 1),
                                   (['cancel', failed[:8]], failed[:8], 1)):
             done = daemon.run(*words)
             self.assertEqual((done.returncode, said in done.stdout), (code, True), done.stdout)

@@ -568,9 +568,9 @@ def parse_setting(where: str, section: str, key: str, text: str, folder: Path) -
     """The value of one key; relative paths are taken from `folder`. Raises ConfigError."""
     rows = SETTINGS.get(section)
     if not rows:
-        raise ConfigError(f'{where}: [{section}] is no section; accepted: {", ".join(SETTINGS)}')
+        raise ConfigError(f'{where}: [{section}] is unknown; accepted: {", ".join(SETTINGS)}')
     if key not in rows:
-        raise ConfigError(f'{where}: [{section}] {key} is no key; accepted: {", ".join(rows)}')
+        raise ConfigError(f'{where}: [{section}] {key} is unknown; accepted: {", ".join(rows)}')
     try:
         if '\0' in text or '\n' in text:
             raise ValueError('one line')
@@ -9721,6 +9721,8 @@ CHANGES = {  # what the server can do to a download: help, method, tail of the p
 def cmd_change(config: Config, options: Any) -> int:
     """do that to each of the downloads, or say which could not be found"""
     store, ids, failed = opened_store(config), [], False
+    if not options.id and not options.failed:
+        raise Trouble('name downloads by their ID, as `list` shows it, or use --failed')
     for word in options.id:
         found = store.ids(word.lower())
         if len(found) != 1:
