@@ -5009,6 +5009,13 @@ class TestResume(DownloadTest):
                 self.assert_done(outcome, *post.media)
                 self.assertEqual(post.media[0].hits, 1 + bool(boot))
 
+    def test_a_file_or_folder_in_the_way_does_not_pause_the_queue(self):
+        (self.output / '.incomplete/x/@eaDir').mkdir(parents=True)
+        (self.output / 'tester').touch()
+        post = self.site.tiktok()
+        config = self.config(downloads={'filename': '%(uploader)s/%(title)s_%(id)s'})
+        self.assertEqual(self.assert_done(self.fetch(post, 'x', config=config), post.media[0]), [f'{post.id}.mp4'])
+
     def test_what_was_broken_is_fetched_anew(self):
         for post in (self.site.tiktok(known_size=False), self.site.instagram('photo')):
             whole = post.media[0].body
@@ -6237,6 +6244,16 @@ class TestVendor(unittest.TestCase):
                 found = v.try_out(root, version)
                 self.assertTrue(why in found if why else not found, found)
             file.write_text(before, 'utf-8')
+
+    def test_what_this_machine_lacks_is_no_fault_of_a_release(self) -> None:
+        root, version = self.folder / 'copy', '9999.1.1'
+        unpack_compiled(version, some_files(), root)
+        with unittest.mock.patch.object(v, 'TRY_OUT', REAL_TRY_OUT), \
+                unittest.mock.patch.dict(os.environ, PATH=str(self.folder)):
+            self.assertEqual(v.try_out(root, version), '')  # no openssl
+        full = REAL_TRY_OUT.replace('gzip,', 'gzip\nv.free_space = lambda folder: -1\nimport', 1)
+        with unittest.mock.patch.object(v, 'TRY_OUT', full), self.assertRaisesRegex(v.Trouble, 'make room'):
+            v.try_out(root, version)
 
 
 class TestFreshness(unittest.TestCase):

@@ -2976,7 +2976,7 @@ class Meter:
 SAME = ('format_id', 'filesize', 'vcodec', 'width', 'height', 'tbr', 'duration', 'protocol')
 NAMES_LOCK = threading.Lock()
 SHORT_NAME = 143  # bytes: the limit of eCryptfs
-BAD_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ)
+BAD_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.ENOTDIR)
 BOOT_ID = find_line(Path('/proc/sys/kernel/random/boot_id'), '(.+)')  # '' where there is none
 
 
@@ -3051,7 +3051,8 @@ class JobFolder:
     def clear(self, keep: Iterable[str] = ()) -> None:
         """Remove all other files. Raises OSError."""
         for name in set(os.listdir(self.path)) - set(keep):
-            (self.path / name).unlink()
+            remove_folder(self.path / name)  # of a NAS
+            (self.path / name).unlink(missing_ok=True)
 
     def drop(self, prefix: str) -> None:
         """Remove the files with this prefix. Raises OSError."""
@@ -3134,9 +3135,11 @@ class JobFolder:
             self.missing.setdefault(lost, 'video')
             self.results = [result for result in self.results if result['item'] != lost]
         items = sorted(self.missing.keys() - {result['item'] for result in self.results})
-        if not self.results or not (items or self.fetched):
+        if not (items or self.fetched):
+            self.results = [result for result in self.results
+                            if 'name' in result or self.post['site'] in SITES]
             return []
-        return items or None
+        return (items or None) if self.results else []
 
     def move(self, output: Path) -> tuple[MediaFile, ...]:
         """Rename the results to free names in `output`. Raises OSError."""
@@ -3682,8 +3685,10 @@ class Attempt:
     def _take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
         self.folder.total = max(self.folder.total, extra.get('n_entries') or 1)
         at = extra.get('playlist_index') or 1
-        if any(result['item'] == at for result in self.folder.results):
-            return info  # before a stop
+        flat = self.folder.post['site'] in SITES  # elsewhere playlists nest
+        came = [result for result in self.folder.results if flat or 'name' in result]
+        if any(result['item'] == at for result in came):
+            return info
         if 'addresses' in info:
             got = self._fetch_plain(info, extra)
         else:
@@ -4119,7 +4124,9 @@ v.LARGEST_PAGE = 100_000
 v.DEFAULTS.update(retries=1, fragment_retries=1)
 v.watch_process()
 sys.addaudithook(lambda event, args: event == 'socket.connect' and reached.add(args[1][0]))
-ours = {'nap': v.Stopper, 'adopt': v.Stopper, 'openssl_decrypt': v, 'write_index': v}
+ours = {'nap': v.Stopper, 'openssl_decrypt': v, 'write_index': v}
+if v.which('openssl'):
+    ours['adopt'] = v.Stopper
 for name, owner in ours.items():
     v.replace(owner, name, lambda real, name=name: lambda *args: (heard.add(name), real(*args))[1])
 
@@ -4148,6 +4155,8 @@ def ends(url, reason, proxy=''):
         'VIDEOSERVER_SECURITY_ALLOWED_DOMAINS': '*'})
     attempt = v.Attempt(v.Job('try', url, (), 1), config, folder, lambda progress: None)
     outcome = attempt.run()
+    if outcome.reason in ('disk', 'output', 'read_only'):
+        sys.exit(v.os.EX_IOERR)
     if reason not in f'{outcome.reason} {outcome.message}':
         sys.exit(f'{url} ends with {outcome.reason}: {outcome.message}')
     return attempt
@@ -4188,6 +4197,8 @@ def try_out(folder: Path, version: str) -> str:
     run_helper(sys.executable, '-m', 'compileall', '-q', str(folder / 'yt_dlp'))
     with tempfile.TemporaryDirectory() as output:
         done = run_helper(*bare_python(TRY_OUT, str(folder), output))
+    if done.returncode == os.EX_IOERR:
+        raise Trouble(f'yt-dlp cannot be tried: make room in {tempfile.gettempdir()}')
     said = done.stdout.strip()
     if done.returncode == 0 and version_key(said) == version_key(version):
         return ''
