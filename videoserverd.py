@@ -7743,7 +7743,7 @@ function remember(name, value) {
 const clientId = () => recall('client') ??
   remember('client', 'web-' + crypto.getRandomValues(new Uint32Array(2)).join('-'));
 
-// ---- news at the lower edge: one with a button stands above others until it is used ----
+// ---- news at the bottom: one with a button stays in front of others until it is used ----
 let noteTimer, ended = null;  // what to do once the note is gone
 function note(text, label = '', action = null, end = null) {
   if (!label && !$('offer').hidden) return;
@@ -7764,7 +7764,7 @@ function hush() {
 // ---- talking to the server ----
 let online = null, locked = false;  // locked: a key is wanted and not known
 
-// As UTF-8 in bytes: fetch() refuses other letters, and a key may have an invisible one.
+// As UTF-8 bytes: fetch() rejects other characters, and a key may have an invisible one.
 const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
 const keyHeader = () => recall('key') ? {'X-API-Key': octets(recall('key'))} : {};
 
@@ -7794,7 +7794,7 @@ async function api(method, path, body, signal) {
   if (!response.ok) throw Object.assign(Error(answer.message), {status: response.status, answer});
   return answer;
 }
-// The same, with the server's sentence shown, be it good or bad.
+// The same, and shows the server's sentence, good or bad.
 const told = (...request) => api(...request)
   .then(answer => note(answer.message), error => note(error.message)).finally(makeRound);
 
@@ -7820,7 +7820,7 @@ function useKey(key) {
   makeRound().then(refresh);
 }
 
-// ---- health; what waits in the outbox gets its chance then, too ----
+// ---- health; each check also tries to send what is in the outbox ----
 let health = {}, looked = 0;
 async function makeRound() {
   if (locked || document.hidden) return;
@@ -7853,7 +7853,7 @@ function paintHealth() {
 const withCommands = text =>
   text.split('`').map((piece, i) => i % 2 ? element('code', {}, piece) : piece);
 
-// ---- sending links: what is in the outbox has not been answered for yet ----
+// ---- sending links: what is in the outbox has had no answer yet ----
 let flushing = false;
 const outbox = () => recall('outbox', []);
 function changeOutbox(entries) {
@@ -7864,7 +7864,7 @@ function changeOutbox(entries) {
     element('span', {}, text.slice(0, 300), element('small', {}, state)),
     control('cancel', () => replace(timestamp)))));
 }
-// The rest of the links of that entry, none: it goes.
+// Sets the links left in that entry; with none it is removed.
 const replace = (timestamp, text) => changeOutbox(filled(outbox().map(
   entry => entry.timestamp === timestamp ? text && {text, timestamp} : entry)));
 
@@ -7876,8 +7876,8 @@ async function flush() {
   flushing = false;
   changeOutbox(outbox());
 }
-// Always with the timestamp that the entry was made with: the server knows a repeat by it. A long
-// list goes in parts. Throws to try later.
+// Always with the entry's original timestamp, by which the server recognises a repeat. A long list
+// goes in parts. Throws to try later.
 async function post({text, timestamp}) {
   const many = text.split(/https?:/i).length > 2 || text.includes('\n');
   const end = text.length > PART ? text.slice(0, PART).search(/\s\S*$/) : text.length;
@@ -7901,7 +7901,7 @@ async function post({text, timestamp}) {
 }
 const putIntoBox = text => fill(filled([$('box').value, text]).join('\n'));
 
-// ---- the list: as tall as everything, filled a chunk of rows at a time where it is looked at ----
+// ---- the list: as tall as all rows together, but only the chunks in view are filled ----
 const chunks = [], near = new Set(), nodes = new Map(), doomed = new Set(), picked = new Set();
 const view = {status: '', q: ''};
 let wake = new AbortController(), version = 0;
@@ -7946,7 +7946,7 @@ async function look() {
   paintList(answer, place.offset);
   return answer.poll_after || FRAME;
 }
-// Looks for ever; refresh() makes it look at once.
+// Polls forever; refresh() makes it poll at once.
 async function watch() {
   for (let gap = FRAME, pause; ; await sleep(1000 * pause, wake.signal)) {
     wake = new AbortController();  // a new one each time: listeners are left on it
@@ -7972,7 +7972,7 @@ function paintList({downloads, total, counts}, offset) {
   $('nothing').hidden = total || !$('empty').hidden;
   paintStates(counts);
 }
-// Rows are moved and repainted, never rebuilt: focus and the reader's place stay.
+// Rows are moved and repainted, never rebuilt, to keep focus and scroll position.
 function arrange(chunk, rows) {
   const wanted = rows.map(row => nodes.get(row.download_id) ?? newRow(row));
   for (const node of [...chunk.children]) {
@@ -8063,7 +8063,7 @@ function words(row, waits) {
   return filled([phase[row.phase], row.progress + '%', speed && size(speed) + '/s',
     eta && duration(eta) + ' left']);
 }
-// Fetched once it is in sight, and not linked: the key travels as a header.
+// Fetched when it comes into view, and not linked, as the key goes in a header.
 const pictures = new IntersectionObserver(entries => {
   for (const {target, isIntersecting} of entries) if (isIntersecting) paintPicture(target);
 });
@@ -8098,7 +8098,7 @@ function narrow(change) {
   refresh();
 }
 
-// ---- what can be done with a row, or with file number `at` of it ----
+// ---- actions on a row, or on its file number `at` ----
 const DO = {
   play: row => show(row, 0),
   share: (row, at) => share(chosen(row, at)),
@@ -8142,7 +8142,7 @@ function show(row, at) {
   part($('player'), 'next').disabled = !beside(1);
   if (!$('player').open) {
     history.pushState('player', '');  // so that Back closes it
-    $('player').append($('notes'));   // what lies outside a dialog cannot be tapped
+    $('player').append($('notes'));   // outside the dialog it could not be tapped
     $('player').showModal();
   }
   media.play?.().catch(() => null);  // here, within the tap
@@ -8168,7 +8168,7 @@ function closed() {
   if (history.state === 'player') history.back();
 }
 
-// ---- sharing: the file itself, fetched beforehand, as a browser shares only within a tap ----
+// ---- sharing: the file itself, fetched first, as a browser only shares during a tap ----
 const canShare = Boolean(
   navigator.canShare?.({files: [new File([''], 'a.mp4', {type: 'video/mp4'})]}));
 async function share(files) {
@@ -8209,10 +8209,10 @@ async function load(files, signal, progress) {
 async function save(files) {
   for (const {path} of files) {
     element('a', {href: path, download: ''}).click();
-    await sleep(500);  // a browser drops the second of two that come at once
+    await sleep(500);  // of two at once, a browser drops the second
   }
 }
-// The clipboard is asked at once and told later: Safari allows it only within the tap.
+// Gives the clipboard a promise, as Safari only allows writing during the tap.
 async function copy(link) {
   try {
     const blob = Promise.resolve(link).then(text => new Blob([text], {type: 'text/plain'}));
@@ -8286,12 +8286,12 @@ function fill(text) {
   if (text.length < PART) remember('draft', text);
   $('box').rows = Math.min(8, text.split('\n', 9).length);  // for browsers without field-sizing
 }
-// A link that came with the address only fills the box; a person sends it.
+// A link in the page's address only fills the box; the user sends it.
 function prefill() {
   const shared = new URLSearchParams(location.search);
   const text = filled(['url', 'text'].map(name => shared.get(name))).join('\n')
     || shared.get('title');
-  fill(filled([...new Set([recall('draft', ''), text])]).join('\n'));  // what waits there stays
+  fill(filled([...new Set([recall('draft', ''), text])]).join('\n'));  // a draft stays
   if (!text) return;
   history.replaceState(null, '', location.pathname);
   $('send').focus();
@@ -8381,7 +8381,7 @@ watch();
 '''
 
 SW_JS = r'''
-// Keeps the page itself, so that it opens from the Home Screen while the server is out of reach.
+// Caches the page itself, so that it opens from the Home Screen without the server.
 const KEPT = ['./', 'page.css', 'page.js', 'icon.png', 'manifest.webmanifest'];
 const places = KEPT.map(path => new URL(path, location).href);
 
@@ -8559,7 +8559,7 @@ SETUP_JS = r'''
 const $ = id => document.getElementById(id);
 const main = document.querySelector('main'), steps = [...document.querySelectorAll('.step')];
 const plain = location.protocol === 'http:';
-// Safari may have been told to visit this very host anyway, so ask for another name of the server.
+// Safari may have been told to trust this host name anyway, so ask for another name of the server.
 const check = main.dataset.check.split(' ').find(place => new URL(place).host !== location.host);
 const opened = Date.now() - 5000;
 let known = '', trusted = !$('trust'), heard = false;
@@ -8651,7 +8651,7 @@ probe();
 
 
 def fact_as_html(name: str, facts: dict[str, str]) -> str:
-    """A fact as text for the page; only qrencode's picture is markup."""
+    """A fact, escaped for the page; only qrencode's picture is markup."""
     import html
     return facts[name] if name == 'qr_svg' else html.escape(facts[name])
 
@@ -8675,7 +8675,7 @@ def setup_page(facts: dict[str, str]) -> str:
     return re.sub(r'{{(\w+)}}', lambda mark: fact_as_html(mark[1].lower(), facts), page)
 
 
-# What http serves as it is; the set-up page is made anew for each request.
+# Served as they are; the set-up page is generated for each request.
 ASSETS = {
     '/': ('text/html; charset=utf-8', PAGE_HTML),
     '/page.css': ('text/css; charset=utf-8', PAGE_CSS),
@@ -8684,49 +8684,48 @@ ASSETS = {
     '/setup.js': ('text/javascript; charset=utf-8', SETUP_JS),
     '/manifest.webmanifest': ('application/manifest+json', MANIFEST),
     '/icon.png': ('image/png', ICON_PNG),
-    '/setup/check.png': ('image/png', ICON_PNG),  # whoever can load it trusts the certificate
+    '/setup/check.png': ('image/png', ICON_PNG),  # who can load it trusts the certificate
 }
-# What the `phone` command serves of them.
+# Those that the `phone` command serves.
 PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
 
 # ---------- daemon ------------------------------------------------------------------------
-# Owns three classes: Daemon (wiring, order of start and stop, signals, sd_notify, re-execution),
-# Care (its thread `care`: what is due each minute or day) and Health (what pauses the queue, what
-# is wrong, figures). No lock: main waits on the pipe `_wishes`. Called by commands only.
+# Owns three classes: Daemon (wiring, start and stop, signals, sd_notify, re-execution), Care (the
+# thread `care`: minutely and daily chores) and Health (what pauses the queue, problems, metrics).
+# No lock: main waits on the pipe `_wishes`. Called by commands only.
 
 INSTALLED = '/opt/videoserver/videoserverd.py'  # where install.sh puts this file
 AS_SERVICE = '/usr/local/bin/videoserverd'  # its command: that file, as its user, with its config
 CARE_SECONDS = 60.0    # between looks at what is due
 DRAIN_SECONDS = 5.0    # for requests under way when the server stops
 INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a re-execution
-FREEZE_SECONDS = 60.0  # without a turn of the interpreter, after which the watchdog ends us
+FREEZE_SECONDS = 60.0  # after which the watchdog ends a frozen interpreter
 PULSE_SECONDS = 15.0   # between two turns of main
 OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LOG_NAP = 0.05         # seconds that a line of the log may be late
-LONGEST_MESSAGE = 3000  # characters of it: a link has 2048
-STALE_SECONDS = 120.0  # a thread that has not come round for this long is stuck
+LOG_NAP = 0.05         # seconds that a log line may be late
+LONGEST_MESSAGE = 3000  # characters in a log line: a link has 2048
+STALE_SECONDS = 120.0  # a thread without a beat for this long is stuck
 CERTIFICATE_WARNING_DAYS = 14
 
 
 @functools.lru_cache(maxsize=1)
 def log_time(now: int) -> str:
-    """'2026-11-27 09:16:04' for epoch seconds, by the clock on the wall."""
+    """'2026-11-27 09:16:04' for epoch seconds, in local time."""
     return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
 
 
 class LogWriter(logging.Handler):
-    """The log file, moved aside when it is full, and stderr where systemd or a terminal (or
-    nothing else) takes it.
+    """The log file, rotated when full, and stderr under systemd, on a terminal or without a file.
 
-    The thread `log` writes lines in batches, at most LOG_NAP late, so that a request pays no
-    system call for its line. A warning is written at once, with all that came before it."""
+    The thread `log` writes lines in batches, at most LOG_NAP late, so that a request makes no
+    system call for its line. A warning is written at once, with all lines before it."""
 
     def __init__(self, settings: Any):
         super().__init__()
         self.file, self.limit, self.copies = (
             settings.file, settings.max_size, settings.backup_count)
         self.fd, self.size = -1, 0
-        self.lines: deque = deque(maxlen=10000)  # where stderr takes nothing, the oldest go
+        self.lines: deque = deque(maxlen=10000)  # if stderr blocks, the oldest are dropped
         self.wake = threading.Event()
         self.writing = threading.Lock()  # guards fd and size, and the order of lines
         self.by_systemd = 'INVOCATION_ID' in os.environ  # the journal has its own clock
@@ -8736,7 +8735,7 @@ class LogWriter(logging.Handler):
         threading.Thread(target=self._loop, name='log', daemon=True).start()
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line, of bounded length, whatever a client has sent."""
+        """One line of limited length, whatever a client sent."""
         message = record.getMessage()[:LONGEST_MESSAGE]
         if not message.isprintable():
             message = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
@@ -8749,7 +8748,7 @@ class LogWriter(logging.Handler):
         return text
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Without the lock that a Handler takes: whoever waits for it hands the interpreter on."""
+        """Without a Handler's lock: waiting for it would release the GIL."""
         self.lines.append(self.format(record))
         if record.levelno >= logging.WARNING:
             self.flush()
@@ -8758,7 +8757,7 @@ class LogWriter(logging.Handler):
         return True
 
     def flush(self) -> None:
-        """Write what waits. Trouble with a disk or terminal is no trouble of a request's."""
+        """Write what waits. Errors of disk or terminal must not fail a request."""
         with self.writing:
             text = ''.join([self.lines.popleft() for _ in range(len(self.lines))])
             data = text.encode('utf-8', 'backslashreplace')
@@ -8784,7 +8783,7 @@ class LogWriter(logging.Handler):
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            self.fd = os.open(self.file, flags, 0o600)  # it tells who shared which link
+            self.fd = os.open(self.file, flags, 0o600)  # it says who shared which link
             self.size = os.lseek(self.fd, 0, os.SEEK_END)
         except OSError as error:
             os.write(2, f'{self.file}: cannot be written ({error.strerror})\n'.encode())
@@ -8802,7 +8801,7 @@ class LogWriter(logging.Handler):
 
 
 def set_up_logging(config: Config) -> None:
-    """All goes through one LogWriter; records are made without what no line shows."""
+    """Log everything through one LogWriter; records omit what no line shows."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # docs.python.org/3/howto/logging.html#optimization
     log.setLevel(config.logging.level)
@@ -8814,7 +8813,7 @@ def set_up_logging(config: Config) -> None:
 
 
 def sd_notify(text: str) -> None:
-    """Tell systemd (sd_notify(3)); nothing where it did not start us."""
+    """Notify systemd (sd_notify(3)) if it started us."""
     address = os.environ.get('NOTIFY_SOCKET', '')
     if not address:
         return
@@ -8841,8 +8840,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 SERVE = 'sys.exit(v.serve(sys.argv[3]))'  # the running server, imported: parsing costs 15 MB
 
-# The parent of a server that no service manager looks after: it passes signals on, and starts the
-# server again when the watchdog has ended it (exit code 1, and a dump in the file $0).
+# The parent of a server without a service manager: it forwards signals, and restarts the server
+# when the watchdog has ended it (exit code 1, and a dump in the file $0).
 KEEPER = '''
 exec 3<&0
 trap 'told=1 ended=1; kill -TERM $server' TERM INT
@@ -8859,26 +8858,25 @@ done
 
 
 def dump_file(config: Config) -> Path:
-    """Where the watchdog leaves its last words."""
+    """Where the watchdog writes its dump."""
     return Path(f'{config.database.path}.freeze')
 
 
 def compile_program() -> None:
-    """Have Python leave its compiled form beside the program, where it may write there."""
+    """Write the compiled program beside it, if the folder is writable."""
     from importlib.machinery import SourceFileLoader
-    sys.dont_write_bytecode = False  # what the environment says is not passed on to the server
+    sys.dont_write_bytecode = False  # the environment's setting does not reach the server
     SourceFileLoader(PROGRAM.stem, str(PROGRAM)).get_code(PROGRAM.stem)
 
 
 def user_name() -> str:
-    """Whose process this is."""
+    """The user running this process."""
     return os.environ.get('USER') or str(os.getuid())
 
 
 def usable_output(config: Config, make: bool = True) -> str | None:
-    """Why nothing can be put into the output folder, None if it can be. A folder that is new to
-    this database is made and marked (unless not `make`); one that has lost its mark is a disk
-    that is not there."""
+    """Why the output folder cannot be used, None if it can. A folder new to this database is
+    created and marked (if `make`); if the mark is missing later, its disk is not mounted."""
     folder, known = config.downloads.output_directory, Path(f'{config.database.path}.output')
     try:
         expected = known.exists() and known.read_text(encoding='utf-8') == str(folder)
@@ -8905,7 +8903,7 @@ def usable_output(config: Config, make: bool = True) -> str | None:
 
 
 def program(config: Config) -> str:
-    """The command line that runs this program, to be shown."""
+    """The command line that runs this program, for display."""
     if str(PROGRAM) == INSTALLED:
         return 'sudo videoserverd'
     words = ['python3', str(PROGRAM)]
@@ -8923,7 +8921,7 @@ def known_hosts(config: Config) -> frozenset:
 
 
 def ca_assets(config: Config) -> dict[str, Any]:
-    """The CA as the iPhone and as others take it, where it is ours."""
+    """The CA for the iPhone and for others, if it is ours."""
     if not config.server.tls or not config.server.ca_file.exists():
         return {}
     return {'/ca.mobileconfig': ('application/x-apple-aspen-config',
@@ -8945,13 +8943,13 @@ def qr_code(text: str, kind: str) -> str:
 
 
 def bases_by_number(port: int) -> str:
-    """Addresses of this server by number. A Content-Security-Policy takes no IPv6."""
+    """This server's numeric addresses. A Content-Security-Policy does not take IPv6."""
     return ' '.join(f'https://{ip}:{port}' for ip in host_addresses()
                     if ':' not in ip and not ip.startswith('127.'))
 
 
 def setup_facts(config: Config, port: int, secure: bool, at_home: bool) -> dict[str, str]:
-    """What the set-up page is filled in with; our addresses only for those `at_home`."""
+    """The facts for the set-up page; our addresses only for clients `at_home`."""
     base, fingerprint, picture = public_base(config, port), '', ''
     if ca_assets(config):
         fingerprint = ca_fingerprint(config)
@@ -8989,13 +8987,13 @@ def free_output(config: Config) -> int | None:
 
 
 def days_left(certificate: Certificate) -> int:
-    """Days that a certificate still lives."""
+    """Days until a certificate expires."""
     return int((certificate.not_after - time.time()) // DAY)
 
 
 class Care:
-    """The thread `care`: what is due each minute or day. `problems` has what goes wrong there;
-    `restart` asks the daemon to start anew in place."""
+    """The thread `care`: minutely and daily chores. `problems` has what goes wrong there; `restart`
+    asks the daemon to restart in place."""
 
     def __init__(self, config: Config, store: Store, board: Board, restart: Callable[[], None]):
         self.config, self.store, self.board, self.restart = config, store, board, restart
@@ -9010,7 +9008,7 @@ class Care:
         self.server: Server | None = None
         self._due = threading.Event()  # something may be due now
         self._tidy = False
-        self._certificate_seen = (0, 0)  # when the one in use was written, the day it was read
+        self._certificate_seen = (0, 0)  # when it was written, the day it was read
         self._clock = ClockWatch()
         self._room_seen, self._room_notice = -math.inf, ''
         self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of videos without picture
@@ -9021,7 +9019,7 @@ class Care:
         threading.Thread(target=self._loop, name='care', daemon=True).start()
 
     def heard(self, job: Job, outcome: Outcome) -> None:
-        """How a download ended: a finished one gets a picture, a changed site a newer yt-dlp."""
+        """A download ended: a finished one needs a thumbnail, a changed site a newer yt-dlp."""
         if outcome.kind == 'done':
             self._unpictured.append((job.id, outcome.files[0].name))
         self.freshness.heard(site_of(job.url), outcome)
@@ -9047,7 +9045,7 @@ class Care:
             self._due.clear()
 
     def remove_leftovers(self, now: float) -> None:
-        """Once: remove half downloads that nobody waits for. Listed first, asked then."""
+        """Once: remove partial downloads that are not in the queue, listed before asking it."""
         if self._tidy or not self.scheduler.ready or usable_output(self.config):
             return
         folders = list((self.config.downloads.output_directory / '.incomplete').iterdir())
@@ -9058,8 +9056,8 @@ class Care:
         self._tidy = True
 
     def renew_certificate(self, now: float) -> None:
-        """Daily, and when the clock was set, a new leaf if names, addresses or time ask for one.
-        Whoever has changed the file, new connections get the new one."""
+        """Daily, and when the clock was set, make a new leaf if names, addresses or time require
+        it. New connections get the new one, whoever changed the file."""
         config = self.config
         if not config.server.tls:
             return
@@ -9073,7 +9071,7 @@ class Care:
             self._certificate_seen = file.stat().st_mtime_ns, day
 
     def copy_database(self, now: float) -> None:
-        """A copy a day, the newest `backups` of them kept. No bad copy replaces a good one."""
+        """One copy a day; keep the newest `backups`. A bad copy never replaces a good one."""
         path, keep = self.config.database.path, self.config.database.backups
         folder = path.parent / 'backups'
         target = folder / f'{path.stem}-{time.strftime("%Y-%m-%d", time.localtime(now))}.db'
@@ -9083,10 +9081,10 @@ class Care:
         self.store.backup(target)
         found = folder.glob(f'{path.stem}-????-??-??.db')
         for old in sorted(found, key=lambda copy: (copy <= target, copy))[:-keep]:
-            old.unlink()  # first those of a clock that was ahead
+            old.unlink()  # first those from when the clock was ahead
 
     def make_pictures(self, now: float) -> None:
-        """One at a time, and off the workers: a Pi needs seconds for each."""
+        """One at a time, outside the workers: a Pi needs seconds for each."""
         while self._unpictured and which('ffmpeg'):
             download_id, name = self._unpictured.popleft()
             self.thumbs.mkdir(exist_ok=True)
@@ -9097,8 +9095,8 @@ class Care:
                 picture.unlink(missing_ok=True)
 
     def make_room(self, now: float) -> None:
-        """Hourly, delete what [downloads] keep gives up, oldest first. A day before the first
-        time for this setting, health says so. Raises Trouble, OSError."""
+        """Hourly, delete what exceeds [downloads] keep, oldest first. Health announces the first
+        time for a setting a day ahead. Raises Trouble, OSError."""
         if not 0 <= now - self._room_seen < 3600:
             self._room_seen = now
             self._room_notice = self._forget_oldest(int(now))
@@ -9106,7 +9104,7 @@ class Care:
             raise Trouble(self._room_notice)
 
     def _forget_oldest(self, now: int) -> str:
-        """Delete a hundred at most, or what is to be said before."""
+        """Delete up to 100 downloads, or return the announcement to show first."""
         setting, ids = self.config.downloads.keep, self._beyond_keep(now)
         file = Path(f'{self.config.database.path}.keep')  # the setting, and since when it counts
         if not setting:
@@ -9120,7 +9118,7 @@ class Care:
             day = time.strftime('%d %B, %H:%M', time.localtime(begin))
             return (f'From {day} the oldest videos are deleted to make room ([downloads] keep). '
                     'Those with a star stay.')
-        done = self.store.make_room(ids, now)  # also what a kill has left half done
+        done = self.store.make_room(ids, now)  # also what a kill left half done
         for download_id, files in done:
             forget_files(self.config, download_id, [file.name for file in files])
             self.board.post(download_id)
@@ -9148,7 +9146,7 @@ class Care:
         self._due.set()
 
     def update_ytdlp(self, now: float) -> None:
-        """Fetch what is missing or due. An imported yt_dlp cannot be swapped; the process can."""
+        """Fetch yt-dlp if missing or due. To replace an imported yt_dlp, the process restarts."""
         changed = self.freshness.step(now)
         self.restart_when_idle = changed and 'restart' not in self.problems
         if not changed:
@@ -9163,7 +9161,7 @@ GETTING_READY = 'Getting ready: yt-dlp is being fetched.'  # the first minute; n
 
 
 class Health:
-    """What pauses the queue, what is wrong, the figures of /metrics."""
+    """What pauses the queue, what is wrong, and the figures for /metrics."""
 
     def __init__(self, config: Config, store: Store, board: Board, care: Care,
                  couriers: Sequence[Courier]):
@@ -9172,7 +9170,7 @@ class Health:
         self.started = time.time()
 
     def preflight(self, make: bool = True) -> str | None:
-        """Why nothing may start, None if it may; `make`: the output folder, if it is new."""
+        """Why no download may start, or None; `make`: create the output folder if it is new."""
         message, free = usable_output(self.config, make), free_output(self.config)
         least = self.config.downloads.min_free_space
         if message:
@@ -9194,11 +9192,11 @@ class Health:
         return counts['queued'] + counts['downloading']
 
     def certificate_days(self) -> int | None:
-        """Days that the certificate still lives, None without one."""
+        """Days until the certificate expires, None without one."""
         return self.care.certificate and days_left(self.care.certificate)
 
     def problems(self, paused: str | None) -> list[str]:
-        """What is wrong, each a sentence with what fixes it."""
+        """What is wrong: sentences, each with its fix."""
         days = self.certificate_days()
         found = [*self.care.problems.values(), self.care.vendor.held_back()]
         if paused != GETTING_READY:
@@ -9251,8 +9249,8 @@ class Health:
 
 
 class Daemon:
-    """The running server: wiring, start, signals, stop. `run` returns the exit code, or does not
-    return: it re-executes."""
+    """The running server: wiring, start, signals, stop. `run` returns the exit code, or
+    re-executes."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -9267,9 +9265,9 @@ class Daemon:
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.lock = Lock(config.database.path)
         self.server: Server | None = None
-        self.next_socket: socket.socket | None = None  # where the next life listens, if elsewhere
-        self._dump: Any = None  # the file for the watchdog's last words
-        self.wish = ''  # 'stop' or 'restart', once somebody has asked
+        self.next_socket: socket.socket | None = None  # for a restart that listens elsewhere
+        self._dump: Any = None  # the file for the watchdog's dump
+        self.wish = ''  # 'stop' or 'restart', once asked for
         # A signal handler may write into a pipe; an Event's lock could be held by its own thread.
         self._wishes = os.pipe()
 
@@ -9293,7 +9291,7 @@ class Daemon:
         return self._stop(self._wait())
 
     def _set_watchdog(self) -> None:
-        """Read what the watchdog of the last life has left; begin a new file for this one's."""
+        """Read the dump of the previous run's watchdog; start a new file for ours."""
         file, found = dump_file(self.config), ''
         for old in (file, Path(f'{file}.last')):
             with suppress(OSError):
@@ -9314,7 +9312,7 @@ class Daemon:
             try:
                 self.care.certificate, _ = ensure_certificate(self.config, time.time())
                 return server_context(self.config)
-            except ClockWrong as error:  # a Pi without a network at boot: the time will come
+            except ClockWrong as error:  # a Pi without a network at boot: wait for the time
                 if time.monotonic() >= next_word:
                     log.warning('%s', error)
                     next_word = time.monotonic() + 3600
@@ -9391,7 +9389,7 @@ class Daemon:
     # -- signals, waiting, stopping
 
     def _handle_signals(self) -> None:
-        """By a wake-up descriptor: a signal just before select() would else wait for the next."""
+        """By a wake-up descriptor: else a signal just before select() would wait for the next."""
         os.set_blocking(self._wishes[1], False)
         signal.set_wakeup_fd(self._wishes[1], warn_on_full_buffer=False)
         wishes = ['stop', 'stop', 'restart']
@@ -9408,9 +9406,9 @@ class Daemon:
         os.write(self._wishes[1], b'.')
 
     def _wait(self) -> bool:
-        """Until somebody wants an end; whether to start anew. systemd's watchdog is fed only while
-        every thread comes round; faulthandler's by this thread, which never waits for a disk. It
-        needs no interpreter, which one regular expression of yt-dlp can hold for minutes."""
+        """Wait for a stop or restart; whether to restart. systemd's watchdog is fed only while all
+        threads are alive; faulthandler's by this thread, which never waits for a disk. That one
+        needs no interpreter, which a single regular expression of yt-dlp can block for minutes."""
         pulse = min(int(os.environ.get('WATCHDOG_USEC', 0)) / 2e6 or PULSE_SECONDS, PULSE_SECONDS,
                     FREEZE_SECONDS / 4)
         while True:
@@ -9431,7 +9429,7 @@ class Daemon:
                 and now - self.server.beat < STALE_SECONDS)
 
     def _may_restart(self) -> bool:
-        """Whether a re-execution would succeed; if not, the old one runs on."""
+        """Whether a re-execution would succeed; if not, this process runs on."""
         try:
             config = load_config(self.config.file, dict(os.environ))
             compile(PROGRAM.read_bytes(), str(PROGRAM), 'exec')
@@ -9468,7 +9466,7 @@ class Daemon:
         self.care.freshness.stop()
         self.store.close()
         if restart:
-            # From here on a signal waits for the next life's handlers; by itself it would kill.
+            # From here on a signal waits for the new handlers; unblocked, it would kill us.
             signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
             if self.wish != 'stop':
                 self._re_execute()
@@ -9496,7 +9494,7 @@ class Daemon:
         return Attempt(job, self.config, self.care.ytdlp, *hooks)
 
     def _on_outcome(self, job: Job, outcome: Outcome, over: bool) -> None:
-        """Count it; a finished one is copied, what is over leaves no partial files."""
+        """Count it, remove partial files if it is over, wake the couriers."""
         site = site_of(job.url)
         if site not in SITES:
             site = 'other'
@@ -9512,8 +9510,8 @@ class Daemon:
         self.care.heard(job, outcome)
 
     def _forget(self, record: Record, keep: bool) -> bool:
-        """Delete a download and, unless to `keep`, its copies and the files that no other one
-        shares; whether that could be."""
+        """Delete a download and, unless `keep`, its copies and the files that no other one shares;
+        whether that was possible."""
         copies = []
         if self.bucket and not keep:
             copies = [self.bucket.key(record['id'], file.name) for file in record['files']]
@@ -9598,7 +9596,7 @@ def cmd_update(config: Config, options: Any) -> int:
 # -- asking the running server
 
 def call_server(config: Config, method: str, path: str, body: Any = None) -> dict[str, Any]:
-    """The running server's JSON answer; `body`, if any, goes as JSON. Raises Trouble."""
+    """The running server's JSON answer; `body`, if any, is sent as JSON. Raises Trouble."""
     facts = Lock(config.database.path).running()
     host = facts.get('host', config.server.host)
     host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
@@ -9623,7 +9621,7 @@ def call_server(config: Config, method: str, path: str, body: Any = None) -> dic
 
 
 def post_text(config: Config, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
-    """Each link of a text and what became of it, and what is to be sent again. Raises Trouble."""
+    """Each link in a text with its result, and the links to send again. Raises Trouble."""
     answer = call_server(config, 'POST', '/api/v1/downloads',
                          {**fields, 'timestamp': time.time_ns()})
     rows, rest = answer.get('downloads', []), answer.get('keep', '')
@@ -9673,21 +9671,21 @@ def cmd_add(config: Config, options: Any) -> int:
     return int(failed)
 
 
-# -- what the page can do, from a terminal
+# -- the page's actions, from a terminal
 
 COLOURS = {'completed': 32, 'failed': 31, 'downloading': 36, 'queued': 33}
 SHOWN = 20  # downloads that `list` shows
 
 
 def opened_store(config: Config) -> Store:
-    """The database, to be read beside a running server. Raises Trouble."""
+    """The database, for reading while the server may run. Raises Trouble."""
     if not config.database.path.exists():
         raise Trouble(f'{config.database.path}: no database yet; start the server once.')
     return Store(config.database.path)
 
 
 def describe_state(config: Config, record: Record) -> tuple[str, str]:
-    """What a download is doing, in few words, and its title as far as it is known."""
+    """A download's state in a few words, and its title if known."""
     state, title = record['status'], record['title'] or record['url']
     if state == 'downloading':
         with suppress(Trouble):
@@ -9730,7 +9728,7 @@ CHANGES = {  # what the server can do to a download: help, method, tail of the p
 
 
 def cmd_change(config: Config, options: Any) -> int:
-    """do that to each of the downloads, or say which could not be found"""
+    """retry, cancel or delete each of the downloads"""
     store, ids, failed = opened_store(config), [], False
     if not options.id and not options.failed:
         raise Trouble('name downloads by their ID, as `list` shows it, or use --failed')
@@ -9876,7 +9874,7 @@ def cmd_doctor(config: Config, options: Any) -> int:
 
 # -- first contact
 
-PHONE_NEWS = {  # what the console says when the phone asks for it the first time
+PHONE_NEWS = {  # printed when the phone first requests a path
     '/': 'The phone has opened the page.', '/ca.mobileconfig': 'It has downloaded the profile.',
     '/seen/trusted': 'It trusts the server. Next: make the Shortcut.'}
 
@@ -9898,7 +9896,7 @@ def told_once(news: str, content: Any) -> Callable[[], Any]:
 
 
 def tell_first_link(config: Config, since: int) -> None:
-    """Say on the console when the first link arrives, made at `since` or later."""
+    """Print when the first link created at `since` or later arrives."""
     store, records = Store(config.database.path), []
     while not records or records[0]['created_at'] < since:
         time.sleep(1)
@@ -9963,7 +9961,7 @@ HELP = {name: CHANGES.get(name, [run.__doc__])[0] for name, run in COMMANDS.item
 
 
 def help_text(topic: str) -> str:
-    """One screen: the commands; or all settings, where that is the topic."""
+    """One screen of commands, or all settings if that is the topic."""
     if topic == 'settings':
         return 'Each can be set in the environment as VIDEOSERVER_<SECTION>_<KEY>.\n' + ''.join(
             f'\n[{section}] {key} = {row.default}\n    {row.help}\n'
@@ -9978,7 +9976,7 @@ def help_text(topic: str) -> str:
 
 
 def make_parser() -> Any:
-    """The command line; --config is taken before and after the command."""
+    """The command line; --config may come before or after the command."""
     import argparse  # the daemon itself has no use for it
     where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
     where.add_argument('--config', type=Path, metavar='FILE',
@@ -10024,7 +10022,7 @@ def act(file: Path | None, command: Callable[[Config, Any], int], options: Any =
 
 
 def go_on(config: Config, options: Any) -> int:
-    """Become the server proper; in the foreground, as the child of a small parent."""
+    """Become the actual server; in the foreground, as the child of a small parent."""
     compile_program()
     fd = 0
     while fd < 3:  # a closed one would be a file of ours
@@ -10046,7 +10044,7 @@ HOMEBREW = ('/opt/homebrew/bin', '/usr/local/bin')  # not in launchd's PATH, nor
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """What the command line says."""
+    """Run the command line."""
     if sys.platform == 'darwin':
         os.environ['PATH'] = os.pathsep.join((*os.get_exec_path(), *HOMEBREW))
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -10059,7 +10057,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     file = getattr(options, 'config', None)
     if file is None and os.path.exists(INSTALLED) and os.path.exists(AS_SERVICE):
-        os.execv(AS_SERVICE, [AS_SERVICE, *arguments])  # no second CA or database beside it
+        os.execv(AS_SERVICE, [AS_SERVICE, *arguments])  # else a second CA and database
     beside = PROGRAM.parent / 'config.ini'
     if file is None and beside.exists():
         file = beside
