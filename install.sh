@@ -1,12 +1,12 @@
 #!/bin/sh
-# install.sh: installs videoserverd as a service; run again, it upgrades; it also removes.
+# install.sh: installs videoserverd as a service, upgrades it when run again, or removes it.
 #
 #   sudo ./install.sh                         install, or upgrade and restart
 #   sudo ./install.sh --output /media/disk/videos --user pi
 #   sudo ./install.sh --uninstall             remove the program, keep configuration and data
 #   ./install.sh --dry-run                    only say what would be done
 #
-# For Debian, Raspberry Pi OS and their kin (systemd), and for Macs (launchd). It touches
+# For Debian, Raspberry Pi OS and the like (systemd), and for Macs (launchd). It touches
 #
 #   /opt/videoserver                   the program, one file
 #   /etc/videoserver                   config.ini and environment (API keys); yours once written
@@ -17,7 +17,7 @@
 #   the user videoserver (not on a Mac), and Debian's packages python3, openssl, ffmpeg,
 #   qrencode, avahi-daemon and ca-certificates where they are missing.
 #
-# Each path is named when it is written.
+# It prints each path that it writes.
 
 set -eu
 umask 022
@@ -54,7 +54,7 @@ doing() {
 # need COMMAND WHAT-FOR
 need() { command -v "$1" >/dev/null 2>&1 || die "$1 is missing: $2"; }
 
-# ensure STEP…: does it or ends; --dry-run only names it.
+# ensure STEP…: runs it or fails; --dry-run only prints it.
 ensure() {
     if [ "$dry" ]; then say "would run $*"; else "$@" || die "this step failed: $*"; fi
 }
@@ -69,7 +69,7 @@ put() {
     mv -f "$1.new" "$1"
 }
 
-# drop PATH…: removes what is there.
+# drop PATH…: removes what exists.
 drop() {
     for path in "$@"; do
         if [ -e "$path" ]; then
@@ -143,7 +143,7 @@ check_arguments() {
     [ "$output" = / ] || output=${output%/}
 }
 
-# ---------- what it stands on ----------
+# ---------- requirements ----------
 
 check_system() {
     for file in videoserverd.py config.ini "$name.service" "$label.plist"; do
@@ -159,7 +159,7 @@ check_system() {
     fi
 }
 
-# The Debian packages whose commands are missing; python3-minimal has a command, but not its library.
+# The Debian packages whose commands are missing; python3-minimal has the command, but not the library.
 missing_packages() {
     python3 -c 'import shlex, sqlite3, ssl' 2>/dev/null || printf 'python3 '
     while read -r tool package; do
@@ -194,7 +194,7 @@ apt_get() {
         --no-install-recommends -y "$@" </dev/null >/dev/null
 }
 
-# The first Python that the service's user can run: 3.11 or newer, as today's yt-dlp wants, else from 3.9 up.
+# The first Python that the service's user can run: 3.11 or newer, as yt-dlp now needs, else 3.9 or newer.
 ensure_python() {
     for least in 11 9; do
         for python in /usr/bin/python3 python3 python3.14 python3.13 python3.12 python3.11 python3.10 python3.9; do
@@ -207,7 +207,7 @@ ensure_python() {
 
 # python_serves MINOR: is $python 3.MINOR or newer, with what the program needs?
 python_serves() {
-    # On a Mac without the command line tools this file only opens a dialogue.
+    # On a Mac without the command line tools, this file only opens a dialog.
     [ "$system $python" != 'Darwin /usr/bin/python3' ] || xcode-select -p >/dev/null 2>&1 || return 1
     set -- "$python" -I -c "import shlex, sqlite3, ssl, sys; sys.exit(sys.version_info < (3, $1))"
     if [ "$dry" ]; then "$@" 2>/dev/null; else as_user "$@" 2>/dev/null; fi
@@ -234,7 +234,7 @@ ensure_user() {
         --comment 'videoserverd, added by install.sh' "$user"
 }
 
-# The folder for data: there, and the user's. Below it root makes nothing: a link there leads anywhere.
+# Creates the data folder, owned by the user. Root makes nothing below it: a link there may lead anywhere.
 ensure_state() {
     [ -d "$state" ] || doing write "$state"
     [ "$dry" ] || mkdir -p "$state"
@@ -260,19 +260,19 @@ ensure_config() {
 END
     [ "$dry" ] && return
     chown "$user" "$secrets"
-    chown "root:$(id -gn "$user")" "$config"  # what root acts on is not the user's to change
+    chown "root:$(id -gn "$user")" "$config"  # the user must not change what root acts on
     chmod 640 "$config"
 }
 
-# On a Mac ~/Movies: a background service is not let into ~/Downloads, ~/Documents and ~/Desktop.
+# On a Mac ~/Movies: a background service may not use ~/Downloads, ~/Documents or ~/Desktop.
 default_output() {
     if [ "$system" = Darwin ]; then eval "echo ~$user/Movies/VideoServer"; else say "$state/videos"; fi
 }
 
-# systemd keeps the log in the journal, and an SD card is written once; elsewhere it is a file.
+# With systemd the log is in the journal, so an SD card is written once; elsewhere it is a file.
 default_log() { [ "$system$service" = Linuxyes ] || say "$state/logs/server.log"; }
 
-# change_config SECTION KEY VALUE: one line of it, since the command line asks for that.
+# change_config SECTION KEY VALUE: changes one line, as the command line asks.
 change_config() {
     doing set "$2 = $3 in $config"
     [ "$dry" ] && return
@@ -291,7 +291,7 @@ with_setting() {
         END { if (!done && !here) print head; here = 1; finish() }'
 }
 
-# ask_config PYTHON: runs it with `config`, what the installed program makes of file and environment.
+# ask_config PYTHON: runs it with `config`, as the installed program reads file and environment.
 ask_config() {
     as_user "$python" -IBc "
 import json, os, ssl, sys, time, urllib.request
@@ -328,7 +328,7 @@ install_program() {
     [ "$dry" ] || "$python" -IB "$here/videoserverd.py" --version >/dev/null ||
         die "$here/videoserverd.py does not run: copy it again"
     put "$program" 755 <"$here/videoserverd.py"
-    # Compiled here, since the service may not write there; that saves it 15 MB and a second.
+    # Compiled here, as the service may not write there; saves it 15 MB and a second.
     doing write "$(dirname "$program")/__pycache__"
     ensure "$python" -I -m py_compile "$program"
     wrapper | put "$command" 755
@@ -365,7 +365,7 @@ running() {
     esac
 }
 
-# Certificate, database and yt-dlp before the first start, so that it is seen what they need.
+# Makes certificate, database and yt-dlp before the first start, so that problems show.
 ensure_provisioned() {
     running && return
     [ ! "$dry" ] || doing run "videoserverd setup as $user"
@@ -392,7 +392,7 @@ install_systemd() {
     }
 }
 
-# What differs here from the unit as delivered.
+# What differs here from the unit file.
 drop_in() {
     cat <<END
 # Written by install.sh at each run. For your own changes: sudo systemctl edit $name
@@ -415,7 +415,7 @@ PrivateUsers=no
 END
 }
 
-# launchd answers before the old process is gone, and takes no new one until then.
+# launchd returns before the old process is gone, and accepts no new one until then.
 stop_launchd() {
     running || return 0
     doing stop "$label"
@@ -436,7 +436,7 @@ install_launchd() {
     ensure launchctl bootstrap system "$plist"
 }
 
-# A minute: a Pi starts Python slowly, and launchd does not say when it listens.
+# Waits a minute: a Pi starts Python slowly, and launchd does not say when it listens.
 wait_for_answer() {
     ask_config "
 server = config.server

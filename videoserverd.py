@@ -3563,17 +3563,17 @@ class Attempt:
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
         self.session: Any = None  # yt-dlp at work
-        self.agent = ''  # one browser's name for the whole attempt: a CDN's cookie knows it
+        self.agent = ''  # one browser name for the whole attempt: a CDN's cookie is tied to it
         self.jar: io.StringIO | None = None  # cookies, once the site has asked for a login
         self.failures: dict[int, tuple[str, Outcome]] = {}  # by item: what it is, how it ended
         self.stopper = Stopper()
         self.stop = self.stopper.stop
         self.reach = Reach(config, self.folder.path, self.stopper)
         self._identified = False  # whether on_identity has been asked
-        self._mark = (0.0, 0, 0.0, -1)  # when something was last gained; bytes, last write, steps
+        self._mark = (0.0, 0, 0.0, -1)  # when there was last progress; bytes, last write, steps
 
     def check(self, now: float) -> None:
-        """Stop it if the disk is full or nothing comes for too long. `now`: time.monotonic()."""
+        """Stop if the disk is full or nothing came for too long. `now`: time.monotonic()."""
         with suppress(OSError):  # the folder is gone: the next write says so
             if free_space(self.output) < self.config.downloads.min_free_space:
                 self.stop('disk')
@@ -3588,7 +3588,7 @@ class Attempt:
             self._mark = since, new_size, changed, steps
 
     def fetch(self, urlopen: Callable[[Any], Any], request: Any) -> Any:
-        """What `request` brings; all of the file where a part would be one of another file."""
+        """The answer to `request`; the whole file if a range would be of another file."""
         self.stopper.go_on()
         site, gap = self._pace_of(getattr(request, 'url', request), getattr(request, 'method', ''))
         wait = gap and PACE.turn(site, gap, time.monotonic())
@@ -3635,7 +3635,7 @@ class Attempt:
         free, least = free_space(self.folder.path), self.config.downloads.min_free_space
         if free < least:
             raise Ending('disk')
-        if free - needed < least:  # the queue can go on, this one cannot
+        if free - needed < least:  # other downloads may fit
             raise Ending('disk', f'this needs {format_size(needed)}, {format_size(free)} is free',
                          kind='retry')
         self.meter.plan(info, len(formats))
@@ -3647,7 +3647,7 @@ class Attempt:
         self.meter.begin()
 
     def _on_media(self, told: dict[str, Any]) -> None:
-        self.stopper.go_on()  # before anything that was cut off by a stop is taken for whole
+        self.stopper.go_on()  # before a file cut off by a stop is taken as complete
         if told['status'] == 'finished':
             file = Path(told['filename'])
             if media_extension(file) in MP4_KINDS:  # else ffmpeg would hide what is missing
@@ -3664,7 +3664,7 @@ class Attempt:
     # -- the post, item by item
 
     def take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
-        """What becomes of what an extractor found; None for an item of a post that failed."""
+        """Process what an extractor found; None for a failed item of a post."""
         try:
             if info.get('_type', 'video') != 'video' and 'entries' not in info:
                 return process(info)  # a link that leads on
@@ -3697,9 +3697,9 @@ class Attempt:
         return got
 
     def _describe(self, info: dict[str, Any]) -> None:
-        """Note what is known of the post. Raises Ending if its files are here already."""
+        """Record what is known of the post. Raises Ending if its files are already here."""
         post = self.folder.post = self.folder.post or post_facts(info, self.job.url)
-        if post['site'] in SITES:  # not the music, which yt-dlp would write into the file
+        if post['site'] in SITES:  # without the music, which yt-dlp would write into the file
             info.update(title=post['title'], uploader=post['uploader'], track=None, album=None,
                         artists=None)
         first, self._identified = not self._identified, True
@@ -3750,8 +3750,8 @@ class Attempt:
         raise failure
 
     def _fetch_video(self, process: Callable[[Any], Any], info: dict[str, Any]) -> dict[str, Any]:
-        """A video with the picture and the sound that its format announces, else the next best; if
-        no format has both, the best as it is."""
+        """A video with the picture and sound that its format announces, else the next best format;
+        if none has both, the best as it is."""
         formats, best = self._formats(info), None
         while not best or formats:
             if formats:
@@ -3777,7 +3777,7 @@ class Attempt:
         return best
 
     def _formats(self, info: dict[str, Any]) -> list[dict[str, Any]]:
-        """The formats that may stand for the post: not the music alone. Raises Ending."""
+        """The formats that show the post, not just its music. Raises Ending."""
         formats = [part for part in info.get('formats') or () if part.get('format_id') != 'picture']
         if self.folder.post['site'] not in SITES or self._wants_sound():
             return formats
@@ -3799,7 +3799,7 @@ class Attempt:
         return min(wanted - found, default='')
 
     def _keep(self, info: dict[str, Any], at: int, number: str | None = None) -> None:
-        """Note the files of item `at` as results, its subtitles after it. Raises Ending."""
+        """Record the files of item `at` as results, then its subtitles. Raises Ending."""
         post = self.folder.post
         if post['site'] not in SITES:
             post, number = post_facts(info, self.job.url), ''
@@ -3837,7 +3837,7 @@ class Attempt:
         cookies = Cookies(self.config)
         if outcome.reason in ('login', 'private'):
             self.jar = cookies.jar(self.job.url)
-        if self.jar:  # an account that fetches little is not flagged
+        if self.jar:  # only now: an account that fetches little is not flagged
             log.info('download %s: the site asks for a login: retrying with cookies', self.job.id)
             self.failures.clear()
             outcome = self._try()
@@ -3863,7 +3863,7 @@ class Attempt:
             outcome = Ending(system_reason(error, self.output) or 'output').outcome
         else:
             outcome = judge_error(error, self.output, self.meter.phase == 'page').outcome
-        error.__suppress_context__ = True  # yt-dlp's last words are enough in the log
+        error.__suppress_context__ = True  # yt-dlp's last error is enough for the log
         level = logging.ERROR if outcome.reason == 'internal' else logging.WARNING
         log.log(level, 'download %s: %s', self.job.id, outcome.message, exc_info=error)
         return outcome
@@ -3889,13 +3889,13 @@ class Attempt:
             if (folder.path / result['source']).exists():
                 self.stopper.unless_stopped(sync, folder.path / result['source'])
         files = folder.move(self.output)
-        folder.clear({folder.file.name})  # which tells a second run that all is done
+        folder.clear({folder.file.name})  # job.json tells a second run that all is done
         names = {file.name for file in files}
         forget_files(self.config, '', [old.name for old in self.job.files if old.name not in names])
         return self._outcome(files)
 
     def _fetch_missing(self, items: list[int]) -> None:
-        """Fetch these items, all if there are none; what came before is not lost for their sake."""
+        """Fetch these items, or all for []; a failure does not lose what came before."""
         outcome = Ending('gone').outcome
         try:
             self._download(items)
@@ -3909,7 +3909,7 @@ class Attempt:
             self.failures.setdefault(at, (kind, outcome))
 
     def _add_slideshow(self) -> None:
-        """A video of a TikTok photo post, once all of it is here; it may do without."""
+        """Make a video of a TikTok photo post, once all of it is here; optional."""
         results = self.folder.results
         results.sort(key=lambda result: result['item'])
         kinds = [media_type('x.' + result['ext']).partition('/')[0] for result in results]
@@ -3927,7 +3927,7 @@ class Attempt:
             log.warning('download %s: no slideshow: %s', self.job.id, error)
 
     def _outcome(self, files: tuple[MediaFile, ...]) -> Outcome:
-        """How it ended: done, or a retry for the items that are missing."""
+        """How it ended: done, or a retry for missing items."""
         outcome, notes = Outcome('done'), [result['note'] for result in self.folder.results]
         if self.failures:
             names = [f'{kind} {at}' for at, (kind, _) in sorted(self.failures.items())]
@@ -3954,7 +3954,7 @@ class Attempt:
             params['playlist_items'] = ','.join(map(str, items))
         try:
             session = self.session = Session(params, auto_init=False)
-        except (SyntaxError, ValueError) as error:  # of yt-dlp's own little languages
+        except (SyntaxError, ValueError) as error:  # from yt-dlp's option syntax
             log.warning('download %s: yt-dlp rejects its options: %s', self.job.id, error)
             raise Ending('unsupported', 'not in the format asked for') from None
         session.attempt = self
@@ -3978,7 +3978,7 @@ class Attempt:
                 if site._ENABLED and (anywhere or site.IE_NAME != 'generic')]
 
     def _resolve(self, session: Any) -> str:
-        """The job's URL; where it leads if no extractor knows its form (share/, m., no www)."""
+        """The job's URL, or its target if no extractor knows its form (share/, m., no www)."""
         url = post_url(self.job.url)
         known = any(site.suitable(url) for site in session._ies.values())
         if known or not is_under(host_of(url), SITES):
@@ -3994,7 +3994,7 @@ class Attempt:
         return urljoin(response.url, following)
 
     def _params(self) -> dict[str, Any]:
-        """Ours over the caller's over the defaults; yt-dlp changes the dict."""
+        """Our options over the caller's over the defaults; yt-dlp changes the dict."""
         own, ffmpeg = self.config.downloader, which('ffmpeg')
         options = self.job.options
         if self.config.downloads.metadata and ffmpeg:
@@ -4010,7 +4010,7 @@ class Attempt:
             params['http_headers'] = {
                 **params.get('http_headers', {}), 'User-Agent': self.agent}
 
-        def chat(message):  # errors are told once more when the attempt ends
+        def chat(message):  # errors are logged again when the attempt ends
             log.debug('download %s: %s', self.job.id, excerpt(message, 400))
         pause = dict.fromkeys(('http', 'fragment', 'extractor'), lambda n: min(0.5 * 2 ** n, 5))
         return {**params, **FORCED,
@@ -4898,7 +4898,7 @@ class Courier:
         return 0
 
     def _postpone(self, item: Any, error: str, now: int) -> float:
-        """Seconds of pause; none if nobody wants it any more."""
+        """Seconds to pause; 0 if it is no longer wanted."""
         delay = int(min(max(1, backoff(item['attempts'] + 1, self.delays)), LONGEST_DELAY))
         if not self.store.settle(item, now, now + delay, 'failing', error):
             return 0
@@ -5585,7 +5585,7 @@ def look_at_certificate(config: Config) -> Certificate:
     for own, trusted in ((False, config.server.ca_file), (True, leaf)):
         try:
             found = seen_by_client(context, trusted, leaf)
-        except OSError as error:  # ssl.SSLError is one; so is a CA that is not there
+        except OSError as error:  # includes ssl.SSLError and a missing CA
             reason = getattr(error, 'verify_message', error)
             continue
         words = found.get('subjectAltName', ())
@@ -6529,7 +6529,7 @@ def operation_of(route: Route, keys: bool) -> dict[str, Any]:
 
 
 def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, Any]:
-    """OpenAPI 3.1 of all routes; `security` only while keys are on."""
+    """OpenAPI 3.1 of all routes; `security` only if keys are set."""
     paths: dict[str, Any] = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation_of(route, keys)
@@ -8979,7 +8979,7 @@ Ctrl-C stops it; nothing is lost.'''
 
 
 def free_output(config: Config) -> int | None:
-    """Bytes free for videos, None if the folder is not there."""
+    """Bytes free for videos, None if the folder is missing."""
     try:
         return free_space(config.downloads.output_directory)
     except OSError:
@@ -9810,7 +9810,7 @@ def check_database(config: Config) -> Faults:
         yield f'database: this user cannot write to {path}', f'sudo chown {user_name()} {path}'
     keys = [file for name, file in certificate_files(config).items() if name.endswith('.key')]
     for file in (path, *keys, Cookies(config).file):  # a group may be let in on purpose
-        with suppress(OSError):  # it is not there, or where this user may not look
+        with suppress(OSError):  # it is missing, or this user may not look
             if file.stat().st_mode & 0o007:
                 yield (f'permissions: everybody on this machine can access {file}',
                        f'sudo chmod o= {file}')
