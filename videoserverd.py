@@ -3302,8 +3302,8 @@ def tracks(path: Path) -> set[str]:
 
 SLIDE_SECONDS = 2.5  # at least, for each picture
 SLIDE_RATE = 4  # frames a second: few, as nothing moves
-SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_by=2,'
-         'pad=1080:1920:-1:-1,setsar=1,format=yuv420p,loop={}:1:0,setpts=N/{}/TB')
+SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_by=2:'
+         'out_range=tv,pad=1080:1920:-1:-1,setsar=1,format=yuv420p,loop={}:1:0,setpts=N/{}/TB')
 
 
 def run_gently(name: str, options: str, *more: Any) -> str:
@@ -6147,6 +6147,19 @@ def status_message(record: Record, percent: int, now: float) -> str:
     return record['error_message'] or 'Waiting for its turn.'
 
 
+def pack_reply(reply: Reply, accepted: str) -> Reply:
+    """The reply, by gzip if the client takes it and there is more than a packet to send."""
+    if len(reply.body) < 1400 or not reply.type.startswith(('text/', JSON)):
+        return reply
+    headers, body = (*reply.headers, ('Vary', 'Accept-Encoding')), reply.body
+    if 'gzip' in accepted.lower().replace(' ', '').split(','):
+        import zlib
+        packer = zlib.compressobj(wbits=31)
+        body = packer.compress(body) + packer.flush()
+        headers += (('Content-Encoding', 'gzip'),)
+    return reply._replace(headers=headers, body=body)
+
+
 class App:
     """All that handlers need; `more` comes from the daemon: health, forget, thumbs, bucket..."""
 
@@ -6229,7 +6242,9 @@ class App:
         log.log(level, '%s "%s %s" %d %.1fms%s', request.client, request.head.method,
                 request.shown_path, reply.status,
                 (time.monotonic() - started) * 1000, request.note)
-        return reply
+        if self.config.api_keys and reply.type == JSON:
+            return reply  # signed links beside the titles of strangers: no BREACH
+        return pack_reply(reply, request.field('accept-encoding'))
 
     def _as_http_error(self, request: Request, error: Exception) -> HTTPError:
         if isinstance(error, HTTPError):
@@ -6815,16 +6830,9 @@ def get_asset(app: App, request: Request) -> Reply:
     if request.path.startswith('/setup/'):  # the picture that the plain page of `phone` asks for
         rules = ('no-store', 'cross-origin')
     csp = CSP.format(images=app.image_origin * is_at_home(request))
-    headers = [('Cache-Control', rules[0]), ('Cross-Origin-Resource-Policy', rules[1]),
-               ('Content-Security-Policy', csp)]
-    if media.startswith('text/'):  # they have no secrets that BREACH could find out
-        headers.append(('Vary', 'Accept-Encoding'))
-        if 'gzip' in request.field('accept-encoding').lower().replace(' ', '').split(','):
-            import zlib
-            packer = zlib.compressobj(wbits=31)
-            content = packer.compress(content) + packer.flush()
-            headers.append(('Content-Encoding', 'gzip'))
-    return Reply(200, content, media, tuple(headers))
+    return Reply(200, content, media, (
+        ('Cache-Control', rules[0]), ('Cross-Origin-Resource-Policy', rules[1]),
+        ('Content-Security-Policy', csp)))
 
 
 # -- handlers, document B
