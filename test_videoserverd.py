@@ -5018,6 +5018,18 @@ class TestResume(DownloadTest):
         config = self.config(downloads={'filename': '%(uploader)s/%(title)s_%(id)s'})
         self.assertEqual(self.assert_done(self.fetch(post, 'x', config=config), post.media[0]), [f'{post.id}.mp4'])
 
+    def test_what_fills_the_disk_without_an_end_gives_its_room_back(self):
+        post = self.site.direct('hls', size=4_000_000, host='cdn.example.com')
+        post.media[2].set(hold_at=500_000)
+        attempt = self.attempt(post, 'x', config=self.config(security={'allowed_domains': '*'}))
+        run = self.in_background(attempt)
+        post.media[2].wait_held()
+        with full_disk(1000):
+            attempt.check(0)
+            self.assert_ends(run.wait(), 'retry', 'disk')
+        post.media[2].release()
+        self.assertEqual(os.listdir(self.output / '.incomplete'), [])
+
     def test_what_was_broken_is_fetched_anew(self):
         for post in (self.site.tiktok(known_size=False), self.site.instagram('photo')):
             whole = post.media[0].body

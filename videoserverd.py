@@ -202,7 +202,7 @@ def free_space(folder: Path) -> int:
 
 
 CONNECT_SECONDS = 10.0  # for connecting, and again for the TLS handshake
-BLOCK_SECONDS = 60.0    # for a block of what is sent
+BLOCK_SECONDS = 60.0  # for a block of what is sent
 
 
 class TimedReader(io.RawIOBase):
@@ -2830,7 +2830,8 @@ def session_class(base: Any) -> Any:
             attempt = self.attempt
             if not test:
                 attempt.begin_file(name, info)
-            attempt.reach.largest = math.inf if attempt.folder.current else LARGEST_FRAGMENT
+            if attempt.folder.current:
+                attempt.reach.largest = math.inf
             try:
                 return super().dl(name, info, subtitle, test)
             finally:
@@ -3120,10 +3121,10 @@ class JobFolder:
 
     def size(self) -> tuple[int, float]:
         """Bytes in it, and the time of the last write."""
-        found = [(0, 0.0)]
+        found = []
         with suppress(OSError):
-            found += [(file.stat().st_size, file.stat().st_mtime) for file in os.scandir(self.path)]
-        return sum(size for size, _ in found), max(changed for _, changed in found)
+            found = [file.stat() for file in os.scandir(self.path)]
+        return sum(one.st_size for one in found), max((one.st_mtime for one in found), default=0.0)
 
     def wanted(self, output: Path) -> list[int] | None:
         """The items still to fetch, [] for all; None if every file is here or in place."""
@@ -3703,8 +3704,9 @@ class Attempt:
             info.update(title=post['title'], uploader=post['uploader'], track=None, album=None,
                         artists=None)
         first, self._identified = not self._identified, True
-        if not first or not post['id'] or info.get('extractor_key') == 'Generic':
-            return  # the generic extractor's ids are not unique
+        if not first or not post['id'] or info.get('extractor_key') == 'Generic' \
+                or 'entries' in info and post['site'] not in SITES:
+            return  # ids that are not unique, channels that grow
         post['media_id'] = post['id']
         with within(None):  # the database
             found = self.on_identity(post['site'], post['media_id'])
@@ -3844,6 +3846,11 @@ class Attempt:
             cookies.judge(self.job.url, outcome.reason != 'login')
             if outcome.reason == 'login':
                 outcome = Ending('session').outcome
+        parts = self.folder.parts.values()
+        if outcome[:2] == ('pause', 'disk') and self.folder.size()[0] > FEWEST_BYTES and not all(
+                part.get('size') or part.get('total') for part in parts):
+            forget_files(self.config, self.job.id, ())  # it may be what fills the disk
+            outcome = outcome._replace(kind='retry')
         if outcome.kind in ('cancelled', 'give_up'):
             forget_files(self.config, self.job.id, ())
         return outcome
@@ -5047,7 +5054,7 @@ PAUSE_SECONDS = 30  # how long the queue pauses after an attempt reports a full 
 HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never end
 HUNG = Outcome('retry', 'timeout', 'The download hung and had to be stopped.')
 CANCELLED, INTERNAL = Ending('cancelled').outcome, Ending('internal').outcome
-STORE_NAP = 2.0   # seconds before storing an outcome is tried again
+STORE_NAP = 2.0  # seconds before storing an outcome is tried again
 
 
 class Run:
@@ -5834,17 +5841,17 @@ PEER_STATES = {
     'sending': (60.0, 0.1),      # a block of the answer
     'closing': (1.0, 0.0),       # see Peer.part
 }
-WRONG_KEY_DELAY = 0.1    # seconds; doubled by each wrong key from one address, up to 2
+WRONG_KEY_DELAY = 0.1  # seconds; doubled by each wrong key from one address, up to 2
 SLOWEST_BODY = 32 << 10  # bytes a second at which a large body may be sent
-HEAD_LIMIT = 16 << 10    # bytes of a request head
-LINE_LIMIT = 8 << 10     # bytes of a request line
-LARGE_BODY = 1 << 20     # bytes of a list of links, or of a cookies file
-CONNECTIONS = 128        # a thread each
-PER_ADDRESS = 16         # a browser opens 6
-BLOCK = 256 << 10        # bytes read and sent at a time: large enough that TLS is the limit
-WATCHERS = 8             # pages that wait for news, and phones that wait for a video
-VIDEO_SECONDS = 50.0     # for a video; a phone gives up after 60
-LONGEST_NAME = 64        # characters of a phone's name
+HEAD_LIMIT = 16 << 10  # bytes of a request head
+LINE_LIMIT = 8 << 10  # bytes of a request line
+LARGE_BODY = 1 << 20  # bytes of a list of links, or of a cookies file
+CONNECTIONS = 128  # a thread each
+PER_ADDRESS = 16  # a browser opens 6
+BLOCK = 256 << 10  # bytes read and sent at a time: large enough that TLS is the limit
+WATCHERS = 8  # pages that wait for news, and phones that wait for a video
+VIDEO_SECONDS = 50.0  # for a video; a phone gives up after 60
+LONGEST_NAME = 64  # characters of a phone's name
 FEED_ENTRIES = 50
 SHARE_PATH = re.compile(r'/share(/|$)')
 SIGNED_NAME = re.compile(r'(.+)\.([A-Za-z0-9_-]{43})', re.S)
@@ -8704,8 +8711,8 @@ PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
 
 INSTALLED = '/opt/videoserver/videoserverd.py'  # where install.sh puts this file
 AS_SERVICE = '/usr/local/bin/videoserverd'  # its command: that file, as its user, with its config
-CARE_SECONDS = 60.0    # between looks at what is due
-DRAIN_SECONDS = 5.0    # for requests under way when the server stops
+CARE_SECONDS = 60.0  # between looks at what is due
+DRAIN_SECONDS = 5.0  # for requests under way when the server stops
 INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a re-execution
 FREEZE_SECONDS = 60.0  # after which the watchdog ends a frozen interpreter
 PULSE_SECONDS = 15.0   # between two turns of main
