@@ -5539,6 +5539,14 @@ class TestGuard(DownloadTest):
         attempt.on_identity = lambda *_: sqlite3.connect(self.folder / 'x.db').close()
         self.assertEqual(attempt.run().kind, 'done')
 
+    def test_a_channel_that_grows_is_no_post_that_is_here_already(self):
+        asked = []
+        for info in ({}, {'entries': []}):
+            attempt = self.attempt('https://example.com/c')
+            attempt.on_identity = lambda *post: asked.append(post)
+            attempt._describe({'id': 'c', 'extractor_key': 'Some', **info})
+        self.assertEqual(asked, [('example.com', 'c')])
+
     def test_redirects_segments_and_keys_are_checked_too(self):
         inside = 'http://127.0.0.2/x.ts'
         playlist = '#EXTM3U\n#EXT-X-TARGETDURATION:1\n%s#EXTINF:1,\n%s\n#EXT-X-ENDLIST\n'
