@@ -7883,6 +7883,15 @@ class TestDeleted(FilesTest):
         self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{self.ids["clip"]}').status, 200)
         self.assertEqual((picture.exists(), self.get(path).status), (False, 404))
 
+    def test_a_file_in_a_folder_is_served_by_the_link_that_is_told(self):
+        (self.daemon.output / 'cats').mkdir()
+        self.daemon.output.joinpath(self.kinds['empty']).rename(self.daemon.output / 'cats/a.mp4')
+        with contextlib.closing(sqlite3.connect(self.daemon.database)) as db, db:
+            db.execute('UPDATE downloads SET files = ? WHERE id = ?',
+                       (json.dumps([['cats/a.mp4', 0, 'video/mp4']]), self.ids['empty']))
+        file, = self.get(f'/api/v1/status/{self.ids["empty"]}').json['files']
+        self.assertEqual(self.get('/' + file['path']).status, 200)
+
     def test_document_b_is_told_that_a_file_was_deleted_to_make_room(self):
         with contextlib.closing(sqlite3.connect(self.daemon.database)) as db, db:
             db.execute("UPDATE downloads SET reason = 'room', note = 'Deleted to make room.' WHERE id = ?",

@@ -6983,7 +6983,7 @@ def get_file(app: App, request: Request) -> Reply:
     elif not signed and not app.has_key(request):
         raise HTTPError(403, 'This link has expired or is incomplete; copy it again.', 'bad_link')
     for file in app.record(request)['files']:
-        if file.name == request.params['name']:
+        if os.path.basename(file.name) == request.params['name']:  # no link has folders
             return reply_with_file(app, request, file)
     raise HTTPError(404, 'There is no such file.')
 
