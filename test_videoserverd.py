@@ -3866,6 +3866,12 @@ class TestAccidents(unittest.TestCase):
         for q, found in (('zoë_', 1), ('HILLS', 1), ('50%', 1), ('% \\', 1), ('o_k', 0), ('Te%s', 0)):
             self.assertEqual(self.store.page(9, q=q)[0], found, q)
 
+    def test_a_row_that_cannot_be_read_is_not_claimed(self):
+        self.store.write(lambda db: db.execute('UPDATE downloads SET options = ?', ('[',)))
+        with self.assertRaises(ValueError):
+            self.store.claim(self.download_id, 2)
+        self.assertEqual(self.store.read('SELECT status FROM downloads')[0]['status'], 'queued')
+
     def test_one_at_a_time_and_one_entry_in_the_heap_for_each(self):
         for _ in range(3):
             for id in (self.download_id, 'other'):
@@ -7537,6 +7543,14 @@ class TestKeep(unittest.TestCase):
             made = ('room', 'Deleted to make room.', None) if day in missing else (None, None, 100)
             self.assertEqual((row['reason'], row['note'], row['file_size'], row['status']), (*made, 'completed'))
         return missing
+
+    def test_what_is_not_yet_in_the_bucket_stays(self):
+        self.make('10d')
+        self.look(50)
+        late = "UPDATE downloads SET s3_state = 'failing' WHERE id = ?"
+        self.store.write(lambda db: db.execute(late, (self.ids[2],)))
+        self.look(52)
+        self.assertEqual(self.gone(), [0, 3, 4, 5])
 
     def test_by_age_after_a_days_notice_that_a_restart_keeps(self):
         self.make('10d')

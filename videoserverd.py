@@ -1730,11 +1730,11 @@ class Store:
 
     def claim(self, download_id: str, now: int) -> Job | None:
         """Take a queued download to work on; None if it is not queued, or not due yet."""
-        def work(db):  # one transaction: a row claimed but not read would have no owner
-            if not self._change(db, 'claim', download_id, now, due=now, started_at=now):
-                return None
-            return job_of(db.execute('SELECT * FROM downloads WHERE id = ?',
-                                     (download_id,)).fetchone())
+        def work(db):  # what cannot be read stays queued
+            row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
+            job = row and job_of(row)
+            return job if self._change(
+                db, 'claim', download_id, now, due=now, started_at=now) else None
         return self.write(work)
 
     def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int) -> bool:
@@ -1803,12 +1803,13 @@ class Store:
     # -- room on the disk
 
     def oldest(self, before: int) -> list[sqlite3.Row]:
-        """The first 100 downloads that finished before then, have files and no star."""
+        """The first 100 finished before then, with files, no star and no upload to come."""
         return self.read(f'SELECT id, file_size FROM downloads WHERE {HAS_FILES} AND starred = 0 '
+                         "AND coalesce(s3_state, '') NOT IN ('waiting', 'failing') "
                          'AND completed_at < ? ORDER BY completed_at LIMIT 100', (before,))
 
     def bytes_kept(self) -> int:
-        """Bytes on the disk of all downloads' files; shared ones count once."""
+        """Bytes of all files, shared ones once."""
         return self.read('SELECT coalesce(sum(size), 0) FROM (SELECT max(file_size) AS size '
                          f'FROM downloads WHERE {HAS_FILES} GROUP BY file_path)')[0][0]
 
