@@ -6156,7 +6156,7 @@ def status_message(record: Record, percent: int, now: float) -> str:
 
 
 def pack_reply(reply: Reply, accepted: str) -> Reply:
-    """The reply, by gzip if the client takes it and there is more than a packet to send."""
+    """By gzip, if the client takes it and it is more than a packet."""
     if len(reply.body) < 1400 or not reply.type.startswith(('text/', JSON)):
         return reply
     headers, body = (*reply.headers, ('Vary', 'Accept-Encoding')), reply.body
@@ -9786,10 +9786,11 @@ Faults = Iterator[tuple[str, str]]  # what is wrong, and the command that fixes 
 
 
 def check_server(config: Config) -> Faults:
-    """Whether it runs, and what it finds wrong itself."""
+    """Whether it runs, and its problems."""
     if not Lock(config.database.path).running():
-        yield ('server: not running on this database',
-               f'{program(config)}, or: sudo systemctl start videoserver')
+        way = {INSTALLED: 'sudo systemctl start videoserver'}
+        fix = way.get(str(PROGRAM)) or program(config)
+        yield 'server: not running on this database', fix
         try:
             listen(config.server.host, config.server.port).close()
         except Trouble as error:
