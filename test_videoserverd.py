@@ -8170,6 +8170,16 @@ class TestMetrics(DaemonTest):
         self.assertEqual(len(families), len({family.name for family in families}), 'a family in two pieces')
         return families
 
+    def test_the_files_of_a_carousel_are_counted_when_its_row_is_over(self):
+        daemon = unittest.mock.MagicMock(couriers=[])
+        outcome = unittest.mock.Mock(files=[unittest.mock.Mock(size=7)])
+        with unittest.mock.patch.multiple(v, site_of=unittest.mock.DEFAULT, way_of=unittest.mock.DEFAULT,
+                                          forget_files=unittest.mock.DEFAULT):
+            for over in (False, True):
+                v.Daemon._on_outcome(daemon, unittest.mock.Mock(), outcome, over)
+        counted = [call.args[1:] for call in daemon.board.count.call_args_list if 'bytes' in call.args[0]]
+        self.assertEqual(counted, [(7,)])
+
     @unittest.skipUnless(prometheus_client, 'prometheus_client is not installed')
     def test_valid_by_the_parser_of_prometheus_client(self):
         """Queue by status, attempts and outcomes by reason, bytes, ack latency histogram, disk free, certificate
@@ -8554,14 +8564,18 @@ class TestRenewal(unittest.TestCase):
         self.before = contents(self.config)
         with self.assertLogs(v.log, 'WARNING') as logs:
             self.assertEqual(v.ensure_certificate(self.config, NOW + 380 * v.DAY), (self.first, False))
-        self.assertRegex(logs.output[0], r'ca\.key is missing.*--new-ca')
+        self.assertRegex(logs.output[0], r'ca\.key is missing.*move .*ca\.crt and .*server\.crt away')
         for asked in ({'force': True}, {'names': ['x.lan']}):
-            with self.assertRaisesRegex(v.Trouble, r'ca\.key is missing.*--new-ca'):
+            with self.assertRaisesRegex(v.Trouble, r'ca\.key is missing.*move .*ca\.crt and .*server\.crt away'):
                 v.ensure_certificate(self.config, NOW, **asked)
         with self.assertRaisesRegex(v.Trouble, r'ca\.key is missing'):
             v.ensure_certificate(self.config, NOW + 400 * v.DAY)  # expired by now: nothing usable left
+        with self.assertRaisesRegex(v.Trouble, r'ca\.crt is left alone.*ca\.key is missing'):
+            v.ensure_certificate(self.config, NOW, new_ca=True)  # whose key we lack may be somebody's CA
         self.assertEqual(self.changed(), set())
-        self.assertTrue(v.ensure_certificate(self.config, NOW, new_ca=True)[1])
+        for path in (self.config.server.ca_file, self.config.server.cert_file):
+            path.rename(f'{path}.away')
+        self.assertTrue(v.ensure_certificate(self.config, NOW)[1])
 
     def test_a_lost_leaf_is_made_anew_with_its_key(self):
         self.config.server.cert_file.unlink()

@@ -5723,8 +5723,9 @@ def make_certificate(config: Config, now: float, words: Iterable[str], notes: di
         ca, ca_key = folder / 'ca.crt', make_key(folder / 'ca.key', ca_key, fresh)
         make_ca(ca, ca_key, notes['permitted'], start)
     if not ca_key.exists():
-        raise Trouble(f'{ca_key} is missing, so no certificate can be made: put it back, or run '
-                      '`videoserverd.py cert --new-ca` and install the new CA on each phone')
+        raise Trouble(f'{ca_key} is missing, so no certificate can be made: put it back, or '
+                      f'move {files["ca.crt"]} and {files["server.crt"]} away, run '
+                      '`videoserverd.py cert` and install the new CA on each phone')
     last = ssl.cert_time_to_seconds(read_ca(ca)[1]['notAfter'])
     if now > last - RENEW_DAYS * DAY:
         log.warning('the CA ends within %d days: `videoserverd.py cert --new-ca` makes one for '
@@ -5753,6 +5754,10 @@ def ensure_locked(config: Config, now: float, asked: tuple[str, ...], force: boo
         if old.own:
             return old, False
     new_ca = fresh or not server.ca_file.exists()
+    ca_key = certificate_files(config)['ca.key']
+    if fresh and server.ca_file.exists() and not ca_key.exists():
+        raise Trouble(f'{server.ca_file} is left alone, for {ca_key} is missing: put the key back, '
+                      f'or move {server.ca_file} and {server.cert_file} away to have new ones made')
     known, permitted = remembered_names(config)
     given = host_words((*known, *asked))
     if new_ca:
@@ -9518,8 +9523,8 @@ class Daemon:
         count(f'videoserverd_attempts_total{{outcome="{outcome.kind}",reason="{outcome.reason}"}}')
         count(f'videoserverd_ways_total{{site="{site}",way="{way_of(job, self.config)}",'
               f'outcome="{outcome.kind}"}}')
-        count('videoserverd_downloaded_bytes_total', sum(file.size for file in outcome.files))
-        if over:
+        if over:  # a carousel tells its files with each attempt
+            count('videoserverd_downloaded_bytes_total', sum(file.size for file in outcome.files))
             forget_files(self.config, job.id, ())
         for courier in self.couriers * over:
             courier.wake()
