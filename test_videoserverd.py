@@ -3873,6 +3873,15 @@ class TestAccidents(unittest.TestCase):
         for q, found in (('zoë_', 1), ('HILLS', 1), ('50%', 1), ('% \\', 1), ('o_k', 0), ('Te%s', 0)):
             self.assertEqual(self.store.page(9, q=q)[0], found, q)
 
+    def test_what_cannot_lock_or_sync_is_not_called_damaged(self):
+        for said, word in (('disk I/O error', 'local disk'), ('database is locked', 'local disk'),
+                           ('database disk image is malformed', 'damaged')):
+            store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'new.db')
+            store._writer = unittest.mock.Mock()
+            store._writer.execute.side_effect = sqlite3.OperationalError(said)
+            with unittest.mock.patch.object(store, '_connect_writer'), self.assertRaisesRegex(v.Trouble, word):
+                store.open()
+
     def test_a_row_that_cannot_be_read_is_not_claimed(self):
         self.store.write(lambda db: db.execute('UPDATE downloads SET options = ?', ('[',)))
         with self.assertRaises(ValueError):

@@ -1384,13 +1384,16 @@ def full_sync(file: str) -> None:
 
 
 def quick_check(db: sqlite3.Connection, seconds: float = math.inf) -> str | None:
-    """What SQLite finds wrong within `seconds`, None if nothing."""
+    """What SQLite finds wrong within `seconds`, None if nothing. Raises OperationalError."""
     end = time.monotonic() + seconds
     db.set_progress_handler(lambda: time.monotonic() > end, 10000)
     try:
         found = db.execute('PRAGMA quick_check(1)').fetchone()[0]
     except sqlite3.DatabaseError as error:
         found = str(error)
+        unread = isinstance(error, sqlite3.OperationalError) and 'malformed' not in found
+        if unread and found != 'interrupted':  # no lock or no sync is no damage
+            raise
     finally:
         db.set_progress_handler(None, 0)
     return None if found in ('ok', 'interrupted') else found
