@@ -3562,7 +3562,13 @@ class TestCommands(DaemonTest):
         self.assertIn('refused', done.stdout)
         self.assertEqual(len(daemon.rows()), 2)
         self.assertIn('2 queued', daemon.run('list').stdout)
+        for rows, again in ((4, ()), (4, ()), (6, ('--again',))):
+            self.assertEqual(daemon.run('add', *again, f'{tiktok_link(3)} {tiktok_link(4)}').stdout.count('\n'), 2)
+            self.assertEqual(len(daemon.rows()), rows)
         daemon.terminate()
+        for rows, again in ((8, ()), (10, ('--again',))):
+            daemon.run('add', *again, f'{tiktok_link(5)} {tiktok_link(6)}')
+            self.assertEqual(len(daemon.rows()), rows)
         self.assertIn(tiktok_link(2), daemon.run('list').stdout)
 
     def test_what_the_page_can_do_from_a_terminal(self):
