@@ -3573,7 +3573,7 @@ class TestCommands(DaemonTest):
 
     def test_what_the_page_can_do_from_a_terminal(self):
         daemon = self.new_daemon(downloads={'max_retries': '0', 'retry_delays': '900'})
-        held = self.site.tiktok(title='Katze am Klavier', size=300_000, hold_at=150_000)
+        held = self.site.tiktok(title='Katze am Klavier', size=900_000, hold_at=600_000)
         running = daemon.half_way(held)
         waiting, dead = daemon.submit(self.site.tiktok()), self.site.tiktok(page={'fail': [500] * 9})
         self.assertRegex(daemon.run('list').stdout, fr'{running[:8]}  \S+ \S+  \d+% done +Katze am Klavier\n')
@@ -3835,12 +3835,12 @@ class TestSignals(DaemonTest):
 
     def test_log_rotates_by_size(self):
         daemon = self.new_daemon(logging={'max_size': '4k', 'backup_count': '2'})
-        names = ['server.log', 'server.log.1', 'server.log.2']
 
         def rotated() -> bool:
             for _ in range(50):
                 daemon.poller.get(f'/api/v1/status/{uuid.uuid4()}')
-            return sorted(os.listdir(daemon.folder / 'logs')) == names
+            full = set(os.listdir(daemon.folder / 'logs')) - {'server.log'}  # which the next line may have to make
+            return full == {'server.log.1', 'server.log.2'}
         wait_until(rotated)
 
 
