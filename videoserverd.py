@@ -78,7 +78,7 @@ import threading
 import time
 import weakref
 from collections import deque, namedtuple
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
@@ -97,7 +97,7 @@ log = logging.getLogger('videoserverd')
 Any = object  # in annotations only; the module typing takes 0.4 MB
 
 
-def named_tuple(cls: type) -> Any:
+def named_tuple(cls):
     """A decorator: the annotated fields of the class, with their defaults, become those of a
     named tuple."""
     members = dict(vars(cls))
@@ -113,7 +113,7 @@ class Trouble(Exception):
     exit_code = 1
 
 
-def parse_size(text: str) -> int:
+def parse_size(text):
     """Bytes of '10MB', '1.5M', '500k' or '4096'; powers of 1024. Raises ValueError."""
     match = re.fullmatch(r'(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?', text.strip(),
                          re.I | re.A)
@@ -122,7 +122,7 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * 1024 ** ('', 'K', 'M', 'G', 'T').index(match[2].upper()))
 
 
-def format_size(size: float) -> str:
+def format_size(size):
     """'1.4 GB' for 1503238553, for people; powers of 1024 as in parse_size."""
     units = ['TB', 'GB', 'MB', 'KB', 'bytes']
     while size >= 1024 and len(units) > 1:
@@ -132,7 +132,7 @@ def format_size(size: float) -> str:
     return f'{size:.{decimals}f} {units[-1]}'
 
 
-def sync_handle(fd: int) -> None:
+def sync_handle(fd):
     """Put an open file's bytes on stable storage. Raises OSError."""
     if hasattr(fcntl, 'F_FULLFSYNC'):  # macOS leaves the drive's own cache out of fsync
         with suppress(OSError):
@@ -140,7 +140,7 @@ def sync_handle(fd: int) -> None:
     os.fsync(fd)
 
 
-def sync(path: Path) -> None:
+def sync(path):
     """Put a file's bytes, or a folder's names, on stable storage. Raises OSError."""
     folder = path.is_dir()
     for mode in (os.O_RDONLY, os.O_RDWR):
@@ -157,7 +157,7 @@ def sync(path: Path) -> None:
             os.close(fd)
 
 
-def write_whole(file: Path, text: str, durable: bool = True) -> None:
+def write_whole(file, text, durable=True):
     """Replace a small private file atomically: a kill leaves the old one or the new one; if
     `durable`, a power cut does too. Raises OSError."""
     fresh = file.with_name(f'.{file.name}.new')
@@ -170,7 +170,7 @@ def write_whole(file: Path, text: str, durable: bool = True) -> None:
     os.replace(fresh, file)
 
 
-def find_line(file: Path, pattern: str) -> str:
+def find_line(file, pattern):
     """The first group of the first line in `file` that matches; '' when there is none."""
     try:
         with open(file, encoding='utf-8', errors='replace') as stream:
@@ -181,19 +181,19 @@ def find_line(file: Path, pattern: str) -> str:
     return match[1] if match else ''
 
 
-def remove_folder(folder: Path) -> None:
+def remove_folder(folder):
     """Remove a folder and its contents, as far as possible."""
     import shutil
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def which(name: str) -> str | None:
+def which(name):
     """Where a program is, None if it is not installed."""
     import shutil  # it imports three compressors: 0.5 MB that an idle server does not need
     return shutil.which(name)
 
 
-def free_space(folder: Path) -> int:
+def free_space(folder):
     """Bytes free for us on its disk. Raises OSError."""
     disk = os.statvfs(folder)
     if not disk.f_blocks:  # the mount does not report it: assume it is not full
@@ -208,15 +208,15 @@ BLOCK_SECONDS = 60.0  # for a block of what is sent
 class TimedReader(io.RawIOBase):
     """Reads a socket until a deadline in time.monotonic(), however slowly the data comes."""
 
-    def __init__(self, connected: socket.socket, until: float):
+    def __init__(self, connected, until):
         super().__init__()
         self.connected, self.until = connected, until
 
-    def readable(self) -> bool:
+    def readable(self):
         """It can be read."""
         return True
 
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer):
         """See RawIOBase. Raises OSError."""
         left = self.until - time.monotonic()
         if left <= 0:
@@ -224,7 +224,7 @@ class TimedReader(io.RawIOBase):
         self.connected.settimeout(left)
         return self.connected.recv_into(buffer)
 
-    def makefile(self, mode: str) -> Any:
+    def makefile(self, mode):
         """What http.client wants of a socket."""
         return io.BufferedReader(self)
 
@@ -237,7 +237,7 @@ class HttpClient:
         self.halted = threading.Event()  # set: the running request ends, and no new one starts
         self._socket: socket.socket | None = None
 
-    def hang_up(self) -> None:
+    def hang_up(self):
         """End the running request and all later ones until `halted` is cleared."""
         self.halted.set()
         current = self._socket
@@ -245,9 +245,8 @@ class HttpClient:
             with suppress(OSError):  # below TLS, whose goodbye could stall
                 socket.socket.shutdown(current, socket.SHUT_RDWR)
 
-    def call(self, method: str, url: str, headers: Any = (), body: Any = None,
-             answer_seconds: float = 60.0, limit: int = 1 << 20,
-             context: ssl.SSLContext | None = None) -> tuple[int, Any, bytes]:
+    def call(self, method, url, headers=(), body=None, answer_seconds=60.0, limit=1 << 20,
+             context=None):
         """(status, headers, body) of the answer, of at most `limit` bytes, within
         `answer_seconds` in all. `body` is bytes or an iterator of blocks. Raises OSError."""
         parts = urlsplit(url)
@@ -283,7 +282,7 @@ class ClockWatch:
     def __init__(self):
         self._gap = time.time() - time.monotonic()
 
-    def was_set(self, now: float, monotonic: float) -> bool:
+    def was_set(self, now, monotonic):
         """Whether it has moved by more than CLOCK_STEP since the last call, either way."""
         gap, self._gap = self._gap, now - monotonic
         return abs(self._gap - gap) > CLOCK_STEP
@@ -307,7 +306,7 @@ class Setting:
     help: str
 
 
-def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
+def one_of(choices):
     """A parser that accepts the words of `choices` and returns what they stand for."""
     def parse(text):
         if text.lower() not in choices:
@@ -316,7 +315,7 @@ def one_of(choices: dict[str, Any]) -> Callable[[str], Any]:
     return parse
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+def whole(low, high):
     """A parser of whole numbers from low to high."""
     def parse(text):
         if not re.fullmatch(r'\d{1,9}', text, re.A) or not low <= int(text) <= high:
@@ -325,7 +324,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
     return parse
 
 
-def matching(pattern: str, accepted: str) -> Callable[[str], str]:
+def matching(pattern, accepted):
     """A parser that accepts texts matching the pattern."""
     def parse(text):
         if not re.fullmatch(pattern, text, re.A):
@@ -334,17 +333,17 @@ def matching(pattern: str, accepted: str) -> Callable[[str], str]:
     return parse
 
 
-def optional(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+def optional(parse):
     """A parser that takes empty as None and anything else by `parse`."""
     return lambda text: parse(text) if text else None
 
 
-def word_list(text: str) -> tuple[str, ...]:
+def word_list(text):
     """The comma-separated words of `text`."""
     return tuple(word.strip() for word in text.split(',') if word.strip())
 
 
-def listing(pattern: str, accepted: str, convert: Any = str) -> Callable[[str], Any]:
+def listing(pattern, accepted, convert=str):
     """A parser of 1 to 30 comma-separated words matching the pattern."""
     def parse(text):
         found = word_list(text)
@@ -354,12 +353,12 @@ def listing(pattern: str, accepted: str, convert: Any = str) -> Callable[[str], 
     return parse
 
 
-def file_setting(text: str) -> Path:
+def file_setting(text):
     """A file or folder, with quotes around it or without."""
     return Path(re.sub(r'^(["\'])(.*)\1$', r'\2', text))
 
 
-def retention(text: str) -> tuple[str, int] | None:
+def retention(text):
     """What is kept: None for everything, else ('days', n) or ('bytes', n)."""
     if text.lower() == 'forever':
         return None
@@ -370,7 +369,7 @@ def retention(text: str) -> tuple[str, int] | None:
         raise ValueError('forever, days such as 90d, or a size such as 200GB') from None
 
 
-def listen_host(text: str) -> str:
+def listen_host(text):
     """The address to listen on."""
     try:
         address = ipaddress.ip_address(text)
@@ -381,7 +380,7 @@ def listen_host(text: str) -> str:
     return str(address)
 
 
-def networks(text: str) -> tuple[Any, ...]:
+def networks(text):
     """CIDR networks; a bare address is a network of one."""
     try:
         return tuple(ipaddress.ip_network(word) for word in word_list(text))
@@ -396,14 +395,14 @@ CLIENTS = {  # RFC 1918, 6598 (Tailscale), 3927, 4193, loopback
 PRIVATE_NETWORKS = networks(CLIENTS['private'])
 
 
-def clients(text: str) -> tuple[Any, ...]:
+def clients(text):
     """The networks whose clients may connect."""
     if not word_list(text):
         raise ValueError('private, any, or networks such as 192.168.1.0/24')
     return networks(CLIENTS.get(text.lower(), text))
 
 
-def http_url(text: str) -> str:
+def http_url(text):
     """An http or https address without query, fragment or final slash."""
     try:
         parts = urlsplit(text)
@@ -415,14 +414,14 @@ def http_url(text: str) -> str:
     return text.rstrip('/')
 
 
-def domain_list(text: str) -> tuple[str, ...]:
+def domain_list(text):
     """Domain names in lower case, or only '*'."""
     found = listing(r'\*|[a-z0-9-]+(?:\.[a-z0-9-]+)+\.?', 'domain names such as tiktok.com, '
                           'separated by commas, or *', lambda word: word.rstrip('.'))(text.lower())
     return ('*',) if '*' in found else found
 
 
-def site_gaps(text: str) -> dict[str, float]:
+def site_gaps(text):
     """Seconds by site."""
     found = [re.fullmatch(r'([a-z0-9.-]+) +(\d{1,4}(?:\.\d)?)', word) for word in word_list(text)]
     if not all(found):
@@ -542,7 +541,7 @@ class Config(SimpleNamespace):
     """All settings, a namespace per section, and `file`, `folder`, the secrets."""
 
 
-def found_settings(file: Path | None, env: dict[str, str]) -> Iterator[tuple[str, str, str, str]]:
+def found_settings(file, env):
     """(where, section, key, text): built-in, in `file`, in `env`. Raises ConfigError."""
     for section, rows in SETTINGS.items():
         yield from (('built-in', section, key, row.default) for key, row in rows.items())
@@ -564,7 +563,7 @@ def found_settings(file: Path | None, env: dict[str, str]) -> Iterator[tuple[str
             yield f'environment {name}', section, key, text
 
 
-def parse_setting(where: str, section: str, key: str, text: str, folder: Path) -> Any:
+def parse_setting(where, section, key, text, folder):
     """The value of one key; relative paths are taken from `folder`. Raises ConfigError."""
     rows = SETTINGS.get(section)
     if not rows:
@@ -585,7 +584,7 @@ def parse_setting(where: str, section: str, key: str, text: str, folder: Path) -
     return value
 
 
-def load_config(file: Path | None, env: dict[str, str]) -> Config:
+def load_config(file, env):
     """Built-in values, then `file` (None: none), then the environment. Raises ConfigError."""
     folder = (file or PROGRAM).absolute().parent
     config = Config(file=file and file.absolute(), folder=folder)
@@ -675,7 +674,7 @@ class Outcome:
     shared: str | None = None
 
 
-def backoff(attempt: int, delays: Sequence[int], jitter: float = 0) -> float:
+def backoff(attempt, delays, jitter=0):
     """Seconds to wait after failed attempt `attempt` (1 = first); the last delay repeats.
     `jitter`, 0 to 1, adds up to a tenth."""
     return delays[min(attempt, len(delays)) - 1] * (1 + jitter / 10)
@@ -685,8 +684,7 @@ STEPS = {'done': 'finish', 'give_up': 'give_up', 'cancelled': 'give_up',
          'stopped': 'requeue', 'pause': 'requeue'}
 
 
-def next_step(outcome: Outcome, attempt: int, max_retries: int,
-              delays: Sequence[int]) -> tuple[str, float]:
+def next_step(outcome, attempt, max_retries, delays):
     """The store's verb for how an attempt ended, and seconds to wait before the next. A post is
     finished with the files that came when the rest cannot be had."""
     if outcome.kind != 'retry':
@@ -699,7 +697,7 @@ def next_step(outcome: Outcome, attempt: int, max_retries: int,
     return 'retry_later', backoff(attempt, delays)
 
 
-def last_words(outcome: Outcome, attempt: int, step: str = 'give_up') -> str:
+def last_words(outcome, attempt, step='give_up'):
     """The sentence that stays on a download that failed."""
     if attempt > 1 and outcome.kind == 'retry' and step == 'give_up':
         return f'{outcome.message} Tried {attempt} times.'
@@ -712,7 +710,7 @@ class Refused(Exception):
     """A submission that is refused. `code` is a stable word: bad_field, no_url, bad_url,
     url_too_long, domain_not_allowed, private_address, option_not_allowed, bad_option."""
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code, message):
         super().__init__(message)
         self.code, self.message = code, message
 
@@ -733,7 +731,7 @@ TIKTOKV = 'tiktokv.com'  # TikTok's own, in its data export; allowed where tikto
 SITES = ('tiktok.com', 'instagram.com', TIKTOKV)  # links to them are known without https://
 
 
-def excerpt(text: str, length: int = 60) -> str:
+def excerpt(text, length=60):
     """`text` as one short line for a message."""
     start = UNSAFE.sub('\ufffd', text[:length])
     if len(text) > length:
@@ -754,12 +752,12 @@ LINK = re.compile(rf'https?://(?:(?!{NEXT_LINK})'
 TRAILING = '.,:;!?\'"*|`'
 
 
-def is_under(host: str, domains: Sequence[str]) -> bool:
+def is_under(host, domains):
     """Is `host` one of the domains or a subdomain of one?"""
     return any(host == domain or host.endswith('.' + domain) for domain in domains)
 
 
-def trim_link(link: str) -> str:
+def trim_link(link):
     """`link` without the punctuation of the sentence around it; balanced brackets stay."""
     for last in link[:-65:-1]:
         opening = {')': '(', ']': '[', '}': '{'}.get(last)
@@ -769,7 +767,7 @@ def trim_link(link: str) -> str:
     return link
 
 
-def find_urls(text: str, domains: Sequence[str] = SITES) -> list[str]:
+def find_urls(text, domains=SITES):
     """The links in a text, in order, as written; those without https:// only to `domains`."""
     return ['https://' * bool(match[1]) + trim_link(match[0]) for match in LINK.finditer(text)
             if not match[1] or is_under(match[1].lower(), domains)]
@@ -787,7 +785,7 @@ NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (  # some versions c
     'fec0::/10'))
 
 
-def unwrap_address(address: str) -> Any:
+def unwrap_address(address):
     """The IP address; the IPv4 address inside an IPv6 one. Raises ValueError."""
     ip = ipaddress.ip_address(address.partition('%')[0])
     for network, bits in WRAPPED_IPV4:
@@ -796,7 +794,7 @@ def unwrap_address(address: str) -> Any:
     return ip
 
 
-def is_public(address: str) -> bool:
+def is_public(address):
     """Is the address on the Internet? Raises ValueError."""
     ip = unwrap_address(address)
     reserved = any(ip in network for network in NEVER_PUBLIC)
@@ -804,7 +802,7 @@ def is_public(address: str) -> bool:
 
 
 @functools.lru_cache(maxsize=32)  # nearly all links lead to the same few hosts
-def is_private_host(host: str) -> bool:
+def is_private_host(host):
     """Is the canonical host, by its spelling, something that is not on the Internet?"""
     try:
         return not is_public(host.strip('[]'))
@@ -817,7 +815,7 @@ LABEL = re.compile(r'(?!xn--)[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?')
 
 
 @functools.lru_cache(maxsize=32)
-def canonical_host(host: str) -> str:
+def canonical_host(host):
     """The one spelling of a host in ASCII, or an address. Raises ValueError."""
     if host.startswith('['):
         return f'[{ipaddress.IPv6Address(host[1:-1])}]'
@@ -832,7 +830,7 @@ def canonical_host(host: str) -> str:
     return host
 
 
-def check_host(host: str, security: Any) -> None:
+def check_host(host, security):
     """Raise Refused unless links to `host` are accepted."""
     domains = security.allowed_domains
     if 'tiktok.com' in domains:
@@ -851,7 +849,7 @@ URL_SAFE = "%/;:@&=+$,!~*'()?[]"  # what yt-dlp itself leaves as it is
 DEFAULT_PORTS = {'http': 80, 'https': 443}
 
 
-def split_url(text: str) -> tuple[str, str, int, str]:
+def split_url(text):
     """Scheme, canonical host, port, and path with query of a web link. Raises ValueError."""
     parts = WEB_LINK.fullmatch(text)
     if not parts or re.search(r'[\s\\]', text) or UNSAFE.search(text):
@@ -866,7 +864,7 @@ def split_url(text: str) -> tuple[str, str, int, str]:
     return scheme, host, port, quote((parts[3] or '/') + (parts[4] or ''), safe=URL_SAFE)
 
 
-def check_url(text: str, security: Any) -> str:
+def check_url(text, security):
     """The canonical URL of a link: exactly this is checked, stored and fetched. Raises Refused.
 
     Rebuilt from its parts; to a listed domain always https on port 443."""
@@ -889,7 +887,7 @@ def check_url(text: str, security: Any) -> str:
     return url
 
 
-def site_of(url: str) -> str:
+def site_of(url):
     """The site of a canonical URL as people know it: 'tiktok.com'."""
     host = re.sub(r'^\w+://(www\.)?|(:\d+)?([/?#].*)?$', '', url, flags=re.S)
     if is_under(host, (TIKTOKV,)):
@@ -903,7 +901,7 @@ POST_LINK = re.compile(  # where a link names its post
     r'|instagram\.com/(?:[\w.]{1,64}/)?(?:p|reels?|tv)/([\w-]{8,64}))/?(?:\?|$)', re.A)
 
 
-def post_of(url: str) -> tuple[str | None, str | None]:
+def post_of(url):
     """Site and media id of the post that a canonical URL names; of a short link (None, None)."""
     named = POST_LINK.match(url)
     if not named:
@@ -915,7 +913,7 @@ HOW = ('--limit-rate', '--retries', '--fragment-retries', '--extractor-retries',
        '--concurrent-fragments', '--user-agent', '--referer', 'again')
 
 
-def asked_of(options: Sequence[tuple[str, Any]]) -> str | None:
+def asked_of(options):
     """What the options ask for, without those on how to fetch it; None: the default."""
     if not options:
         return None
@@ -925,7 +923,7 @@ def asked_of(options: Sequence[tuple[str, Any]]) -> str | None:
 
 # -- options of the caller
 
-def upto(high: int, low: int = 0) -> Callable[[str], str]:
+def upto(high, low=0):
     """A parser of whole numbers from `low`; more than `high` becomes `high`."""
     def parse(text):
         if not re.fullmatch(r'[0-9]{1,9}', text) or int(text) < low:
@@ -934,12 +932,12 @@ def upto(high: int, low: int = 0) -> Callable[[str], str]:
     return parse
 
 
-def up_to_30(item: str) -> str:
+def up_to_30(item):
     """The pattern of a list of items, separated by commas."""
     return f'{item}(?:,{item}){{0,29}}'
 
 
-def byte_rate(text: str) -> str:
+def byte_rate(text):
     """Bytes per second, at least 10 KB: slower would block the queue for hours."""
     known = re.fullmatch(r'[0-9]{1,9}(\.[0-9]{1,3})?[KMG]?', text, re.I | re.A)
     if not known or parse_size(text) < 10 << 10:
@@ -955,7 +953,7 @@ SELECTORS = re.compile(rf' ?{SELECTOR}(?: ?[+/] ?{SELECTOR})* ?', re.A)
 GROUP = re.compile(rf'\({SELECTORS.pattern}\)', re.A)
 
 
-def format_spec(text: str) -> str:
+def format_spec(text):
     """A yt-dlp format without ~= (its pattern may run forever), - (prompts on the terminal), all
     and comma (each video of a post gives one file)."""
     rest = text
@@ -1005,7 +1003,7 @@ OPTIONS = {  # by spelling: the long name, and the parser of the value or None
     for spelling in spellings.split()}
 
 
-def option_words(value: Any) -> list[str]:
+def option_words(value):
     """The words of a list of strings or of one shell-like string. Raises Refused."""
     if value is None:
         return []
@@ -1022,7 +1020,7 @@ def option_words(value: Any) -> list[str]:
     return list(value)
 
 
-def split_option(word: str) -> tuple[str, str | None]:
+def split_option(word):
     """'--name=value' and '-fvalue' in two."""
     if word.startswith('--'):
         name, *value = word.split('=', 1)
@@ -1032,7 +1030,7 @@ def split_option(word: str) -> tuple[str, str | None]:
     return word, None
 
 
-def parse_options(value: Any) -> tuple[tuple[str, Any], ...]:
+def parse_options(value):
     """The caller's yt-dlp options as (long name, value or None). Raises Refused.
 
     Only what is in OPTIONS reaches yt-dlp's own parser, which reads files, prompts and exits."""
@@ -1058,12 +1056,12 @@ def parse_options(value: Any) -> tuple[tuple[str, Any], ...]:
 
 # -- a submission
 
-def known_fields(fields: dict[str, Any]) -> dict[str, Any]:
+def known_fields(fields):
     """The fields by lower-case name: an iPhone capitalises the first letter."""
     return {**{name.lower(): value for name, value in fields.items()}, **fields}
 
 
-def text_field(fields: dict[str, Any], name: str) -> str:
+def text_field(fields, name):
     """A string among the fields; null is the same as none. Raises Refused."""
     value = fields.get(name)
     if value is None:
@@ -1073,7 +1071,7 @@ def text_field(fields: dict[str, Any], name: str) -> str:
     return value.strip()
 
 
-def parse_client_id(fields: dict[str, Any]) -> str:
+def parse_client_id(fields):
     """The sender, 'unknown' by default. Raises Refused."""
     client_id = text_field(fields, 'client_id') or 'unknown'
     if len(client_id) > 128 or UNSAFE.search(client_id):
@@ -1081,7 +1079,7 @@ def parse_client_id(fields: dict[str, Any]) -> str:
     return client_id
 
 
-def parse_timestamp(fields: dict[str, Any]) -> int | None:
+def parse_timestamp(fields):
     """The sender's time, any non-negative integer. Raises Refused."""
     value = fields.get('timestamp')
     if isinstance(value, float) and value.is_integer():
@@ -1097,8 +1095,7 @@ MOST_LINKS = 500  # in one text
 ADVERTISEMENT = re.compile(r'https://(?:www\.)?tiktok\.com/tiktoklite\b')  # comes with shared links
 
 
-def parse_links(fields: dict[str, Any], name: str,
-                security: Any) -> tuple[dict[str, tuple[str, Any]], list[str]]:
+def parse_links(fields, name, security):
     """The links of a text in order, each once: {canonical: (as written, canonical or Refused)};
     and those beyond MOST_LINKS, as written. Raises Refused if there is none."""
     text, known = text_field(fields, name), security.allowed_domains
@@ -1124,14 +1121,14 @@ def parse_links(fields: dict[str, Any], name: str,
     return found, []
 
 
-def parse_again(fields: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def parse_again(fields):
     """The option `again` if it is wanted. Raises Refused."""
     if fields.get('again') not in (None, False, True):
         raise Refused('bad_field', 'again must be true or false.')
     return (('again', None),) * bool(fields.get('again'))
 
 
-def parse_submission(fields: dict[str, Any], security: Any) -> Submission:
+def parse_submission(fields, security):
     """What the decoded JSON asks for: the first good link in `url`. Raises Refused."""
     fields = known_fields(fields)
     links = [link for _, link in parse_links(fields, 'url', security)[0].values()]
@@ -1142,8 +1139,7 @@ def parse_submission(fields: dict[str, Any], security: Any) -> Submission:
     return Submission(url, parse_client_id(fields), parse_timestamp(fields), options)
 
 
-def parse_batch(fields: dict[str, Any],
-                security: Any) -> tuple[list[tuple[str, Any]], list[str]]:
+def parse_batch(fields, security):
     """The links in `text` as from parse_links, with a Submission for each good one."""
     fields = known_fields(fields)
     client_id, timestamp, again = (
@@ -1170,7 +1166,7 @@ MEDIA_TYPES = {  # what a download may consist of, and how it is served
     'srt': 'application/x-subrip', 'ass': 'text/x-ssa', 'ttml': 'application/ttml+xml'}
 
 
-def media_type(name: str) -> str:
+def media_type(name):
     """The MIME type of a file by its extension."""
     return MEDIA_TYPES.get(os.path.splitext(name)[1].lower()[1:], 'application/octet-stream')
 
@@ -1181,7 +1177,7 @@ LONGEST_TITLE = 1000  # characters: normalising 100,000 marks blocks all threads
 SUFFIX_BYTES = 28  # reserved for '.part.ext', so that subtitles have the name of their video
 
 
-def readable(text: str) -> str:
+def readable(text):
     """The start of `text` for a file name: one line, no invisible or unsafe characters."""
     import unicodedata
     one_line = ' '.join(text[:LONGEST_TITLE].split())
@@ -1190,12 +1186,12 @@ def readable(text: str) -> str:
     return ' '.join(HOSTILE.sub('_', unicodedata.normalize('NFC', ''.join(shown))).split())
 
 
-def cut_text(text: str, size: int) -> str:
+def cut_text(text, size):
     """The start of `text` in `size` bytes of UTF-8: no cut character, no dangling joiner."""
     return text.encode()[:max(size, 0)].decode('utf-8', 'ignore').rstrip(' \u200c\u200d')
 
 
-def token(text: str, size: int) -> str:
+def token(text, size):
     """`text` as a part of a file name; different texts stay different."""
     import hashlib
     plain_text = re.sub(r'[^\w.-]', '_', readable(text)).strip('.')
@@ -1205,8 +1201,8 @@ def token(text: str, size: int) -> str:
     return f'{cut_text(plain_text, size - 9)}-{digest[:8]}'
 
 
-def file_name(title: str, media_id: str, ext: str, part: str = '', number: str = '',
-              pattern: str = '%(title)s_%(id)s', limit: int = NAME_BYTES, **fields: str) -> str:
+def file_name(title, media_id, ext, part='', number='', pattern='%(title)s_%(id)s',
+              limit=NAME_BYTES, **fields):
     """'title_id_number.part.ext' by the owner's `pattern`, each folder and name within `limit`
     bytes of UTF-8: the title is cut. `part` is, for example, a subtitle's language; `fields`:
     uploader, site, date. An empty field is dropped with the separator after it."""
@@ -1354,7 +1350,7 @@ class DiskLow(StoreDown):
 class RateLimited(Exception):
     """The client has used up its hourly links; the next is accepted in `retry_after` seconds."""
 
-    def __init__(self, retry_after: int, limit: int):
+    def __init__(self, retry_after, limit):
         super().__init__(f'This device has sent {limit} links within an hour; try again later.')
         self.retry_after = retry_after
 
@@ -1363,27 +1359,27 @@ class Record(dict):
     """A row of `downloads`, by column; `files` decoded."""
 
     @classmethod
-    def of(cls, row: sqlite3.Row) -> 'Record':
+    def of(cls, row):
         record = cls(zip(row.keys(), row))
         record['files'] = tuple(MediaFile(*file) for file in json.loads(record['files'] or '[]'))
         return record
 
 
-def job_of(row: sqlite3.Row) -> Job:
+def job_of(row):
     """The next try at this download."""
     options = tuple(map(tuple, json.loads(row['options'] or '[]')))
     return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1,
                Record.of(row)['files'], row['site'], row['media_id'])
 
 
-def full_sync(file: str) -> None:
+def full_sync(file):
     """On a Mac flush the drive's cache for `file`: there, SQLite only uses a barrier."""
     if hasattr(fcntl, 'F_FULLFSYNC') and os.path.exists(file):
         with open(file, 'rb') as handle:
             fcntl.fcntl(handle, fcntl.F_FULLFSYNC)
 
 
-def quick_check(db: sqlite3.Connection, seconds: float = math.inf) -> str | None:
+def quick_check(db, seconds=math.inf):
     """What SQLite finds wrong within `seconds`, None if nothing. Raises OperationalError."""
     end = time.monotonic() + seconds
     db.set_progress_handler(lambda: time.monotonic() > end, 10000)
@@ -1399,7 +1395,7 @@ def quick_check(db: sqlite3.Connection, seconds: float = math.inf) -> str | None
     return None if found in ('ok', 'interrupted') else found
 
 
-def migrate(db: sqlite3.Connection, path: Path) -> None:
+def migrate(db, path):
     """Bring the schema up to date, a transaction a step. Raises Trouble for a newer database."""
     version = db.execute('PRAGMA user_version').fetchone()[0]
     if version > len(MIGRATIONS):
@@ -1410,7 +1406,7 @@ def migrate(db: sqlite3.Connection, path: Path) -> None:
         db.executescript(f'BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;')
 
 
-def new_id() -> str:
+def new_id():
     """A random UUID (RFC 9562 section 5.4); the module uuid would take 0.2 MB for it."""
     digits = os.urandom(16).hex()
     return f'{digits[:8]}-{digits[8:12]}-4{digits[13:16]}-a{digits[17:20]}-{digits[20:]}'
@@ -1431,7 +1427,7 @@ USUAL = {  # columns that a verb sets, unless told otherwise
 class Store:
     """The queue on stable storage. Each verb returns after the commit; raises StoreDown."""
 
-    def __init__(self, path: Path, links_per_hour: int = 0):
+    def __init__(self, path, links_per_hour=0):
         self.path, self.links_per_hour = path, links_per_hour
         self.error: str | None = None  # why the last commit failed, None when it did not
         self.outgoing: dict[str, Sequence[str]] = {}  # verb: kinds of items for the outbox
@@ -1446,7 +1442,7 @@ class Store:
 
     # -- opening and closing
 
-    def open(self) -> None:
+    def open(self):
         """Create or migrate the database and start the commit thread. Raises Trouble."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -1467,7 +1463,7 @@ class Store:
                 f'the newest of {self.path.parent / "backups"} here.') from None
         self.thread.start()
 
-    def close(self) -> None:
+    def close(self):
         """Commit what waits, then close."""
         with self._tickets:
             self._closed = True
@@ -1478,7 +1474,7 @@ class Store:
             reader.close()
         self._pool.clear()
 
-    def _connect(self, mode: str, *pragmas: str) -> sqlite3.Connection:
+    def _connect(self, mode, *pragmas):
         db = sqlite3.connect(f'{self.path.as_uri()}?mode={mode}', uri=True, timeout=5,
                              isolation_level=None, check_same_thread=False)
         db.row_factory = sqlite3.Row
@@ -1486,14 +1482,14 @@ class Store:
             db.execute(f'PRAGMA {pragma}').fetchall()
         return db
 
-    def _connect_writer(self) -> None:
+    def _connect_writer(self):
         self._writer = self._connect(
             'rwc', 'journal_mode=WAL', 'synchronous=FULL', 'fullfsync=1', 'checkpoint_fullfsync=1',
             'journal_size_limit=4194304', 'cache_size=-1024')
 
     # -- the group commit
 
-    def _commit_loop(self) -> None:
+    def _commit_loop(self):
         while True:
             with self._tickets:
                 while not self._queue and not self._closed:
@@ -1505,7 +1501,7 @@ class Store:
             self._commit(batch)
         self._shut_writer('PRAGMA wal_checkpoint(TRUNCATE)')
 
-    def _commit(self, batch: list[Any]) -> None:
+    def _commit(self, batch):
         """One transaction, one sync, for all of `batch`; each is answered in any case."""
         try:
             if self._writer is None:
@@ -1524,7 +1520,7 @@ class Store:
         for ticket in batch:
             ticket.done.release()
 
-    def _fail(self, batch: list[Any], error: Exception) -> None:
+    def _fail(self, batch, error):
         """What a failed sync left is unknown: fail all, reopen with the next batch."""
         ours = not isinstance(error, (sqlite3.Error, OSError))
         if self.error is None or ours:
@@ -1535,7 +1531,7 @@ class Store:
             ticket.error = StoreDown(self.error)
         self._shut_writer('ROLLBACK')
 
-    def _shut_writer(self, statement: str) -> None:
+    def _shut_writer(self, statement):
         writer, self._writer = self._writer, None
         if writer is None:
             return
@@ -1544,7 +1540,7 @@ class Store:
         with suppress(sqlite3.Error):
             writer.close()
 
-    def write(self, work: Callable[[sqlite3.Connection], Any]) -> Any:
+    def write(self, work):
         """The result of `work` in the next transaction, once it is on stable storage."""
         ticket = SimpleNamespace(work=work, result=None, error=None, done=threading.Lock())
         ticket.done.acquire()  # until it is answered: a third of an Event's cost
@@ -1560,7 +1556,7 @@ class Store:
 
     # -- reading
 
-    def read(self, sql: str, args: Sequence[Any] = ()) -> list[sqlite3.Row]:
+    def read(self, sql, args=()):
         """The rows of a query, on a connection that cannot write."""
         reader = None
         with suppress(IndexError):
@@ -1578,18 +1574,18 @@ class Store:
             reader.close()
         return rows
 
-    def records(self, where: str, *args: Any) -> list[Record]:
+    def records(self, where, *args):
         """The downloads that match a WHERE clause."""
         return [Record.of(row) for row in self.read(f'SELECT * FROM downloads WHERE {where}', args)]
 
-    def get(self, download_id: str) -> Record:
+    def get(self, download_id):
         """One download. Raises LookupError."""
         found = self.records('id = ?', download_id)
         if not found:
             raise LookupError(download_id)
         return found[0]
 
-    def counts(self) -> dict[str, int]:
+    def counts(self):
         """Downloads by status."""
         commits = self._commits
         if self._counted[0] != commits:  # it takes 10 ms for 100,000 rows
@@ -1598,8 +1594,7 @@ class Store:
             self._counted = commits, {status: found.get(status, 0) for status in STATES}
         return self._counted[1]
 
-    def page(self, limit: int, offset: int = 0, status: str = '',
-             q: str = '') -> tuple[int, list[Record]]:
+    def page(self, limit, offset=0, status='', q=''):
         """How many there are, and `limit` of them from `offset` on, newest first."""
         where, args = '1', []
         if status:
@@ -1616,31 +1611,31 @@ class Store:
         return total, self.records(f'rowid IN (SELECT rowid FROM downloads WHERE {where} {newest} '
                                    f'LIMIT ? OFFSET ?) {newest}', *args, limit, offset)
 
-    def ids(self, begin: str) -> list[str]:
+    def ids(self, begin):
         """The first few ids with this prefix."""
         return [row['id'] for row in self.read(
             'SELECT id FROM downloads WHERE id BETWEEN ? AND ? LIMIT 9', (begin, begin + '~'))]
 
-    def since(self, created_at: int, ongoing: bool) -> list[sqlite3.Row]:
+    def since(self, created_at, ongoing):
         """Downloads created since then, or only the unfinished: newest first, 10,000 at most."""
         return self.read('SELECT id, status, file_size FROM downloads WHERE created_at >= ? '
                          "AND (NOT ? OR status IN ('queued', 'downloading')) "
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
-    def due_times(self) -> list[tuple[str, int]]:
+    def due_times(self):
         """(id, when it may start) of all queued downloads, oldest first."""
         return [tuple(row) for row in self.read(
             "SELECT id, coalesce(next_attempt_at, 0) FROM downloads WHERE status = 'queued' "
             'ORDER BY created_at, rowid')]
 
-    def unfinished(self) -> dict[str, str]:
+    def unfinished(self):
         """Status by id of all queued or running downloads."""
         return dict(tuple(row) for row in self.read(
             "SELECT id, status FROM downloads WHERE status IN ('queued', 'downloading')"))
 
     # -- submissions
 
-    def add_many(self, submissions: Sequence[Submission], now: int, window: int = 0) -> list[Any]:
+    def add_many(self, submissions, now, window=0):
         """Store links in one commit: for each a Stored or RateLimited. A repeat is where the first
         is (same client, URL and timestamp; without one, within `window` seconds), a link to a post
         that is here where that is."""
@@ -1653,7 +1648,7 @@ class Store:
                 return refusal
         return self.write(lambda db: [insert(db, submission) for submission in submissions])
 
-    def _insert(self, db: sqlite3.Connection, item: Submission, now: int, window: int) -> Stored:
+    def _insert(self, db, item, now, window):
         client, url, timestamp, options = item.client_id, item.url, None, None
         if item.timestamp is not None:
             timestamp = str(item.timestamp)
@@ -1686,7 +1681,7 @@ class Store:
         return Stored(known['id'], False, known['status'], known['next_attempt_at'] or 0, files,
                       same_post)
 
-    def _count_repeat(self, client_id: str, now: int) -> None:
+    def _count_repeat(self, client_id, now):
         """A client may send as many repeats as new links. Raises RateLimited."""
         began, repeats = self._repeats.get(client_id, (now, 0))
         if not began <= now < began + 3600:  # the hour is over, or the clock was set back
@@ -1697,12 +1692,12 @@ class Store:
             self._repeats.clear()
         self._repeats[client_id] = began, repeats + 1
 
-    def star(self, download_id: str, starred: bool) -> None:
+    def star(self, download_id, starred):
         """Add or remove its star."""
         self.write(lambda db: db.execute(
             'UPDATE downloads SET starred = ? WHERE id = ?', (starred, download_id)))
 
-    def first_of(self, client_id: str, since: int) -> Record | None:
+    def first_of(self, client_id, since):
         """The first link from a phone since then, or None."""
         found = self.records('client_id = ? AND created_at >= ? ORDER BY created_at LIMIT 1',
                              client_id, since)
@@ -1710,8 +1705,7 @@ class Store:
 
     # -- the life of a download
 
-    def _change(self, db: sqlite3.Connection, verb: str, download_id: str, now: int,
-                due: int | None = None, **columns: Any) -> bool:
+    def _change(self, db, verb, download_id, now, due=None, **columns):
         """Change the status by TRANSITIONS; whether it did. `due`: only if due by then."""
         before, after = TRANSITIONS[verb]
         where = f'WHERE id = ? AND status IN ({", ".join("?" * len(before))})'
@@ -1727,11 +1721,11 @@ class Store:
             self._post(db, verb, download_id, now)
         return changed
 
-    def move(self, verb: str, download_id: str, now: int, **columns: Any) -> bool:
+    def move(self, verb, download_id, now, **columns):
         """Requeue, cancel or retry it; whether its status allowed that."""
         return self.write(lambda db: self._change(db, verb, download_id, now, **columns))
 
-    def claim(self, download_id: str, now: int) -> Job | None:
+    def claim(self, download_id, now):
         """Take a queued download to work on; None if it is not queued, or not due yet."""
         def work(db):  # what cannot be read stays queued
             row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
@@ -1740,7 +1734,7 @@ class Store:
                 db, 'claim', download_id, now, due=now, started_at=now) else None
         return self.write(work)
 
-    def finish(self, download_id: str, outcome: Outcome, folder: Path, now: int) -> bool:
+    def finish(self, download_id, outcome, folder, now):
         """Completed: the files are on disk and synced. False if they were a deleted download's."""
         columns = {'completed_at': now, **self._delivered(outcome, folder)}
         if 'upload' in self.outgoing.get('finish', ()):
@@ -1754,12 +1748,12 @@ class Store:
             return self._change(db, 'finish', download_id, now, **columns)
         return self.write(work)
 
-    def same_post(self, site: str, media_id: str, asked: str | None) -> list[Record]:
+    def same_post(self, site, media_id, asked):
         """Completed downloads of this post, newest first."""
         return self.records('site = ? AND media_id = ? AND asked IS ? '
                             f'AND {HAS_FILES} ORDER BY created_at DESC', site, media_id, asked)
 
-    def _delivered(self, outcome: Outcome, folder: Path) -> dict[str, Any]:
+    def _delivered(self, outcome, folder):
         """The columns for delivered files; a lone surrogate cannot be stored."""
         post, files, columns = outcome.post, outcome.files, {}
         if post.get('media_id'):
@@ -1772,16 +1766,14 @@ class Store:
                 'file_size': sum(file.size for file in files), 'files': json.dumps(files),
                 'note': excerpt(outcome.note, 500) or None, 'duration': post.get('duration')}
 
-    def fail(self, verb: str, job: Job, outcome: Outcome, now: int, folder: Path,
-             due: int | None = None) -> bool:
+    def fail(self, verb, job, outcome, now, folder, due=None):
         """The attempt failed: retry_later at `due`, or give_up."""
         columns = self._delivered(outcome, folder) if outcome.files else {}
         return self.move(verb, job.id, now, retry_count=job.attempt - (verb == 'give_up'),
                          next_attempt_at=due, reason=outcome.reason,
                          error_message=excerpt(outcome.message, 500), **columns)
 
-    def forget(self, download_id: str,
-               copies: Sequence[str] = ()) -> tuple[MediaFile, ...] | None:
+    def forget(self, download_id, copies=()):
         """Delete the row, and later its `copies` in the bucket: the files that no other download
         has. None if it is downloading."""
         def work(db):
@@ -1795,7 +1787,7 @@ class Store:
             return self._unshared(db, row)
         return self.write(work)
 
-    def _unshared(self, db: sqlite3.Connection, row: sqlite3.Row) -> tuple[MediaFile, ...]:
+    def _unshared(self, db, row):
         """The files of a download that no other one has; a name may have been free again."""
         others = db.execute(
             'SELECT files FROM downloads WHERE (site = :site AND media_id = :media_id OR '
@@ -1805,18 +1797,18 @@ class Store:
 
     # -- room on the disk
 
-    def oldest(self, before: int) -> list[sqlite3.Row]:
+    def oldest(self, before):
         """The first 100 finished before then, with files, no star and no upload to come."""
         return self.read(f'SELECT id, file_size FROM downloads WHERE {HAS_FILES} AND starred = 0 '
                          "AND coalesce(s3_state, '') NOT IN ('waiting', 'failing') "
                          'AND completed_at < ? ORDER BY completed_at LIMIT 100', (before,))
 
-    def bytes_kept(self) -> int:
+    def bytes_kept(self):
         """Bytes of all files, shared ones once."""
         return self.read('SELECT coalesce(sum(size), 0) FROM (SELECT max(file_size) AS size '
                          f'FROM downloads WHERE {HAS_FILES} GROUP BY file_path)')[0][0]
 
-    def make_room(self, ids: Sequence[str], now: int) -> list[tuple[str, tuple[MediaFile, ...]]]:
+    def make_room(self, ids, now):
         """Give up the files of these downloads, unless starred by now: (id, files to delete) of
         all whose files may still exist, including those left by a kill."""
         def work(db):
@@ -1829,12 +1821,12 @@ class Store:
             return [(row['id'], self._unshared(db, row)) for row in rows]
         return self.write(work)
 
-    def room_made(self, ids: Sequence[str]) -> None:
+    def room_made(self, ids):
         """Their files are deleted."""
         self.write(lambda db: db.executemany('UPDATE downloads SET file_size = NULL WHERE id = ?',
                                              [(download_id,) for download_id in ids]))
 
-    def recover(self, now: int, frozen: bool) -> list[tuple[Job, Outcome]]:
+    def recover(self, now, frozen):
         """After a start: queue again what was being downloaded, except those returned with their
         outcome: CRASH_LIMIT unclean ends in a row, or the only one when yt-dlp froze (`frozen`)."""
         over: list[tuple[Job, Outcome]] = []
@@ -1854,12 +1846,12 @@ class Store:
         self.write(work)
         return over
 
-    def suspects(self) -> set[str]:
+    def suspects(self):
         """Those that were running when yt-dlp froze, until the culprit is known."""
         return {row['id'] for row in self.read(
             "SELECT id FROM downloads WHERE status = 'queued' AND reason = 'freeze'")}
 
-    def pull_in(self, now: int, longest: int) -> None:
+    def pull_in(self, now, longest):
         """The clock may have been ahead: no attempt waits longer than the longest delay."""
         self.write(lambda db: db.execute(
             "UPDATE downloads SET next_attempt_at = ? "
@@ -1867,12 +1859,12 @@ class Store:
 
     # -- the outbox
 
-    def _post(self, db: sqlite3.Connection, event: str, download_id: str, now: int) -> None:
+    def _post(self, db, event, download_id, now):
         for kind in self.outgoing.get(event, ()):
             db.execute('INSERT INTO outbox (kind, download_id, payload, due) VALUES (?, ?, ?, ?)',
                        (kind, download_id, event, now))
 
-    def note_problems(self, there: Iterable[str], new: dict[str, str], now: int) -> None:
+    def note_problems(self, there, new, now):
         """Announce the problems `new`, by name, once, until they are no longer `there`."""
         known = {row['payload'] for row in self.read(
             "SELECT payload FROM outbox WHERE kind = 'known'")}
@@ -1887,7 +1879,7 @@ class Store:
         if over or begun:
             self.write(work)
 
-    def next_outgoing(self, kinds: Sequence[str], latest: int) -> sqlite3.Row | None:
+    def next_outgoing(self, kinds, latest):
         """The first item due of these kinds; one due after `latest` goes first: the clock was
         ahead."""
         marks = ', '.join('?' * len(kinds))
@@ -1895,8 +1887,7 @@ class Store:
                          'ORDER BY due > ? DESC, due, id LIMIT 1', (*kinds, latest))
         return rows[0] if rows else None
 
-    def settle(self, item: sqlite3.Row, now: int, due: int | None, state: str = '',
-               error: str | None = None) -> bool:
+    def settle(self, item, now, due, state='', error=None):
         """It was sent (`due` None), or will be tried again then; an upload's row records `state`
         and `error`. Whether it was still wanted."""
         def work(db):
@@ -1912,14 +1903,14 @@ class Store:
 
     # -- copies of the database
 
-    def check_room(self) -> None:
+    def check_room(self):
         """Raise DiskLow if links must be refused."""
         with suppress(OSError):
             if free_space(self.path) < LAST_ROOM:
                 self.error = 'the disk is almost full'
                 raise DiskLow(self.error)
 
-    def probe(self) -> None:
+    def probe(self):
         """Write as much as a long link takes, to see if one can be stored. Raises StoreDown."""
         self.check_room()
 
@@ -1931,7 +1922,7 @@ class Store:
             db.execute("DELETE FROM downloads WHERE id = 'probe'")
         self.write(work)
 
-    def backup(self, target: Path) -> None:
+    def backup(self, target):
         """A verified copy at `target` (sqlite.org/backup.html). Raises Trouble."""
         part = target.with_name(target.name + '.part')
         try:
@@ -1957,10 +1948,10 @@ class Lock:
     """One server per database: flock on `<database>.lock`, which says who and where it is. The
     descriptor is kept across a re-execution."""
 
-    def __init__(self, database: Path, fd: int | None = None):
+    def __init__(self, database, fd=None):
         self.path, self.fd = Path(f'{database}.lock'), fd
 
-    def take(self) -> None:
+    def take(self):
         """Raises Trouble that names the holder."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -1985,19 +1976,19 @@ class Lock:
                           f'port {holder.get("port", "?")}) uses this database; stop it first.')
         self.tell({'pid': os.getpid()})
 
-    def tell(self, facts: dict[str, Any]) -> None:
+    def tell(self, facts):
         """Record in the file who holds it."""
         with suppress(OSError):  # a full disk: it is locked all the same
             os.ftruncate(self.fd, os.pwrite(self.fd, json.dumps(facts).encode(), 0))
 
-    def holder(self) -> dict[str, Any]:
+    def holder(self):
         """What the holder recorded, {} if nothing."""
         try:
             return json.loads(self.path.read_text() or '{}')
         except (OSError, ValueError):
             return {}
 
-    def running(self) -> dict[str, Any]:
+    def running(self):
         """The facts of the server running on this database, {} if there is none."""
         try:
             fd = os.open(self.path, os.O_RDWR)
@@ -2011,7 +2002,7 @@ class Lock:
         finally:
             os.close(fd)
 
-    def release(self) -> None:
+    def release(self):
         """Give it up."""
         if self.fd is not None:
             os.close(self.fd)
@@ -2029,7 +2020,7 @@ ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)  # 
 class Board:
     """Progress by download id, in memory only: an SD card wears out by fsyncs."""
 
-    def __init__(self, first_version: int = 0):
+    def __init__(self, first_version=0):
         self.version = first_version  # differs from run to run: a page notices a new run
         self._changed = threading.Condition()
         self._progress: dict[str, Progress] = {}
@@ -2038,7 +2029,7 @@ class Board:
         self._acks = [0] * (len(ACK_BUCKETS) + 1)  # each in the first bucket that it fits into
         self._ack_seconds = 0.0
 
-    def post(self, download_id: str, progress: Progress | None = None) -> None:
+    def post(self, download_id, progress=None):
         """Something about this download changed; `progress` None: it no longer runs."""
         with self._changed:
             self._progress[download_id] = progress
@@ -2047,18 +2038,18 @@ class Board:
             self.version += 1
             self._changed.notify_all()
 
-    def count(self, name: str, amount: float = 1) -> None:
+    def count(self, name, amount=1):
         """Add to a counter of /metrics; `name` with its labels."""
         with self._changed:
             self.counters[name] = self.counters.get(name, 0) + amount
 
-    def observe(self, seconds: float) -> None:
+    def observe(self, seconds):
         """Add the time of an acknowledgement to the histogram."""
         with self._changed:
             self._acks[bisect.bisect_left(ACK_BUCKETS, seconds)] += 1
             self._ack_seconds += seconds
 
-    def acks(self) -> list[tuple[str, float]]:
+    def acks(self):
         """(name, value) of their histogram, in the order that Prometheus wants."""
         with self._changed:
             sums, seconds = list(itertools.accumulate(self._acks)), self._ack_seconds
@@ -2066,18 +2057,18 @@ class Board:
         rows = [(f'{name}_bucket{{le="{limit}"}}', n) for limit, n in zip(limits, sums)]
         return [*rows, (f'{name}_count', sums[-1]), (f'{name}_sum', seconds)]
 
-    def progress(self, download_id: str) -> Progress | None:
+    def progress(self, download_id):
         """Its progress, None if it is not running."""
         with self._changed:
             return self._progress.get(download_id)
 
-    def wait(self, version: int, seconds: float) -> bool:
+    def wait(self, version, seconds):
         """Wait until there is news since `version`; False when the server is stopping."""
         with self._changed:
             self._changed.wait_for(lambda: self.version != version or self._released, seconds)
             return not self._released
 
-    def release(self) -> None:
+    def release(self):
         """Release all who wait: the server is stopping."""
         with self._changed:
             self.version += 1
@@ -2130,7 +2121,7 @@ FEW_TRIES = ('login', 'blocked', 'session')  # a site asked again and again bloc
 class Ending(BaseException):
     """Ends an attempt with this outcome. Not an Exception: extractors catch those."""
 
-    def __init__(self, reason: str, detail: str = '', **changes: Any):
+    def __init__(self, reason, detail='', **changes):
         kind, text = ENDINGS[reason]
         message = f'{text}: {detail}.' if detail else f'{text}.'
         if reason == 'cancelled':
@@ -2153,7 +2144,7 @@ class Stopper:
         self._sockets = weakref.WeakSet()
         self._changed = threading.Condition()
 
-    def stop(self, reason: str) -> None:
+    def stop(self, reason):
         """End everything; the first reason stays. From any thread."""
         with self._changed:
             if self.reason:
@@ -2166,18 +2157,18 @@ class Stopper:
                 child.kill()
             self._changed.notify_all()
 
-    def go_on(self) -> None:
+    def go_on(self):
         """Raise Ending if it was stopped."""
         if self.reason:
             raise Ending(self.reason)
 
-    def nap(self, seconds: float) -> None:
+    def nap(self, seconds):
         """Sleep, but not beyond a stop. Raises Ending."""
         with self._changed:
             self._changed.wait_for(lambda: self.reason, seconds)
         self.go_on()
 
-    def unless_stopped(self, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    def unless_stopped(self, function, *args, **more):
         """function(…), abandoned at a stop. Raises what it raises, or Ending."""
         from concurrent.futures import Future
         answer = Future()
@@ -2195,14 +2186,14 @@ class Stopper:
         self.go_on()
         return answer.result()
 
-    def adopt(self, child: Any) -> None:
+    def adopt(self, child):
         """A child process that a stop must end."""
         with self._changed:
             self.children = [other for other in self.children if other.returncode is None] + [child]
             if self.reason:
                 child.kill()
 
-    def hold(self, sock: socket.socket) -> None:
+    def hold(self, sock):
         """A new socket that a stop must end. Raises Ending."""
         with self._changed:
             self.go_on()
@@ -2222,7 +2213,7 @@ LOCAL_FILES = (  # demuxers by name: a playlist posing as a video is not followe
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
-def own_networks() -> list[Any]:
+def own_networks():
     """The networks in which this machine has an address, by getifaddrs(3)."""
     import ctypes
     libc, first, found = ctypes.CDLL(None), ctypes.c_void_p(), []
@@ -2241,13 +2232,13 @@ def own_networks() -> list[Any]:
     return found
 
 
-def is_on_link(address: str) -> bool:
+def is_on_link(address):
     """Is it in one of this machine's IPv6 networks, which are global even at home?"""
     ip = ipaddress.ip_address(address)
     return any(ip in net for net in own_networks() if net.version == 6 and net.prefixlen >= 64)
 
 
-def host_of(url: str) -> str:
+def host_of(url):
     """The canonical host of `url`; 'localhost' if it is ambiguous."""
     try:
         return split_url(url)[1]
@@ -2255,7 +2246,7 @@ def host_of(url: str) -> str:
         return 'localhost'
 
 
-def die_with_us() -> Callable[[], None] | None:
+def die_with_us():
     """For preexec_fn: Linux kills the child when the thread that started it ends. Elsewhere the
     next attempt does (`end_leftovers`)."""
     if not sys.platform.startswith('linux'):
@@ -2270,7 +2261,7 @@ def die_with_us() -> Callable[[], None] | None:
     return arrange
 
 
-def local_only(args: Sequence[str]) -> list[str]:
+def local_only(args):
     """A command line that reads only files, even if a file names an address. Raises OSError for a
     URL or another program, as if that were not installed."""
     name = os.path.basename(args[0])
@@ -2300,7 +2291,7 @@ class Reach:
     """What the threads of one attempt may connect to, run and write. The hook calls may_…, which
     raise Ending or OSError."""
 
-    def __init__(self, config: Config, folder: Path, stopper: Stopper):
+    def __init__(self, config, folder, stopper):
         self.security, self.stopper = config.security, stopper
         self.folder = os.path.abspath(folder)  # nothing is written outside of it
         self.largest = LARGEST_FRAGMENT  # bytes of one answer
@@ -2310,7 +2301,7 @@ class Reach:
         self._names_are_ours = not self.proxy or proxy.scheme == 'socks4'  # to resolve
         self._doors: set[tuple[str, int]] = set()  # addresses of the proxy
 
-    def allows(self, address: str, port: int) -> bool:
+    def allows(self, address, port):
         """May we connect to it? Only to what is on the Internet; with a proxy, only to that."""
         if self.proxy:
             return (address, port) in self._doors
@@ -2322,8 +2313,7 @@ class Reach:
             return False
         return is_public(address) and not any(ip in network for network in own_networks())
 
-    def look_up(self, real: Callable[..., Any], host: str, port: int, *args: Any,
-                **more: Any) -> list[Any]:
+    def look_up(self, real, host, port, *args, **more):
         """socket.getaddrinfo, up to a stop: addresses that we may connect to. Raises Ending if
         there are none: a DNS filter answers with an address that no site can have."""
         found = self.stopper.unless_stopped(real, host, port, *args, **more)
@@ -2338,25 +2328,25 @@ class Reach:
             reason = 'filtered'
         raise Ending(reason, f'{host} is {address}')
 
-    def allow_link(self, url: str) -> None:
+    def allow_link(self, url):
         """Raise Ending unless the page, also after redirects, is on an allowed domain."""
         domains = self.security.allowed_domains
         if domains != ('*',) and not is_under(host_of(url), domains):
             raise Ending('unsupported', f'it leads to {excerpt(url)}')
 
-    def may_connect(self, sock: socket.socket, address: Any) -> None:
+    def may_connect(self, sock, address):
         """Checks each socket, with the actual address."""
         self.stopper.go_on()
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or not self.allows(*address[:2]):
             self.refuse(address)
 
-    def may_look_up(self, host: Any, *_: Any) -> None:
+    def may_look_up(self, host, *_):
         """With a proxy, it resolves the names."""
         self.stopper.go_on()
         if not self._names_are_ours and str(host).lower() != self.proxy:
             raise Ending('refused_address', excerpt(str(host)))
 
-    def may_request(self, url: str, *_: Any) -> None:
+    def may_request(self, url, *_):
         """Checks each hop of a request; with a proxy, hosts by their spelling."""
         scheme, host = url.partition(':')[0].lower(), host_of(url)
         if scheme not in ('http', 'https', 'data'):
@@ -2365,29 +2355,29 @@ class Reach:
         if self.proxy and not self.security.allow_private_targets and literal and scheme != 'data':
             raise Ending('refused_address', excerpt(urlsplit(url).netloc))
 
-    def may_run(self, executable: Any, args: Any, *_: Any) -> None:
+    def may_run(self, executable, args, *_):
         """Only a command line made by `start_process`."""
         self.stopper.go_on()
         if args != here.line or executable != args[0] or self._inside(executable):
             raise FileNotFoundError(errno.ENOENT, 'not to be run', executable)
 
-    def may_write(self, *paths: Any) -> None:
+    def may_write(self, *paths):
         """Create, change or remove these: only in the download's folder."""
         for path in paths:
             if isinstance(path, (str, bytes, os.PathLike)) and not self._inside(path):
                 raise PermissionError(errno.EACCES, 'outside the download', os.fsdecode(path))
 
-    def _inside(self, path: Any) -> bool:
+    def _inside(self, path):
         path = os.path.abspath(os.fsdecode(path))
         return path in (self.folder, os.devnull) or path.startswith(self.folder + '/')
 
-    def refuse(self, *what: Any) -> None:
+    def refuse(self, *what):
         """Refuse what no download needs."""
         raise PermissionError(errno.EPERM, f'not for a download: {excerpt(str(what))}')
 
 
 @contextmanager
-def within(reach: Reach | None) -> Iterator[None]:
+def within(reach):
     """This thread works for an attempt."""
     before, here.reach = here.reach, reach
     try:
@@ -2414,7 +2404,7 @@ CHECKS = {event: check for check, events in (
 ) for event in events.split()}
 
 
-def audit(event: str, args: tuple[Any, ...]) -> None:
+def audit(event, args):
     """The hook: whatever Python code opens, in any thread, passes here first."""
     check = CHECKS.get(event)
     if check is not None and here.reach is not None:
@@ -2423,12 +2413,12 @@ def audit(event: str, args: tuple[Any, ...]) -> None:
 
 # -- what a stop ends, and how much memory it may use
 
-def replace(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+def replace(owner, name, make):
     """owner.name becomes make(its old value). Raises AttributeError if there is no such name."""
     setattr(owner, name, make(getattr(owner, name)))
 
 
-def for_attempts(owner: Any, name: str, guarded: Callable[..., Any]) -> None:
+def for_attempts(owner, name, guarded):
     """For an attempt's threads, owner.name becomes guarded(reach, the old one, …)."""
     def make(real):
         @functools.wraps(real)
@@ -2439,20 +2429,20 @@ def for_attempts(owner: Any, name: str, guarded: Callable[..., Any]) -> None:
     replace(owner, name, make)
 
 
-def small_page(page: bytes) -> bytes:
+def small_page(page):
     """The page, if it is not too large for memory. Raises Ending."""
     if len(page) > LARGEST_PAGE:
         raise Ending('unsupported', f'a page has more than {format_size(LARGEST_PAGE)}')
     return page
 
 
-def decompress(_: Reach, __: Any, data: bytes, wbits: int = 15) -> bytes:
+def decompress(_, __, data, wbits=15):
     """zlib.decompress with a limit. Raises Ending."""
     import zlib
     return small_page(zlib.decompressobj(wbits).decompress(data, LARGEST_PAGE + 1))
 
 
-def read_answer(reach: Reach, real: Callable[..., bytes], answer: Any, size: Any = None) -> bytes:
+def read_answer(reach, real, answer, size=None):
     """HTTPResponse.read with limits. Raises Ending."""
     if size is None and (answer.length is None or answer.length > LARGEST_PAGE):
         return small_page(real(answer, LARGEST_PAGE + 1))
@@ -2463,15 +2453,14 @@ def read_answer(reach: Reach, real: Callable[..., bytes], answer: Any, size: Any
     return data
 
 
-def start_process(reach: Reach, real: Callable[..., None], process: Any, args: Any, *rest: Any,
-                  **more: Any) -> None:
+def start_process(reach, real, process, args, *rest, **more):
     """Popen.__init__ for a child that only reads files, and ends with us or at a stop."""
     here.line = local_only(args)
     real(process, here.line, *rest, **{**more, 'preexec_fn': die_with_us()})
     reach.stopper.adopt(process)
 
 
-def watch_process() -> None:
+def watch_process():
     """Install the hook, once. All threads that exist by then are the program's own."""
     if Here.unknown:
         return
@@ -2527,7 +2516,7 @@ NETWORKING = re.compile(r'(?:/http/|/urllib/|/networking/|(?:^|/)(?:socket|ssl|s
 
 # -- what went wrong
 
-def chain(error: BaseException) -> Iterator[tuple[BaseException, set[str]]]:
+def chain(error):
     """The error and its causes, each with the names of its classes."""
     seen, waiting = [], [error]
     while waiting:
@@ -2540,18 +2529,18 @@ def chain(error: BaseException) -> Iterator[tuple[BaseException, set[str]]]:
                 waiting.append(error.__context__)
 
 
-def has_ca_store() -> bool:
+def has_ca_store():
     paths = ssl.get_default_verify_paths()
     return bool(paths.cafile or paths.capath and os.listdir(paths.capath))
 
 
-def where_raised(error: BaseException) -> list[str]:
+def where_raised(error):
     """The source files in an error's traceback, innermost last."""
     import traceback
     return [frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)]
 
 
-def system_reason(error: BaseException, output: Path) -> str | None:
+def system_reason(error, output):
     """'disk', 'read_only' or 'output' if this error is about our own files: by its path, else by
     where it was raised. TLS has its own error numbers (5 is not EIO)."""
     number, path, files = error.errno, error.filename, where_raised(error)
@@ -2572,7 +2561,7 @@ TRANSPORT = {'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeo
              'HTTPException'}
 
 
-def judge_words(classes: set[str], extraction: list[Any], text: str, output: Path) -> str:
+def judge_words(classes, extraction, text, output):
     """The reason that only yt-dlp's words give; '' if none."""
     helper = 'PostProcessingError' in classes
     full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
@@ -2588,13 +2577,13 @@ def judge_words(classes: set[str], extraction: list[Any], text: str, output: Pat
     return next(iter(reasons), '')
 
 
-def judge_place(error: BaseException) -> str:
+def judge_place(error):
     """'site_changed' if yt-dlp tripped over what the site sent; else the fault is ours."""
     files = where_raised(error)
     return 'site_changed' if files and '/yt_dlp/' in files[-1] else 'internal'
 
 
-def judge_error(error: BaseException, output: Path, in_page: bool) -> Ending:
+def judge_error(error, output, in_page):
     """What an exception from yt-dlp means, in our words: its own go to the log. `in_page`: it came
     before any media."""
     links = list(chain(error))
@@ -2636,7 +2625,7 @@ NO_POSTS = tuple(
                          r'|instagram\.com/explore)/.*')))
 
 
-def post_url(url: str) -> str:
+def post_url(url):
     """A link in the form that every yt-dlp accepts. Raises Ending if it is not to a post."""
     if urlsplit(url).hostname == 'l.instagram.com':  # its wrapper for links in messages
         url = dict(parse_qsl(urlsplit(url).query)).get('u', url)
@@ -2685,7 +2674,7 @@ class Pictures:
         return found
 
 
-def post_extractors() -> list[Any]:
+def post_extractors():
     """yt-dlp's post extractors, with `pictures`; instances, as a class would be looked up."""
     from yt_dlp.extractor import instagram, tiktok
 
@@ -2702,14 +2691,14 @@ def post_extractors() -> list[Any]:
     return [TikTokIE(), tiktok.TikTokVMIE(), instagram_ie(), story_ie()]
 
 
-def seconds_of(value: Any) -> Any:
+def seconds_of(value):
     """A site's number of seconds; None if it cannot be true."""
     if isinstance(value, (int, float)) and 0 <= value < 1 << 32:
         return value
     return None
 
 
-def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
+def post_facts(info, url):
     """What the site says about a post. For TikTok and Instagram, the title is the caption's first
     line: their own is cut off or made up."""
     site, title = site_of(url), str(info.get('title') or '')
@@ -2729,7 +2718,7 @@ def post_facts(info: dict[str, Any], url: str) -> dict[str, Any]:
             'upload_date': date, 'timestamp': moment}
 
 
-def announced(info: dict[str, Any]) -> set[str]:
+def announced(info):
     """Which of 'video' and 'audio' a format, or those merged, should have according to yt-dlp."""
     kinds = set()
     for part in info.get('requested_formats') or [info]:
@@ -2740,7 +2729,7 @@ def announced(info: dict[str, Any]) -> set[str]:
     return kinds
 
 
-def without_formats(formats: list[dict[str, Any]], got: dict[str, Any], lacking: str) -> list[Any]:
+def without_formats(formats, got, lacking):
     """The formats without those in `got` that lacked it; none if no other announces it."""
     struck = {str(part.get(key)) for part in got.get('requested_formats') or [got]
               if lacking in announced(part) for key in ('url', 'format_id')}
@@ -2757,7 +2746,7 @@ IMPORT_LOCK = threading.Lock()
 IMPORTED: dict[str, Any] = {}  # 'Session': the class made below, once yt-dlp is imported
 
 
-def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
+def openssl_decrypt(data, key, iv):
     """AES-128 by the openssl command, empty if that fails; yt-dlp's own takes ten seconds per MB
     and ignores a stop."""
     if len(key) != 16 or len(iv) != 16:  # openssl would refuse it
@@ -2770,7 +2759,7 @@ def openssl_decrypt(data: bytes, key: bytes, iv: bytes) -> bytes:
     return b''
 
 
-def no_ffmpeg(base: Any) -> Any:
+def no_ffmpeg(base):
     """Keep HLS with yt-dlp's own downloader, which can be stopped and resumed."""
     class NoFFmpeg(base):
         """ffmpeg would download by itself."""
@@ -2781,7 +2770,7 @@ def no_ffmpeg(base: Any) -> Any:
     return NoFFmpeg
 
 
-def write_index(_: Reach, __: Any, downloader: Any, ctx: dict[str, Any]) -> None:
+def write_index(_, __, downloader, ctx):
     """FragmentFD._write_ytdl_file as in yt-dlp, but atomic, and with the size of the partial
     file."""
     index, part = downloader.ytdl_filename(ctx['filename']), ctx['tmpfilename']
@@ -2791,13 +2780,13 @@ def write_index(_: Reach, __: Any, downloader: Any, ctx: dict[str, Any]) -> None
     write_whole(Path(index), json.dumps({'downloader': note}), durable=False)
 
 
-def cache_context(make: Callable[..., Any]) -> Callable[..., Any]:
+def cache_context(make):
     """Read all CAs once, and again after they have been installed."""
     cached = functools.lru_cache(2)(lambda _, *args, **more: make(*args, **more))
     return lambda *args, **more: cached(has_ca_store(), *args, **more)
 
 
-def adapt_ytdlp() -> None:
+def adapt_ytdlp():
     """Replace five names in yt-dlp; the guard does the rest. Raises AttributeError or ImportError
     if a release lacks one."""
     from yt_dlp.downloader import fragment, hls
@@ -2812,7 +2801,7 @@ def adapt_ytdlp() -> None:
         openssl_decrypt(*args) or decrypt(*args)))
 
 
-def session_class(base: Any) -> Any:
+def session_class(base):
     """A YoutubeDL that asks its attempt before it fetches, follows or writes anything."""
     class Session(base):
         """The creator sets `attempt`."""
@@ -2843,7 +2832,7 @@ def session_class(base: Any) -> Any:
     return Session
 
 
-def only_python() -> None:
+def only_python():
     """Remove everything but Python itself from the path: site-packages, what .pth files added or
     imported, the script's folder. A `requests` or `certifi` there would bypass the guards."""
     home = os.path.dirname(os.__file__)
@@ -2857,7 +2846,7 @@ def only_python() -> None:
             del sys.modules[name]
 
 
-def import_ytdlp(folder: Path) -> Any:
+def import_ytdlp(folder):
     """The class Session over the yt-dlp in `folder`, imported and guarded once per process.
 
     Raises whatever a damaged copy raises, and leaves nothing of it: another one can be tried."""
@@ -2888,7 +2877,7 @@ WAYS = {  # by attempt: a retry poses as another browser
 NO_PAGES = ('/', '/api/v1/web/get_ruling_for_content/')  # requested before an Instagram post's page
 
 
-def way_of(job: Job, config: Config) -> str:
+def way_of(job, config):
     """Which browser this attempt poses as."""
     if not config.downloader.user_agent_rotation or '--user-agent' in dict(job.options):
         return 'own'
@@ -2901,7 +2890,7 @@ class Pace:
     def __init__(self):
         self._lock, self._next = threading.Lock(), {}  # when each site's next request may go
 
-    def turn(self, site: str, gap: float, now: float, answered: bool = False) -> float:
+    def turn(self, site, gap, now, answered=False):
         """Seconds to wait before asking; 0: it is your turn. The gap counts from the answer:
         nobody knows when the request arrived."""
         with self._lock:
@@ -2922,34 +2911,34 @@ class Meter:
     MEDIA = 97  # percent; the rest is checking and moving
     PAUSE = 0.5  # seconds
 
-    def __init__(self, tell: Callable[[Progress], None]):
+    def __init__(self, tell):
         self.tell, self._lock = tell, threading.Lock()
         self.phase, self.steps = '', 0  # steps: phases and files begun, a sign of life
         self._progress, self._told, self._title = Progress(0.0), 0.0, ''
         self._items, self._item, self._parts, self._part = 1, 0, 1, 0
         self._bytes_before, self._bytes = 0, 0
 
-    def enter(self, phase: str) -> None:
+    def enter(self, phase):
         """A phase begins, or continues."""
         if phase != self.phase:
             self.phase, self.steps = phase, self.steps + 1
             self._report(self._progress._replace(phase=phase, speed=None, eta=None), True)
 
-    def plan(self, info: dict[str, Any], parts: int) -> None:
+    def plan(self, info, parts):
         """An item of so many parts begins: two if the sound is separate."""
         self._title = excerpt(str(info.get('playlist_title') or info.get('title') or ''), 200)
         self._items = max(int(info.get('n_entries') or 1), 1)
         self._item = min(int(info.get('playlist_autonumber') or 1), self._items) - 1
         self._parts, self._part = parts, -1
 
-    def begin(self) -> None:
+    def begin(self):
         """A file of it begins."""
         self._part = min(self._part + 1, self._parts - 1)
         self._bytes_before, self._bytes = self._bytes_before + self._bytes, 0
         self.steps += 1
         self.enter('media')
 
-    def hear(self, told: dict[str, Any]) -> bool:
+    def hear(self, told):
         """yt-dlp's progress hook; whether it was passed on."""
         self._bytes = told.get('downloaded_bytes') or told.get('total_bytes') or 0
         total = told.get('total_bytes') or told.get('total_bytes_estimate')
@@ -2964,7 +2953,7 @@ class Meter:
             self._bytes_before + self._bytes, total and int(self._bytes_before + total),
             told.get('speed'), told.get('eta')), False)
 
-    def _report(self, progress: Progress, now: bool) -> bool:
+    def _report(self, progress, now):
         with self._lock:
             percent = max(progress.percent, self._progress.percent)
             self._progress = progress._replace(percent=percent, title=self._title)
@@ -2985,7 +2974,7 @@ BAD_NAME = (errno.ENAMETOOLONG, errno.EINVAL, errno.EILSEQ, errno.EEXIST, errno.
 BOOT_ID = find_line(Path('/proc/sys/kernel/random/boot_id'), '(.+)')  # '' where there is none
 
 
-def end_leftovers(folder: Path) -> None:
+def end_leftovers(folder):
     """Kill an ffmpeg that an earlier run of this program left writing into `folder`."""
     import subprocess
     with suppress(OSError):
@@ -2997,13 +2986,13 @@ def end_leftovers(folder: Path) -> None:
                 os.kill(int(pid), signal.SIGKILL)
 
 
-def plain_ascii(text: str) -> str:
+def plain_ascii(text):
     """`text` for a folder that accepts only ASCII."""
     import unicodedata
     return unicodedata.normalize('NFKD', text).encode('ascii', 'ignore').decode()
 
 
-def free_names(output: Path, result: dict[str, Any]) -> Iterator[str]:
+def free_names(output, result):
     """Unused names in `output`: the best, then shorter and plainer ones for encrypted folders and
     shares with an old character set."""
     names = result['names']
@@ -3023,7 +3012,7 @@ class JobFolder:
 
     It is written without a sync: after a reboot (detected on Linux only) it is not trusted."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path):
         self.path, self.file = path, path / 'job.json'
         self.parts: dict[str, dict[str, Any]] = {}  # by file name: format, total and size if known
         # finished files: source, item (of the post), part, ext, size, names, note; name once moved
@@ -3034,7 +3023,7 @@ class JobFolder:
         self.fetched = False  # whether each was tried
         self.current = ''  # the part that a request is for, '' for other requests
 
-    def open(self) -> None:
+    def open(self):
         """Create it, or keep what can be continued; never creates the output folder. Raises
         OSError."""
         self.path.parent.mkdir(exist_ok=True)
@@ -3053,22 +3042,22 @@ class JobFolder:
         self.clear({result['source'] for result in self.results} | {self.file.name} | {
             name + end for name in self.parts for end in ('', '.part', '.ytdl')})
 
-    def clear(self, keep: Iterable[str] = ()) -> None:
+    def clear(self, keep=()):
         """Remove all other files. Raises OSError."""
         for name in set(os.listdir(self.path)) - set(keep):
             remove_folder(self.path / name)  # of a NAS
             (self.path / name).unlink(missing_ok=True)
 
-    def drop(self, prefix: str) -> None:
+    def drop(self, prefix):
         """Remove the files with this prefix. Raises OSError."""
         self.clear(name for name in os.listdir(self.path) if not name.startswith(prefix))
 
-    def save(self) -> None:
+    def save(self):
         """Write job.json. Raises OSError."""
         note = {**vars(self), 'boot': BOOT_ID, 'path': '', 'file': ''}
         write_whole(self.file, json.dumps(note), durable=bool(self.missing))
 
-    def begin(self, name: str, info: dict[str, Any]) -> None:
+    def begin(self, name, info):
         """yt-dlp is about to fetch file `name`: keep what exists only if it can be continued."""
         same = json.dumps([info.get(field) for field in SAME], default=str)
         plain_file = info.get('protocol') in ('http', 'https')
@@ -3078,7 +3067,7 @@ class JobFolder:
             self.save()
         self.current = name if plain_file else ''
 
-    def _sound(self, name: str, plain_file: bool) -> bool:
+    def _sound(self, name, plain_file):
         file, partial = self.path / name, self.path / (name + '.part')
         if file.exists() or not partial.exists():
             return file.exists() and file.stat().st_size == self.parts[name].get('size')
@@ -3095,7 +3084,7 @@ class JobFolder:
         self.drop(name + '.part-')  # fragments begun
         return True
 
-    def continues(self, response: Any) -> bool:
+    def continues(self, response):
         """Does this answer belong to the current file? Records its size."""
         part, headers = self.parts.get(self.current), response.headers
         if part is None:
@@ -3113,7 +3102,7 @@ class JobFolder:
             self.save()
         return True
 
-    def finished(self, name: str, info: dict[str, Any]) -> None:
+    def finished(self, name, info):
         """yt-dlp has finished a file. Raises Ending if it is shorter than the site stated."""
         part, size = self.parts.get(name), (self.path / name).stat().st_size
         if part:
@@ -3123,14 +3112,14 @@ class JobFolder:
             part['size'] = size
             self.save()
 
-    def size(self) -> tuple[int, float]:
+    def size(self):
         """Bytes in it, and the time of the last write."""
         found = []
         with suppress(OSError):
             found = [file.stat() for file in os.scandir(self.path)]
         return sum(one.st_size for one in found), max((one.st_mtime for one in found), default=0.0)
 
-    def wanted(self, output: Path) -> list[int] | None:
+    def wanted(self, output):
         """The items still to fetch, [] for all; None if every file is here or in place."""
         def there(result):
             final = output / result.get('name', '.')
@@ -3146,7 +3135,7 @@ class JobFolder:
             return []
         return (items or None) if self.results else []
 
-    def move(self, output: Path) -> tuple[MediaFile, ...]:
+    def move(self, output):
         """Rename the results to free names in `output`. Raises OSError."""
         for result in self.results:
             with NAMES_LOCK:
@@ -3156,7 +3145,7 @@ class JobFolder:
         return tuple(MediaFile(result['name'], result['size'], media_type(result['name']))
                      for result in self.results)
 
-    def _move(self, source: Path, output: Path, result: dict[str, Any]) -> None:
+    def _move(self, source, output, result):
         refusal = None
         for name in free_names(output, result) if source.exists() else ():
             result['name'] = name
@@ -3172,12 +3161,12 @@ class JobFolder:
             raise refusal
 
 
-def inside(output: Path, name: str) -> Path:
+def inside(output, name):
     """A finished file by its name in the database: in `output`, or in folders there."""
     return output.joinpath(*(part for part in name.split('/') if part not in ('', '.', '..')))
 
 
-def forget_files(config: Config, job_id: str, files: Iterable[str]) -> None:
+def forget_files(config, job_id, files):
     """Remove the folder of a download, and finished files by name, with emptied folders."""
     output = config.downloads.output_directory
     if re.fullmatch(r'[\w-]+', job_id):  # else it could point elsewhere
@@ -3224,12 +3213,12 @@ MP4_TRACKS = {b'vide': 'video', b'soun': 'audio'}
 MP4_KINDS = ('mp4', 'm4a', 'm4v', 'mov', '3gp')
 
 
-def still_format(path: Path) -> list[str]:
+def still_format(path):
     """ffmpeg's options for a picture. Without them, a % in the name would mean a series."""
     return ['-f', STILLS[path.suffix]] if path.suffix in STILLS else []
 
 
-def media_extension(path: Path) -> str:
+def media_extension(path):
     """The extension that fits the first bytes; '' if it is not media."""
     with path.open('rb') as file:
         start = file.read(256)
@@ -3238,7 +3227,7 @@ def media_extension(path: Path) -> str:
     return own if own in kinds else kinds[0]
 
 
-def mp4_tracks(path: Path) -> set[str]:
+def mp4_tracks(path):
     """'video' and 'audio' for the non-empty tracks of an mp4 (ISO 14496-12, 4.2 and 8). Raises
     ValueError if its boxes do not fill the file."""
     size, at, kind, samples = path.stat().st_size, 0, '', {}
@@ -3267,7 +3256,7 @@ def mp4_tracks(path: Path) -> set[str]:
     return {kind for kind, some in samples.items() if kind and some}
 
 
-def is_picture(path: Path) -> bool:
+def is_picture(path):
     """Is it a complete picture?"""
     kind, size = media_extension(path), path.stat().st_size
     with path.open('rb') as file:
@@ -3282,7 +3271,7 @@ def is_picture(path: Path) -> bool:
     return kind in PICTURE_ENDS and PICTURE_ENDS[kind] in end
 
 
-def tracks(path: Path) -> set[str]:
+def tracks(path):
     """Which of 'video' and 'audio' are in a file, by an mp4's boxes or ffprobe; both if there is no
     ffprobe. Raises Ending for an incomplete file."""
     import subprocess
@@ -3311,7 +3300,7 @@ SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_b
          'out_range=tv,pad=1080:1920:-1:-1,setsar=1,format=yuv420p,loop={}:1:0,setpts=N/{}/TB')
 
 
-def run_gently(name: str, options: str, *more: Any) -> str:
+def run_gently(name, options, *more):
     """A program's output, run at the lowest priority. Raises CalledProcessError, OSError."""
     import subprocess
     command = [name, '-v', 'error', *options.split(), *map(str, more)]
@@ -3324,7 +3313,7 @@ def run_gently(name: str, options: str, *more: Any) -> str:
     return said
 
 
-def make_slideshow(pictures: Sequence[Path], sound: Path, video: Path) -> None:
+def make_slideshow(pictures, sound, video):
     """A video of the pictures, each for its share of the sound. Raises CalledProcessError, OSError.
 
     Piecewise, so that only one picture is in memory; MPEG-TS pieces can simply be joined."""
@@ -3370,7 +3359,7 @@ FORCED = {
     'outtmpl': {'default': '%(playlist_index|0)s-%(id).60B.%(ext)s'}}
 
 
-def caller_params(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def caller_params(options):
     """What yt-dlp's own parser makes of the caller's options, where it differs from DEFAULTS."""
     words = [word for option in options if option[0].startswith('--') for word in option if word]
     if not words:
@@ -3406,8 +3395,7 @@ class Cookie:
     row: str
 
 
-def make_cookie(domain: Any, path: Any, secure: Any, expires: Any, name: Any,
-                value: Any) -> Cookie | None:
+def make_cookie(domain, path, secure, expires, name, value):
     """A cookie from the fields in a file; None if yt-dlp or a site would not accept it."""
     domain = re.sub('^https?://|/$', '', str(domain or '').lower())
     when = re.fullmatch(r'(-?\d{1,16})(\.\d{1,9})?', str(expires or 0), re.A)
@@ -3423,7 +3411,7 @@ def make_cookie(domain: Any, path: Any, secure: Any, expires: Any, name: Any,
     return Cookie(domain.lstrip('.'), expires, name, '\t'.join(row))
 
 
-def parse_cookies(data: bytes) -> list[Cookie]:
+def parse_cookies(data):
     """The cookies in a file: Netscape's cookies.txt (with tabs or spaces, BOM, CRLF, UTF-16,
     #HttpOnly_) or a browser extension's JSON. Nonsense is left out."""
     # Without its NULs, UTF-16 of plain characters is plain text.
@@ -3451,12 +3439,12 @@ def parse_cookies(data: bytes) -> list[Cookie]:
     return [cookie for cookie in (make_cookie(*row) for row in rows) if cookie]
 
 
-def cookies_txt(cookies: Iterable[Cookie]) -> str:
+def cookies_txt(cookies):
     """A cookies file for yt-dlp."""
     return '\n'.join(['# Netscape HTTP Cookie File', *(one.row for one in cookies), ''])
 
 
-def last_labels(host: str) -> str:
+def last_labels(host):
     """'instagram.com' of 'www.instagram.com'."""
     return '.'.join(host.split('.')[-2:])
 
@@ -3465,14 +3453,14 @@ class Cookies:
     """The owner's cookies: cookies_file or, if that is empty, what the page stored beside the
     database. No value ever gets into a log or a message."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         folder = config.database.path.parent
         self.configured = bool(config.downloader.cookies_file)
         self.file = config.downloader.cookies_file or folder / 'cookies.txt'
         self.domains = config.security.allowed_domains
         self._refused = folder / 'cookies.refused'  # JSON: site → when it refused the login
 
-    def read(self, data: bytes | None = None) -> dict[str, list[Cookie]]:
+    def read(self, data=None):
         """The allowed cookies by site, from `data` or the file. Raises OSError."""
         if data is None:
             with open(self.file, 'rb') as file:
@@ -3483,7 +3471,7 @@ class Cookies:
                 found.setdefault(last_labels(one.domain), []).append(one)
         return found
 
-    def jar(self, url: str) -> io.StringIO | None:
+    def jar(self, url):
         """The cookies for the site of `url`, for yt-dlp to read and write; None if there are none,
         or the site has just refused them."""
         site, cookies = last_labels(host_of(url)), None
@@ -3496,14 +3484,14 @@ class Cookies:
             return None
         return io.StringIO(cookies_txt(cookies))
 
-    def refused(self) -> dict[str, float]:
+    def refused(self):
         """The sites that refused this file's login, and when."""
         with suppress(OSError, ValueError, AttributeError, TypeError):
             told, changed = json.loads(self._refused.read_text()), os.stat(self.file).st_ctime
             return {site: at for site, at in told.items() if at >= changed}
         return {}
 
-    def judge(self, url: str, fine: bool) -> None:
+    def judge(self, url, fine):
         """Record whether the site of `url` accepted this login. A refusal is reported until the
         file changes or the login works; the login is not used for an hour."""
         site, told = last_labels(host_of(url)), self.refused()
@@ -3514,7 +3502,7 @@ class Cookies:
         with suppress(OSError):
             write_whole(self._refused, json.dumps(told))
 
-    def report(self, now: float) -> list[tuple[bool, str]]:
+    def report(self, now):
         """(whether it is fine, a sentence) for each site; none if there is no file."""
         try:
             found = self.read()
@@ -3526,7 +3514,7 @@ class Cookies:
             return [(False, f'{self.file} has no cookies for {", ".join(self.domains)}. {EXPORT}')]
         return [self._judge(site, cookies, now) for site, cookies in sorted(found.items())]
 
-    def _judge(self, site: str, cookies: list[Cookie], now: float) -> tuple[bool, str]:
+    def _judge(self, site, cookies, now):
         login = [one for one in cookies if one.name == LOGIN_COOKIE]
         end = max(one.expires for one in login or cookies)
         what, date = f'{len(cookies)} cookies for {site}', time.localtime(end)
@@ -3539,7 +3527,7 @@ class Cookies:
             return False, f'{what}, but no login ({LOGIN_COOKIE}). {EXPORT}'
         return True, what + f', valid until {day}' * bool(end)
 
-    def save(self, data: bytes) -> None:
+    def save(self, data):
         """Store cookies from the page, for allowed sites only. Raises Refused, OSError."""
         if self.configured:
             raise Refused('cookies_file', f'The cookies come from {self.file}, set in config.ini.')
@@ -3548,7 +3536,7 @@ class Cookies:
             raise Refused('bad_cookies', f'No cookies for {", ".join(self.domains)} in this file.')
         write_whole(self.file, cookies_txt(itertools.chain(*found.values())))
 
-    def remove(self) -> None:
+    def remove(self):
         """Remove the cookies from the page. Raises OSError."""
         if not self.configured:
             self.file.unlink(missing_ok=True)
@@ -3559,9 +3547,7 @@ class Attempt:
 
     run() in a worker's thread; stop() and check() from any other."""
 
-    def __init__(self, job: Job, config: Config, ytdlp: Path,
-                 on_progress: Callable[[Progress], None],
-                 on_identity: Callable[[str, str], Outcome | None] = lambda site, media_id: None):
+    def __init__(self, job, config, ytdlp, on_progress, on_identity=lambda site, media_id: None):
         self.job, self.config, self.ytdlp, self.on_identity = job, config, ytdlp, on_identity
         self.options = dict(job.options)
         self.output = config.downloads.output_directory
@@ -3577,7 +3563,7 @@ class Attempt:
         self._identified = False  # whether on_identity has been asked
         self._mark = (0.0, 0, 0.0, -1)  # when there was last progress; bytes, last write, steps
 
-    def check(self, now: float) -> None:
+    def check(self, now):
         """Stop if the disk is full or nothing came for too long. `now`: time.monotonic()."""
         with suppress(OSError):  # the folder is gone: the next write says so
             if free_space(self.output) < self.config.downloads.min_free_space:
@@ -3592,7 +3578,7 @@ class Attempt:
         elif new_size < size:
             self._mark = since, new_size, changed, steps
 
-    def fetch(self, urlopen: Callable[[Any], Any], request: Any) -> Any:
+    def fetch(self, urlopen, request):
         """The answer to `request`; the whole file if a range would be of another file."""
         self.stopper.go_on()
         site, gap = self._pace_of(getattr(request, 'url', request), getattr(request, 'method', ''))
@@ -3619,7 +3605,7 @@ class Attempt:
             self.folder.continues(response)
         return response
 
-    def _pace_of(self, url: str, method: str) -> tuple[str, float]:
+    def _pace_of(self, url, method):
         parts = urlsplit(url)
         site = re.sub(r'^(www|m|i)\.', '', parts.hostname or '')
         if method == 'HEAD' or parts.path in NO_PAGES or self.folder.current:
@@ -3628,7 +3614,7 @@ class Attempt:
 
     # -- what yt-dlp tells
 
-    def choose(self, info: dict[str, Any], incomplete: Any = False) -> None:
+    def choose(self, info, incomplete=False):
         """yt-dlp's match_filter; complete info comes just before the download. Raises Ending."""
         if incomplete:
             return
@@ -3645,13 +3631,13 @@ class Attempt:
                          kind='retry')
         self.meter.plan(info, len(formats))
 
-    def begin_file(self, name: str, info: dict[str, Any]) -> None:
+    def begin_file(self, name, info):
         """yt-dlp is about to fetch a file."""
         self.stopper.go_on()
         self.folder.begin(os.path.basename(name), info)
         self.meter.begin()
 
-    def _on_media(self, told: dict[str, Any]) -> None:
+    def _on_media(self, told):
         self.stopper.go_on()  # before a file cut off by a stop is taken as complete
         if told['status'] == 'finished':
             file = Path(told['filename'])
@@ -3661,14 +3647,14 @@ class Attempt:
         if self.meter.hear(told):
             self.check(time.monotonic())
 
-    def _on_step(self, told: dict[str, Any]) -> None:
+    def _on_step(self, told):
         self.stopper.go_on()
         if told['status'] == 'started' and told['postprocessor'] != 'MoveFiles':
             self.meter.enter('merge')
 
     # -- the post, item by item
 
-    def take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
+    def take(self, process, info, extra):
         """Process what an extractor found; None for a failed item of a post."""
         try:
             if info.get('_type', 'video') != 'video' and 'entries' not in info:
@@ -3687,7 +3673,7 @@ class Attempt:
             self.failures[at] = info.get('kind', 'video'), outcome
             return None
 
-    def _take(self, process: Callable[[Any], Any], info: dict[str, Any], extra: Any) -> Any:
+    def _take(self, process, info, extra):
         self.folder.total = max(self.folder.total, extra.get('n_entries') or 1)
         at = extra.get('playlist_index') or 1
         flat = self.folder.post['site'] in SITES  # elsewhere playlists nest
@@ -3701,7 +3687,7 @@ class Attempt:
         self._keep(got, at)
         return got
 
-    def _describe(self, info: dict[str, Any]) -> None:
+    def _describe(self, info):
         """Record what is known of the post. Raises Ending if its files are already here."""
         post = self.folder.post = self.folder.post or post_facts(info, self.job.url)
         if post['site'] in SITES:  # without the music, which yt-dlp would write into the file
@@ -3719,12 +3705,12 @@ class Attempt:
             ending.outcome = found
             raise ending
 
-    def _wants_sound(self) -> bool:
+    def _wants_sound(self):
         wanted = self.options.get('--format') or self.config.downloader.format
         return '--extract-audio' in self.options or bool(
             re.match(r'\(*(?:b|w|best|worst)a', wanted))
 
-    def _album(self, info: dict[str, Any], pictures: list[list[str]]) -> dict[str, Any]:
+    def _album(self, info, pictures):
         formats = info.pop('formats', None) or []
         sounds = [part['url'] for part in formats if part.get('vcodec') == 'none']
         if len(pictures) == 1 and not sounds:
@@ -3735,7 +3721,7 @@ class Attempt:
             items.append({**info, 'kind': 'sound', 'addresses': sounds})
         return {**info, '_type': 'playlist', 'entries': items}
 
-    def _fetch_plain(self, info: dict[str, Any], extra: Any) -> dict[str, Any]:
+    def _fetch_plain(self, info, extra):
         """A picture or a sound, from the first of its addresses that has it."""
         kind, failure = info['kind'], Ending('bad_media')
         headers = {**self.session.params['http_headers'], **(info.get('http_headers') or {})}
@@ -3755,7 +3741,7 @@ class Attempt:
                 failure = error
         raise failure
 
-    def _fetch_video(self, process: Callable[[Any], Any], info: dict[str, Any]) -> dict[str, Any]:
+    def _fetch_video(self, process, info):
         """A video with the picture and sound that its format announces, else the next best format;
         if none has both, the best as it is."""
         formats, best = self._formats(info), None
@@ -3782,7 +3768,7 @@ class Attempt:
         spare.rename(file)
         return best
 
-    def _formats(self, info: dict[str, Any]) -> list[dict[str, Any]]:
+    def _formats(self, info):
         """The formats that show the post, not just its music. Raises Ending."""
         formats = [part for part in info.get('formats') or () if part.get('format_id') != 'picture']
         if self.folder.post['site'] not in SITES or self._wants_sound():
@@ -3791,7 +3777,7 @@ class Attempt:
             raise Ending('unsupported', 'it is a photo post, and yt-dlp finds only its music')
         return [part for part in formats if part.get('format_id') != 'audio']  # TikTok's music
 
-    def _lacking(self, got: dict[str, Any] | None) -> str:
+    def _lacking(self, got):
         """'video' or 'audio' if it was announced and did not come. Raises Ending."""
         files = (got or {}).get('requested_downloads')
         if not files:
@@ -3804,7 +3790,7 @@ class Attempt:
         wanted = {'audio'} if '--extract-audio' in self.options else announced(got)
         return min(wanted - found, default='')
 
-    def _keep(self, info: dict[str, Any], at: int, number: str | None = None) -> None:
+    def _keep(self, info, at, number=None):
         """Record the files of item `at` as results, then its subtitles. Raises Ending."""
         post = self.folder.post
         if post['site'] not in SITES:
@@ -3837,7 +3823,7 @@ class Attempt:
 
     # -- from the link to the files
 
-    def run(self) -> Outcome:
+    def run(self):
         """Download it. In the worker's thread; never raises."""
         outcome = self._try()
         cookies = Cookies(self.config)
@@ -3859,13 +3845,13 @@ class Attempt:
             forget_files(self.config, self.job.id, ())
         return outcome
 
-    def _try(self) -> Outcome:
+    def _try(self):
         try:
             return self._run()
         except BaseException as error:
             return self._failed(error)
 
-    def _failed(self, error: BaseException) -> Outcome:
+    def _failed(self, error):
         if isinstance(error, Ending):
             return error.outcome
         if self.stopper.reason:
@@ -3879,7 +3865,7 @@ class Attempt:
         log.log(level, 'download %s: %s', self.job.id, outcome.message, exc_info=error)
         return outcome
 
-    def _run(self) -> Outcome:
+    def _run(self):
         self.stopper.go_on()
         folder = self.folder
         folder.open()
@@ -3905,7 +3891,7 @@ class Attempt:
         forget_files(self.config, '', [old.name for old in self.job.files if old.name not in names])
         return self._outcome(files)
 
-    def _fetch_missing(self, items: list[int]) -> None:
+    def _fetch_missing(self, items):
         """Fetch these items, or all for []; a failure does not lose what came before."""
         outcome = Ending('gone').outcome
         try:
@@ -3919,7 +3905,7 @@ class Attempt:
             kind = self.folder.missing.get(at, 'video')
             self.failures.setdefault(at, (kind, outcome))
 
-    def _add_slideshow(self) -> None:
+    def _add_slideshow(self):
         """Make a video of a TikTok photo post, once all of it is here; optional."""
         results = self.folder.results
         results.sort(key=lambda result: result['item'])
@@ -3937,7 +3923,7 @@ class Attempt:
             self.stopper.go_on()
             log.warning('download %s: no slideshow: %s', self.job.id, error)
 
-    def _outcome(self, files: tuple[MediaFile, ...]) -> Outcome:
+    def _outcome(self, files):
         """How it ended: done, or a retry for missing items."""
         outcome, notes = Outcome('done'), [result['note'] for result in self.folder.results]
         if self.failures:
@@ -3954,7 +3940,7 @@ class Attempt:
         return outcome._replace(title=self.folder.post['title'], files=files, post=self.folder.post,
                                 note=' '.join(dict.fromkeys(filter(None, notes))))
 
-    def _download(self, items: list[int]) -> None:
+    def _download(self, items):
         try:
             Session = import_ytdlp(self.ytdlp)
         except Exception:
@@ -3980,7 +3966,7 @@ class Attempt:
                 self.session = None
                 log.info('download %s: yt-dlp return code %d', self.job.id, code)
 
-    def _sites(self) -> list[Any]:
+    def _sites(self):
         if is_under(host_of(self.job.url), SITES):
             return post_extractors()
         from yt_dlp.extractor import gen_extractor_classes
@@ -3988,7 +3974,7 @@ class Attempt:
         return [site for site in gen_extractor_classes()
                 if site._ENABLED and (anywhere or site.IE_NAME != 'generic')]
 
-    def _resolve(self, session: Any) -> str:
+    def _resolve(self, session):
         """The job's URL, or its target if no extractor knows its form (share/, m., no www)."""
         url = post_url(self.job.url)
         known = any(site.suitable(url) for site in session._ies.values())
@@ -4004,7 +3990,7 @@ class Attempt:
             raise Ending('login')
         return urljoin(response.url, following)
 
-    def _params(self) -> dict[str, Any]:
+    def _params(self):
         """Our options over the caller's over the defaults; yt-dlp changes the dict."""
         own, ffmpeg = self.config.downloader, which('ffmpeg')
         options = self.job.options
@@ -4062,19 +4048,19 @@ class BrokenRelease(Trouble):
     """A release that arrived as published but does not work here."""
 
 
-def version_key(version: str) -> tuple[int, ...]:
+def version_key(version):
     """Orders versions; '2026.8.29' equals '2026.08.29'. () if it is not a yt-dlp version."""
     match = re.fullmatch(r'(\d{1,9}(?:\.\d{1,9}){0,9})(?:\.dev\d{1,9})?', version[:99], re.A)
     return tuple(map(int, match[1].split('.'))) if match else ()
 
 
-def runs_here(requires: str, python: tuple[int, ...] = sys.version_info[:3]) -> bool:
+def runs_here(requires, python=sys.version_info[:3]):
     """Is this Python within a Requires-Python such as '>=3.9,<4'?"""
     bounds = re.findall(r'(>=|<)\s*(\d{1,9}(?:\.\d{1,9}){0,9})', requires, re.A)
     return all((python >= version_key(version)) == (sign == '>=') for sign, version in bounds)
 
 
-def fetch_url(url: str) -> bytes:
+def fetch_url(url):
     """The body at `url`. Raises Trouble."""
     host = urlsplit(url).hostname
     try:
@@ -4087,7 +4073,7 @@ def fetch_url(url: str) -> bytes:
     return body
 
 
-def run_helper(*command: str) -> Any:
+def run_helper(*command):
     """Run a process without our secrets and yt-dlp's plugins, in the root folder: a pip.py in the
     current one must not run. Raises Trouble when it hangs or is killed."""
     import subprocess
@@ -4104,7 +4090,7 @@ def run_helper(*command: str) -> Any:
     return done
 
 
-def unpack(wheel: Path, folder: Path) -> None:
+def unpack(wheel, folder):
     """Put yt_dlp/ and its dist-info into `folder`, nothing else. Raises BrokenRelease."""
     import zipfile
     import zlib
@@ -4118,7 +4104,7 @@ def unpack(wheel: Path, folder: Path) -> None:
         raise BrokenRelease(f'{wheel.name} cannot be unpacked ({error})') from None
 
 
-def version_in(folder: Path) -> str:
+def version_in(folder):
     """The version of the yt-dlp in `folder`; '' if there is none."""
     return find_line(folder / 'yt_dlp/version.py', r"^__version__ = '(\d[\d.]*)'")
 
@@ -4194,7 +4180,7 @@ print(__version__)
 ALONE = ('-I', '-S', '-X', 'no_debug_ranges', '-X', 'utf8')  # no packages, no columns: 4 MB less
 
 
-def bare_python(script: str, *words: str) -> tuple[str, ...]:
+def bare_python(script, *words):
     """The command line of `script` in a bare Python that imports this program as `v`; its words
     start at argv[3]. Python's own modules come before files beside the program."""
     begin = 'import pathlib, sys\nsys.path.append(sys.argv[1])\nv = __import__(sys.argv[2])\n'
@@ -4202,7 +4188,7 @@ def bare_python(script: str, *words: str) -> tuple[str, ...]:
     return (sys.executable, *ALONE, '-c', begin + script, *place, *words)
 
 
-def try_out(folder: Path, version: str) -> str:
+def try_out(folder, version):
     """Compile and try the yt-dlp in `folder`: why it does not work, '' if it does."""
     import tempfile
     run_helper(sys.executable, '-m', 'compileall', '-q', str(folder / 'yt_dlp'))
@@ -4219,11 +4205,11 @@ def try_out(folder: Path, version: str) -> str:
 class Vendor:
     """The yt-dlp beside the program."""
 
-    def __init__(self, folder: Path, index: str = INDEX):
+    def __init__(self, folder, index=INDEX):
         self.folder, self.index = folder, index
         self.pointer = folder / f'current-{PYTHON}'
 
-    def state(self, pointer: Path | None = None) -> dict[str, Any]:
+    def state(self, pointer=None):
         """What a pointer says: version, previous, bad, newest; the sites that worked with version
         (sites) and previous (before); when the index was asked (checked; searched: for a
         pre-release)."""
@@ -4233,7 +4219,7 @@ class Vendor:
             return {}
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self):
         """Wait until no other process writes here. Raises Trouble if this one cannot."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -4245,32 +4231,32 @@ class Vendor:
             raise Trouble(f'yt-dlp cannot be stored in {self.folder} ({error.strerror or error}): '
                           'free some space, or let this user write there') from None
 
-    def remember(self, **changes: Any) -> None:
+    def remember(self, **changes):
         """Write the pointer with these changes."""
         write_whole(self.pointer, json.dumps({**self.state(), **changes}))
 
-    def mark_bad(self, release: str, **changes: Any) -> None:
+    def mark_bad(self, release, **changes):
         """Mark a release as broken, until there is a newer one."""
         self.remember(bad=[*self.state().get('bad', ()), release][-5:], **changes)
 
-    def fits(self, name: str, version: str, requires: str) -> bool:
+    def fits(self, name, version, requires):
         """May this Python use it? Not if it is unsafe or known as broken."""
         safe = PYTHON == '3.9' or version_key(version) >= version_key(OLDEST_SAFE)
         return safe and runs_here(requires) and name not in self.state().get('bad', ())
 
-    def usable(self, folder: Path) -> bool:
+    def usable(self, folder):
         """Does `folder` hold a yt-dlp that fits?"""
         version = version_in(folder)
         about = next(folder.glob('yt_dlp-*.dist-info/METADATA'), folder)
         requires = find_line(about, r'^Requires-Python: (.+)$')
         return bool(version) and self.fits(folder.name, version, requires)
 
-    def unpacked(self) -> list[Path]:
+    def unpacked(self):
         """The folders of releases, newest first."""
         found = [path for path in self.folder.glob('[0-9]*.*') if version_key(path.name)]
         return sorted(found, key=lambda path: version_key(path.name), reverse=True)
 
-    def current(self) -> Path | None:
+    def current(self):
         """The folder for sys.path: the one the pointer names, else the last good one, one that `pip
         install --target` put here, or any other release that this Python can use."""
         state = self.state()
@@ -4278,15 +4264,15 @@ class Vendor:
         found = [*named, self.folder, *self.unpacked()]
         return next((path for path in found if self.usable(path)), None)
 
-    def version(self) -> str | None:
+    def version(self):
         """The version of `current`."""
         return version_in(self.current() or Path(os.devnull)) or None
 
-    def last_checked(self, channel: str = 'stable') -> float:
+    def last_checked(self, channel='stable'):
         """When the index last answered, in epoch seconds; 0: never."""
         return float(self.state().get('searched' if channel == 'auto' else 'checked', 0))
 
-    def held_back(self) -> str | None:
+    def held_back(self):
         """A sentence if newer releases do not run on this Python."""
         newest, requires = self.state().get('newest') or ('now', NEEDS)
         if runs_here(requires):
@@ -4294,7 +4280,7 @@ class Vendor:
         return (f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads '
                 'will break as the sites change. Fix: start the server with a newer Python')
 
-    def catalogue(self) -> list[Release]:
+    def catalogue(self):
         """The releases with a pure wheel on the index, newest first. Raises Trouble."""
         base, found = f'{self.index}/pypi/yt-dlp/json', []
         try:
@@ -4309,7 +4295,7 @@ class Vendor:
                           'internet, then run: python3 videoserverd.py update') from None
         return sorted(found, key=lambda release: version_key(release.version), reverse=True)
 
-    def fetch(self, release: Release, folder: Path) -> Path:
+    def fetch(self, release, folder):
         """The wheel of `release`, by pip where there is one. Raises Trouble."""
         import hashlib
         pinned, wheel = folder / 'requirements.txt', folder / 'yt_dlp.whl'
@@ -4328,7 +4314,7 @@ class Vendor:
                           'names and was discarded: try later, or check the proxy or mirror')
         return wheel
 
-    def take(self, release: Release) -> None:
+    def take(self, release):
         """Make `release` the current one; fetch it, try it and put it in place atomically unless
         it is here and works. Raises Trouble, OSError."""
         place, fresh = self.folder / release.version, self.folder / '.new'
@@ -4351,7 +4337,7 @@ class Vendor:
             self.remember(version=release.version, previous=good, before=state.get('sites', []),
                           sites=[], searched=0)
 
-    def clean(self) -> None:
+    def clean(self):
         """Remove what an interrupted installation left, and releases that no pointer names."""
         states = [self.state(file) for file in self.folder.glob('current-*')]
         named = {state.get(key) for state in states for key in ('version', 'previous')}
@@ -4359,7 +4345,7 @@ class Vendor:
             if path.name not in named and path != self.current():
                 remove_folder(path)
 
-    def candidates(self, channel: str) -> list[Release]:
+    def candidates(self, channel):
         """The usable releases, best first. A newer release clears the marks of broken ones."""
         releases = [release for release in self.catalogue()
                     if channel != 'stable' or 'dev' not in release.version]
@@ -4375,7 +4361,7 @@ class Vendor:
             return final
         return fitting
 
-    def install(self, channel: str = 'stable') -> str:
+    def install(self, channel='stable'):
         """Take the newest release that works here and return its version; `channel`: auto is a
         pre-release if there is no newer final one. Raises Trouble, and changes nothing then."""
         with self.locked():
@@ -4397,7 +4383,7 @@ class Vendor:
                           'newer Python')
         return version
 
-    def roll_back(self, version: str) -> str | None:
+    def roll_back(self, version):
         """From `version`, if it is still in use, back to the last good release; returns which."""
         with self.locked():
             state = self.state()
@@ -4421,8 +4407,7 @@ except v.Trouble as error:
 '''
 
 
-def update_due(now: float, last_checked: float, site_changed: bool, failures: int = 0,
-               last_tried: float = 0) -> bool:
+def update_due(now, last_checked, site_changed, failures=0, last_tried=0):
     """Is it time to check for a newer yt-dlp? At most hourly when a site has changed, else weekly;
     at growing intervals after failures. A clock set back by over a day also makes it due."""
     if failures and 0 <= now - last_tried < backoff(failures, RETRY_GAPS):
@@ -4431,7 +4416,7 @@ def update_due(now: float, last_checked: float, site_changed: bool, failures: in
     return age >= (HOUR if site_changed else 7 * DAY) or age < -DAY
 
 
-def loaded_ytdlp() -> Path | None:
+def loaded_ytdlp():
     """The folder that this process has imported yt_dlp from; None before it has."""
     module = sys.modules.get('yt_dlp')
     return Path(module.__file__).parents[1] if module else None
@@ -4441,8 +4426,7 @@ class Freshness:
     """Keeps the daemon's yt-dlp up to date, and drops a release that proves broken. Any thread may
     call `heard` and `stop`, only `care` calls `step`."""
 
-    def __init__(self, vendor: Vendor, downloader: Any,
-                 loaded: Callable[[], Path | None] = loaded_ytdlp):
+    def __init__(self, vendor, downloader, loaded=loaded_ytdlp):
         self.vendor, self.settings, self.loaded = vendor, downloader, loaded
         self.site_changed = self.unusable = self.stopped = False
         self.worked: set[str] = set()  # sites
@@ -4452,7 +4436,7 @@ class Freshness:
         self.trouble = ''  # why the last check failed, a sentence
         self.child: Any = None
 
-    def heard(self, site: str, outcome: Outcome) -> None:
+    def heard(self, site, outcome):
         """Note what the end of a download says about yt-dlp."""
         if outcome.kind == 'done':
             self.worked.add(site)
@@ -4461,7 +4445,7 @@ class Freshness:
         self.unusable |= outcome.reason == 'ytdlp'
         self.site_changed |= outcome.reason == 'site_changed'
 
-    def step(self, now: float) -> bool:
+    def step(self, now):
         """Do what is due at `now`, epoch seconds. Whether the daemon should re-execute itself when
         idle, because it has imported a yt-dlp that is not the current one. Raises Trouble."""
         loaded, current, checked = self.loaded(), self.vendor.current(), 0.0
@@ -4479,7 +4463,7 @@ class Freshness:
         current = self.vendor.current()
         return None not in (loaded, current) and loaded != current
 
-    def judge(self) -> None:
+    def judge(self):
         """A release is trusted once a download worked. Until then it is rolled back if two sites
         fail that worked with the previous one: a single site proves nothing."""
         state, worked, failed = self.vendor.state(), set(self.worked), set(self.failed)
@@ -4493,7 +4477,7 @@ class Freshness:
                       self.vendor.version())
             self.failed.clear()
 
-    def look(self, now: float, channel: str) -> None:
+    def look(self, now, channel):
         """Install the newest release in its own process: to save memory, and so it can be stopped.
         """
         import subprocess
@@ -4515,7 +4499,7 @@ class Freshness:
             self.trouble, self.failures = '', 0
             self.site_changed = self.unusable = False
 
-    def stop(self) -> None:
+    def stop(self):
         """End a running installation with all its processes; start no more."""
         self.stopped = True
         if self.child and self.child.poll() is None:
@@ -4545,38 +4529,38 @@ THUMBNAIL_FORMATS = 'mov,matroska,flv,avi,mpegts,mp3,ogg,' + ','.join(STILLS.val
 
 # -- links
 
-def public_base(config: Config, port: int) -> str:
+def public_base(config, port):
     """How others reach this server: scheme, host, port, perhaps a path; no final slash."""
     scheme = 'https' if config.server.tls else 'http'
     host = socket.gethostname().split('.')[0].lower() or 'localhost'
     return config.server.public_base_url or f'{scheme}://{host}.local:{port}'
 
 
-def file_path(download_id: str, name: str) -> str:
+def file_path(download_id, name):
     """The path of a finished file below the base: without its folders, so that no link has any."""
     return f'/files/{download_id}/{quote(os.path.basename(name), safe="")}'
 
 
-def link_secret(file: Path) -> bytes:
+def link_secret(file):
     """The key that signs links; created if missing (or emptied by a power cut). Raises OSError."""
     if not file.exists() or not file.stat().st_size:
         write_whole(file, os.urandom(32).hex())
     return file.read_bytes()
 
 
-def link_signature(secret: bytes, path: str, expires: str) -> str:
+def link_signature(secret, path, expires):
     """Signs the decoded path, as players percent-encode it in their own way."""
     import hmac
     signed = f'{expires}\n{unquote(path)}'.encode('utf-8', 'replace')
     return hmac.new(secret, signed, 'sha256').hexdigest()
 
 
-def sign_path(secret: bytes, path: str, expires: int) -> str:
+def sign_path(secret, path, expires):
     """The query that opens `path` until `expires`, epoch seconds."""
     return f'?expires={expires}&signature={link_signature(secret, path, str(expires))}'
 
 
-def check_signature(secret: bytes, path: str, query: dict[str, str], now: float) -> bool:
+def check_signature(secret, path, query, now):
     """Whether `query` opens `path` at `now`: not forged, not of another path, not expired."""
     import hmac
     expires, signature = query.get('expires', ''), query.get('signature', '')
@@ -4586,7 +4570,7 @@ def check_signature(secret: bytes, path: str, query: dict[str, str], now: float)
     return hmac.compare_digest(wanted.encode(), signature.encode('utf-8', 'replace'))
 
 
-def content_disposition(name: str) -> str:
+def content_disposition(name):
     """The header by RFC 6266: the real name by RFC 8187, and ASCII for old clients."""
     ascii_name = re.sub(r'[^ !#-$&-\[\]-~]', '_', name)  # clients differ on quotes, \ and %
     value = f'inline; filename="{ascii_name}"'
@@ -4608,24 +4592,23 @@ class Keys:
     region: str
     service: str = 's3'
 
-    def scope(self, stamp: str) -> str:
+    def scope(self, stamp):
         """Where and on which day a signature holds."""
         return f'{stamp[:8]}/{self.region}/{self.service}/aws4_request'
 
 
-def amz_date(now: float) -> str:
+def amz_date(now):
     """'20130524T000000Z'."""
     return time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))
 
 
-def canonical_query(query: Pairs) -> str:
+def canonical_query(query):
     """`query` encoded and sorted, as it is signed and sent."""
     encoded = sorted((quote(name, safe=''), quote(value, safe='')) for name, value in query)
     return '&'.join(f'{name}={value}' for name, value in encoded)
 
 
-def signature_v4(keys: Keys, stamp: str, method: str, path: str, query: Pairs, headers: Pairs,
-                 payload: str) -> str:
+def signature_v4(keys, stamp, method, path, query, headers, payload):
     """`path` is encoded as it is sent, `headers` are in lower case and sorted, `payload` is the
     body's SHA-256 in hex or UNSIGNED-PAYLOAD."""
     import hashlib
@@ -4641,8 +4624,7 @@ def signature_v4(keys: Keys, stamp: str, method: str, path: str, query: Pairs, h
     return digest.hex()
 
 
-def sign_v4(keys: Keys, now: float, method: str, host: str, path: str, query: Pairs,
-            headers: dict[str, str], payload: str) -> dict[str, str]:
+def sign_v4(keys, now, method, host, path, query, headers, payload):
     """`headers` plus those that authenticate the request."""
     stamp = amz_date(now)
     headers = {**headers, 'Host': host, 'X-Amz-Date': stamp}
@@ -4654,7 +4636,7 @@ def sign_v4(keys: Keys, now: float, method: str, host: str, path: str, query: Pa
     return headers
 
 
-def presign_v4(keys: Keys, now: float, base: str, path: str, query: Pairs, seconds: int) -> str:
+def presign_v4(keys, now, base, path, query, seconds):
     """A URL by which anybody may GET `base` + `path` for so many seconds (a week at most)."""
     stamp = amz_date(now)
     query = [*query, ('X-Amz-Algorithm', 'AWS4-HMAC-SHA256'), ('X-Amz-Date', stamp),
@@ -4665,7 +4647,7 @@ def presign_v4(keys: Keys, now: float, base: str, path: str, query: Pairs, secon
     return f'{base}{path}?{canonical_query(query)}&X-Amz-Signature={signature}'
 
 
-def bucket_address(endpoint: str, bucket: str, key: str = '') -> tuple[str, str]:
+def bucket_address(endpoint, bucket, key=''):
     """('https://host', '/path') of an object: path-style, or virtual-host style where the
     endpoint says {bucket}."""
     url = urlsplit(endpoint.replace('{bucket}', bucket))
@@ -4693,7 +4675,7 @@ class Body:
     size: int
     halted: threading.Event
 
-    def blocks(self) -> Iterator[bytes]:
+    def blocks(self):
         """Its bytes. Raises OSError."""
         self.file.seek(self.start)
         left = self.size
@@ -4704,7 +4686,7 @@ class Body:
             left -= len(block)
             yield block
 
-    def digest(self, kind: str) -> str:
+    def digest(self, kind):
         """Of its bytes, in hex. Raises OSError."""
         import hashlib
         digest = hashlib.new(kind, usedforsecurity=False)
@@ -4713,7 +4695,7 @@ class Body:
         return digest.hexdigest()
 
 
-def xml_texts(answer: bytes, tag: str) -> list[str]:
+def xml_texts(answer, tag):
     """The texts of all <tag> in S3's XML."""
     import html
     found = re.findall(f'<{tag}>([^<]*)</{tag}>', answer.decode('utf-8', 'replace'))
@@ -4723,25 +4705,24 @@ def xml_texts(answer: bytes, tag: str) -> list[str]:
 class Bucket:
     """The bucket of [s3]; one request at a time. `presign` from any thread."""
 
-    def __init__(self, config: Config, multipart_above: int = MULTIPART_ABOVE,
-                 part_size: int = PART_SIZE):
+    def __init__(self, config, multipart_above=MULTIPART_ABOVE, part_size=PART_SIZE):
         self.s3 = config.s3
         self.keys = Keys(config.aws_access_key_id, config.aws_secret_access_key, config.s3.region)
         self.multipart_above, self.part_size = multipart_above, part_size
         self.client = HttpClient()
 
-    def key(self, download_id: str, name: str) -> str:
+    def key(self, download_id, name):
         """The object's name, with the id, so that downloads of the same name never collide."""
         return f'{self.s3.prefix}{download_id}/{name}'
 
-    def presign(self, key: str, name: str, seconds: int, now: float) -> str:
+    def presign(self, key, name, seconds, now):
         """A link to an object, saved as `name`; at the public endpoint where there is one."""
         endpoint = self.s3.public_endpoint or self.s3.endpoint
         base, path = bucket_address(endpoint, self.s3.bucket, key)
         query = [('response-content-disposition', content_disposition(name))]
         return presign_v4(self.keys, now, base, path, query, seconds)
 
-    def put(self, path: Path, key: str, kind: str) -> None:
+    def put(self, path, key, kind):
         """Store the file as `key`. A large one goes in parts; those that an earlier try has sent
         are not sent again. Raises Trouble."""
         try:
@@ -4755,23 +4736,23 @@ class Bucket:
         except OSError as error:
             raise Trouble(f'{path}: {error.strerror or error}') from None
 
-    def delete(self, key: str) -> None:
+    def delete(self, key):
         """Remove an object and its unfinished uploads. Raises Trouble."""
         self.abort(key)
         self._call('DELETE', key, fine=('NoSuchKey',))
 
-    def abort(self, key: str) -> None:
+    def abort(self, key):
         """Remove an object's unfinished uploads: their parts cost money. Raises Trouble."""
         for upload in self._unfinished(key):
             self._call('DELETE', key, [('uploadId', upload)], fine=('NoSuchUpload',))
 
-    def _unfinished(self, key: str) -> list[str]:
+    def _unfinished(self, key):
         query = [('uploads', ''), ('prefix', key)]
         _, answer = self._call('GET', '', query, fine=NOT_LISTED)
         pairs = zip(xml_texts(answer, 'Key'), xml_texts(answer, 'UploadId'))
         return [upload for found, upload in pairs if found == key]
 
-    def _put_parts(self, everything: Body, key: str, headers: Pairs) -> None:
+    def _put_parts(self, everything, key, headers):
         """Existing parts are trusted by their MD5 only: they may be of an older file."""
         size, stored = self.part_size, {}
         upload = next(iter(self._unfinished(key)), '')
@@ -4794,8 +4775,7 @@ class Bucket:
         body = Body(io.BytesIO(manifest), 0, len(manifest), self.client.halted)
         self._call('POST', key, [('uploadId', upload)], (), body)
 
-    def _call(self, method: str, key: str, query: Pairs = (), headers: Pairs = (),
-              body: Body | None = None, fine: Sequence[str] = ()) -> tuple[Any, bytes]:
+    def _call(self, method, key, query=(), headers=(), body=None, fine=()):
         """(headers, body) of S3's answer to one signed request; nothing where its error code is
         `fine`. Raises Trouble."""
         base, path = bucket_address(self.s3.endpoint, self.s3.bucket, key)
@@ -4833,7 +4813,7 @@ class Courier:
     kinds: tuple[str, ...] = ()
     fails = ''  # begins the sentence about its error in health
 
-    def __init__(self, name: str, client: HttpClient, store: Any, delays: Sequence[int]):
+    def __init__(self, name, client, store, delays):
         self.error: str | None = None  # why it fails at present, a sentence; for health
         self.client, self.store, self.delays = client, store, list(delays)
         while self.delays[-1] < LONGEST_DELAY:  # then twice as long each time
@@ -4843,11 +4823,11 @@ class Courier:
         self._pause_until = 0.0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> None:
+    def start(self):
         """Begin."""
         self._thread.start()
 
-    def wake(self, forgotten: str = '') -> None:
+    def wake(self, forgotten=''):
         """There may be something to do; end what is running for the download `forgotten`."""
         with self._changed:
             if forgotten and self._current == forgotten:
@@ -4855,7 +4835,7 @@ class Courier:
             self._woken = True
             self._changed.notify_all()
 
-    def stop(self, seconds: float = 0.8) -> bool:
+    def stop(self, seconds=0.8):
         """End, whatever it is doing; whether it ended in time (a name look-up may take longer)."""
         with self._changed:
             self._stopping = True
@@ -4864,7 +4844,7 @@ class Courier:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def _run(self) -> None:
+    def _run(self):
         while not self._stopping:
             nap = COURIER_NAP
             try:
@@ -4876,7 +4856,7 @@ class Courier:
                 self._changed.wait_for(lambda: self._woken or self._stopping, nap)
                 self._woken = False
 
-    def step(self, now: float) -> float:
+    def step(self, now):
         """Send one item due at `now`; seconds until there may be another. After a failure comes a
         pause, so that a server that is down is not asked for each of many items."""
         if 0 < self._pause_until - now <= COURIER_NAP:  # more: the clock was set back
@@ -4908,7 +4888,7 @@ class Courier:
         self.error = None
         return 0
 
-    def _postpone(self, item: Any, error: str, now: int) -> float:
+    def _postpone(self, item, error, now):
         """Seconds to pause; 0 if it is no longer wanted."""
         delay = int(min(max(1, backoff(item['attempts'] + 1, self.delays)), LONGEST_DELAY))
         if not self.store.settle(item, now, now + delay, 'failing', error):
@@ -4922,11 +4902,11 @@ class Uploader(Courier):
     kinds = ('upload', 'delete')
     fails = 'Copies to the bucket fail'
 
-    def __init__(self, config: Config, bucket: Bucket, store: Any):
+    def __init__(self, config, bucket, store):
         super().__init__('upload', bucket.client, store, config.downloads.retry_delays)
         self.bucket, self.output = bucket, config.downloads.output_directory
 
-    def send(self, item: Any, now: int) -> tuple[Any, ...]:
+    def send(self, item, now):
         """Its copy is stored, or deleted. Raises Trouble."""
         if item['kind'] == 'delete':
             for key in json.loads(item['payload']):
@@ -4963,8 +4943,7 @@ class Notifier(Courier):
     kinds = ('notify',)
     fails = 'Notifications fail'
 
-    def __init__(self, config: Config, store: Any, describe: Callable[[Any], dict[str, Any]],
-                 page: str, problems: Callable[[], list[str]]):
+    def __init__(self, config, store, describe, page, problems):
         super().__init__('notify', HttpClient(), store, config.downloads.retry_delays)
         self.describe, self.page, self.problems = describe, page, problems
         self.events, self.secret = config.notify.events, config.notify_secret.encode()
@@ -4973,7 +4952,7 @@ class Notifier(Courier):
         self.ntfy = self.url != config.notify.url or 'ntfy' in self.host.split('.')
         self._looked, self._seen = -math.inf, set()
 
-    def step(self, now: float) -> float:
+    def step(self, now):
         """As in any courier; once a minute after a check for problems."""
         if 'attention' in self.events and not 0 <= now - self._looked < COURIER_NAP:
             found = {re.match(r'\D*', text)[0]: text for text in self.problems()
@@ -4983,7 +4962,7 @@ class Notifier(Courier):
             self._looked, self._seen = now, set(found)
         return super().step(now)
 
-    def send(self, item: Any, now: int) -> tuple[Any, ...]:
+    def send(self, item, now):
         """Send a notification, unless its download was deleted. Raises Trouble."""
         if item['attempts'] >= MOST_NOTICES:
             log.warning('notify %s: given up', item['download_id'])
@@ -5004,7 +4983,7 @@ class Notifier(Courier):
             raise Trouble(f'{self.host} answers with HTTP {status}')
         return ()
 
-    def _compose(self, event: str, told: dict[str, Any], now: int) -> tuple[dict[str, str], bytes]:
+    def _compose(self, event, told, now):
         """Headers and body."""
         if self.ntfy:
             title, priority, tag = NTFY[event]
@@ -5023,7 +5002,7 @@ class Notifier(Courier):
 
 # -- thumbnails
 
-def make_thumbnail(video: Path, picture: Path) -> bool:
+def make_thumbnail(video, picture):
     """Make a small JPEG of `video`; whether it worked. Slow: takes a Pi seconds."""
     import subprocess
     fresh = picture.with_name(f'.{picture.name}.new')
@@ -5077,9 +5056,7 @@ class Scheduler:
     `new_attempt(job, on_progress, on_identity)` makes an Attempt, `preflight()` tells why nothing
     may start (None: it may), `on_outcome(job, outcome, over)` and `on_hang()` are the daemon's."""
 
-    def __init__(self, config: Config, store: Store, board: Board,
-                 new_attempt: Callable[..., Any], preflight: Callable[[], str | None],
-                 on_outcome: Callable[[Job, Outcome, bool], None], on_hang: Callable[[], None]):
+    def __init__(self, config, store, board, new_attempt, preflight, on_outcome, on_hang):
         self.config, self.store, self.board = config, store, board
         self.new_attempt, self.preflight = new_attempt, preflight
         self.on_outcome, self.on_hang = on_outcome, on_hang
@@ -5102,11 +5079,11 @@ class Scheduler:
 
     # -- what others call
 
-    def start(self) -> None:
+    def start(self):
         """Begin, with what the store has."""
         self._spawn('schedule', self._loop)
 
-    def _recover(self, now: int) -> None:
+    def _recover(self, now):
         over = self.store.recover(now, self.frozen)
         self.frozen = False
         self._alone = self.store.suspects()
@@ -5115,7 +5092,7 @@ class Scheduler:
         self._rebuild(now)
         self.ready = True
 
-    def _rebuild(self, now: int) -> None:
+    def _rebuild(self, now):
         self.store.pull_in(now, max(self.config.downloads.retry_delays))
         with self._changed:
             self._heap.clear()
@@ -5124,13 +5101,13 @@ class Scheduler:
             self.push(download_id, due)
         self._stale = False
 
-    def push(self, download_id: str, due: float = 0) -> None:
+    def push(self, download_id, due=0):
         """It is queued and may start at `due`, epoch seconds; claim verifies that."""
         with self._changed:
             self._enter(download_id, due)
         self.board.post(download_id)
 
-    def _enter(self, download_id: str, due: float) -> None:
+    def _enter(self, download_id, due):
         if self._due.get(download_id, math.inf) > due:
             self._seq += 1
             self._due[download_id] = due
@@ -5138,7 +5115,7 @@ class Scheduler:
             if self._heap[0][2] == download_id:  # else an earlier one has woken the loop
                 self._changed.notify_all()
 
-    def cancel(self, download_id: str, now: float) -> bool:
+    def cancel(self, download_id, now):
         """Stop it wherever it is; whether there was something to stop."""
         if self._cancel_queued(download_id, now):
             return True
@@ -5149,13 +5126,13 @@ class Scheduler:
         # Its attempt may have ended just then, with another one to follow.
         return gone and (self._cancel_queued(download_id, now) or bool(runs))
 
-    def _cancel_queued(self, download_id: str, now: float) -> bool:
+    def _cancel_queued(self, download_id, now):
         done = self.store.move('cancel', download_id, int(now))
         if done:
             self.board.post(download_id)
         return done
 
-    def _halt(self, ids: Sequence[str], reason: str) -> list[Run]:
+    def _halt(self, ids, reason):
         """Tell what runs to end; the first reason stays."""
         with self._changed:
             runs = [self._running[key] for key in ids if key in self._running]
@@ -5167,12 +5144,12 @@ class Scheduler:
                 run.attempt.stop(reason)
         return runs
 
-    def running(self) -> int:
+    def running(self):
         """How many downloads workers have."""
         with self._changed:
             return len(self._running)
 
-    def stop(self, seconds: float = 4.0) -> bool:
+    def stop(self, seconds=4.0):
         """Stop all, leaving them queued; whether everything ended in that time."""
         self._stopping.set()
         self._halt(list(self._running), 'stopped')
@@ -5183,12 +5160,12 @@ class Scheduler:
 
     # -- the thread that schedules
 
-    def _spawn(self, name: str, target: Callable[[], None]) -> None:
+    def _spawn(self, name, target):
         thread = threading.Thread(target=target, name=name, daemon=True)
         self._threads = [old for old in self._threads if old.is_alive()] + [thread]
         thread.start()
 
-    def _loop(self) -> None:
+    def _loop(self):
         while not self._stopping.is_set():
             try:
                 self.step(time.time(), time.monotonic())
@@ -5202,7 +5179,7 @@ class Scheduler:
                 if not self._stopping.is_set():
                     self._changed.wait(self._nap(time.time()))
 
-    def step(self, now: float, monotonic: float) -> None:
+    def step(self, now, monotonic):
         """One look at everything: pause, what runs, what is due. `now` is epoch seconds."""
         self.beat = monotonic
         self._watch(monotonic)
@@ -5217,7 +5194,7 @@ class Scheduler:
         for download_id in self._take_due(now):
             self._employ(download_id)
 
-    def _employ(self, download_id: str) -> None:
+    def _employ(self, download_id):
         """Give it to a new worker (idle threads cost memory). Raises what Thread.start does."""
         try:
             self._spawn(f'worker-{download_id[:8]}', lambda: self._work(download_id))
@@ -5227,7 +5204,7 @@ class Scheduler:
             self.push(download_id, time.time() + STORE_NAP)
             raise
 
-    def _nap(self, now: float) -> float:
+    def _nap(self, now):
         """Seconds until there is something to do; under the lock."""
         if self._running or self.paused:
             return WATCH_NAP
@@ -5235,7 +5212,7 @@ class Scheduler:
             return MAX_NAP
         return min(max(self._heap[0][0] - now, 0.0), MAX_NAP)
 
-    def _refresh_pause(self, monotonic: float) -> None:
+    def _refresh_pause(self, monotonic):
         message = self.preflight()
         if not message and monotonic < self._pause_until:
             message = self._pause_message
@@ -5248,7 +5225,7 @@ class Scheduler:
             log.info('queue: resumed')
         self.board.post('')
 
-    def _may_take(self, now: float) -> bool:
+    def _may_take(self, now):
         """Whether something is due and a worker free for it."""
         with self._changed:
             if self.paused or self._stopping.is_set() or not self._heap or self._heap[0][0] > now:
@@ -5257,7 +5234,7 @@ class Scheduler:
                 return False
             return len(self._running) < self.config.downloads.max_concurrent
 
-    def _take_due(self, now: float) -> list[str]:
+    def _take_due(self, now):
         """Pop what is due while a worker is free, and mark it as running."""
         taken: list[str] = []
         with self._changed:
@@ -5273,7 +5250,7 @@ class Scheduler:
                     taken.append(download_id)
         return taken
 
-    def _watch(self, monotonic: float) -> None:
+    def _watch(self, monotonic):
         """Let each attempt check its limits; one that ignores a stop makes us restart in place."""
         with self._changed:
             runs = [run for run in self._running.values() if run.attempt]
@@ -5289,7 +5266,7 @@ class Scheduler:
 
     # -- the threads that download, one each
 
-    def _work(self, download_id: str) -> None:
+    def _work(self, download_id):
         with self._changed:
             run = self._running[download_id]
         try:
@@ -5306,7 +5283,7 @@ class Scheduler:
                 self._changed.notify_all()
             self.board.post(download_id)
 
-    def _attempt(self, download_id: str, run: Run) -> None:
+    def _attempt(self, download_id, run):
         run.job = job = self.store.claim(download_id, int(time.time()))
         if job is None:
             self._look_again(download_id)
@@ -5325,7 +5302,7 @@ class Scheduler:
             attempt.stop(reason)
         self._settle(job, attempt.run())
 
-    def _here(self, job: Job, site: str | None, media_id: str | None) -> Outcome | None:
+    def _here(self, job, site, media_id):
         """The outcome if the files of this post are already here; None: fetch it."""
         if not media_id or ('again', None) in job.options:
             return None
@@ -5337,7 +5314,7 @@ class Scheduler:
                                    note=record['note'] or '', post=record, shared=record['id'])
         return None
 
-    def _look_again(self, download_id: str) -> None:
+    def _look_again(self, download_id):
         """It could not be claimed: gone, not due yet, or claimed by a commit that was reported as
         failed. What still waits keeps its place in the heap."""
         with suppress(LookupError):
@@ -5347,7 +5324,7 @@ class Scheduler:
             if record['status'] in ('queued', 'downloading'):
                 self.push(download_id, record['next_attempt_at'] or 0)
 
-    def _settle(self, job: Job | None, outcome: Outcome) -> None:
+    def _settle(self, job, outcome):
         """Store how it ended, however long the database takes; then tell the daemon."""
         if job is None:
             return
@@ -5364,7 +5341,7 @@ class Scheduler:
                 self._alone.discard(job.id)
         self.on_outcome(job, outcome, over)
 
-    def _store_outcome(self, job: Job, outcome: Outcome, now: float) -> bool:
+    def _store_outcome(self, job, outcome, now):
         """Whether it is over: completed or failed. Raises StoreDown."""
         downloads = self.config.downloads
         step, delay = next_step(outcome, job.attempt, downloads.max_retries, downloads.retry_delays)
@@ -5386,7 +5363,7 @@ class Scheduler:
             self.push(job.id, due)  # even if a commit that was reported as failed has stored it
         return not due
 
-    def _put_back(self, job: Job, outcome: Outcome, now: float) -> None:
+    def _put_back(self, job, outcome, now):
         """Stopped, or nothing can be downloaded now: queued again, no attempt counted."""
         if outcome.kind == 'pause':
             self._pause_until = time.monotonic() + PAUSE_SECONDS
@@ -5457,7 +5434,7 @@ class Certificate:
     addresses: tuple[str, ...]
 
 
-def as_address(word: str) -> Any:
+def as_address(word):
     """The IP address that `word` is; None for a host name."""
     try:
         return ipaddress.ip_address(word)
@@ -5465,7 +5442,7 @@ def as_address(word: str) -> Any:
         return None
 
 
-def host_words(given: Iterable[str]) -> tuple[str, ...]:
+def host_words(given):
     """Host names and IP addresses in their usual form, each once. Raises Trouble."""
     found = {}
     for word in given:
@@ -5477,7 +5454,7 @@ def host_words(given: Iterable[str]) -> tuple[str, ...]:
     return tuple(found)
 
 
-def machine_names() -> tuple[str, ...]:
+def machine_names():
     """`<host>.local`, the host name, the name with its domain if it has one, and localhost."""
     full = re.sub(r'[^a-z0-9_.-]+', '-', socket.gethostname().lower()).strip('-.') or 'localhost'
     host = full.partition('.')[0][:63].strip('-')
@@ -5485,7 +5462,7 @@ def machine_names() -> tuple[str, ...]:
     return tuple(filter(HOST_NAME.fullmatch, names))
 
 
-def host_names(config: Config) -> tuple[str, ...]:
+def host_names(config):
     """The names this machine answers to, `<host>.local` first. Raises Trouble."""
     words = [*machine_names(), *config.server.names]
     base = urlsplit(config.server.public_base_url or '').hostname or ''
@@ -5494,7 +5471,7 @@ def host_names(config: Config) -> tuple[str, ...]:
     return tuple(word for word in host_words(words) if not as_address(word))
 
 
-def host_addresses() -> tuple[str, ...]:
+def host_addresses():
     """All addresses of this machine, loopback first."""
     found = ['127.0.0.1', '::1']
     for family, target in ((socket.AF_INET, '192.0.2.1'), (socket.AF_INET6, '2001:db8::1')):
@@ -5512,7 +5489,7 @@ def host_addresses() -> tuple[str, ...]:
     return host_words(found)
 
 
-def may_sign(word: str, permitted: Iterable[str]) -> bool:
+def may_sign(word, permitted):
     """May our CA, made to permit `permitted` too, sign for this name or address?"""
     address = as_address(word)
     if address:
@@ -5520,7 +5497,7 @@ def may_sign(word: str, permitted: Iterable[str]) -> bool:
     return any(f'.{word}'.endswith(f'.{name}') for name in (*PERMITTED_NAMES, *permitted))
 
 
-def certificate_files(config: Config) -> dict[str, Path]:
+def certificate_files(config):
     """Where each generated file belongs, in the order in which they are put there."""
     server = config.server
     return {'ca.key': server.ca_file.with_name('ca.key'), 'server.key': server.key_file,
@@ -5528,7 +5505,7 @@ def certificate_files(config: Config) -> dict[str, Path]:
             'server.crt': server.cert_file}
 
 
-def remembered_names(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def remembered_names(config):
     """All that `cert` ever got as --host and --ip, and what the CA permits."""
     file, notes = certificate_files(config)['names.json'], {}
     try:
@@ -5540,7 +5517,7 @@ def remembered_names(config: Config) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (), ()
 
 
-def tls_context(*pair: Path) -> ssl.SSLContext:
+def tls_context(*pair):
     """TLS 1.2 (forward secrecy and AEAD only) and 1.3 with a certificate and its key.
     Raises Trouble."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -5563,12 +5540,12 @@ def tls_context(*pair: Path) -> ssl.SSLContext:
     return context
 
 
-def server_context(config: Config) -> ssl.SSLContext:
+def server_context(config):
     """The server's own tls_context. Raises Trouble."""
     return tls_context(config.server.cert_file, config.server.key_file)
 
 
-def seen_by_client(context: ssl.SSLContext, trusted: Path, leaf: Path) -> dict[str, Any]:
+def seen_by_client(context, trusted, leaf):
     """The fields of `leaf` as seen by a client that trusts a file and ignores the clock, in a
     handshake with ourselves in memory. Raises ssl.SSLError if the client would."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -5590,7 +5567,7 @@ def seen_by_client(context: ssl.SSLContext, trusted: Path, leaf: Path) -> dict[s
     return ends[0].getpeercert()
 
 
-def look_at_certificate(config: Config) -> Certificate:
+def look_at_certificate(config):
     """The server's certificate: ours if it comes from the CA, else the owner's. Raises Trouble."""
     context, leaf = server_context(config), config.server.cert_file
     for own, trusted in ((False, config.server.ca_file), (True, leaf)):
@@ -5607,7 +5584,7 @@ def look_at_certificate(config: Config) -> Certificate:
     raise Trouble(f'{leaf}: clients would reject it: {reason}')
 
 
-def read_ca(file: Path) -> tuple[bytes, dict[str, Any]]:
+def read_ca(file):
     """The CA that a phone has to trust, in DER and as fields. Raises Trouble."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
@@ -5617,7 +5594,7 @@ def read_ca(file: Path) -> tuple[bytes, dict[str, Any]]:
         raise Trouble(f'{file} is missing or contains no CA') from None
 
 
-def run_openssl(folder: Path, *arguments: str) -> None:
+def run_openssl(folder, *arguments):
     """Runs openssl in `folder`, without a terminal for prompts. Raises Trouble."""
     import subprocess
     try:
@@ -5634,7 +5611,7 @@ def run_openssl(folder: Path, *arguments: str) -> None:
         raise Trouble(f'openssl {arguments[0]} failed: ' + said.strip().partition('\n')[0])
 
 
-def make_key(new: Path, old: Path, fresh: bool) -> Path:
+def make_key(new, old, fresh):
     """The old P-256 key if there is one, unless `fresh`; else a new one. Raises Trouble.
     A renewal keeps the key, so that it only changes one file, atomically."""
     if old.exists() and not fresh:
@@ -5644,8 +5621,7 @@ def make_key(new: Path, old: Path, fresh: bool) -> Path:
     return new
 
 
-def sign_certificate(out: Path, key: Path, subject: str, words: Iterable[str],
-                     start: float, end: float, *signer: Any) -> None:
+def sign_certificate(out, key, subject, words, start, end, *signer):
     """Makes a certificate, of OPENSSL_CONFIG's section of its name. Raises Trouble, OSError.
     Of openssl's commands only `ca` can back-date in every release."""
     folder, listed = out.parent, '\n'.join(word % at for at, word in enumerate(words))
@@ -5661,7 +5637,7 @@ def sign_certificate(out: Path, key: Path, subject: str, words: Iterable[str],
                 '-extfile', 'config', '-extensions', out.name, *map(str, signer))
 
 
-def put_in_place(config: Config, folder: Path) -> None:
+def put_in_place(config, folder):
     """Moves the new files into place. A kill leaves a good pair, or none and what the next start
     needs to make one: keys come first, certificates last, a new CA only after the old certificates
     are gone. Raises OSError."""
@@ -5683,8 +5659,7 @@ def put_in_place(config: Config, folder: Path) -> None:
         sync(target.parent)
 
 
-def leaf_words(config: Config, asked: Sequence[str], given: Sequence[str],
-               permitted: Sequence[str]) -> list[str]:
+def leaf_words(config, asked, given, permitted):
     """The names and addresses for the leaf; `asked` for now, `given` ever. Raises Trouble if the CA
     may not sign for what is asked."""
     for words in (asked, host_words(config.server.names)):
@@ -5699,7 +5674,7 @@ def leaf_words(config: Config, asked: Sequence[str], given: Sequence[str],
     return [word for word in words if may_sign(word, permitted)]
 
 
-def make_ca(out: Path, key: Path, permitted: Iterable[str], start: float) -> None:
+def make_ca(out, key, permitted, start):
     """Makes a CA that may sign for `permitted`, too. Raises Trouble, OSError."""
     words = [f'permitted;IP.%d = {network.with_netmask}' for network in PRIVATE_NETWORKS]
     for word in dict.fromkeys((*PERMITTED_NAMES, *permitted)):
@@ -5711,8 +5686,7 @@ def make_ca(out: Path, key: Path, permitted: Iterable[str], start: float) -> Non
                      start + CA_DAYS * DAY, '-selfsign', '-keyfile', key)
 
 
-def make_certificate(config: Config, now: float, words: Iterable[str], notes: dict[str, Any],
-                     new_ca: bool, fresh: bool) -> None:
+def make_certificate(config, now, words, notes, new_ca, fresh):
     """Makes a leaf, before it a CA if `new_ca`; new keys if `fresh`. Raises Trouble, OSError."""
     import tempfile
     if now < BUILT:
@@ -5743,8 +5717,7 @@ def make_certificate(config: Config, now: float, words: Iterable[str], notes: di
     put_in_place(config, folder)
 
 
-def ensure_locked(config: Config, now: float, asked: tuple[str, ...], force: bool, fresh: bool
-                  ) -> tuple[Certificate, bool]:
+def ensure_locked(config, now, asked, force, fresh ):
     """What ensure_certificate does under its lock; `fresh` is its new_ca."""
     server, old, usable = config.server, None, False
     demanded = force or fresh or bool(asked)
@@ -5782,8 +5755,7 @@ def ensure_locked(config: Config, now: float, asked: tuple[str, ...], force: boo
     return look_at_certificate(config), True
 
 
-def ensure_certificate(config: Config, now: float, names: Iterable[str] = (), force: bool = False,
-                       new_ca: bool = False) -> tuple[Certificate, bool]:
+def ensure_certificate(config, now, names=(), force=False, new_ca=False):
     """The server's certificate, made or renewed if due; and whether it was changed. `names` (and
     addresses) are remembered. The owner's own certificate is left alone. Raises ClockWrong or
     Trouble if there is no usable certificate, or not the one asked for."""
@@ -5806,13 +5778,13 @@ def ensure_certificate(config: Config, now: float, names: Iterable[str] = (), fo
                       f'{error.strerror}') from None
 
 
-def ca_fingerprint(config: Config) -> str:
+def ca_fingerprint(config):
     """SHA-256 of the CA as phones and browsers show it: 'AB:CD:…'. Raises Trouble."""
     import hashlib
     return hashlib.sha256(read_ca(config.server.ca_file)[0]).digest().hex(':').upper()
 
 
-def mobileconfig(config: Config) -> bytes:
+def mobileconfig(config):
     """The CA as an iPhone's profile; it replaces one of the same identifier. Raises Trouble."""
     import plistlib
     import uuid
@@ -5899,7 +5871,7 @@ PROGRESS_FIELDS = ('phase', 'downloaded', 'speed', 'eta')
 class HTTPError(Exception):
     """A refusal: status, one sentence a phone can show, stable code, further headers."""
 
-    def __init__(self, status: int, message: str, code: str = '', **headers: str):
+    def __init__(self, status, message, code='', **headers):
         super().__init__(message)
         self.status, self.message = status, message
         self.code = code or CODES.get(status, 'bad_request')
@@ -5934,7 +5906,7 @@ class Reply:
 # -- reading a request
 
 
-def parse_fields(lines: Sequence[str]) -> dict[str, list[str]]:
+def parse_fields(lines):
     """Header fields by lower-case name (RFC 9112 section 5). Raises HTTPError."""
     fields: dict[str, list[str]] = {}
     if len(lines) > 100:
@@ -5947,7 +5919,7 @@ def parse_fields(lines: Sequence[str]) -> dict[str, list[str]]:
     return fields
 
 
-def parse_head(data: bytes) -> Head:
+def parse_head(data):
     """The head of a request, without its last empty line (RFC 9112). Raises HTTPError.
 
     Stricter than the RFC: whatever two readers could understand differently is refused."""
@@ -5960,7 +5932,7 @@ def parse_head(data: bytes) -> Head:
     return Head(match[1], match[2], match[3], parse_fields(lines))
 
 
-def decode_path(raw: str) -> str:
+def decode_path(raw):
     """A percent-decoded path. Raises HTTPError if it could climb or is ambiguous."""
     try:
         path = unquote(raw, errors='strict')
@@ -5971,7 +5943,7 @@ def decode_path(raw: str) -> str:
     return path
 
 
-def body_length(fields: dict[str, list[str]]) -> int | None:
+def body_length(fields):
     """Content-Length, None if there is none (RFC 9112 section 6). Raises HTTPError."""
     lengths, codings = fields.get('content-length'), fields.get('transfer-encoding')
     if codings and not lengths:
@@ -5985,7 +5957,7 @@ def body_length(fields: dict[str, list[str]]) -> int | None:
     return int(lengths[0])
 
 
-def request_host(fields: dict[str, list[str]]) -> str:
+def request_host(fields):
     """The one Host, without its port, in lower case. Raises HTTPError."""
     hosts = fields.get('host', [])
     match = len(hosts) == 1 and HOST_FIELD.fullmatch(hosts[0])
@@ -6003,7 +5975,7 @@ COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 class Request:
     """One request: what was asked, by whom, with the body not read yet."""
 
-    def __init__(self, head: Head, peer: 'Peer'):
+    def __init__(self, head, peer):
         self.head, self.peer = head, peer
         self.client = peer.address
         self.raw_path, _, self.raw_query = head.target.partition('?')
@@ -6014,16 +5986,16 @@ class Request:
         self.unread: int | None = None  # bytes of the body; None: the connection must be closed
         self.note = ''  # client_id and URL, for the log
 
-    def field(self, name: str) -> str:
+    def field(self, name):
         """A header field, '' if it is absent; several are joined as in RFC 9110."""
         return ', '.join(self.head.fields.get(name, ()))
 
-    def content_type(self) -> tuple[str, str]:
+    def content_type(self):
         """The media type of the body in lower case, and its parameters as written."""
         media, _, parameters = self.field('content-type').partition(';')
         return media.strip().lower(), parameters
 
-    def body(self) -> bytes:
+    def body(self):
         """The whole body. Raises HTTPError, ClientGone."""
         size, self.unread = self.unread or 0, None
         if size and 'expect' in self.head.fields and self.head.version == 'HTTP/1.1':
@@ -6034,7 +6006,7 @@ class Request:
         self.unread = 0
         return data
 
-    def json(self) -> dict[str, Any]:
+    def json(self):
         """The body as a JSON object. Raises HTTPError, ClientGone."""
         if self.content_type()[0] != JSON:
             raise HTTPError(415, 'Send JSON, with the header Content-Type: application/json.')
@@ -6074,24 +6046,24 @@ class Route:
     limit: int = 0
 
 
-def json_reply(status: int, body: dict[str, Any], *headers: tuple[str, str]) -> Reply:
+def json_reply(status, body, *headers):
     """A JSON answer that is not cached."""
     data = COMPACT_JSON.encode(body).encode('utf-8', 'replace')
     return Reply(status, data, headers=(NO_STORE, *headers))
 
 
-def done_reply(status: str, message: str, code: int = 200, **more: Any) -> Reply:
+def done_reply(status, message, code=200, **more):
     return json_reply(code, {'status': status, **more, 'message': message,
                             'timestamp': int(time.time())})
 
 
-def text_reply(status: int, sentence: str, *headers: tuple[str, str]) -> Reply:
+def text_reply(status, sentence, *headers):
     """One sentence for a Shortcut to show."""
     return Reply(status, sentence.encode('utf-8', 'replace'), 'text/plain; charset=utf-8',
                  (NO_STORE, *headers))
 
 
-def parse_name(given: Any) -> str:
+def parse_name(given):
     """The name of a phone, composed (NFC). Raises Refused."""
     import unicodedata
     name = ''
@@ -6104,7 +6076,7 @@ def parse_name(given: Any) -> str:
     return name
 
 
-def sign_name(key: str, name: str) -> str:
+def sign_name(key, name):
     """The right to share under this name: HMAC-SHA256 in base64url."""
     import base64
     import hmac
@@ -6112,24 +6084,24 @@ def sign_name(key: str, name: str) -> str:
     return base64.urlsafe_b64encode(digest).decode().rstrip('=')
 
 
-def plain_address(text: str) -> Any:
+def plain_address(text):
     """An address; IPv4 inside IPv6 (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.split('%')[0])
     return getattr(address, 'ipv4_mapped', None) or address
 
 
-def is_within(address: str, wanted: Iterable[Any]) -> bool:
+def is_within(address, wanted):
     """Whether an address lies in one of these networks."""
     ip = ipaddress.ip_address(address)
     return any(ip in network for network in wanted)
 
 
-def is_at_home(request: Request) -> bool:
+def is_at_home(request):
     """Whether its client is on a private network: others do not get our addresses."""
     return is_within(request.client, PRIVATE_NETWORKS)
 
 
-def match_path(pattern: str, path: str) -> dict[str, str] | None:
+def match_path(pattern, path):
     """The parameters of a path, None if it does not match. {id} must look like one of ours."""
     wanted, found = pattern.split('/'), path.split('/')
     if len(wanted) != len(found):
@@ -6145,13 +6117,13 @@ def match_path(pattern: str, path: str) -> dict[str, str] | None:
     return params
 
 
-def shown_percent(record: Record, progress: Progress | None) -> int:
+def shown_percent(record, progress):
     if record['status'] == 'completed':
         return 100
     return min(99, int(getattr(progress, 'percent', 0)))
 
 
-def status_message(record: Record, percent: int, now: float) -> str:
+def status_message(record, percent, now):
     """The state of a download, in a sentence that a phone can show."""
     if record['status'] == 'downloading':
         return f'Downloading: {percent}%.'
@@ -6163,7 +6135,7 @@ def status_message(record: Record, percent: int, now: float) -> str:
     return record['error_message'] or 'Waiting for its turn.'
 
 
-def pack_reply(reply: Reply, accepted: str) -> Reply:
+def pack_reply(reply, accepted):
     """By gzip, if the client takes it and it is more than a packet."""
     if len(reply.body) < 1400 or not reply.type.startswith(('text/', JSON)):
         return reply
@@ -6179,8 +6151,7 @@ def pack_reply(reply: Reply, accepted: str) -> Reply:
 class App:
     """All that handlers need; `more` comes from the daemon: health, forget, thumbs, bucket..."""
 
-    def __init__(self, config: Config, store: Any = None, board: Any = None,
-                 scheduler: Any = None, **more: Any):
+    def __init__(self, config, store=None, board=None, scheduler=None, **more):
         self.config, self.store, self.board, self.scheduler = config, store, board, scheduler
         self.port = 0
         self.hosts: frozenset = frozenset()  # names and addresses that are ours
@@ -6196,10 +6167,10 @@ class App:
 
     # -- links and rows
 
-    def base(self) -> str:
+    def base(self):
         return public_base(self.config, self.port)
 
-    def link(self, download_id: str, name: str) -> str:
+    def link(self, download_id, name):
         """The path of a finished file below our base, signed if keys are set."""
         path = file_path(download_id, name)
         if not self.config.api_keys:
@@ -6207,11 +6178,11 @@ class App:
         expires = int(time.time()) + self.config.s3.url_expiry
         return path + sign_path(self.more.link_secret, path, expires)
 
-    def progress(self, record: Any) -> Progress | None:
+    def progress(self, record):
         running = record['status'] == 'downloading'
         return self.board.progress(record['id']) if running else None
 
-    def describe(self, record: Record) -> dict[str, Any]:
+    def describe(self, record):
         """A download as the API shows it."""
         progress, files = self.progress(record), []
         for file in record['files'] * (record['reason'] != 'room'):
@@ -6234,7 +6205,7 @@ class App:
             row['s3'] = {'state': record['s3_state'], 'error': record['s3_error']}
         return row
 
-    def record(self, request: Request) -> Record:
+    def record(self, request):
         """The download that the path names. Raises HTTPError."""
         try:
             return self.store.get(request.params['id'])
@@ -6243,7 +6214,7 @@ class App:
 
     # -- the gates, in this order
 
-    def respond(self, request: Request) -> Reply:
+    def respond(self, request):
         """The answer to a request, whatever it is. Raises ClientGone."""
         started = time.monotonic()
         try:
@@ -6262,7 +6233,7 @@ class App:
             return reply  # signed links beside the titles of strangers: no BREACH
         return pack_reply(reply, request.field('accept-encoding'))
 
-    def _as_http_error(self, request: Request, error: Exception) -> HTTPError:
+    def _as_http_error(self, request, error):
         if isinstance(error, HTTPError):
             return error
         if isinstance(error, Refused):
@@ -6278,7 +6249,7 @@ class App:
         log.exception('request: %s %s: failed', request.head.method, request.shown_path)
         return HTTPError(500, 'Something went wrong in the server; see its log.', 'internal')
 
-    def _pass_gates(self, request: Request) -> Reply:
+    def _pass_gates(self, request):
         self._check_client(request)
         self._check_host(request)
         request.unread = size = body_length(request.head.fields) or 0
@@ -6295,7 +6266,7 @@ class App:
             request.body()  # read and dropped, so that the connection can stay open
         return route.handler(self, request)
 
-    def _check_client(self, request: Request) -> None:
+    def _check_client(self, request):
         forwarded, server = request.field('x-forwarded-for'), self.config.server
         peer = client = request.peer.address
         if request.peer.admitted and not forwarded:
@@ -6317,14 +6288,14 @@ class App:
                             'client_not_allowed')
         request.peer.admitted = not forwarded
 
-    def _check_host(self, request: Request) -> None:
+    def _check_host(self, request):
         """A Host that is not ours is an attack (DNS rebinding) or a mistake."""
         host = request_host(request.head.fields)
         if host not in self.hosts and host != request.peer.local:
             raise HTTPError(421, f'This server is not {host}; if that is its name, add it to '
                             '[server] names.', 'wrong_host')
 
-    def _check_origin(self, request: Request) -> None:
+    def _check_origin(self, request):
         """Pages of other sites may not change anything: no CORS, and Fetch Metadata if sent."""
         if request.head.method in ('GET', 'HEAD'):
             return
@@ -6337,32 +6308,32 @@ class App:
             raise HTTPError(403, 'Pages of other sites may not use this server. If this is its own '
                             'page behind a proxy, set [server] public_base_url.', 'foreign_origin')
 
-    def _check_key(self, request: Request, route: Route) -> None:
+    def _check_key(self, request, route):
         if route.access == 'share' and not self._may_share(request):
             raise HTTPError(401, 'This address is no longer valid. Make a new one on the set-up '
                             'page.')
         if route.access == 'key':
             self.require_key(request)
 
-    def require_key(self, request: Request) -> None:
+    def require_key(self, request):
         if not self.has_key(request):
             raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
 
-    def _may_share(self, request: Request) -> bool:
+    def _may_share(self, request):
         signed = SIGNED_NAME.fullmatch(request.params['who'])
         if signed:
             request.params['who'] = signed[1]
         name = request.params['who'] = parse_name(request.params['who'])
         return signed and self.is_signed(name, signed[2]) or self.has_key(request)
 
-    def is_signed(self, name: str, signature: str) -> bool:
+    def is_signed(self, name, signature):
         """Whether this signature was made with a current key."""
         import hmac
         sent = signature.encode('utf-8', 'replace')
         return any([hmac.compare_digest(sign_name(key, name).encode(), sent)
                     for key in self.config.api_keys])
 
-    def has_key(self, request: Request) -> bool:
+    def has_key(self, request):
         """Whether the request has one of the keys; true if none are set."""
         if not self.config.api_keys:
             return True
@@ -6373,7 +6344,7 @@ class App:
             self._slow_down(request.client)
         return right
 
-    def _slow_down(self, client: str) -> None:
+    def _slow_down(self, client):
         """Who guesses keys waits longer each time; a right key never waits."""
         if ':' in client:  # a home has 2^64 addresses
             client = str(ipaddress.ip_network(f'{client}/64', strict=False))
@@ -6386,13 +6357,13 @@ class App:
                 del self._wrong_keys[next(iter(self._wrong_keys))]
         time.sleep(min(WRONG_KEY_DELAY * 2 ** min(times, 10), 2.0))
 
-    def _below_base(self, path: str) -> str:
+    def _below_base(self, path):
         """Without the path of public_base_url, which a proxy may have removed."""
         if self.prefix and path.startswith(self.prefix + '/'):
             return path[len(self.prefix):]
         return path
 
-    def _find_route(self, request: Request) -> Route:
+    def _find_route(self, request):
         request.path = self._below_base(decode_path(request.raw_path))
         allowed = []
         for route in self.routes:
@@ -6409,7 +6380,7 @@ class App:
                             Allow=', '.join(allowed))
         raise HTTPError(404, 'There is nothing here.')
 
-    def _parse_query(self, request: Request, route: Route) -> dict[str, Any]:
+    def _parse_query(self, request, route):
         try:
             given: dict[str, Any] = dict(parse_qsl(
                 request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
@@ -6422,7 +6393,7 @@ class App:
                 raise HTTPError(400, f'{name} must be {error}.', 'bad_query') from None
         return given
 
-    def refuse(self, raw_path: str, error: HTTPError) -> Reply:
+    def refuse(self, raw_path, error):
         """An error in the dialect of the path; below /share it is one sentence."""
         path, message = self._below_base(unquote(raw_path)), error.message
         if SHARE_PATH.match(path):
@@ -6486,7 +6457,7 @@ SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required;
 COMMON_ERRORS = {400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503}
 
 
-def schema_of(kind: str) -> dict[str, Any]:
+def schema_of(kind):
     """A JSON schema from a word: integer, integer? (or null), Name, [Name (a list), =constant."""
     if kind.startswith('='):
         return {'const': kind[1:]}
@@ -6499,7 +6470,7 @@ def schema_of(kind: str) -> dict[str, Any]:
     return {'type': kind}
 
 
-def object_schema(words: Any) -> dict[str, Any]:
+def object_schema(words):
     """A row of SCHEMAS as a JSON schema."""
     if not isinstance(words, str):
         return words
@@ -6512,14 +6483,14 @@ def object_schema(words: Any) -> dict[str, Any]:
     return {'type': 'object', 'properties': properties, 'required': required}
 
 
-def content_of(answer: str) -> dict[str, Any]:
+def content_of(answer):
     """OpenAPI's content object: of a media type, or of JSON by a row of SCHEMAS."""
     if '/' in answer:
         return {answer: {'schema': {'type': 'string'} if 'json' not in answer else {}}}
     return {JSON: {'schema': schema_of(answer)}}
 
 
-def responses_of(route: Route, keys: bool) -> dict[str, Any]:
+def responses_of(route, keys):
     """Every status that the route can answer with, and how."""
     statuses = {route.status, *COMMON_ERRORS, *route.errors, *[415] * bool(route.body),
                 *[401] * (keys and route.access != 'open'), *[404] * ('{' in route.path)}
@@ -6539,7 +6510,7 @@ def responses_of(route: Route, keys: bool) -> dict[str, Any]:
     return found
 
 
-def operation_of(route: Route, keys: bool) -> dict[str, Any]:
+def operation_of(route, keys):
     """OpenAPI's operation object of a route."""
     parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
                   for name in re.findall(r'{(\w+)}', route.path)]
@@ -6559,7 +6530,7 @@ def operation_of(route: Route, keys: bool) -> dict[str, Any]:
     return found
 
 
-def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, Any]:
+def describe_api(routes, keys, base):
     """OpenAPI 3.1 of all routes; `security` only if keys are set."""
     paths: dict[str, Any] = {}
     for route in routes:
@@ -6575,7 +6546,7 @@ def describe_api(routes: Sequence[Route], keys: bool, base: str) -> dict[str, An
 # -- handlers, document A
 
 
-def store_links(app: App, links: Sequence[Submission], window: int = 0) -> list[Any]:
+def store_links(app, links, window=0):
     """Store links in one commit and queue them: for each a Stored or RateLimited. A post whose
     files are gone is fetched again. Raises StoreDown."""
     now, started = int(time.time()), time.monotonic()
@@ -6595,7 +6566,7 @@ def store_links(app: App, links: Sequence[Submission], window: int = 0) -> list[
     return results
 
 
-def submit(app: App, request: Request, fields: dict[str, Any]) -> Stored:
+def submit(app, request, fields):
     """Store one link. Raises Refused, RateLimited, StoreDown."""
     request.note = f' client_id={str(fields.get("client_id"))[:80]!r} refused'
     fields = {'again': request.query['again'], **fields}
@@ -6607,7 +6578,7 @@ def submit(app: App, request: Request, fields: dict[str, Any]) -> Stored:
     return stored
 
 
-def queued_message(app: App, sentence: str) -> str:
+def queued_message(app, sentence):
     """What the phone shows; says so if the queue is paused."""
     why = (app.scheduler.paused or '').partition(' Fix:')[0]
     return sentence + f'. The queue is paused: {why}' * bool(why)
@@ -6617,7 +6588,7 @@ SAID_BEFORE = {'queued': 'It is on its way', 'downloading': 'It is on its way',
                'completed': 'You already have this video', 'failed': 'This link was sent before'}
 
 
-def post_download(app: App, request: Request) -> Reply:
+def post_download(app, request):
     """Queue a link."""
     stored = submit(app, request, request.json())
     code, message = 202, queued_message(app, 'Video queued for download')
@@ -6626,8 +6597,7 @@ def post_download(app: App, request: Request) -> Reply:
     return done_reply(stored.status, message, code, download_id=stored.id)
 
 
-def store_every_link(app: App, request: Request, fields: dict[str, Any],
-                     window: int = 0) -> tuple[list[tuple[str, Any]], list[str]]:
+def store_every_link(app, request, fields, window=0):
     """Store every link in a text, in one commit: each as written, with its Stored or its refusal;
     and the links beyond MOST_LINKS. Raises Refused or RateLimited if none is stored."""
     fields = {'again': request.query['again'], **fields}
@@ -6645,7 +6615,7 @@ def store_every_link(app: App, request: Request, fields: dict[str, Any],
     return rows, rest
 
 
-def post_downloads(app: App, request: Request) -> Reply:
+def post_downloads(app, request):
     """Queue every link in a text, in one commit; `keep` has those to send again."""
     found, keep = store_every_link(app, request, request.json())
     rows, limited = [], []
@@ -6660,13 +6630,13 @@ def post_downloads(app: App, request: Request) -> Reply:
     return done_reply('queued', message, 202, downloads=rows, keep='\n'.join(limited + keep))
 
 
-def get_status(app: App, request: Request) -> Reply:
+def get_status(app, request):
     """One download."""
     return json_reply(200, app.describe(app.record(request)))
 
 
 @contextmanager
-def place_in(places: threading.Semaphore) -> Iterator[bool]:
+def place_in(places):
     """Whether a place was free; it is held until the end of the block."""
     free = places.acquire(blocking=False)
     try:
@@ -6676,7 +6646,7 @@ def place_in(places: threading.Semaphore) -> Iterator[bool]:
             places.release()
 
 
-def get_history(app: App, request: Request) -> Reply:
+def get_history(app, request):
     """Downloads, newest first; with `since`, a version, it waits for news."""
     query, poll_after = request.query, 0
     if query['since'] == app.board.version:
@@ -6692,7 +6662,7 @@ def get_history(app: App, request: Request) -> Reply:
         'counts': app.store.counts(), 'poll_after': poll_after})
 
 
-def get_health(app: App, request: Request) -> Reply:
+def get_health(app, request):
     """Server health; without a key, where keys are set, only four fields."""
     facts = app.more.health()
     storing = facts.pop('storing')
@@ -6707,7 +6677,7 @@ def get_health(app: App, request: Request) -> Reply:
     return json_reply(503, facts, ('Retry-After', '30'))
 
 
-def post_cancel(app: App, request: Request) -> Reply:
+def post_cancel(app, request):
     """Stop it."""
     record = app.record(request)
     if not app.scheduler.cancel(record['id'], time.time()):
@@ -6716,7 +6686,7 @@ def post_cancel(app: App, request: Request) -> Reply:
     return get_status(app, request)
 
 
-def post_retry(app: App, request: Request) -> Reply:
+def post_retry(app, request):
     """Queue it again."""
     record = app.record(request)
     if not app.store.move('retry', record['id'], int(time.time())):
@@ -6726,14 +6696,14 @@ def post_retry(app: App, request: Request) -> Reply:
     return get_status(app, request)
 
 
-def post_star(app: App, request: Request) -> Reply:
+def post_star(app, request):
     """Add or remove a star; starred downloads are never deleted to make room."""
     app.store.star(app.record(request)['id'], request.path.endswith('/star'))
     app.board.post(request.params['id'])
     return get_status(app, request)
 
 
-def delete_download(app: App, request: Request) -> Reply:
+def delete_download(app, request):
     """Forget it and, unless files=keep, delete its files."""
     record = app.record(request)
     if record['status'] == 'downloading':
@@ -6744,7 +6714,7 @@ def delete_download(app: App, request: Request) -> Reply:
     return done_reply('deleted', 'Deleted', download_id=record['id'])
 
 
-def get_thumbnail(app: App, request: Request) -> Reply:
+def get_thumbnail(app, request):
     """A thumbnail."""
     try:
         data = (app.more.thumbs / f'{request.params["id"]}.jpg').read_bytes()
@@ -6753,26 +6723,26 @@ def get_thumbnail(app: App, request: Request) -> Reply:
     return Reply(200, data, 'image/jpeg', (('Cache-Control', 'private, max-age=86400'),))
 
 
-def put_cookies(app: App, request: Request) -> Reply:
+def put_cookies(app, request):
     """Store a browser's cookies for the allowed sites; used if cookies_file is empty."""
     cookies = Cookies(app.config)
     cookies.save(request.body())
     return done_reply('stored', '\n'.join(told for _, told in cookies.report(time.time())))
 
 
-def delete_cookies(app: App, request: Request) -> Reply:
+def delete_cookies(app, request):
     """Remove the stored cookies."""
     Cookies(app.config).remove()
     return done_reply('deleted', 'The cookies are removed.')
 
 
-def post_update(app: App, request: Request) -> Reply:
+def post_update(app, request):
     """Look for a newer yt-dlp now."""
     app.more.update()
     return done_reply('updating', 'The newest yt-dlp is being fetched.', 202)
 
 
-def post_share_address(app: App, request: Request) -> Reply:
+def post_share_address(app, request):
     """The share address for a phone of that name."""
     name = parse_name(request.json().get('name'))
     address = f'{app.base()}/share/{quote(name, safe="")}'
@@ -6781,7 +6751,7 @@ def post_share_address(app: App, request: Request) -> Reply:
     return json_reply(200, {'address': address, 'message': f'The address for {name}'})
 
 
-def get_metrics(app: App, request: Request) -> Reply:
+def get_metrics(app, request):
     """Metrics for Prometheus."""
     lines, kinds = [], {'videoserverd_ack_seconds': 'histogram'}
     for name, figure in app.more.gauges():
@@ -6795,17 +6765,17 @@ def get_metrics(app: App, request: Request) -> Reply:
                  'text/plain; version=0.0.4; charset=utf-8', (NO_STORE,))
 
 
-def xml_element(name: str, text: str = '', **attributes: Any) -> str:
+def xml_element(name, text='', **attributes):
     from html import escape
     given = ''.join(f' {key}="{escape(str(value))}"' for key, value in attributes.items())
     return f'<{name}{given}>{escape(UNSAFE.sub(" ", text))}</{name}>'
 
 
-def feed_time(seconds: float) -> str:
+def feed_time(seconds):
     return xml_element('updated', time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds)))
 
 
-def feed_entry(row: dict[str, Any]) -> str:
+def feed_entry(row):
     parts = [xml_element('id', f'urn:uuid:{row["download_id"]}'), feed_time(row['completed_at']),
              xml_element('title', row['title'] or row['filename']),
              xml_element('link', href=row['url'])]
@@ -6814,7 +6784,7 @@ def feed_entry(row: dict[str, Any]) -> str:
     return f'<entry>{"".join(parts)}</entry>'
 
 
-def get_feed(app: App, request: Request) -> Reply:
+def get_feed(app, request):
     """The newest finished downloads as an Atom feed (RFC 4287). Where keys are set, its self link
     is signed, for programs that cannot send a key."""
     if not app.is_signed('/feed.xml', request.query['signature']):
@@ -6830,12 +6800,12 @@ def get_feed(app: App, request: Request) -> Reply:
     return Reply(200, '\n'.join(feed).encode(), 'application/atom+xml; charset=utf-8', (NO_STORE,))
 
 
-def get_openapi(app: App, request: Request) -> Reply:
+def get_openapi(app, request):
     """This description."""
     return json_reply(200, describe_api(app.routes, bool(app.config.api_keys), app.base()))
 
 
-def get_asset(app: App, request: Request) -> Reply:
+def get_asset(app, request):
     """Part of the page."""
     media, content = app.assets[request.path]
     if callable(content):
@@ -6854,7 +6824,7 @@ def get_asset(app: App, request: Request) -> Reply:
 # -- handlers, document B
 
 
-def initiate_download(app: App, request: Request) -> Reply:
+def initiate_download(app, request):
     """Queue a link."""
     fields = known_fields(request.json())
     if 'videourl' not in fields:
@@ -6864,7 +6834,7 @@ def initiate_download(app: App, request: Request) -> Reply:
     return json_reply(200, {'downloadUUID': submit(app, request, fields).id})
 
 
-def describe_in_b(app: App, record: Any) -> dict[str, Any]:
+def describe_in_b(app, record):
     """A download as document B lists it; size and progress only where they are known."""
     progress = app.progress(record)
     size = record['file_size'] or getattr(progress, 'total', None)
@@ -6876,14 +6846,14 @@ def describe_in_b(app: App, record: Any) -> dict[str, Any]:
     return {name: known for name, known in row.items() if known is not None}
 
 
-def list_downloads(app: App, request: Request) -> Reply:
+def list_downloads(app, request):
     """Downloads of the last minutes."""
     since = int(time.time()) - 60 * request.query['overLastPeriodDurationInMinutes']
     records = app.store.since(since, request.query['onlyShowOngoingDownloads'])
     return json_reply(200, {'downloads': [describe_in_b(app, record) for record in records]})
 
 
-def get_public_url(app: App, request: Request) -> Reply:
+def get_public_url(app, request):
     """A link to the finished file."""
     request.params = {'id': request.query['videoDownloadUUID']}
     record = app.record(request)
@@ -6909,7 +6879,7 @@ def get_public_url(app: App, request: Request) -> Reply:
 # -- finished files
 
 
-def open_regular(path: Path) -> Any:
+def open_regular(path):
     """Open a regular file, never through a link. Raises HTTPError."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     with suppress(OSError):  # gone, a link or a folder: all the same to the client
@@ -6920,7 +6890,7 @@ def open_regular(path: Path) -> Any:
     raise HTTPError(404, 'The file is no longer in the output folder.', 'file_gone')
 
 
-def parse_range(header: str, size: int) -> tuple[int, int] | None:
+def parse_range(header, size):
     """(first, last) byte; None: the whole file, as no single range is asked for.
 
     Raises ValueError if it starts beyond the end."""
@@ -6937,7 +6907,7 @@ def parse_range(header: str, size: int) -> tuple[int, int] | None:
     return start, end
 
 
-def is_unchanged(request: Request, etag: str, modified: str) -> bool:
+def is_unchanged(request, etag, modified):
     """Whether the client has this version of the file (RFC 9110 section 13.1)."""
     known = request.field('if-none-match')
     if not known:
@@ -6945,7 +6915,7 @@ def is_unchanged(request: Request, etag: str, modified: str) -> bool:
     return known == '*' or etag in [tag.strip().replace('W/', '', 1) for tag in known.split(',')]
 
 
-def send_file(request: Request, path: Path, media: str, headers: Pairs) -> Reply:
+def send_file(request, path, media, headers):
     """The whole file, a part of it, or 304 Not Modified. Raises HTTPError."""
     handle = open_regular(path)
     facts = os.fstat(handle.fileno())
@@ -6971,7 +6941,7 @@ def send_file(request: Request, path: Path, media: str, headers: Pairs) -> Reply
     return Reply(206, b'', media, headers, handle, start, end - start + 1)
 
 
-def reply_with_file(app: App, request: Request, file: MediaFile) -> Reply:
+def reply_with_file(app, request, file):
     """A finished file: sent by the proxy if it can read the folder, else by us."""
     headers = (('Content-Disposition', content_disposition(os.path.basename(file.name))),
                ('Cache-Control', 'private, no-cache'))
@@ -6983,7 +6953,7 @@ def reply_with_file(app: App, request: Request, file: MediaFile) -> Reply:
     return send_file(request, folder / file.name, file.type, headers)
 
 
-def get_file(app: App, request: Request) -> Reply:
+def get_file(app, request):
     """A finished file: Range, If-Range, If-None-Match (RFC 9110 sections 13 and 14)."""
     path = file_path(request.params['id'], request.params['name'])
     signed = check_signature(app.more.link_secret, path, request.query, time.time())
@@ -7000,7 +6970,7 @@ def get_file(app: App, request: Request) -> Reply:
 # -- the Shortcut of two actions
 
 
-def form_fields(body: bytes, boundary: str) -> dict[str, str]:
+def form_fields(body, boundary):
     """The fields of a form as multipart/form-data (RFC 7578)."""
     fields = {}
     for part in body.split(b'--' + boundary.strip('"').encode('latin-1'))[1:-1]:
@@ -7011,7 +6981,7 @@ def form_fields(body: bytes, boundary: str) -> dict[str, str]:
     return fields
 
 
-def read_shared_text(request: Request) -> str:
+def read_shared_text(request):
     """What a phone sends: JSON or a form with the field text or url, else plain text."""
     media, parameters = request.content_type()
     if media == JSON:
@@ -7030,7 +7000,7 @@ def read_shared_text(request: Request) -> str:
     return found
 
 
-def tell_shared(app: App, saved: list[Stored], wanted: int) -> Reply:
+def tell_shared(app, saved, wanted):
     """The sentence for the phone, and 202 if anything is new."""
     sentence = f'{len(saved)} videos saved'
     if len(saved) == 1:
@@ -7044,7 +7014,7 @@ def tell_shared(app: App, saved: list[Stored], wanted: int) -> Reply:
     return text_reply(200, sentence + '.')
 
 
-def store_shared(app: App, request: Request) -> tuple[str, Reply]:
+def store_shared(app, request):
     """Store every link that was shared: the first one's id, and what the phone is told."""
     fields = {'text': read_shared_text(request), 'client_id': request.params['who']}
     rows, _ = store_every_link(app, request, fields, REPEAT_SECONDS)
@@ -7056,12 +7026,12 @@ def store_shared(app: App, request: Request) -> tuple[str, Reply]:
     return saved[0].id, tell_shared(app, saved, len(rows))
 
 
-def post_share(app: App, request: Request) -> Reply:
+def post_share(app, request):
     """Share a link from a phone."""
     return store_shared(app, request)[1]
 
 
-def wait_for_end(app: App, request: Request, seconds: float) -> Record:
+def wait_for_end(app, request, seconds):
     """The download once completed or failed, or as it is after `seconds`."""
     end = time.monotonic() + seconds
     while True:
@@ -7072,7 +7042,7 @@ def wait_for_end(app: App, request: Request, seconds: float) -> Record:
             return record
 
 
-def post_share_video(app: App, request: Request) -> Reply:
+def post_share_video(app, request):
     """Share a link, and get the finished file itself if that does not take too long."""
     request.params['id'], told = store_shared(app, request)
     with place_in(app.video_waiters) as free:
@@ -7084,7 +7054,7 @@ def post_share_video(app: App, request: Request) -> Reply:
     return text_reply(202, told.body.decode() + ' It is not ready yet; check the page later.')
 
 
-def get_share(app: App, request: Request) -> Reply:
+def get_share(app, request):
     """Whether a link came from this phone in the last `within` seconds."""
     name = request.params['who']
     record = app.store.first_of(name, int(time.time()) - request.query['within'])
@@ -7149,7 +7119,7 @@ ROUTES = (
 class Peer:
     """A connection: its socket, its client, what it is doing, and since when."""
 
-    def __init__(self, sock: socket.socket, address: str):
+    def __init__(self, sock, address):
         self.sock, self.address = sock, address
         self.local = str(plain_address(sock.getsockname()[0]))
         self.buffer = bytearray()  # what has come and was not yet read
@@ -7157,18 +7127,18 @@ class Peer:
         self.state, self.since, self.deadline = 'new', 0.0, 0.0  # monotonic seconds
         self.enter('new')
 
-    def enter(self, state: str, further: float = 0.0) -> None:
+    def enter(self, state, further=0.0):
         """Enter a state for as long as PEER_STATES allow plus `further` seconds; then the accepting
         thread cuts it off: a socket timeout would cost two system calls."""
         self.state, self.since = state, time.monotonic()
         self.deadline = self.since + PEER_STATES[state][0] + further
 
-    def shake_hands(self, context: ssl.SSLContext) -> None:
+    def shake_hands(self, context):
         self.sock = context.wrap_socket(self.sock, server_side=True,
                                         do_handshake_on_connect=False)
         self.sock.do_handshake()
 
-    def read_more(self) -> None:
+    def read_more(self):
         """Read more into the buffer. Raises ClientGone, HTTPError."""
         try:
             data = self.sock.recv(HEAD_LIMIT)
@@ -7180,7 +7150,7 @@ class Peer:
             raise ClientGone('the client left')
         self.buffer += data
 
-    def read(self, size: int) -> bytes:
+    def read(self, size):
         """The next `size` bytes. Raises HTTPError, ClientGone."""
         while len(self.buffer) < size:
             self.read_more()
@@ -7188,7 +7158,7 @@ class Peer:
         del self.buffer[:size]
         return data
 
-    def read_head(self) -> bytes:
+    def read_head(self):
         """A request's head up to its empty line. Raises HTTPError, ClientGone."""
         while True:
             while self.buffer.startswith(b'\r\n'):  # RFC 9112 section 2.2: skipped
@@ -7207,19 +7177,19 @@ class Peer:
                 raise HTTPError(400, 'The request has a bare line break.')
             self.read_more()
 
-    def send(self, data: Any) -> None:
+    def send(self, data):
         """Send all of `data`, a BLOCK at most. Raises OSError, also if the client stops reading."""
         view = memoryview(data)
         while view:
             self.enter('sending')
             view = view[self.sock.send(view):]
 
-    def break_off(self, how: int = socket.SHUT_RDWR) -> None:
+    def break_off(self, how=socket.SHUT_RDWR):
         """From any thread: its own then finds it closed. Leaves TLS alone."""
         with suppress(OSError):  # closed already
             socket.socket.shutdown(self.sock, how)
 
-    def part(self) -> None:
+    def part(self):
         """Close with close_notify, for clients that expect it, but never wait for theirs."""
         with suppress(OSError, ValueError):  # it was sent as far as the client let us
             self.sock.settimeout(0)
@@ -7234,7 +7204,7 @@ class Peer:
 
 
 @functools.lru_cache(maxsize=64)  # most answers within a second start alike
-def fixed_head(status: int, media: str, headers: Pairs, keep: bool, now: int) -> bytes:
+def fixed_head(status, media, headers, keep, now):
     """Status line and header fields except the length; no value can end its line."""
     fields = {'Date': formatdate(now, usegmt=True), **SAME_HEADERS, **dict(headers),
               'Connection': 'keep-alive' if keep else 'close'}
@@ -7245,7 +7215,7 @@ def fixed_head(status: int, media: str, headers: Pairs, keep: bool, now: int) ->
     return '\r\n'.join([first, *lines]).encode('latin-1', 'replace')
 
 
-def format_head(reply: Reply, keep: bool) -> bytes:
+def format_head(reply, keep):
     head = fixed_head(reply.status, reply.type, reply.headers, keep, int(time.time()))
     if reply.status == 304:
         return head + b'\r\n\r\n'
@@ -7257,16 +7227,16 @@ class Handler(BaseHTTPRequestHandler):
     is ours, as http.server is lenient where a proxy might read something else."""
     server: 'Server'
 
-    def setup(self) -> None:
+    def setup(self):
         """The handshake is this thread's."""
         self.peer, self.app = self.request, self.server.app
         if self.server.context is not None:
             self.peer.shake_hands(self.server.context)
 
-    def finish(self) -> None:
+    def finish(self):
         """The server closes it."""
 
-    def handle_one_request(self) -> None:
+    def handle_one_request(self):
         """`close_connection` tells whether that was the last one."""
         peer, request, head = self.peer, None, b''
         self.close_connection = True
@@ -7289,7 +7259,7 @@ class Handler(BaseHTTPRequestHandler):
         if request is None or request.unread != 0:
             peer.enter('closing')
 
-    def _goes_on(self, request: Request | None, reply: Reply) -> bool:
+    def _goes_on(self, request, reply):
         """Only after a request that was read to its end."""
         return (request is not None and request.unread == 0
                 and request.head.version == 'HTTP/1.1' and not self.server.draining
@@ -7297,7 +7267,7 @@ class Handler(BaseHTTPRequestHandler):
                 and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429))
                 and request.head.method in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE'))
 
-    def _send(self, request: Request | None, reply: Reply) -> None:
+    def _send(self, request, reply):
         data = format_head(reply, not self.close_connection)
         wanted = request is None or request.head.method != 'HEAD'
         try:
@@ -7308,7 +7278,7 @@ class Handler(BaseHTTPRequestHandler):
             if reply.file:
                 reply.file.close()
 
-    def _stream(self, reply: Reply) -> None:
+    def _stream(self, reply):
         reply.file.seek(reply.start)
         block, left = memoryview(bytearray(min(BLOCK, reply.length or 1))), reply.length
         while left:
@@ -7326,7 +7296,7 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, sock: socket.socket, app: App, context: ssl.SSLContext | None):
+    def __init__(self, sock, app, context):
         super().__init__(sock.getsockname()[:2], Handler, bind_and_activate=False)
         self.socket.close()
         self.socket, self.app, self.context = sock, app, context
@@ -7336,7 +7306,7 @@ class Server(ThreadingHTTPServer):
         self._guard = threading.Lock()  # guards _peers, whose descriptors it keeps open as well
         self._peers: dict[int, Peer] = {}
 
-    def service_actions(self) -> None:
+    def service_actions(self):
         """Twice a second: cut off what takes too long. Reading ends first, so that a slow client
         can be told; a second later writing too, as TLS may have to write to read."""
         now = time.monotonic()
@@ -7350,7 +7320,7 @@ class Server(ThreadingHTTPServer):
                 elif peer.deadline < now:
                     peer.break_off(socket.SHUT_RD)
 
-    def get_request(self) -> tuple[Peer, str]:
+    def get_request(self):
         """Accept. Out of descriptors: make room and wait a moment instead of spinning."""
         try:
             sock, address = self.socket.accept()
@@ -7362,7 +7332,7 @@ class Server(ThreadingHTTPServer):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return Peer(sock, str(plain_address(address[0]))), address[0]
 
-    def verify_request(self, request: Any, client_address: Any) -> bool:
+    def verify_request(self, request, client_address):
         """Whether there is room for it, made by closing an idle one."""
         address, proxies = request.address, self.app.config.server.trusted_proxies
         with self._guard:
@@ -7374,7 +7344,7 @@ class Server(ThreadingHTTPServer):
             return self._evict(address)
         return True
 
-    def _evict(self, address: str) -> bool:
+    def _evict(self, address):
         """Cut off the one (from this address, unless '') that has been idle for longest."""
         now = time.monotonic()
         with self._guard:
@@ -7385,18 +7355,18 @@ class Server(ThreadingHTTPServer):
                 self._peers.pop(min(idle)[1]).break_off()
         return bool(idle)
 
-    def process_request(self, request: Any, client_address: Any) -> None:
+    def process_request(self, request, client_address):
         with self._guard:
             self._peers[id(request)] = request
         super().process_request(request, client_address)
 
-    def shutdown_request(self, request: Any) -> None:
+    def shutdown_request(self, request):
         request.part()
         with self._guard:
             self._peers.pop(id(request), None)
             request.sock.close()
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request, client_address):
         """A broken connection is nobody's fault, anything else is ours."""
         error = sys.exc_info()[1]
         if isinstance(error, (OSError, ValueError)):  # ValueError: the socket was closed under us
@@ -7404,7 +7374,7 @@ class Server(ThreadingHTTPServer):
         else:
             log.exception('%s: connection failed', client_address)
 
-    def drain(self, seconds: float) -> None:
+    def drain(self, seconds):
         """Let requests under way end; the socket stays open."""
         self.draining = True
         self.shutdown()
@@ -8674,13 +8644,13 @@ probe();
 '''
 
 
-def fact_as_html(name: str, facts: dict[str, str]) -> str:
+def fact_as_html(name, facts):
     """A fact, escaped for the page; only qrencode's picture is markup."""
     import html
     return facts[name] if name == 'qr_svg' else html.escape(facts[name])
 
 
-def setup_page(facts: dict[str, str]) -> str:
+def setup_page(facts):
     """The set-up page, filled in.
 
     `facts`: base_url; addresses (by number); fingerprint ('' where the certificate is the owner's
@@ -8733,7 +8703,7 @@ CERTIFICATE_WARNING_DAYS = 14
 
 
 @functools.lru_cache(maxsize=1)
-def log_time(now: int) -> str:
+def log_time(now):
     """'2026-11-27 09:16:04' for epoch seconds, in local time."""
     return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
 
@@ -8744,7 +8714,7 @@ class LogWriter(logging.Handler):
     The thread `log` writes lines in batches, at most LOG_NAP late, so that a request makes no
     system call for its line. A warning is written at once, with all lines before it."""
 
-    def __init__(self, settings: Any):
+    def __init__(self, settings):
         super().__init__()
         self.file, self.limit, self.copies = (
             settings.file, settings.max_size, settings.backup_count)
@@ -8758,7 +8728,7 @@ class LogWriter(logging.Handler):
         self.to_stderr = self.fd < 0 or self.by_systemd or sys.stderr.isatty()
         threading.Thread(target=self._loop, name='log', daemon=True).start()
 
-    def format(self, record: logging.LogRecord) -> str:
+    def format(self, record):
         """One line of limited length, whatever a client sent."""
         message = record.getMessage()[:LONGEST_MESSAGE]
         if not message.isprintable():
@@ -8771,7 +8741,7 @@ class LogWriter(logging.Handler):
             text += '    ' + '    '.join(traceback.format_exception(*record.exc_info))
         return text
 
-    def handle(self, record: logging.LogRecord) -> bool:
+    def handle(self, record):
         """Without a Handler's lock: waiting for it would release the GIL."""
         self.lines.append(self.format(record))
         if record.levelno >= logging.WARNING:
@@ -8780,7 +8750,7 @@ class LogWriter(logging.Handler):
             self.wake.set()
         return True
 
-    def flush(self) -> None:
+    def flush(self):
         """Write what waits. Errors of disk or terminal must not fail a request."""
         with self.writing:
             text = ''.join([self.lines.popleft() for _ in range(len(self.lines))])
@@ -8796,14 +8766,14 @@ class LogWriter(logging.Handler):
                 if 0 < self.limit <= self.size:
                     self._move_aside()
 
-    def _loop(self) -> None:
+    def _loop(self):
         while True:
             self.wake.wait()
             time.sleep(LOG_NAP)
             self.wake.clear()
             self.flush()
 
-    def _open(self) -> None:
+    def _open(self):
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
@@ -8812,7 +8782,7 @@ class LogWriter(logging.Handler):
         except OSError as error:
             os.write(2, f'{self.file}: cannot be written ({error.strerror})\n'.encode())
 
-    def _move_aside(self) -> None:
+    def _move_aside(self):
         """server.log becomes server.log.1 and so on; the next batch opens a new one."""
         os.close(self.fd)
         self.fd, self.size = -1, 0
@@ -8824,7 +8794,7 @@ class LogWriter(logging.Handler):
             os.unlink(self.file)
 
 
-def set_up_logging(config: Config) -> None:
+def set_up_logging(config):
     """Log everything through one LogWriter; records omit what no line shows."""
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None  # docs.python.org/3/howto/logging.html#optimization
@@ -8836,7 +8806,7 @@ def set_up_logging(config: Config) -> None:
     log.addHandler(LogWriter(config.logging))
 
 
-def sd_notify(text: str) -> None:
+def sd_notify(text):
     """Notify systemd (sd_notify(3)) if it started us."""
     address = os.environ.get('NOTIFY_SOCKET', '')
     if not address:
@@ -8851,7 +8821,7 @@ def sd_notify(text: str) -> None:
             log.warning('cannot notify systemd: %s', error)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host, port):
     """A listening socket; on :: for IPv4 too. Raises Trouble."""
     family = (socket.AF_INET, socket.AF_INET6)[':' in host]
     try:
@@ -8881,24 +8851,24 @@ done
 '''
 
 
-def dump_file(config: Config) -> Path:
+def dump_file(config):
     """Where the watchdog writes its dump."""
     return Path(f'{config.database.path}.freeze')
 
 
-def compile_program() -> None:
+def compile_program():
     """Write the compiled program beside it, if the folder is writable."""
     from importlib.machinery import SourceFileLoader
     sys.dont_write_bytecode = False  # the environment's setting does not reach the server
     SourceFileLoader(PROGRAM.stem, str(PROGRAM)).get_code(PROGRAM.stem)
 
 
-def user_name() -> str:
+def user_name():
     """The user running this process."""
     return os.environ.get('USER') or str(os.getuid())
 
 
-def usable_output(config: Config, make: bool = True) -> str | None:
+def usable_output(config, make=True):
     """Why the output folder cannot be used, None if it can. A folder new to this database is
     created and marked (if `make`); if the mark is missing later, its disk is not mounted."""
     folder, known = config.downloads.output_directory, Path(f'{config.database.path}.output')
@@ -8926,7 +8896,7 @@ def usable_output(config: Config, make: bool = True) -> str | None:
             f'Fix: `sudo chown {user_name()} {folder}`')
 
 
-def program(config: Config) -> str:
+def program(config):
     """The command line that runs this program, for display."""
     if str(PROGRAM) == INSTALLED:
         return 'sudo videoserverd'
@@ -8936,7 +8906,7 @@ def program(config: Config) -> str:
     return shlex.join(words)
 
 
-def known_hosts(config: Config) -> frozenset:
+def known_hosts(config):
     """All names and addresses by which a Host header may call us."""
     base = urlsplit(config.server.public_base_url or '').hostname or ''
     names = (*host_names(config), *host_addresses(), *config.server.names, base)
@@ -8944,7 +8914,7 @@ def known_hosts(config: Config) -> frozenset:
         *names, 'localhost', '127.0.0.1', '::1') if name)
 
 
-def ca_assets(config: Config) -> dict[str, Any]:
+def ca_assets(config):
     """The CA for the iPhone and for others, if it is ours."""
     if not config.server.tls or not config.server.ca_file.exists():
         return {}
@@ -8955,7 +8925,7 @@ def ca_assets(config: Config) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=4)  # anybody may ask for the set-up page
-def qr_code(text: str, kind: str) -> str:
+def qr_code(text, kind):
     """A QR code by qrencode, SVG or ANSIUTF8; '' where it is not installed."""
     import subprocess
     try:
@@ -8966,13 +8936,13 @@ def qr_code(text: str, kind: str) -> str:
         return ''
 
 
-def bases_by_number(port: int) -> str:
+def bases_by_number(port):
     """This server's numeric addresses. A Content-Security-Policy does not take IPv6."""
     return ' '.join(f'https://{ip}:{port}' for ip in host_addresses()
                     if ':' not in ip and not ip.startswith('127.'))
 
 
-def setup_facts(config: Config, port: int, secure: bool, at_home: bool) -> dict[str, str]:
+def setup_facts(config, port, secure, at_home):
     """The facts for the set-up page; our addresses only for clients `at_home`."""
     base, fingerprint, picture = public_base(config, port), '', ''
     if ca_assets(config):
@@ -8986,7 +8956,7 @@ def setup_facts(config: Config, port: int, secure: bool, at_home: bool) -> dict[
         'host': socket.gethostname().split('.')[0]}
 
 
-def welcome(config: Config, port: int, ytdlp: str | None) -> str:
+def welcome(config, port, ytdlp):
     """One screen: where it listens, what to open on the phone."""
     base, told = public_base(config, port), ''
     if sys.stdout.isatty() and ca_assets(config):  # hashing costs 0.6 MB for good
@@ -9002,7 +8972,7 @@ def welcome(config: Config, port: int, ytdlp: str | None) -> str:
 Ctrl-C stops it; nothing is lost.'''
 
 
-def free_output(config: Config) -> int | None:
+def free_output(config):
     """Bytes free for videos, None if the folder is missing."""
     try:
         return free_space(config.downloads.output_directory)
@@ -9010,7 +8980,7 @@ def free_output(config: Config) -> int | None:
         return None
 
 
-def days_left(certificate: Certificate) -> int:
+def days_left(certificate):
     """Days until a certificate expires."""
     return int((certificate.not_after - time.time()) // DAY)
 
@@ -9019,7 +8989,7 @@ class Care:
     """The thread `care`: minutely and daily chores. `problems` has what goes wrong there; `restart`
     asks the daemon to restart in place."""
 
-    def __init__(self, config: Config, store: Store, board: Board, restart: Callable[[], None]):
+    def __init__(self, config, store, board, restart):
         self.config, self.store, self.board, self.restart = config, store, board, restart
         self.vendor = Vendor(config.downloader.ytdlp_directory)
         self.freshness = Freshness(self.vendor, config.downloader)
@@ -9037,19 +9007,19 @@ class Care:
         self._room_seen, self._room_notice = -math.inf, ''
         self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of videos without picture
 
-    def start(self, scheduler: Scheduler, server: Server) -> None:
+    def start(self, scheduler, server):
         """Begin."""
         self.scheduler, self.server = scheduler, server
         threading.Thread(target=self._loop, name='care', daemon=True).start()
 
-    def heard(self, job: Job, outcome: Outcome) -> None:
+    def heard(self, job, outcome):
         """A download ended: a finished one needs a thumbnail, a changed site a newer yt-dlp."""
         if outcome.kind == 'done':
             self._unpictured.append((job.id, outcome.files[0].name))
         self.freshness.heard(site_of(job.url), outcome)
         self._due.set()
 
-    def _loop(self) -> None:
+    def _loop(self):
         tasks = {'leftovers': self.remove_leftovers, 'certificate': self.renew_certificate,
                  'backup': self.copy_database, 'pictures': self.make_pictures,
                  'ytdlp': self.update_ytdlp, 'room': self.make_room}
@@ -9068,7 +9038,7 @@ class Care:
             self._due.wait(CARE_SECONDS)
             self._due.clear()
 
-    def remove_leftovers(self, now: float) -> None:
+    def remove_leftovers(self, now):
         """Once: remove partial downloads that are not in the queue, listed before asking it."""
         if self._tidy or not self.scheduler.ready or usable_output(self.config):
             return
@@ -9079,7 +9049,7 @@ class Care:
                 remove_folder(folder)
         self._tidy = True
 
-    def renew_certificate(self, now: float) -> None:
+    def renew_certificate(self, now):
         """Daily, and when the clock was set, make a new leaf if names, addresses or time require
         it. New connections get the new one, whoever changed the file."""
         config = self.config
@@ -9094,7 +9064,7 @@ class Care:
             self.server.app.hosts = known_hosts(config)
             self._certificate_seen = file.stat().st_mtime_ns, day
 
-    def copy_database(self, now: float) -> None:
+    def copy_database(self, now):
         """One copy a day; keep the newest `backups`. A bad copy never replaces a good one."""
         path, keep = self.config.database.path, self.config.database.backups
         folder = path.parent / 'backups'
@@ -9107,7 +9077,7 @@ class Care:
         for old in sorted(found, key=lambda copy: (copy <= target, copy))[:-keep]:
             old.unlink()  # first those from when the clock was ahead
 
-    def make_pictures(self, now: float) -> None:
+    def make_pictures(self, now):
         """One at a time, outside the workers: a Pi needs seconds for each."""
         while self._unpictured and which('ffmpeg'):
             download_id, name = self._unpictured.popleft()
@@ -9118,7 +9088,7 @@ class Care:
             if not self.store.ids(download_id):  # deleted meanwhile
                 picture.unlink(missing_ok=True)
 
-    def make_room(self, now: float) -> None:
+    def make_room(self, now):
         """Hourly, delete what exceeds [downloads] keep, oldest first. Health announces the first
         time for a setting a day ahead. Raises Trouble, OSError."""
         if not 0 <= now - self._room_seen < 3600:
@@ -9127,7 +9097,7 @@ class Care:
         if self._room_notice:
             raise Trouble(self._room_notice)
 
-    def _forget_oldest(self, now: int) -> str:
+    def _forget_oldest(self, now):
         """Delete up to 100 downloads, or return the announcement to show first."""
         setting, ids = self.config.downloads.keep, self._beyond_keep(now)
         file = Path(f'{self.config.database.path}.keep')  # the setting, and since when it counts
@@ -9152,7 +9122,7 @@ class Care:
             self._room_seen = -math.inf  # there may be more
         return ''
 
-    def _beyond_keep(self, now: int) -> list[str]:
+    def _beyond_keep(self, now):
         kind, amount = self.config.downloads.keep or ('', 0)
         if kind == 'days':
             return [row['id'] for row in self.store.oldest(now - amount * DAY)]
@@ -9164,12 +9134,12 @@ class Care:
                 excess -= row['file_size'] or 0
         return ids
 
-    def update_now(self) -> None:
+    def update_now(self):
         """Look for a newer yt-dlp at once."""
         self.freshness.wanted = True
         self._due.set()
 
-    def update_ytdlp(self, now: float) -> None:
+    def update_ytdlp(self, now):
         """Fetch yt-dlp if missing or due. To replace an imported yt_dlp, the process restarts."""
         changed = self.freshness.step(now)
         self.restart_when_idle = changed and 'restart' not in self.problems
@@ -9187,13 +9157,12 @@ GETTING_READY = 'Getting ready: yt-dlp is being fetched.'  # the first minute; n
 class Health:
     """What pauses the queue, what is wrong, and the figures for /metrics."""
 
-    def __init__(self, config: Config, store: Store, board: Board, care: Care,
-                 couriers: Sequence[Courier]):
+    def __init__(self, config, store, board, care, couriers):
         self.config, self.store, self.board, self.care = config, store, board, care
         self.couriers = couriers
         self.started = time.time()
 
-    def preflight(self, make: bool = True) -> str | None:
+    def preflight(self, make=True):
         """Why no download may start, or None; `make`: create the output folder if it is new."""
         message, free = usable_output(self.config, make), free_output(self.config)
         least = self.config.downloads.min_free_space
@@ -9210,16 +9179,16 @@ class Health:
             return 'The server is about to switch to a new yt-dlp.'
         return None
 
-    def queue_size(self) -> int:
+    def queue_size(self):
         """Downloads that are not finished."""
         counts = self.store.counts()
         return counts['queued'] + counts['downloading']
 
-    def certificate_days(self) -> int | None:
+    def certificate_days(self):
         """Days until the certificate expires, None without one."""
         return self.care.certificate and days_left(self.care.certificate)
 
-    def problems(self, paused: str | None) -> list[str]:
+    def problems(self, paused):
         """What is wrong: sentences, each with its fix."""
         days = self.certificate_days()
         found = [*self.care.problems.values(), self.care.vendor.held_back()]
@@ -9237,7 +9206,7 @@ class Health:
                   if not fine]
         return [message for message in found if message]
 
-    def report(self) -> dict[str, Any]:
+    def report(self):
         """What /api/v1/health tells; `storing`: whether links can be stored."""
         with suppress(StoreDown):
             self.store.check_room()
@@ -9259,7 +9228,7 @@ class Health:
             'keys': bool(self.config.api_keys), 'storing': not self.store.error,
             'cookies': [told for _, told in Cookies(self.config).report(time.time())]}
 
-    def gauges(self, paused: bool) -> list[tuple[str, float]]:
+    def gauges(self, paused):
         """(name, value) of each figure of /metrics."""
         figures = [(f'downloads{{status="{status}"}}', number)
                    for status, number in self.store.counts().items()]
@@ -9276,7 +9245,7 @@ class Daemon:
     """The running server: wiring, start, signals, stop. `run` returns the exit code, or
     re-executes."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config):
         self.config = config
         self.store = Store(config.database.path, config.security.requests_per_hour)
         self.board = Board(int(time.time()) % 10 ** 8)
@@ -9297,7 +9266,7 @@ class Daemon:
 
     # -- start
 
-    def run(self) -> int:
+    def run(self):
         """Start, serve, stop. Raises Trouble when it cannot start."""
         inherited = [int(word) for word in os.environ.pop(INHERIT, '').split()]
         if inherited:
@@ -9314,7 +9283,7 @@ class Daemon:
         self._announce()
         return self._stop(self._wait())
 
-    def _set_watchdog(self) -> None:
+    def _set_watchdog(self):
         """Read the dump of the previous run's watchdog; start a new file for ours."""
         file, found = dump_file(self.config), ''
         for old in (file, Path(f'{file}.last')):
@@ -9328,7 +9297,7 @@ class Daemon:
         with suppress(OSError):  # a full disk; systemd's watchdog is left
             self._dump = open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), 'w')
 
-    def _make_context(self) -> ssl.SSLContext | None:
+    def _make_context(self):
         if not self.config.server.tls:
             return None
         next_word = 0.0
@@ -9343,7 +9312,7 @@ class Daemon:
                 sd_notify(f'STATUS={error}\nEXTEND_TIMEOUT_USEC=30000000')
                 time.sleep(2)
 
-    def _listening(self, inherited: Sequence[int]) -> socket.socket:
+    def _listening(self, inherited):
         """The inherited socket if it listens where it should, else a new one."""
         server = self.config.server
         for fd in inherited:
@@ -9355,7 +9324,7 @@ class Daemon:
             sock.close()
         return listen(server.host, server.port)
 
-    def _start_threads(self, sock: socket.socket, context: ssl.SSLContext | None) -> None:
+    def _start_threads(self, sock, context):
         # For the threads and their children: signals are for main alone.
         signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
         self.care.ytdlp = self.care.vendor.current()
@@ -9368,7 +9337,7 @@ class Daemon:
         self.care.start(self.scheduler, self.server)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
-    def _start_couriers(self, app: App) -> None:
+    def _start_couriers(self, app):
         """The threads that empty the outbox, and what puts something into it."""
         notify, outgoing = self.config.notify, self.store.outgoing
         if self.bucket:
@@ -9384,7 +9353,7 @@ class Daemon:
         for courier in self.couriers:
             courier.start()
 
-    def _make_app(self, port: int) -> App:
+    def _make_app(self, port):
         config = self.config
         assets = {**ASSETS, **ca_assets(config), '/setup': (
             'text/html; charset=utf-8', lambda request: setup_page(
@@ -9402,7 +9371,7 @@ class Daemon:
         app.port, app.hosts = port, known_hosts(config)
         return app
 
-    def _announce(self) -> None:
+    def _announce(self):
         port, server = self.server.app.port, self.config.server
         self.lock.tell({'pid': os.getpid(), 'port': port, 'host': server.host, 'tls': server.tls})
         sd_notify(f'READY=1\nSTATUS=Listening on port {port}\nMAINPID={os.getpid()}')
@@ -9412,7 +9381,7 @@ class Daemon:
 
     # -- signals, waiting, stopping
 
-    def _handle_signals(self) -> None:
+    def _handle_signals(self):
         """By a wake-up descriptor: else a signal just before select() would wait for the next."""
         os.set_blocking(self._wishes[1], False)
         signal.set_wakeup_fd(self._wishes[1], warn_on_full_buffer=False)
@@ -9423,13 +9392,13 @@ class Daemon:
             signal.signal(number, lambda *_, wish=wish: self._ask(wish))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
-    def _ask(self, wish: str) -> None:
+    def _ask(self, wish):
         """Stop or restart; a stop is never taken back."""
         if self.wish != 'stop':
             self.wish = wish
         os.write(self._wishes[1], b'.')
 
-    def _wait(self) -> bool:
+    def _wait(self):
         """Wait for a stop or restart; whether to restart. systemd's watchdog is fed only while all
         threads are alive; faulthandler's by this thread, which never waits for a disk. That one
         needs no interpreter, which a single regular expression of yt-dlp can block for minutes."""
@@ -9446,13 +9415,13 @@ class Daemon:
             elif self.alive():
                 sd_notify('WATCHDOG=1')
 
-    def alive(self) -> bool:
+    def alive(self):
         """Whether commit thread, scheduler and listener all do their work."""
         now = time.monotonic()
         return (self.store.thread.is_alive() and now - self.scheduler.beat < STALE_SECONDS
                 and now - self.server.beat < STALE_SECONDS)
 
-    def _may_restart(self) -> bool:
+    def _may_restart(self):
         """Whether a re-execution would succeed; if not, this process runs on."""
         try:
             config = load_config(self.config.file, dict(os.environ))
@@ -9472,7 +9441,7 @@ class Daemon:
                 f'A restart was refused: {error}. Fix that, then restart by hand.')
             return False
 
-    def _stop(self, restart: bool) -> int:
+    def _stop(self, restart):
         """Requests end, downloads go back into the queue, the database is closed; then exit or
         re-execute."""
         log.info('stopping%s', ' to restart in place' * restart)
@@ -9496,13 +9465,13 @@ class Daemon:
                 self._re_execute()
         return self._end()
 
-    def _end(self) -> int:
+    def _end(self):
         self.store.close()
         self.lock.release()
         log.info('stopped')
         return 0
 
-    def _re_execute(self) -> None:
+    def _re_execute(self):
         """The same process, the newest program and configuration. Socket and lock stay open, so
         that a phone only waits a moment."""
         kept = (self.next_socket or self.server.socket).fileno(), self.lock.fd
@@ -9514,10 +9483,10 @@ class Daemon:
 
     # -- what the scheduler and http ask for
 
-    def _new_attempt(self, job: Job, *hooks: Any) -> Attempt:
+    def _new_attempt(self, job, *hooks):
         return Attempt(job, self.config, self.care.ytdlp, *hooks)
 
-    def _on_outcome(self, job: Job, outcome: Outcome, over: bool) -> None:
+    def _on_outcome(self, job, outcome, over):
         """Count it, remove partial files if it is over, wake the couriers."""
         site = site_of(job.url)
         if site not in SITES:
@@ -9533,7 +9502,7 @@ class Daemon:
             courier.wake()
         self.care.heard(job, outcome)
 
-    def _forget(self, record: Record, keep: bool) -> bool:
+    def _forget(self, record, keep):
         """Delete a download and, unless `keep`, its copies and the files that no other one shares;
         whether that was possible."""
         copies = []
@@ -9558,13 +9527,13 @@ class Daemon:
 # one line on stderr in `main` only. No lock. Called by the shell.
 
 
-def cmd_run(config: Config, options: Any) -> int:
+def cmd_run(config, options):
     """run the server in the foreground"""
     set_up_logging(config)
     return Daemon(config).run()
 
 
-def cmd_setup(config: Config, options: Any) -> int:
+def cmd_setup(config, options):
     """make directories, database, certificate and yt-dlp, then exit"""
     lock, vendor = Lock(config.database.path), Vendor(config.downloader.ytdlp_directory)
     if not lock.running():
@@ -9587,7 +9556,7 @@ def cmd_setup(config: Config, options: Any) -> int:
     return int(bool(fault))
 
 
-def cmd_cert(config: Config, options: Any) -> int:
+def cmd_cert(config, options):
     """make or renew the certificate"""
     names = (*(options.host or ()), *(options.ip or ()))
     certificate, changed = ensure_certificate(
@@ -9604,7 +9573,7 @@ def cmd_cert(config: Config, options: Any) -> int:
     return 0
 
 
-def cmd_update(config: Config, options: Any) -> int:
+def cmd_update(config, options):
     """fetch the newest yt-dlp that this Python can run"""
     vendor = Vendor(config.downloader.ytdlp_directory)
     before = vendor.version()
@@ -9619,7 +9588,7 @@ def cmd_update(config: Config, options: Any) -> int:
 
 # -- asking the running server
 
-def call_server(config: Config, method: str, path: str, body: Any = None) -> dict[str, Any]:
+def call_server(config, method, path, body=None):
     """The running server's JSON answer; `body`, if any, is sent as JSON. Raises Trouble."""
     facts = Lock(config.database.path).running()
     host = facts.get('host', config.server.host)
@@ -9644,7 +9613,7 @@ def call_server(config: Config, method: str, path: str, body: Any = None) -> dic
         raise Trouble(f'The server does not answer ({error}). Fix: start it.') from None
 
 
-def post_text(config: Config, fields: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+def post_text(config, fields):
     """Each link in a text with its result, and the links to send again. Raises Trouble."""
     answer = call_server(config, 'POST', '/api/v1/downloads',
                          {**fields, 'timestamp': time.time_ns()})
@@ -9654,8 +9623,7 @@ def post_text(config: Config, fields: dict[str, Any]) -> tuple[list[dict[str, An
     return [row for row in rows if 'download_id' in row or row['url'] not in rest.split()], rest
 
 
-def store_text(config: Config, store: Store,
-               fields: dict[str, Any]) -> tuple[list[dict[str, Any]], str]:
+def store_text(config, store, fields):
     """The same without a server, into the database."""
     try:
         items, rest = parse_batch(fields, config.security)
@@ -9671,7 +9639,7 @@ def store_text(config: Config, store: Store,
     return rows, '\n'.join(rest)
 
 
-def cmd_add(config: Config, options: Any) -> int:
+def cmd_add(config, options):
     """queue links: through the running server, or else into the database"""
     lock, failed = Lock(config.database.path), False
     store, send = None, functools.partial(post_text, config)
@@ -9701,14 +9669,14 @@ COLOURS = {'completed': 32, 'failed': 31, 'downloading': 36, 'queued': 33}
 SHOWN = 20  # downloads that `list` shows
 
 
-def opened_store(config: Config) -> Store:
+def opened_store(config):
     """The database, for reading while the server may run. Raises Trouble."""
     if not config.database.path.exists():
         raise Trouble(f'{config.database.path}: no database yet; start the server once.')
     return Store(config.database.path)
 
 
-def describe_state(config: Config, record: Record) -> tuple[str, str]:
+def describe_state(config, record):
     """A download's state in a few words, and its title if known."""
     state, title = record['status'], record['title'] or record['url']
     if state == 'downloading':
@@ -9722,7 +9690,7 @@ def describe_state(config: Config, record: Record) -> tuple[str, str]:
     return state, title
 
 
-def cmd_list(config: Config, options: Any) -> int:
+def cmd_list(config, options):
     """show the queue at a glance"""
     store, columns, colour = opened_store(config), 10000, '{1}'
     if sys.stdout.isatty():
@@ -9751,7 +9719,7 @@ CHANGES = {  # what the server can do to a download: help, method, tail of the p
 }
 
 
-def cmd_change(config: Config, options: Any) -> int:
+def cmd_change(config, options):
     """retry, cancel or delete each of the downloads"""
     store, ids, failed = opened_store(config), [], False
     if not options.id and not options.failed:
@@ -9772,7 +9740,7 @@ def cmd_change(config: Config, options: Any) -> int:
     return int(failed)
 
 
-def cmd_log(config: Config, options: Any) -> int:
+def cmd_log(config, options):
     """show the end of the log; with -f follow it"""
     file, stream = config.logging.file, None
     if not file:
@@ -9793,7 +9761,7 @@ def cmd_log(config: Config, options: Any) -> int:
 Faults = Iterator[tuple[str, str]]  # what is wrong, and the command that fixes it
 
 
-def check_server(config: Config) -> Faults:
+def check_server(config):
     """Whether it runs, and its problems."""
     if not Lock(config.database.path).running():
         way = {INSTALLED: 'sudo systemctl start videoserver'}
@@ -9817,7 +9785,7 @@ def check_server(config: Config) -> Faults:
         yield fault, fix or 'see the log for details'
 
 
-def check_database(config: Config) -> Faults:
+def check_database(config):
     """The database and its copies; who may read what is private."""
     path = config.database.path
     if not path.exists():
@@ -9841,7 +9809,7 @@ def check_database(config: Config) -> Faults:
                        f'sudo chmod o= {file}')
 
 
-def check_certificate(config: Config) -> Faults:
+def check_certificate(config):
     """Days, names and key of the certificate."""
     if not config.server.tls:
         return
@@ -9865,7 +9833,7 @@ def check_certificate(config: Config) -> Faults:
         yield f'certificate: does not cover {", ".join(missing)}', fix
 
 
-def check_downloads(config: Config) -> Faults:
+def check_downloads(config):
     """ffmpeg, and the age of yt-dlp."""
     if not which('ffmpeg'):
         yield ('ffmpeg is missing: the best video cannot be merged with its sound',
@@ -9882,7 +9850,7 @@ def check_downloads(config: Config) -> Faults:
         yield 'yt-dlp: no check for a newer one in a month', f'{program(config)} update'
 
 
-def cmd_doctor(config: Config, options: Any) -> int:
+def cmd_doctor(config, options):
     """say what is wrong with this installation and how to fix it"""
     count = 0
     print(f'configuration: {config.file or "built-in values"}')
@@ -9904,23 +9872,23 @@ PHONE_NEWS = {  # printed when the phone first requests a path
     '/seen/trusted': 'It trusts the server. Next: make the Shortcut.'}
 
 
-def print_news(news: str) -> None:
+def print_news(news):
     """A line on the console of `phone`."""
     print(f'{time.strftime("%H:%M:%S")}  {news}', flush=True)
 
 
-def told_once(news: str, content: Any) -> Callable[[], Any]:
+def told_once(news, content):
     """An asset's content that says `news` on the console when it is first asked for."""
     waiting = [news]
 
-    def answer(request: Request) -> Any:
+    def answer(request):
         if waiting:
             print_news(waiting.pop())
         return content(request) if callable(content) else content
     return answer
 
 
-def tell_first_link(config: Config, since: int) -> None:
+def tell_first_link(config, since):
     """Print when the first link created at `since` or later arrives."""
     store, records = Store(config.database.path), []
     while not records or records[0]['created_at'] < since:
@@ -9930,7 +9898,7 @@ def tell_first_link(config: Config, since: int) -> None:
     print_news(f'It works: {records[0]["url"]} from {records[0]["client_id"]}.')
 
 
-def cmd_phone(config: Config, options: Any) -> int:
+def cmd_phone(config, options):
     """set up a new iPhone: serve the profile and the steps for some minutes"""
     if not config.server.tls:
         raise Trouble('[server] tls is off: the phone has to trust the certificate of the proxy in '
@@ -9968,7 +9936,7 @@ def cmd_phone(config: Config, options: Any) -> int:
     return 0
 
 
-def cmd_backup(config: Config, options: Any) -> int:
+def cmd_backup(config, options):
     """write a consistent copy of the database, while the server runs"""
     opened_store(config).backup(options.file.absolute())
     print(f'{options.file}: {format_size(options.file.stat().st_size)}')
@@ -9985,7 +9953,7 @@ COMMANDS = {
 HELP = {name: CHANGES.get(name, [run.__doc__])[0] for name, run in COMMANDS.items()}
 
 
-def help_text(topic: str) -> str:
+def help_text(topic):
     """One screen of commands, or all settings if that is the topic."""
     if topic == 'settings':
         return 'Each can be set in the environment as VIDEOSERVER_<SECTION>_<KEY>.\n' + ''.join(
@@ -10000,7 +9968,7 @@ def help_text(topic: str) -> str:
         '  --version      show the version', ''])
 
 
-def make_parser() -> Any:
+def make_parser():
     """The command line; --config may come before or after the command."""
     import argparse  # the daemon itself has no use for it
     where = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
@@ -10031,7 +9999,7 @@ def make_parser() -> Any:
     return parser
 
 
-def act(file: Path | None, command: Callable[[Config, Any], int], options: Any = None) -> int:
+def act(file, command, options=None):
     """Load the configuration and run a command; trouble becomes one line and an exit code."""
     with suppress(AttributeError):  # None where it is closed
         sys.stdout.reconfigure(errors='backslashreplace')  # a terminal of Latin-1 lacks letters
@@ -10046,7 +10014,7 @@ def act(file: Path | None, command: Callable[[Config, Any], int], options: Any =
         return getattr(error, 'exit_code', 1)
 
 
-def go_on(config: Config, options: Any) -> int:
+def go_on(config, options):
     """Become the actual server; in the foreground, as the child of a small parent."""
     compile_program()
     fd = 0
@@ -10060,7 +10028,7 @@ def go_on(config: Config, options: Any) -> int:
     os.execv(line[0], line)
 
 
-def serve(file: str) -> int:
+def serve(file):
     """Run the server with this config.ini, '' for none."""
     return act(Path(file) if file else None, cmd_run)
 
@@ -10068,7 +10036,7 @@ def serve(file: str) -> int:
 HOMEBREW = ('/opt/homebrew/bin', '/usr/local/bin')  # not in launchd's PATH, nor in ssh's
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments=None):
     """Run the command line."""
     if sys.platform == 'darwin':
         os.environ['PATH'] = os.pathsep.join((*os.get_exec_path(), *HOMEBREW))

@@ -1183,7 +1183,8 @@ def bench_acks(site: Standin) -> None:
         for threads, keep, what in ((8, False, 'acks/s, 8 new connections'), (64, True, 'acks/s, 64 kept alive')):
             pairs = [(load(daemon.port, ca, threads, keep), load(port, ca, threads, keep)) for _ in range(2)]
             ours, bare = max(a for a, _ in pairs), max(b for _, b in pairs)
-            bench_row(what, f'{ours[0]:.0f}, p99 {ours[2]:.0f} ms', f'no-op server {bare[0]:.0f}, p99 {bare[2]:.0f} ms: '
+            bench_row(what, f"{ours[0]:.0f}, p99 {ours[2]:.0f} ms",
+                      f"no-op server {bare[0]:.0f}, p99 {bare[2]:.0f} ms: "
                       f'{ours[0] / bare[0]:.2f} of it', 'aim 0.7')
     db = sqlite3.connect(str(daemon.folder / 'bare.db'), isolation_level=None)
     db.execute('PRAGMA journal_mode=WAL')
