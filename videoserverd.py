@@ -235,7 +235,7 @@ class HttpClient:
 
     def __init__(self):
         self.halted = threading.Event()  # set: the running request ends, and no new one starts
-        self._socket: socket.socket | None = None
+        self._socket = None
 
     def hang_up(self):
         """End the running request and all later ones until `halted` is cleared."""
@@ -524,7 +524,7 @@ ROWS = {  # section: {key: (default, parser, help)}
         'backup_count': ('5', whole(0, 1000), 'rotated files kept'),
     },
 }
-SETTINGS: dict[str, dict[str, Setting]] = {
+SETTINGS = {
     section: {key: Setting(*row) for key, row in rows.items()} for section, rows in ROWS.items()}
 
 # Document B's names for three of them.
@@ -1103,7 +1103,7 @@ def parse_links(fields, name, security):
         raise Refused('no_url', f'The field "{name}" is missing.')
     if 'tiktok.com' in known or known == ('*',):
         known = (*known, *SITES)
-    found: dict[str, tuple[str, Any]] = {}
+    found = {}
     links = find_urls(text, known)
     for number, link in enumerate(links):
         if len(found) == MOST_LINKS:
@@ -1429,15 +1429,15 @@ class Store:
 
     def __init__(self, path, links_per_hour=0):
         self.path, self.links_per_hour = path, links_per_hour
-        self.error: str | None = None  # why the last commit failed, None when it did not
-        self.outgoing: dict[str, Sequence[str]] = {}  # verb: kinds of items for the outbox
-        self._repeats: dict[str, tuple[int, int]] = {}  # by client: start of its hour, how many
+        self.error = None  # why the last commit failed, None when it did not
+        self.outgoing = {}  # verb: kinds of items for the outbox
+        self._repeats = {}  # by client: start of its hour, how many
         self._commits, self._counted = 0, (-1, {})  # commits so far; `counts` as of which commit
-        self._queue: deque = deque()
+        self._queue = deque()
         self._tickets = threading.Condition()  # guards _queue and _closed
         self._closed = False
-        self._pool: deque = deque()  # idle readers
-        self._writer: sqlite3.Connection | None = None
+        self._pool = deque()  # idle readers
+        self._writer = None
         self.thread = threading.Thread(target=self._commit_loop, name='commit', daemon=True)
 
     # -- opening and closing
@@ -1829,7 +1829,7 @@ class Store:
     def recover(self, now, frozen):
         """After a start: queue again what was being downloaded, except those returned with their
         outcome: CRASH_LIMIT unclean ends in a row, or the only one when yt-dlp froze (`frozen`)."""
-        over: list[tuple[Job, Outcome]] = []
+        over = []
 
         def work(db):
             rows = db.execute("SELECT * FROM downloads WHERE status = 'downloading'").fetchall()
@@ -2023,9 +2023,9 @@ class Board:
     def __init__(self, first_version=0):
         self.version = first_version  # differs from run to run: a page notices a new run
         self._changed = threading.Condition()
-        self._progress: dict[str, Progress] = {}
+        self._progress = {}
         self._released = False  # the server is stopping: nobody waits
-        self.counters: dict[str, float] = {}  # of /metrics, since the start
+        self.counters = {}  # of /metrics, since the start
         self._acks = [0] * (len(ACK_BUCKETS) + 1)  # each in the first bucket that it fits into
         self._ack_seconds = 0.0
 
@@ -2139,8 +2139,8 @@ class Stopper:
 
     def __init__(self):
         self.reason = ''  # of the first stop
-        self.stopped_at: float | None = None  # monotonic
-        self.children: list[Any] = []
+        self.stopped_at = None  # monotonic
+        self.children = []
         self._sockets = weakref.WeakSet()
         self._changed = threading.Condition()
 
@@ -2281,7 +2281,7 @@ class Here(threading.local):
     def __init__(self):
         super().__init__()
         self.reach = vars(threading.current_thread()).get('reach', self.unknown)
-        self.line: list[str] = []
+        self.line = []
 
 
 here = Here()
@@ -2299,7 +2299,7 @@ class Reach:
         self.proxy = proxy.hostname  # everything goes through it
         self._ports = (proxy.port,) if proxy.port else (80, 443, 1080)
         self._names_are_ours = not self.proxy or proxy.scheme == 'socks4'  # to resolve
-        self._doors: set[tuple[str, int]] = set()  # addresses of the proxy
+        self._doors = set()  # addresses of the proxy
 
     def allows(self, address, port):
         """May we connect to it? Only to what is on the Internet; with a proxy, only to that."""
@@ -2743,7 +2743,7 @@ def without_formats(formats, got, lacking):
 
 LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
 IMPORT_LOCK = threading.Lock()
-IMPORTED: dict[str, Any] = {}  # 'Session': the class made below, once yt-dlp is imported
+IMPORTED = {}  # 'Session': the class made below, once yt-dlp is imported
 
 
 def openssl_decrypt(data, key, iv):
@@ -3014,11 +3014,11 @@ class JobFolder:
 
     def __init__(self, path):
         self.path, self.file = path, path / 'job.json'
-        self.parts: dict[str, dict[str, Any]] = {}  # by file name: format, total and size if known
+        self.parts = {}  # by file name: format, total and size if known
         # finished files: source, item (of the post), part, ext, size, names, note; name once moved
-        self.results: list[dict[str, Any]] = []
-        self.post: dict[str, Any] = {}  # post_facts() of what is behind the link
-        self.missing: dict[int, str] = {}  # the items that failed, and what they are
+        self.results = []
+        self.post = {}  # post_facts() of what is behind the link
+        self.missing = {}  # the items that failed, and what they are
         self.total = 1  # items of the post
         self.fetched = False  # whether each was tried
         self.current = ''  # the part that a request is for, '' for other requests
@@ -3465,7 +3465,7 @@ class Cookies:
         if data is None:
             with open(self.file, 'rb') as file:
                 data = file.read(COOKIE_LIMIT)
-        found: dict[str, list[Cookie]] = {}
+        found = {}
         for one in parse_cookies(data):
             if self.domains == ('*',) or is_under(one.domain, self.domains):
                 found.setdefault(last_labels(one.domain), []).append(one)
@@ -3553,10 +3553,10 @@ class Attempt:
         self.output = config.downloads.output_directory
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
-        self.session: Any = None  # yt-dlp at work
+        self.session = None  # yt-dlp at work
         self.agent = ''  # one browser name for the whole attempt: a CDN's cookie is tied to it
-        self.jar: io.StringIO | None = None  # cookies, once the site has asked for a login
-        self.failures: dict[int, tuple[str, Outcome]] = {}  # by item: what it is, how it ended
+        self.jar = None  # cookies, once the site has asked for a login
+        self.failures = {}  # by item: what it is, how it ended
         self.stopper = Stopper()
         self.stop = self.stopper.stop
         self.reach = Reach(config, self.folder.path, self.stopper)
@@ -4429,12 +4429,12 @@ class Freshness:
     def __init__(self, vendor, downloader, loaded=loaded_ytdlp):
         self.vendor, self.settings, self.loaded = vendor, downloader, loaded
         self.site_changed = self.unusable = self.stopped = False
-        self.worked: set[str] = set()  # sites
-        self.failed: set[str] = set()  # sites, in a way that may be yt-dlp's
+        self.worked = set()  # sites
+        self.failed = set()  # sites, in a way that may be yt-dlp's
         self.failures, self.last_tried = 0, 0.0
         self.wanted = False  # somebody has asked for it
         self.trouble = ''  # why the last check failed, a sentence
-        self.child: Any = None
+        self.child = None
 
     def heard(self, site, outcome):
         """Note what the end of a download says about yt-dlp."""
@@ -4814,7 +4814,7 @@ class Courier:
     fails = ''  # begins the sentence about its error in health
 
     def __init__(self, name, client, store, delays):
-        self.error: str | None = None  # why it fails at present, a sentence; for health
+        self.error = None  # why it fails at present, a sentence; for health
         self.client, self.store, self.delays = client, store, list(delays)
         while self.delays[-1] < LONGEST_DELAY:  # then twice as long each time
             self.delays.append(min(max(1, self.delays[-1] * 2), LONGEST_DELAY))
@@ -5044,10 +5044,10 @@ class Run:
     """A download that a worker has; `attempt` and `job` are None until it is claimed."""
 
     def __init__(self):
-        self.attempt: Any = None
-        self.stop_reason: str | None = None
+        self.attempt = None
+        self.stop_reason = None
         self.hung = False
-        self.job: Job | None = None
+        self.job = None
 
 
 class Scheduler:
@@ -5064,18 +5064,18 @@ class Scheduler:
         self.frozen = False  # whether that life ended because yt-dlp froze
         self._clock = ClockWatch()
         self._stale = False  # whether the heap must be rebuilt: the clock was set
-        self.paused: str | None = None  # why nothing starts, a sentence
+        self.paused = None  # why nothing starts, a sentence
         self.beat = time.monotonic()  # when the loop last came round: for the watchdog
         self._pause_until, self._pause_message = -math.inf, ''  # monotonic
         self._looked = -math.inf  # monotonic, when the pause was last looked at
         self._changed = threading.Condition()
-        self._heap: list[tuple[float, int, str]] = []
-        self._due: dict[str, float] = {}  # by id: the entry that counts; others are stale
+        self._heap = []
+        self._due = {}  # by id: the entry that counts; others are stale
         self._seq = 0
-        self._running: dict[str, Run] = {}
-        self._alone: set[str] = set()  # those that must run alone
+        self._running = {}
+        self._alone = set()  # those that must run alone
         self._stopping = threading.Event()
-        self._threads: list[threading.Thread] = []
+        self._threads = []
 
     # -- what others call
 
@@ -5236,7 +5236,7 @@ class Scheduler:
 
     def _take_due(self, now):
         """Pop what is due while a worker is free, and mark it as running."""
-        taken: list[str] = []
+        taken = []
         with self._changed:
             while self._may_take(now):
                 due, _, download_id = heapq.heappop(self._heap)
@@ -5908,7 +5908,7 @@ class Reply:
 
 def parse_fields(lines):
     """Header fields by lower-case name (RFC 9112 section 5). Raises HTTPError."""
-    fields: dict[str, list[str]] = {}
+    fields = {}
     if len(lines) > 100:
         raise HTTPError(431, 'There are too many headers.')
     for line in lines:
@@ -5980,10 +5980,10 @@ class Request:
         self.client = peer.address
         self.raw_path, _, self.raw_query = head.target.partition('?')
         self.path = ''  # decoded, below our base
-        self.query: dict[str, Any] = {}
-        self.params: dict[str, str] = {}
+        self.query = {}
+        self.params = {}
         self.shown_path = excerpt(SIGNATURE.sub('.…', self.raw_path), 200)  # for the log
-        self.unread: int | None = None  # bytes of the body; None: the connection must be closed
+        self.unread = None  # bytes of the body; None: the connection must be closed
         self.note = ''  # client_id and URL, for the log
 
     def field(self, name):
@@ -6154,15 +6154,15 @@ class App:
     def __init__(self, config, store=None, board=None, scheduler=None, **more):
         self.config, self.store, self.board, self.scheduler = config, store, board, scheduler
         self.port = 0
-        self.hosts: frozenset = frozenset()  # names and addresses that are ours
-        self.routes: tuple[Route, ...] = more.get('routes', ())
-        self.assets: dict[str, Any] = more.get('assets', {})
-        self.image_origin: str = more.get('image_origin', '')  # names the machine's addresses
+        self.hosts = frozenset()  # names and addresses that are ours
+        self.routes = more.get('routes', ())
+        self.assets = more.get('assets', {})
+        self.image_origin = more.get('image_origin', '')  # names the machine's addresses
         self.more = SimpleNamespace(**more)
         self.prefix = urlsplit(config.server.public_base_url or '').path
         self.watchers = threading.Semaphore(WATCHERS)
         self.video_waiters = threading.Semaphore(WATCHERS)
-        self._wrong_keys: dict[str, tuple[int, float]] = {}  # by address: how many, and when
+        self._wrong_keys = {}  # by address: how many, and when
         self._guard = threading.Lock()  # guards _wrong_keys
 
     # -- links and rows
@@ -6382,7 +6382,7 @@ class App:
 
     def _parse_query(self, request, route):
         try:
-            given: dict[str, Any] = dict(parse_qsl(
+            given = dict(parse_qsl(
                 request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
         except ValueError:
             raise HTTPError(400, 'The query cannot be read.', 'bad_query') from None
@@ -6499,7 +6499,7 @@ def responses_of(route, keys):
         statuses, bad = {200, 418}, 'ErrorB'
     if route.access == 'share':
         bad = 'text/plain'
-    found: dict[str, Any] = {}
+    found = {}
     for status in sorted(statuses):
         answer = bad
         if status == route.status or status < 400 and bad == 'Error':
@@ -6532,7 +6532,7 @@ def operation_of(route, keys):
 
 def describe_api(routes, keys, base):
     """OpenAPI 3.1 of all routes; `security` only if keys are set."""
-    paths: dict[str, Any] = {}
+    paths = {}
     for route in routes:
         paths.setdefault(route.path, {})[route.method.lower()] = operation_of(route, keys)
     components = {'schemas': {name: object_schema(words) for name, words in SCHEMAS.items()}}
@@ -7304,7 +7304,7 @@ class Server(ThreadingHTTPServer):
         self.draining = False
         self.beat = time.monotonic()  # when accepting last came round: for the watchdog
         self._guard = threading.Lock()  # guards _peers, whose descriptors it keeps open as well
-        self._peers: dict[int, Peer] = {}
+        self._peers = {}
 
     def service_actions(self):
         """Twice a second: cut off what takes too long. Reading ends first, so that a slow client
@@ -8719,7 +8719,7 @@ class LogWriter(logging.Handler):
         self.file, self.limit, self.copies = (
             settings.file, settings.max_size, settings.backup_count)
         self.fd, self.size = -1, 0
-        self.lines: deque = deque(maxlen=10000)  # if stderr blocks, the oldest are dropped
+        self.lines = deque(maxlen=10000)  # if stderr blocks, the oldest are dropped
         self.wake = threading.Event()
         self.writing = threading.Lock()  # guards fd and size, and the order of lines
         self.by_systemd = 'INVOCATION_ID' in os.environ  # the journal has its own clock
@@ -8993,19 +8993,19 @@ class Care:
         self.config, self.store, self.board, self.restart = config, store, board, restart
         self.vendor = Vendor(config.downloader.ytdlp_directory)
         self.freshness = Freshness(self.vendor, config.downloader)
-        self.ytdlp: Path | None = None  # the folder new attempts import from
-        self.certificate: Certificate | None = None
+        self.ytdlp = None  # the folder new attempts import from
+        self.certificate = None
         self.thumbs = config.database.path.parent / 'thumbs'
-        self.problems: dict[str, str] = {}
+        self.problems = {}
         self.restart_when_idle = False
-        self.scheduler: Scheduler | None = None
-        self.server: Server | None = None
+        self.scheduler = None
+        self.server = None
         self._due = threading.Event()  # something may be due now
         self._tidy = False
         self._certificate_seen = (0, 0)  # when it was written, the day it was read
         self._clock = ClockWatch()
         self._room_seen, self._room_notice = -math.inf, ''
-        self._unpictured: deque = deque(maxlen=1000)  # (id, file name) of videos without picture
+        self._unpictured = deque(maxlen=1000)  # (id, file name) of videos without picture
 
     def start(self, scheduler, server):
         """Begin."""
@@ -9126,7 +9126,7 @@ class Care:
         kind, amount = self.config.downloads.keep or ('', 0)
         if kind == 'days':
             return [row['id'] for row in self.store.oldest(now - amount * DAY)]
-        ids: list[str] = []
+        ids = []
         excess = self.store.bytes_kept() - amount if kind else 0
         for row in self.store.oldest(now) if excess > 0 else ():
             if excess > 0:
@@ -9250,16 +9250,16 @@ class Daemon:
         self.store = Store(config.database.path, config.security.requests_per_hour)
         self.board = Board(int(time.time()) % 10 ** 8)
         self.care = Care(config, self.store, self.board, lambda: self._ask('restart'))
-        self.couriers: list[Courier] = []
+        self.couriers = []
         self.health = Health(config, self.store, self.board, self.care, self.couriers)
         self.scheduler = Scheduler(config, self.store, self.board, self._new_attempt,
                                    self.health.preflight, self._on_outcome,
                                    lambda: self._ask('restart'))
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.lock = Lock(config.database.path)
-        self.server: Server | None = None
-        self.next_socket: socket.socket | None = None  # for a restart that listens elsewhere
-        self._dump: Any = None  # the file for the watchdog's dump
+        self.server = None
+        self.next_socket = None  # for a restart that listens elsewhere
+        self._dump = None  # the file for the watchdog's dump
         self.wish = ''  # 'stop' or 'restart', once asked for
         # A signal handler may write into a pipe; an Event's lock could be held by its own thread.
         self._wishes = os.pipe()
