@@ -17,6 +17,7 @@ The map. One law: a name is used only below the line that defines it; calls poin
     vendor       fetching, checking and switching the vendored yt-dlp
     publish      links to finished files, SigV4, the bucket, thumbnails
     scheduler    the heap of due jobs, the workers, pause and resume
+    imports      the exports of people's years, read and queued
     certificate  CA and leaf through the openssl command, the iPhone's profile
     http         the TLS server, its limits, one table of routes for two dialects
     page         the web page and the set-up page, as raw strings
@@ -31,9 +32,9 @@ log; unnamed helpers wait for slow disks and name servers on behalf of an attemp
 thread ends the process when no other thread has run for a minute.
 
 Locks, never two at once: Store._tickets, Board._changed, Scheduler._changed, Courier._changed,
-Stopper._changed (sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is
-imported once), NAMES_LOCK (a free name is taken), Pace._lock, App._guard, Server._guard,
-LogWriter.writing; between processes flock on <database>.lock and <ytdlp_directory>/.lock.
+Stopper._changed (sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is imported once),
+NAMES_LOCK (a free name is taken), Pace._lock, App._guard, Server._guard, LogWriter.writing;
+between processes flock on <database>.lock and <ytdlp_directory>/.lock.
 """
 from __future__ import annotations
 
@@ -478,6 +479,7 @@ ROWS = {  # section: {key: (default, parser, help)}
         'slideshow': ('on', on_off, 'turn a photo post with sound into a video, by ffmpeg'),
         'metadata': ('off', on_off, 'title, author, caption and link inside the videos'),
         'mtime': ('on', on_off, 'give each file the date of its post'),
+        'import_pace': ('30', whole(0, 86400), 'seconds between two posts of an import'),
     },
     'downloader': {
         'ytdlp_directory': ('vendor', file_setting, 'where the vendored yt-dlp lives'),
@@ -645,7 +647,7 @@ class Progress:
 @named_tuple
 class Job:
     """One try at one download: attempt 1 is the first; earlier ones delivered `files`. `site` and
-    `media_id` identify the post, if its link does."""
+    `media_id` identify the post, if its link does. `imported`: the import it comes from."""
     id: str
     url: str
     options: tuple[tuple[str, Any], ...]
@@ -653,6 +655,7 @@ class Job:
     files: tuple[MediaFile, ...] = ()
     site: str | None = None
     media_id: str | None = None
+    imported: str | None = None
 
 
 @named_tuple
@@ -1301,7 +1304,23 @@ INSERT INTO outbox (kind, download_id, payload, attempts, due)
     SELECT 'upload', id, '', s3_attempts, s3_due FROM downloads WHERE s3_due IS NOT NULL;
 DROP INDEX idx_s3_due;    -- s3_due and s3_attempts are no longer used
 '''
-MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA)  # user_version counts those that have run
+IMPORT_SCHEMA = '''
+ADD import_id TEXT;       -- the import that a post comes from; until it starts, created_at is 0
+CREATE INDEX idx_import ON downloads(import_id, status) WHERE import_id IS NOT NULL;
+CREATE TABLE imports (
+    id TEXT PRIMARY KEY,
+    name TEXT NOT NULL,       -- of the file
+    client_id TEXT NOT NULL,
+    state TEXT NOT NULL,      -- ready|filling|running|paused|done
+    groups TEXT NOT NULL,     -- JSON [[group, posts, how many were here], ...]
+    chosen TEXT,              -- groups, with commas
+    created_at INTEGER NOT NULL
+);
+'''
+MIGRATIONS = (DOCUMENT_A_SCHEMA, OUR_SCHEMA, POST_SCHEMA, IMPORT_SCHEMA)  # by user_version
+IMPORT_STEPS = {  # verb: (state before, state after)
+    'start': ('ready', 'filling'), 'filled': ('filling', 'running'),
+    'pause': ('running', 'paused'), 'resume': ('paused', 'running')}
 SEARCHED = ('url', 'title', 'filename', 'uploader', 'description')
 HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
 REPEAT_SECONDS = 600  # within which the same link from the same phone is a repeat
@@ -1314,13 +1333,14 @@ CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked 
 
 # The link that must be an hour old before the client may send another; future ones do not count.
 HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? '
-             'AND created_at <= ? ORDER BY created_at DESC LIMIT 1 OFFSET ?')
+             'AND created_at <= ? AND import_id IS NULL ORDER BY created_at DESC LIMIT 1 OFFSET ?')
 KNOWN = 'SELECT id, status, next_attempt_at, files FROM downloads WHERE '
 SAME_POST = (KNOWN + "site = ? AND media_id = ? AND asked IS ? AND status <> 'failed' "
              "AND reason IS NOT 'room' ORDER BY status, created_at DESC LIMIT 1")
 INSERT_LINK = (  # one statement, since each one releases the GIL twice
     'INSERT INTO downloads (id, url, client_id, status, created_at, last_updated, timestamp, '
-    "options, site, media_id, asked) SELECT ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ? "
+    'options, site, media_id, asked, import_id) '
+    "SELECT ?, ?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ? "
     f'WHERE NOT (? AND EXISTS ({HOUR_FULL})) AND NOT EXISTS ({SAME_POST}) '
     'ON CONFLICT (client_id, url, timestamp) WHERE timestamp IS NOT NULL DO NOTHING')
 
@@ -1369,7 +1389,7 @@ def job_of(row):
     """The next try at this download."""
     options = tuple(map(tuple, json.loads(row['options'] or '[]')))
     return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1,
-               Record.of(row)['files'], row['site'], row['media_id'])
+               Record.of(row)['files'], row['site'], row['media_id'], row['import_id'])
 
 
 def full_sync(file):
@@ -1623,10 +1643,10 @@ class Store:
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
     def due_times(self):
-        """(id, when it may start) of all queued downloads, oldest first."""
+        """(id, when it may start) of all queued downloads, oldest first; not those of imports."""
         return [tuple(row) for row in self.read(
             "SELECT id, coalesce(next_attempt_at, 0) FROM downloads WHERE status = 'queued' "
-            'ORDER BY created_at, rowid')]
+            'AND import_id IS NULL ORDER BY created_at, rowid')]
 
     def unfinished(self):
         """Status by id of all queued or running downloads."""
@@ -1666,7 +1686,7 @@ class Store:
             'ORDER BY created_at DESC LIMIT 1', client, now - window, now, url), False
         download_id = new_id()
         if not known and db.execute(INSERT_LINK, (
-                download_id, url, client, now, now, timestamp, options, *post,
+                download_id, url, client, now, now, timestamp, options, *post, None,
                 self.links_per_hour, *hour, *same)).rowcount == 1:
             return Stored(download_id, True)
         known = known or first(KNOWN + 'client_id = ? AND url = ? AND timestamp = ?',
@@ -1730,8 +1750,11 @@ class Store:
         def work(db):  # what cannot be read stays queued
             row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
             job = row and job_of(row)
-            return job if self._change(
-                db, 'claim', download_id, now, due=now, started_at=now) else None
+            if not self._change(db, 'claim', download_id, now, due=now, started_at=now):
+                return None
+            db.execute('UPDATE downloads SET created_at = ? WHERE id = ? AND created_at = 0',
+                       (now, download_id))
+            return job
         return self.write(work)
 
     def finish(self, download_id, outcome, folder, now):
@@ -1857,12 +1880,83 @@ class Store:
             "UPDATE downloads SET next_attempt_at = ? "
             "WHERE status = 'queued' AND next_attempt_at > ?", (now + longest, now + longest)))
 
+    # -- imports
+
+    def known_posts(self):
+        """The media ids of all posts that are here, or on their way."""
+        return {row['media_id'] for row in self.read(
+            "SELECT media_id FROM downloads WHERE media_id IS NOT NULL AND status <> 'failed' "
+            "AND reason IS NOT 'room'")}
+
+    def imports(self):
+        """All imports with the numbers of their downloads, newest first."""
+        counts = ', '.join(f'coalesce(sum(status {test}), 0) AS {name}' for name, test in (
+            ('waiting', "IN ('queued', 'downloading')"), ('completed', "= 'completed'"),
+            ('failed', "= 'failed'")))
+        return self.read(f'SELECT imports.*, {counts} FROM imports LEFT JOIN downloads '
+                         'ON import_id = imports.id GROUP BY imports.id '
+                         'ORDER BY imports.created_at DESC, imports.rowid DESC')
+
+    def add_import(self, import_id, name, client_id, groups, now):
+        """An export was read and may be started."""
+        self.write(lambda db: db.execute(
+            "INSERT INTO imports VALUES (?, ?, ?, 'ready', ?, NULL, ?)",
+            (import_id, name, client_id, json.dumps(groups), now)))
+
+    def move_import(self, verb, import_id, chosen=None):
+        """Change the state of an import by IMPORT_STEPS; whether it allowed that."""
+        before, after = IMPORT_STEPS[verb]
+        return self.write(lambda db: db.execute(
+            'UPDATE imports SET state = ?, chosen = coalesce(?, chosen) '
+            'WHERE id = ? AND state = ?', (after, chosen, import_id, before)).rowcount == 1)
+
+    def fill_import(self, row, urls, now):
+        """Queue posts of an import in one commit, without those that are here."""
+        self.check_room()
+
+        def work(db):
+            for url in urls:
+                post = (*post_of(url), None)
+                db.execute(INSERT_LINK, (new_id(), url, row['client_id'], 0, now, row['id'], None,
+                                         *post, row['id'], 0, *(None,) * 4, *post))
+        self.write(work)
+
+    def next_of_imports(self, now):
+        """The id of the next post of a running import, None if none is due."""
+        rows = self.read(
+            'SELECT downloads.id FROM imports JOIN downloads ON import_id = imports.id '
+            "WHERE state = 'running' AND status = 'queued' AND coalesce(next_attempt_at, 0) <= ? "
+            'ORDER BY next_attempt_at IS NULL, downloads.rowid LIMIT 1', (now,))
+        return rows[0]['id'] if rows else None
+
+    def end_import(self, import_id, now, sentence):
+        """All its posts are done: announce it."""
+        def work(db):
+            db.execute("UPDATE imports SET state = 'done' WHERE id = ?", (import_id,))
+            for kind in self.outgoing.get('import', ()):
+                db.execute('INSERT INTO outbox (kind, payload, due) VALUES (?, ?, ?)',
+                           (kind, sentence, now))
+        self.write(work)
+
+    def cancel_import(self, import_id, now):
+        """Forget it and its posts that have not arrived; False while it is being filled."""
+        def work(db):
+            gone = db.execute("DELETE FROM imports WHERE id = ? AND state <> 'filling'",
+                              (import_id,)).rowcount
+            rows = db.execute("SELECT id, files FROM downloads WHERE import_id = ? AND status = "
+                              "'queued'", (import_id,)).fetchall() if gone else ()
+            for row in rows:
+                self._change(db, 'cancel' if row['files'] else 'forget', row['id'], now)
+            return gone == 1
+        return self.write(work)
+
     # -- the outbox
 
     def _post(self, db, event, download_id, now):
-        for kind in self.outgoing.get(event, ()):
-            db.execute('INSERT INTO outbox (kind, download_id, payload, due) VALUES (?, ?, ?, ?)',
-                       (kind, download_id, event, now))
+        for kind in self.outgoing.get(event, ()):  # an import is announced once, when it is done
+            db.execute('INSERT INTO outbox (kind, download_id, payload, due) SELECT ?, id, ?, ? '
+                       "FROM downloads WHERE id = ? AND (import_id IS NULL OR ? <> 'notify')",
+                       (kind, event, now, download_id, kind))
 
     def note_problems(self, there, new, now):
         """Announce the problems `new`, by name, once, until they are no longer `there`."""
@@ -5074,6 +5168,8 @@ class Scheduler:
         self._seq = 0
         self._running = {}
         self._alone = set()  # those that must run alone
+        self._import_due = -math.inf  # monotonic, when the next post of an import may start
+        self._importing = True  # whether there may be one
         self._stopping = threading.Event()
         self._threads = []
 
@@ -5144,6 +5240,12 @@ class Scheduler:
                 run.attempt.stop(reason)
         return runs
 
+    def wake_imports(self):
+        """An import was started or resumed."""
+        with self._changed:
+            self._import_due, self._importing = -math.inf, True
+            self._changed.notify_all()
+
     def running(self):
         """How many downloads workers have."""
         with self._changed:
@@ -5191,7 +5293,7 @@ class Scheduler:
             self._recover(int(now))
         if self._stale:
             self._rebuild(int(now))
-        for download_id in self._take_due(now):
+        for download_id in self._take_due(now) or self._take_import(now, monotonic):
             self._employ(download_id)
 
     def _employ(self, download_id):
@@ -5208,9 +5310,10 @@ class Scheduler:
         """Seconds until there is something to do; under the lock."""
         if self._running or self.paused:
             return WATCH_NAP
-        if not self._heap:
-            return MAX_NAP
-        return min(max(self._heap[0][0] - now, 0.0), MAX_NAP)
+        naps = [MAX_NAP, *[due - now for due, _, _ in self._heap[:1]]]
+        if self._importing:
+            naps.append(max(self._import_due - time.monotonic(), WATCH_NAP))
+        return max(min(naps), 0.0)
 
     def _refresh_pause(self, monotonic):
         message = self.preflight()
@@ -5249,6 +5352,23 @@ class Scheduler:
                     self._running[download_id] = Run()
                     taken.append(download_id)
         return taken
+
+    def _take_import(self, now, monotonic):
+        """At the pace of imports, when nothing that was shared is due, one of their posts."""
+        with self._changed:
+            busy = len(self._running) >= self.config.downloads.max_concurrent
+            due = bool(self._heap) and self._heap[0][0] <= now
+            if self.paused or self._alone or busy or due or monotonic < self._import_due:
+                return []
+        found = self.store.next_of_imports(int(now))
+        pace = self.config.downloads.import_pace * (0.75 + os.urandom(1)[0] / 510)
+        with self._changed:
+            self._importing = bool(found)
+            self._import_due = monotonic + (pace if found else MAX_NAP)
+            if not found or found in self._running:
+                return []
+            self._running[found] = Run()
+        return [found]
 
     def _watch(self, monotonic):
         """Let each attempt check its limits; one that ignores a stop makes us restart in place."""
@@ -5359,7 +5479,10 @@ class Scheduler:
         due = int(now + delay) if step == 'retry_later' else None
         outcome = outcome._replace(message=last_words(outcome, job.attempt, step))
         self.store.fail(step, job, outcome, int(now), downloads.output_directory, due)
-        if due:
+        if due and job.imported:  # a site that blocks us is left alone by the import
+            if outcome.reason in FEW_TRIES:
+                self._import_due = time.monotonic() + delay
+        elif due:
             self.push(job.id, due)  # even if a commit that was reported as failed has stored it
         return not due
 
@@ -5369,7 +5492,254 @@ class Scheduler:
             self._pause_until = time.monotonic() + PAUSE_SECONDS
             self._pause_message, self._looked = outcome.message, -math.inf
         self.store.move('requeue', job.id, int(now))
-        self.push(job.id)
+        if not job.imported:
+            self.push(job.id)
+
+
+# ---------- imports -----------------------------------------------------------------------
+# Owns the exports of TikTok and Instagram that people bring: reading them in little memory, the
+# look into one before anything is queued, and queueing its posts. No lock. Called by http, daemon
+# and commands.
+
+LARGEST_EXPORT = 200 << 20  # bytes of an upload
+LARGEST_UNPACKED = 1 << 30  # bytes of the texts in a zip
+LARGEST_DIRECTORY = 3 << 20  # bytes of a zip's table of contents: its 30,000 files take 20 MB
+MOST_POSTS = 200_000  # of one export
+IMPORT_DAYS = 7  # that one is kept which nobody starts, or which is done
+LONGEST_MARK = 2200  # characters of a link or a list's name, with what is around it
+# Names of lists and files in exports. TikTok moved its lists in January 2026 and kept their names.
+GROUPS = {
+    'FavoriteVideoList': 'favorites', 'Favorite Videos': 'favorites',
+    'ItemFavoriteList': 'likes', 'Like List': 'likes',
+    'VideoList': 'history', 'Watch History': 'history', 'Video Browsing History': 'history',
+    'saved_posts': 'saved', 'saved_saved_media': 'saved',
+    'saved_collections': 'collections', 'saved_saved_collections': 'collections',
+    'liked_posts': 'likes', 'likes_media_likes': 'likes',
+}
+GROUP_NAMES = {'favorites': 'Favorites', 'likes': 'Likes', 'saved': 'Saved',
+               'collections': 'Collections', 'links': 'Links', 'history': 'Watch history'}
+MARK = re.compile(r'"(\w{0,40}List|saved_saved_\w{1,20}|likes_media_likes)"\s{0,9}:'
+                  r'|(https?://[!#-;=?-\[\]-~]{1,2100})', re.A)
+
+
+def marks_in(stream, group):
+    """(group, link) of each link in a text, block by block; `group` until it names a list."""
+    rest, block = '', b'.'
+    while block:
+        block = stream.read(1 << 16)
+        text = (rest + block.decode('latin-1')).replace('\\/', '/').replace('\\u0026', '&')
+        edge, done = len(text) - LONGEST_MARK * bool(block), 0
+        for match in MARK.finditer(text):
+            if match.start() >= edge:  # it may go on in the next block
+                break
+            done = match.end()
+            if match[1]:
+                group = GROUPS.get(match[1], '')
+            elif group:
+                yield group, trim_link(match[2].replace('&amp;', '&'))
+        rest = text[max(done, edge, 0):]
+
+
+class ZipSource(io.FileIO):
+    """A file of which zipfile cannot read much at once: its table of contents is in memory."""
+
+    def read(self, size=-1):
+        if size > LARGEST_DIRECTORY:
+            raise Refused('bad_export', 'This zip file has too many files in it.')
+        return super().read(size)
+
+
+def group_name(path):
+    """The name of a file in an export, without folder, ending and number: saved_posts_1.html."""
+    return re.sub(r'.*/|(_\d{1,3})?\.\w{1,9}$', '', path[-200:])
+
+
+def wanted_members(members):
+    """The texts among the files of a zip. Raises Refused for one that could do harm."""
+    wanted, unpacked = [], 0
+    for info in members:
+        if info.filename.startswith(('/', '\\')) or '..' in re.split(r'[/\\]', info.filename):
+            raise Refused('bad_export', 'This zip file has paths that lead out of it.')
+        if not info.filename.lower().endswith(('.json', '.html', '.txt')):
+            continue
+        unpacked += info.file_size
+        if unpacked > LARGEST_UNPACKED or info.file_size > (1 << 20) + 200 * info.compress_size:
+            raise Refused('bad_export', 'This zip file would unpack to far too much.')
+        wanted.append(info)
+    return wanted
+
+
+def texts_in(file):
+    """(group, stream) of each text in an export: a zip file, or one file. Raises Refused."""
+    import zipfile
+    import zlib
+    with ZipSource(file) as source:
+        start = source.read(4)
+        if start != b'PK\3\4':
+            source.seek(0)
+            yield 'links' * (not start.startswith(b'{')), source  # else its lists have names
+            return
+        try:
+            with zipfile.ZipFile(source) as archive:
+                for info in wanted_members(archive.infolist()):
+                    with archive.open(info) as stream:
+                        yield GROUPS.get(group_name(info.filename), ''), stream
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, NotImplementedError):
+            raise Refused('bad_export', 'This zip file is damaged or has a password.') from None
+
+
+def posts_in(file, security):
+    """(group, URL) of each post in an export, once in its group. Raises Refused."""
+    seen = set()
+    for start, stream in texts_in(file):
+        for group, link in marks_in(stream, start):
+            with suppress(Refused):
+                url = check_url(link, security)
+                post = post_of(url)[1]
+                key = hash((group, post or url))
+                if key not in seen and (post or group == 'links'):
+                    seen.add(key)
+                    yield group, url
+        if len(seen) > MOST_POSTS:
+            return
+
+
+def rough_time(seconds):
+    """A minute or more in words: 'about 2 days'."""
+    name, length = next(unit for unit in (('day', DAY), ('hour', 3600), ('minute', 60))
+                        if seconds >= unit[1])
+    number = round(seconds / length)
+    return f'about {number} {name}{"s" * (number > 1)}'
+
+
+class Imports:
+    """The exports that people bring; `on_change` is called when there is something to start."""
+
+    def __init__(self, config, store, on_change=lambda: None):
+        self.config, self.store, self.on_change = config, store, on_change
+        self.folder = config.database.path.parent / 'imports'
+        self._receiving = set()  # ids of those that are being received
+        self._reading = threading.Semaphore()  # one is read at a time, for the memory
+
+    def receive(self, name, client_id, blocks):
+        """Store an export and look into it; nothing is queued yet. Its id. Raises Refused,
+        StoreDown, OSError, and what `blocks` raises."""
+        import_id = new_id()
+        self._receiving.add(import_id)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = self.folder / import_id
+            with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), 'wb') as target:
+                for block in blocks:
+                    self.store.check_room()
+                    target.write(block)
+                target.flush()
+                sync_handle(target.fileno())
+            self.store.add_import(import_id, name, client_id, self._look(file), int(time.time()))
+            return import_id
+        except BaseException:
+            self._remove(import_id)
+            raise
+        finally:
+            self._receiving.discard(import_id)
+
+    def _remove(self, import_id):
+        with suppress(FileNotFoundError):
+            (self.folder / import_id).unlink()
+
+    def _look(self, file):
+        """[group, posts, how many of them are here] of each group, in their usual order."""
+        counts, known = {group: [group, 0, 0] for group in GROUP_NAMES}, self.store.known_posts()
+        with self._reading:
+            for group, url in posts_in(file, self.config.security):
+                counts[group][1] += 1
+                counts[group][2] += post_of(url)[1] in known
+        found = [count for count in counts.values() if count[1]]
+        if not found:
+            raise Refused('bad_export', 'There are no videos of the allowed sites in this file.')
+        return found
+
+    def describe(self, row):
+        """An import as the API shows it. What was only watched is not chosen by itself."""
+        groups = [{'group': group, 'name': GROUP_NAMES[group], 'posts': posts, 'here': known}
+                  for group, posts, known in json.loads(row['groups'])]
+        left, done, failed = row['waiting'], row['completed'], row['failed']
+        if row['state'] == 'ready':
+            message = ' · '.join(f'{group["name"]} {group["posts"]:,}' for group in groups)
+            left = sum(group['posts'] - group['here'] for group in groups
+                       if group['group'] != 'history')
+        else:
+            message = f'{done:,} of {left + done + failed:,}' + f', {failed:,} gone' * bool(failed)
+        seconds = left * self.config.downloads.import_pace
+        if seconds >= 60:
+            message += f', {rough_time(seconds)}'
+        return {'import_id': row['id'], 'name': row['name'], 'state': row['state'], 'left': left,
+                'completed': done, 'failed': failed, 'groups': groups, 'message': message,
+                'created_at': row['created_at'], 'pace': self.config.downloads.import_pace}
+
+    def all(self):
+        """All imports, newest first, as the API shows them."""
+        return [self.describe(row) for row in self.store.imports()]
+
+    def get(self, import_id):
+        """One of them. Raises LookupError."""
+        for row in self.all():
+            if row['import_id'] == import_id:
+                return row
+        raise LookupError(import_id)
+
+    def change(self, import_id, verb, only=()):
+        """start (these groups, or all but the history), pause, resume or cancel; whether its
+        state allowed that."""
+        if verb == 'cancel':
+            done = self.store.cancel_import(import_id, int(time.time()))
+            if done:
+                self._remove(import_id)
+            return done
+        chosen = {}
+        if verb == 'start':
+            chosen['chosen'] = ','.join(only or [name for name in GROUP_NAMES if name != 'history'])
+        if not self.store.move_import(verb, import_id, **chosen):
+            return False
+        if verb == 'start':
+            self._fill(import_id)
+        self.on_change()
+        return True
+
+    def _fill(self, import_id):
+        """Queue the chosen posts in commits of a thousand, without those that are here. May be
+        done again after a kill."""
+        with self._reading:
+            row = next(row for row in self.store.imports() if row['id'] == import_id)
+            if row['state'] != 'filling':  # done meanwhile
+                return
+            chosen, urls, now = row['chosen'].split(','), [], int(time.time())
+            for group, url in posts_in(self.folder / import_id, self.config.security):
+                if group in chosen:
+                    urls.append(url)
+                if len(urls) == 1000:
+                    self.store.fill_import(row, urls, now)
+                    urls.clear()
+            self.store.fill_import(row, urls, now)
+            self.store.move_import('filled', import_id)
+        self._remove(import_id)
+
+    def tidy(self, now):
+        """Go on with what a kill interrupted, end what is done, and drop what nobody started."""
+        rows = self.store.imports()
+        for row in rows:
+            if row['state'] == 'filling':
+                self._fill(row['id'])
+                self.on_change()
+            elif row['state'] == 'running' and not row['waiting']:
+                self.store.end_import(row['id'], now, 'The import is done: '
+                                      + self.describe(row)['message'])
+            elif row['state'] in ('ready', 'done') and now - row['created_at'] > IMPORT_DAYS * DAY:
+                self.change(row['id'], 'cancel')
+        wanted = {row['id'] for row in rows} | self._receiving
+        for file in self.folder.glob('*'):
+            if file.name not in wanted and file.name not in self._receiving:
+                file.unlink(missing_ok=True)
 
 
 # ---------- certificate -------------------------------------------------------------------
@@ -5995,16 +6365,22 @@ class Request:
         media, _, parameters = self.field('content-type').partition(';')
         return media.strip().lower(), parameters
 
-    def body(self):
-        """The whole body. Raises HTTPError, ClientGone."""
+    def blocks(self):
+        """The body, piece by piece. Raises HTTPError, ClientGone."""
         size, self.unread = self.unread or 0, None
         if size and 'expect' in self.head.fields and self.head.version == 'HTTP/1.1':
             self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
-        self.peer.enter('asking', size / SLOWEST_BODY)
-        data = self.peer.read(size)
+        while size:
+            piece = min(size, LARGE_BODY)
+            self.peer.enter('asking', piece / SLOWEST_BODY)
+            yield self.peer.read(piece)
+            size -= piece
         self.peer.enter('working')
         self.unread = 0
-        return data
+
+    def body(self):
+        """The whole body. Raises HTTPError, ClientGone."""
+        return b''.join(self.blocks())
 
     def json(self):
         """The body as a JSON object. Raises HTTPError, ClientGone."""
@@ -6447,6 +6823,12 @@ SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required;
               'paused:string? free_disk:integer? ytdlp_version:string? '
               'certificate_days:integer? s3:boolean keys:boolean preparing:boolean '
               'cookies:[string',
+    'Group': 'group! name! posts:integer! here:integer!',
+    'Import': 'import_id! name! state! message! left:integer! completed:integer! failed:integer! '
+              'groups:[Group! created_at:integer! pace:integer!',
+    'Imports': 'imports:[Import! message!',
+    'ImportStart': {'type': 'object', 'properties': {'only': {
+        'type': ['array', 'null'], 'items': {'enum': list(GROUP_NAMES)}}}},
     'Initiate': 'videoURL! ytdlpCLIParameters:Options again:boolean?',
     'Initiated': 'downloadUUID!',
     'Listed': 'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:integer '
@@ -6740,6 +7122,41 @@ def post_update(app, request):
     """Look for a newer yt-dlp now."""
     app.more.update()
     return done_reply('updating', 'The newest yt-dlp is being fetched.', 202)
+
+
+def import_reply(app, import_id):
+    """An import. Raises HTTPError."""
+    try:
+        return json_reply(200, app.more.imports.get(import_id))
+    except LookupError:
+        raise HTTPError(404, 'There is no such import.') from None
+
+
+def post_import(app, request):
+    """Send an export of TikTok or Instagram, or a text with links, and see what is in it."""
+    name, client_id = request.query['name'], parse_name(request.query['client_id'])
+    return import_reply(app, app.more.imports.receive(
+        excerpt(name, 80), client_id, request.blocks()))
+
+
+def get_imports(app, request):
+    """All imports."""
+    found = app.more.imports.all()
+    return json_reply(200, {'imports': found, 'message': f'{len(found)} imports'})
+
+
+def change_import(app, request):
+    """Start it, with the groups in `only` or all but the history; pause, resume or cancel it."""
+    import_reply(app, request.params['id'])
+    *_, verb = request.path.split('/')
+    only = request.json().get('only') if verb == 'start' else ()
+    if only and not (isinstance(only, list) and set(map(str, only)) <= GROUP_NAMES.keys()):
+        raise HTTPError(400, f'`only` lists some of {", ".join(GROUP_NAMES)}.', 'bad_field')
+    if not app.more.imports.change(request.params['id'], verb, only):
+        raise HTTPError(409, f'This import cannot {verb} now.', 'wrong_state')
+    if verb == 'cancel':
+        return done_reply('cancelled', 'The import is cancelled; what has arrived stays.')
+    return import_reply(app, request.params['id'])
 
 
 def post_share_address(app, request):
@@ -7067,6 +7484,7 @@ def get_share(app, request):
 
 AGAIN = (Param('again', one_of({'1': True, '0': False}), '0'),)
 ID = '/api/v1/download/{id}'
+IMPORT = '/api/v1/imports/{id}'
 ROUTES = (
     Route('POST', '/api/v1/download', post_download, 'key', 'Queued', 'Submission', AGAIN,
           (200, 429), 202),
@@ -7090,6 +7508,14 @@ ROUTES = (
     Route('PUT', '/api/v1/cookies', put_cookies, 'key', 'Done', 'text/plain', limit=LARGE_BODY),
     Route('DELETE', '/api/v1/cookies', delete_cookies, 'key', 'Done'),
     Route('POST', '/api/v1/update', post_update, 'key', 'Done', status=202),
+    Route('GET', '/api/v1/imports', get_imports, 'key', 'Imports'),
+    Route('POST', '/api/v1/imports', post_import, 'key', 'Import', 'application/octet-stream',
+          (Param('name', str, 'export'), Param('client_id', str, 'import')),
+          limit=LARGEST_EXPORT),
+    Route('POST', IMPORT + '/start', change_import, 'key', 'Import', 'ImportStart', errors=(409,)),
+    Route('POST', IMPORT + '/pause', change_import, 'key', 'Import', errors=(409,)),
+    Route('POST', IMPORT + '/resume', change_import, 'key', 'Import', errors=(409,)),
+    Route('POST', IMPORT + '/cancel', change_import, 'key', 'Done', errors=(409,)),
     Route('POST', '/api/v1/share-address', post_share_address, 'key', 'Address', 'Name'),
     Route('POST', '/share/{who}', post_share, 'share', 'text/plain', 'Shared', AGAIN,
           (200, 429), 202),
@@ -7449,6 +7875,7 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
     <p id="refusal" role="alert"></p>
   </form>
   <ul id="outbox" aria-label="Not sent yet" hidden></ul>
+  <div id="imports"></div>
   <form id="filters" role="search" hidden>
     <div id="states" role="group" aria-label="Show"></div>
     <div class="field"><input id="search" type="search" aria-label="Search" placeholder="Search"
@@ -7469,6 +7896,11 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
   <div id="list" role="feed" aria-label="Videos" aria-busy="true"></div>
 </main>
 <footer>
+  <details><summary>Bring what you saved in years</summary>
+    <p>Ask TikTok or Instagram for your data, as JSON, and choose the zip file here, or drop it on
+      this page. You see what is in it before anything is downloaded.</p>
+    <p class="go"><label class="button quiet">Choose a file<input id="import-file" type="file"
+      ></label></p></details>
   <details><summary>Cookies and keys</summary>
     <p>Some posts can be seen only after a login. Export cookies.txt from a browser that is logged
       in and choose the file here.</p>
@@ -7537,7 +7969,8 @@ button, .button { display: inline-flex; align-items: center; justify-content: ce
 :disabled { opacity: .4; }
 .button { padding: .5rem 1.1rem; background: var(--accent); color: var(--on-accent);
   font-weight: 600; }
-.quiet, .play, .retry, .share, .save { background: var(--tint); color: var(--accent); }
+.quiet, .play, .retry, .share, .save, .start, .resume { background: var(--tint);
+  color: var(--accent); }
 input, textarea { min-width: 0; padding: .6rem .9rem; border-radius: .8rem;
   border: 1px solid var(--edge); background: var(--card); }
 ::placeholder { color: var(--soft); opacity: 1; }
@@ -7566,6 +7999,9 @@ main { flex: 1; display: flex; flex-direction: column; gap: .6rem; }
 #refusal { flex: 1 0 100%; color: var(--bad); font-weight: 500; white-space: pre-line; }
 :is(#refusal, .reason, #note):empty, #note:empty ~ button, #outbox:not([hidden]) ~ #empty {
   display: none; }
+#imports section { display: grid; gap: .6rem; padding: .9rem 1.1rem; margin-bottom: .6rem;
+  border-radius: 1.1rem; background: var(--card); }
+#imports label { display: flex; align-items: center; gap: .6rem; min-height: 2.75rem; }
 #outbox li { display: flex; align-items: center; padding: .4rem .4rem .4rem 1rem;
   margin-bottom: .4rem; border: 1px dashed var(--edge); border-radius: 1rem; }
 #outbox li > span { flex: 1; white-space: pre-line; }
@@ -7610,7 +8046,7 @@ article:not(.open) .extra { display: none; }
 
 footer { padding: 1.5rem 0 5rem; }
 #cookies { white-space: pre-line; }
-#cookie-file { position: absolute; width: 1px; min-height: 0; opacity: 0; }
+[type=file] { position: absolute; width: 1px; min-height: 0; opacity: 0; }
 #notes { position: fixed; z-index: 3; inset: auto 0 0; display: flex; align-items: center;
   gap: .5rem; min-height: 3.5rem; border-top: 1px solid var(--line); background: var(--card);
   padding: 0 var(--gap) env(safe-area-inset-bottom); }
@@ -7621,7 +8057,7 @@ dialog { width: min(56rem, calc(100% - 1rem)); max-width: none; max-height: calc
   padding: 0; border: 0; border-radius: 1.25rem; background: var(--card); color: var(--ink); }
 dialog::backdrop { background: #000b; }
 .inside { display: grid; gap: .75rem; padding: 1rem; }
-:is(dialog, #health) h2 { font-size: 1rem; }
+:is(dialog, #health, #imports) h2 { font-size: 1rem; }
 .top { display: flex; align-items: center; gap: 1rem; }
 .top h2 { flex: 1; max-height: 2.5em; overflow: hidden; }
 #screen > * { display: block; width: 100%; max-height: calc(100vh - 17rem); border-radius: .75rem;
@@ -7680,6 +8116,7 @@ const LABELS = {
   play: 'Play', share: 'Share', save: 'Save', retry: 'Try again', cancel: 'Cancel', more: 'More',
   delete: 'Delete', copy: 'Copy link', s3: 'Copy bucket link', star: 'Star', unstar: 'Unstar',
   again: 'Download again', prev: 'Previous', next: 'Next', close: 'Close', clear: 'Clear',
+  start: 'Start', pause: 'Pause', resume: 'Go on',
 };
 const STATES = {
   '': 'All', failed: 'Failed', queued: 'Waiting', downloading: 'Active', completed: 'Done'};
@@ -7764,7 +8201,8 @@ const keyHeader = () => recall('key') ? {'X-API-Key': octets(recall('key'))} : {
 
 async function api(method, path, body, signal) {
   const end = new AbortController(), stop = () => end.abort();
-  const patience = setTimeout(stop, PATIENCE), headers = keyHeader();
+  const patience = setTimeout(stop, body?.size > PART ? 100 * PATIENCE : PATIENCE);
+  const headers = keyHeader();
   signal?.addEventListener('abort', stop);
   if (body && !(body instanceof Blob)) {
     headers['Content-Type'] = 'application/json';
@@ -7824,6 +8262,7 @@ async function makeRound() {
   else if ('uptime' in answer) askForKey();  // the short form is for those without a key
   paintHealth();
   if (online) flush();
+  if (online && !locked) lookAtImports();
 }
 function watchHealth() {
   const trouble = health.problems?.length || health.preparing || !online;
@@ -7894,6 +8333,47 @@ async function post({text, timestamp}) {
   refresh();
 }
 const putIntoBox = text => fill(filled([$('box').value, text]).join('\n'));
+
+// ---- imports: what somebody saved in years ----
+const IMPORT_ACTS = {
+  ready: ['start', 'cancel'], running: ['pause', 'cancel'], paused: ['resume', 'cancel']};
+const cards = new Map();  // by import: its state and its card
+async function lookAtImports() {
+  const {imports} = await api('GET', 'api/v1/imports').catch(() => ({}));
+  if (imports) $('imports').replaceChildren(...imports.map(importCard));
+}
+function importCard(row) {
+  let card = cards.get(row.import_id);
+  if (card?.dataset.state !== row.state) {
+    const boxes = row.state === 'ready' ? row.groups.map(importGroup) : [];
+    card = element('section', {}, element('h2', {}, row.name), element('p', {className: 'meta'}),
+      ...boxes, element('div', {className: 'acts'}, ...(IMPORT_ACTS[row.state] ?? []).map(
+        name => control(name, () => changeImport(row, name, card)))));
+    card.dataset.state = row.state;
+    cards.set(row.import_id, card);
+  }
+  const state = {paused: 'Paused: ', done: 'Done: '}[row.state] ?? '';
+  write(part(card, 'meta'), state + row.message);
+  return card;
+}
+function importGroup({group, name, posts, here}) {
+  const box = element('input', {type: 'checkbox', value: group, checked: group !== 'history'});
+  const count = posts.toLocaleString() + (here ? `, ${here.toLocaleString()} are here` : '');
+  return element('label', {}, box, `${name}: ${count}`);
+}
+async function changeImport(row, name, card) {
+  const only = [...card.querySelectorAll(':checked')].map(box => box.value);
+  if (name === 'start' && !only.length) return note('Tick what you want first.');
+  const question = 'Stop this import? What has arrived stays.';
+  if (name === 'cancel' && row.state !== 'ready' && !confirm(question)) return;
+  await told('POST', `api/v1/imports/${row.import_id}/${name}`, name === 'start' && {only});
+}
+async function bring(file) {
+  if (!file) return;
+  note(`Reading ${file.name}…`);
+  const query = new URLSearchParams({name: file.name, client_id: clientId()});
+  await told('POST', 'api/v1/imports?' + query, file);
+}
 
 // ---- the list: as tall as all rows together, but only the chunks in view are filled ----
 const chunks = [], near = new Set(), nodes = new Map(), doomed = new Set(), picked = new Set();
@@ -8029,7 +8509,8 @@ function paintMeta(node, row) {
   const facts = filled([
     row.starred && '★', row.uploader && element('bdi', {}, row.uploader), length(row.duration),
     element('a', link, row.site), files > 1 && files + ' files',
-    row.file_size && size(row.file_size), moment(row.completed_at ?? row.created_at)]);
+    row.file_size && size(row.file_size),
+    row.created_at && moment(row.completed_at ?? row.created_at)]);
   const line = element('p', {}, ...facts.map(fact => element('span', {}, fact)));
   if (node.textContent !== line.textContent) node.replaceChildren(...line.children);
 }
@@ -8351,6 +8832,12 @@ function listen() {
   on('update', 'click', () => told('POST', 'api/v1/update'));
   on('cookie-file', 'change', ({target}) =>
     told('PUT', 'api/v1/cookies', new Blob(target.files, {type: 'text/plain'})));
+  on('import-file', 'change', ({target}) => bring(target.files[0]));
+  addEventListener('dragover', event => event.preventDefault());
+  addEventListener('drop', event => {
+    event.preventDefault();
+    bring(event.dataTransfer.files[0]);
+  });
   on('forget-cookies', 'click', () => told('DELETE', 'api/v1/cookies'));
   on('key-form', 'submit', () => useKey($('key').value.trim()));
   on('door', 'close', () => { if (locked) askForKey(); });
@@ -9005,6 +9492,7 @@ class Care:
         self._certificate_seen = (0, 0)  # when it was written, the day it was read
         self._clock = ClockWatch()
         self._room_seen, self._room_notice = -math.inf, ''
+        self.imports = Imports(config, store, lambda: self.scheduler.wake_imports())
         self._unpictured = deque(maxlen=1000)  # (id, file name) of videos without picture
 
     def start(self, scheduler, server):
@@ -9022,7 +9510,7 @@ class Care:
     def _loop(self):
         tasks = {'leftovers': self.remove_leftovers, 'certificate': self.renew_certificate,
                  'backup': self.copy_database, 'pictures': self.make_pictures,
-                 'ytdlp': self.update_ytdlp, 'room': self.make_room}
+                 'ytdlp': self.update_ytdlp, 'room': self.make_room, 'imports': self.imports.tidy}
         while True:
             for name, task in tasks.items():
                 try:
@@ -9346,6 +9834,7 @@ class Daemon:
         if notify.url:
             for verb, event in (('finish', 'completed'), ('give_up', 'failed')):
                 outgoing[verb] = [*outgoing.get(verb, ()), *['notify'] * (event in notify.events)]
+            outgoing['import'] = ['notify'] * ('attention' in notify.events)
             self.couriers.append(Notifier(
                 self.config, self.store, app.describe, public_base(self.config, app.port),
                 lambda: self.health.problems(
@@ -9365,7 +9854,7 @@ class Daemon:
         app = App(config, self.store, self.board, self.scheduler, assets=assets,
                   routes=(*ROUTES, *routes), health=self.health.report, forget=self._forget,
                   bucket=self.bucket, thumbs=self.care.thumbs, image_origin=origins,
-                  update=self.care.update_now,
+                  update=self.care.update_now, imports=self.care.imports,
                   gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
@@ -9588,14 +10077,19 @@ def cmd_update(config, options):
 
 # -- asking the running server
 
-def call_server(config, method, path, body=None):
-    """The running server's JSON answer; `body`, if any, is sent as JSON. Raises Trouble."""
+def call_server(config, method, path, body=None, file=None):
+    """The running server's JSON answer to JSON, to an open file or to nothing. Raises Trouble."""
     facts = Lock(config.database.path).running()
     host = facts.get('host', config.server.host)
     host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
     if ':' in host:
         host = f'[{host}]'
     headers = {'Content-Type': 'application/json'}
+    data = body and json.dumps(body).encode()
+    if file:
+        headers = {'Content-Type': 'application/octet-stream',
+                   'Content-Length': str(os.fstat(file.fileno()).st_size)}
+        data = iter(lambda: file.read(BLOCK), b'')
     if config.api_keys:
         headers['X-API-Key'] = config.api_keys[0]
     scheme, context = 'http', None
@@ -9607,7 +10101,7 @@ def call_server(config, method, path, body=None):
             context.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME  # even an old leaf is the anchor
         answer = HttpClient().call(
             method, f'{scheme}://{host}:{facts.get("port", config.server.port)}{path}', headers,
-            body and json.dumps(body).encode(), context=context)
+            data, 600.0 if file else 60.0, context=context)
         return json.loads(answer[2])
     except (OSError, ValueError) as error:
         raise Trouble(f'The server does not answer ({error}). Fix: start it.') from None
@@ -9663,6 +10157,55 @@ def cmd_add(config, options):
     return int(failed)
 
 
+def ask_to_start(row):
+    """Show what is in an export; on a terminal ask whether to queue it."""
+    known = sum(group['here'] for group in row['groups'])
+    print(f'{row["name"]}: {row["message"]}' + f'; {known:,} are here already' * bool(known))
+    history = ', all but the watch history' * any(
+        group['group'] == 'history' for group in row['groups'])
+    return not sys.stdin.isatty() or input(f'Queue them{history}? [y/n] ').lower() == 'y'
+
+
+def cmd_import(config, options):
+    """queue a data export of TikTok or Instagram, or a file of links"""
+    only = list(filter(None, options.only.split(',')))
+    if not set(only) <= GROUP_NAMES.keys():
+        raise Trouble(f'--only takes some of {",".join(GROUP_NAMES)}')
+    lock, store = Lock(config.database.path), None
+    place = f'/api/v1/imports?name={quote(options.file.name)}&client_id={quote(options.client)}'
+
+    def change(row, verb, only=None):
+        if store:
+            imports.change(row['import_id'], verb, only)
+            return imports.get(row['import_id']) if verb == 'start' else row
+        return call_server(config, 'POST', f'/api/v1/imports/{row["import_id"]}/{verb}',
+                           {'only': only})
+    try:
+        with open(options.file, 'rb') as file:
+            if lock.running():
+                row = call_server(config, 'POST', place, file=file)
+            else:
+                lock.take()
+                store = Store(config.database.path)
+                store.open()
+                imports = Imports(config, store)
+                row = imports.get(imports.receive(
+                    options.file.name, options.client, iter(lambda: file.read(BLOCK), b'')))
+        if 'groups' not in row:
+            raise Trouble(row.get('message', 'The server gave no answer.'))
+        if not options.only and not ask_to_start(row):
+            change(row, 'cancel')
+            return 1
+        print(change(row, 'start', only)['message'])
+    except Refused as refusal:
+        raise Trouble(refusal.message) from None
+    finally:
+        if store:
+            store.close()
+        lock.release()
+    return 0
+
+
 # -- the page's actions, from a terminal
 
 COLOURS = {'completed': 32, 'failed': 31, 'downloading': 36, 'queued': 33}
@@ -9700,10 +10243,14 @@ def cmd_list(config, options):
     limit = 1 << 30 if options.all else SHOWN
     total, records = store.page(limit, status=options.status)
     print('   '.join(f'{n} {status}' for status, n in store.counts().items()))
+    for row in Imports(config, store).all():
+        print(f'import {row["name"]}, {row["state"]}: {row["message"]}')
     for record in records:
         state, title = describe_state(config, record)
         state = colour.format(COLOURS[record['status']], f'{state:<12}')
-        when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record['created_at']))
+        when = ' ' * 16  # of an import, not begun
+        if record['created_at']:
+            when = time.strftime('%Y-%m-%d %H:%M', time.localtime(record['created_at']))
         print(f'{record["id"][:8]}  {when}  {state} {title[:columns - 41]}')
         if record['error_message']:
             print(f'{"":28}{record["error_message"][:columns - 28]}')
@@ -9946,7 +10493,8 @@ def cmd_backup(config, options):
 # -- main
 
 COMMANDS = {
-    'setup': cmd_setup, 'cert': cmd_cert, 'update': cmd_update, 'add': cmd_add, 'list': cmd_list,
+    'setup': cmd_setup, 'cert': cmd_cert, 'update': cmd_update, 'add': cmd_add,
+    'import': cmd_import, 'list': cmd_list,
     'retry': cmd_change, 'cancel': cmd_change, 'delete': cmd_change, 'log': cmd_log,
     'doctor': cmd_doctor, 'phone': cmd_phone, 'backup': cmd_backup,
 }
@@ -9988,6 +10536,9 @@ def make_parser():
     add['cert']('--new-ca', action='store_true', help='a new CA; every phone must trust it again')
     add['cert']('--host', action='append', metavar='NAME', help='another name')
     add['cert']('--ip', action='append', metavar='ADDR', help='another address')
+    add['import']('file', type=Path, metavar='FILE', help='zip, json, html or text')
+    add['import']('--only', default='', metavar='GROUPS', help=','.join(GROUP_NAMES))
+    add['import']('--client', default='import', metavar='NAME', help='whose they are (import)')
     add['list']('--status', choices=tuple(STATES), default='', help='only those with this status')
     add['list']('--all', action='store_true', help=f'not only the newest {SHOWN}')
     for name in CHANGES:
