@@ -625,7 +625,7 @@ SOURCE = (HERE / 'videoserverd.py').read_text(encoding='utf-8')
 TREE = ast.parse(SOURCE)
 LONGEST_FUNCTION = 40  # lines
 LONGEST_LINE = 120
-MOST_BYTES = 490_500  # of the program, and to fall to 420,000: when it is reached, two things are made one
+MOST_BYTES = 492_000  # of the program, and to fall to 420,000: when it is reached, two things are made one
 
 
 def first_definitions(tree: ast.Module) -> Dict[str, int]:
@@ -1004,6 +1004,28 @@ class TestSamePost(DaemonTest):
                              (200, 'completed', 'You already have this video', rows[-1]['download_id']))
             self.assertEqual(len({row['download_id'] for row in rows}), 1 + len(others))
             self.assertEqual([row['title'] for row in rows], [rows[0]['title']] * len(rows))
+
+    def test_two_links_that_run_at_the_same_moment_bring_one_file(self):
+        post = self.site.tiktok(size=2_000_000, hold_at=1_000_000)
+        links = [self.site.short(post), self.site.short(post, 'vt')]
+        ids = [self.daemon.client.post('/api/v1/download', {'url': link}).json['download_id'] for link in links]
+        wait_until(lambda: post.page.hits >= 2 and post.media[0].held, 10, 'both have read the page')
+        self.assertEqual([self.daemon.status(id)['status'] for id in ids], ['downloading'] * 2)
+        post.media[0].release()
+        rows = [self.daemon.wait_status(id, 'completed') for id in ids]
+        self.assertEqual(rows[0]['files'][0]['name'], rows[1]['files'][0]['name'])
+        self.assertEqual(post.media[0].hits, 1)
+
+    def test_a_twin_goes_on_by_itself_once_the_first_is_cancelled(self):
+        post = self.site.tiktok(size=2_000_000, hold_at=1_000_000)
+        links = [self.site.short(post), self.site.short(post, 'vt')]
+        ids = [self.daemon.client.post('/api/v1/download', {'url': link}).json['download_id'] for link in links]
+        wait_until(lambda: post.page.hits >= 2 and post.media[0].held, 10, 'both have read the page')
+        holder, other = ids if self.daemon.partials(ids[0]) else reversed(ids)
+        self.assertEqual(self.daemon.client.post(f'/api/v1/download/{holder}/cancel').status, 200)
+        post.media[0].wait_held(2)
+        post.media[0].release()
+        self.daemon.wait_status(other, 'completed')
 
     def test_files_go_with_the_last_download(self):
         post = self.site.tiktok()
@@ -3720,6 +3742,48 @@ class TestCommands(DaemonTest):
                              (Path(v.INSTALLED), 'sudo systemctl start videoserver')):
             with unittest.mock.patch.object(v, 'PROGRAM', program):
                 self.assertEqual(next(v.check_server(config))[1], fix)
+                with unittest.mock.patch.object(v.sys, 'platform', 'darwin'):
+                    cures = ' '.join(cure for check in (v.check_server, v.check_certificate, v.check_downloads)
+                                     for _, cure in check(config))
+        self.assertIn('sudo launchctl kickstart system/com.videoserver.download', cures)
+        self.assertNotRegex(cures, 'systemctl|timedatectl|apt-get|sudo ss ')
+
+    def test_the_cure_of_each_fault_that_doctor_names_cures_it(self):
+        def lose(daemon, *names):
+            for name in names:
+                (daemon.folder / name).unlink()
+
+        def other_disk(daemon):
+            daemon.output.rename(daemon.output.with_name('elsewhere'))
+        faults = {
+            'database: .* is missing': lambda daemon: lose(daemon, 'data/downloads.db'),
+            'permissions: ': lambda daemon: daemon.database.chmod(0o644),
+            'certificate: .*server.crt': lambda daemon: lose(daemon, 'certs/server.crt'),
+            'certificate: .*server.key': lambda daemon: lose(daemon, 'certs/server.key'),
+            'certificate: does not cover': lambda daemon: daemon.configure(server={'names': 'elsewhere.local'}),
+            'is its disk plugged in': other_disk,
+            'does not exist': lambda daemon: (shutil.rmtree(daemon.output), Path(f'{daemon.database}.output').unlink()),
+            'server: not running': lambda daemon: None}
+        for fault, make in faults.items():
+            with self.subTest(fault):
+                daemon = self.new_daemon(start=False)
+                self.assertEqual(daemon.run('setup').returncode, 0)
+                before = files_below(daemon.folder)
+                make(daemon)
+                shown = daemon.run('doctor').stdout
+                cure = re.search(rf'BAD  .*{fault}.*\n +fix: (?:mount it, or start over: )?(.*)', shown)
+                self.assertTrue(cure, shown)
+                words = cure[1].strip('`').replace('sudo ', '').replace('start the server, which makes it', '')
+                if words in ('', f'python3 {daemon.program} --config {daemon.file}'):
+                    daemon.start()
+                else:
+                    done = subprocess.run(words, shell=True, env=daemon.env, cwd=daemon.folder, encoding='utf-8',
+                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                    self.assertEqual(done.returncode, 0, (words, done.stdout))
+                self.assertNotRegex(daemon.run('doctor').stdout, f'BAD .*{fault}')
+                lost = {path for path in before if not path.exists() and daemon.output not in path.parents}
+                self.assertEqual({path for path in lost if 'lock' not in path.name}, set())
+                daemon.close()
 
     def test_doctor_names_what_the_certificate_lacks(self):
         daemon = self.new_daemon(start=False, server={'names': 'elsewhere.local'})
@@ -8770,6 +8834,12 @@ class TestRenewal(unittest.TestCase):
             v.ensure_certificate(self.config, NOW + 400 * v.DAY)  # expired by now: nothing usable left
         with self.assertRaisesRegex(v.Trouble, r'ca\.crt is left alone.*ca\.key is missing'):
             v.ensure_certificate(self.config, NOW, new_ca=True)  # whose key we lack may be somebody's CA
+        v.make_key(self.config.server.ca_file.with_name('ca.key'), Path('/none'), True)
+        before = self.config.server.ca_file.read_bytes()
+        with self.assertRaisesRegex(v.Trouble, 'is left alone, for .* is missing or of another CA'):
+            v.ensure_certificate(self.config, NOW, new_ca=True)
+        self.assertEqual(self.config.server.ca_file.read_bytes(), before)
+        self.config.server.ca_file.with_name('ca.key').unlink()
         self.assertEqual(self.changed(), set())
         for path in (self.config.server.ca_file, self.config.server.cert_file):
             path.rename(f'{path}.away')

@@ -79,7 +79,7 @@ import threading
 import time
 import weakref
 from collections import deque, namedtuple
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
@@ -5141,6 +5141,7 @@ class Run:
         self.attempt = None
         self.stop_reason = None
         self.hung = False
+        self.post = None  # site, media id and what is asked of it, once yt-dlp knows
         self.job = None
 
 
@@ -5415,12 +5416,27 @@ class Scheduler:
             self._settle(job, found)
             return
         attempt = self.new_attempt(job, lambda progress: self.board.post(job.id, progress),
-                                   lambda *post: self._here(job, *post))
+                                   lambda *post: self._identify(run, *post))
         with self._changed:
             run.attempt, reason = attempt, run.stop_reason
         if reason:
             attempt.stop(reason)
         self._settle(job, attempt.run())
+
+    def _identify(self, run, *post):
+        """The outcome if the files of this post are here, or are being fetched by another worker:
+        then wait for it. None: fetch it."""
+        if ('again', None) in run.job.options:
+            return None
+        mine = (*post, asked_of(run.job.options))
+        with self._changed:
+            while any(other.post == mine for other in self._running.values() if other is not run):
+                if run.stop_reason or run.attempt.stopper.reason:
+                    return None
+                run.attempt.meter.steps += 1  # a sign of life, or its time would be up
+                self._changed.wait(WATCH_NAP)
+            run.post = mine
+        return self._here(run.job, *post)
 
     def _here(self, job, site, media_id):
         """The outcome if the files of this post are already here; None: fetch it."""
@@ -6044,6 +6060,15 @@ def leaf_words(config, asked, given, permitted):
     return [word for word in words if may_sign(word, permitted)]
 
 
+def is_key_of(key, ca):
+    """Whether a private key is there and belongs to a certificate."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(ca, key)
+    except OSError:  # an SSLError, too
+        return False
+    return True
+
+
 def make_ca(out, key, permitted, start):
     """Makes a CA that may sign for `permitted`, too. Raises Trouble, OSError."""
     words = [f'permitted;IP.%d = {network.with_netmask}' for network in PRIVATE_NETWORKS]
@@ -6087,7 +6112,7 @@ def make_certificate(config, now, words, notes, new_ca, fresh):
     put_in_place(config, folder)
 
 
-def ensure_locked(config, now, asked, force, fresh ):
+def ensure_locked(config, now, asked, force, fresh):
     """What ensure_certificate does under its lock; `fresh` is its new_ca."""
     server, old, usable = config.server, None, False
     demanded = force or fresh or bool(asked)
@@ -6101,9 +6126,10 @@ def ensure_locked(config, now, asked, force, fresh ):
             return old, False
     new_ca = fresh or not server.ca_file.exists()
     ca_key = certificate_files(config)['ca.key']
-    if fresh and server.ca_file.exists() and not ca_key.exists():
-        raise Trouble(f'{server.ca_file} is left alone, for {ca_key} is missing: put the key back, '
-                      f'or move {server.ca_file} and {server.cert_file} away to have new ones made')
+    if fresh and server.ca_file.exists() and not is_key_of(ca_key, server.ca_file):
+        raise Trouble(f'{server.ca_file} is left alone, for {ca_key} is missing or of another CA: '
+                      f'put its key there, or move {server.ca_file} and {server.cert_file} away to '
+                      'have new ones made')
     known, permitted = remembered_names(config)
     given = host_words((*known, *asked))
     if new_ca:
@@ -10305,19 +10331,26 @@ def cmd_log(config, options):
 
 # -- doctor
 
-Faults = Iterator[tuple[str, str]]  # what is wrong, and the command that fixes it
+def cure(linux, mac):
+    """The command for this system."""
+    return mac if sys.platform == 'darwin' else linux
 
+
+# Each check yields what is wrong, and the command that fixes it.
 
 def check_server(config):
     """Whether it runs, and its problems."""
     if not Lock(config.database.path).running():
-        way = {INSTALLED: 'sudo systemctl start videoserver'}
-        fix = way.get(str(PROGRAM)) or program(config)
+        fix = program(config)
+        if str(PROGRAM) == INSTALLED:
+            fix = cure('sudo systemctl start videoserver',
+                       'sudo launchctl kickstart system/com.videoserver.download')
         yield 'server: not running on this database', fix
         try:
             listen(config.server.host, config.server.port).close()
         except Trouble as error:
-            yield str(error), f'sudo ss -ltnp "sport = :{config.server.port}"'
+            yield str(error), cure(f'sudo ss -ltnp "sport = :{config.server.port}"',
+                                   f'sudo lsof -nP -iTCP:{config.server.port} -sTCP:LISTEN')
         daemon = Daemon(config)
         daemon.care.ytdlp = daemon.care.vendor.current()
         problems = daemon.health.problems(daemon.health.preflight(make=False))
@@ -10361,15 +10394,19 @@ def check_certificate(config):
     if not config.server.tls:
         return
     if time.time() < BUILT:
-        yield f'clock: {time.strftime("%Y-%m-%d %H:%M")} is wrong', 'sudo timedatectl set-ntp true'
+        yield f'clock: {time.strftime("%Y-%m-%d %H:%M")} is wrong', cure(
+            'sudo timedatectl set-ntp true', 'sudo sntp -sS time.apple.com')
     if not which('openssl'):
-        yield 'openssl is missing: no certificate can be made', 'sudo apt-get install openssl'
+        yield 'openssl is missing: no certificate can be made', cure(
+            'sudo apt-get install openssl', 'brew install openssl')
     fix = f'{program(config)} cert'
     try:
         server_context(config)
         leaf = look_at_certificate(config)
     except (Trouble, OSError) as error:
-        yield f'certificate: {error}', fix
+        pair = [file for file in (config.server.cert_file, config.server.key_file) if file.exists()]
+        aside = [shlex.join(('mv', str(file), f'{file}.old')) for file in pair]
+        yield f'certificate: {error}', ' && '.join([*aside, fix])
         return
     if days_left(leaf) < CERTIFICATE_WARNING_DAYS:
         yield f'certificate: {days_left(leaf)} days left', fix
@@ -10384,10 +10421,11 @@ def check_downloads(config):
     """ffmpeg, and the age of yt-dlp."""
     if not which('ffmpeg'):
         yield ('ffmpeg is missing: the best video cannot be merged with its sound',
-               'sudo apt-get install ffmpeg (a Mac: brew install ffmpeg)')
+               cure('sudo apt-get install ffmpeg', 'brew install ffmpeg'))
     if not has_ca_store():
-        yield ('CA certificates are missing: no site can be verified', 'sudo apt-get install '
-               'ca-certificates (a Mac: run Install Certificates.command)')
+        yield ('CA certificates are missing: no site can be verified', cure(
+            'sudo apt-get install ca-certificates',
+            'open "/Applications/Python 3.*/Install Certificates.command"'))
     ignored = [name for name in os.environ if name.lower() in
                ('http_proxy', 'https_proxy', 'all_proxy')]
     if ignored and not config.downloader.proxy:
