@@ -1322,6 +1322,23 @@ IMPORT_STEPS = {  # verb: (state before, state after)
     'start': ('ready', 'filling'), 'filled': ('filling', 'running'),
     'pause': ('running', 'paused'), 'resume': ('paused', 'running')}
 SEARCHED = ('url', 'title', 'filename', 'uploader', 'description')
+SEARCHED_TEXT = ' || char(10) || '.join(f"ifnull(@{name}, '')" for name in SEARCHED)
+# An index of every three characters (sqlite.org/fts5.html, "trigram"). A link enters it when it has
+# ended, so that storing it costs no page; what has not ended is searched as it is.
+ENDED = "status IN ('completed', 'failed')"
+NOT_INDEXED = (f'downloads.{ENDED} AND NOT EXISTS (SELECT 1 FROM search_docsize '
+               'WHERE id = downloads.rowid)')
+LEAVES_INDEX = f''' WHEN old.{ENDED} AND EXISTS (
+    SELECT 1 FROM search_docsize WHERE id = old.rowid) BEGIN
+    INSERT INTO search (search, rowid, text)
+    VALUES ('delete', old.rowid, {SEARCHED_TEXT.replace('@', 'old.')}); END;'''
+SEARCH_TRIGGERS = f'''
+CREATE TRIGGER search_in AFTER UPDATE OF status, {', '.join(SEARCHED)} ON downloads
+    WHEN new.{ENDED} BEGIN INSERT INTO search (rowid, text)
+    VALUES (new.rowid, {SEARCHED_TEXT.replace('@', 'new.')}); END;
+CREATE TRIGGER search_out BEFORE UPDATE OF status, {', '.join(SEARCHED)} ON downloads {LEAVES_INDEX}
+CREATE TRIGGER search_end BEFORE DELETE ON downloads {LEAVES_INDEX}
+'''
 HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
 REPEAT_SECONDS = 600  # within which the same link from the same phone is a repeat
 LAST_ROOM = 20 << 20  # with fewer bytes free on the database's disk, links are refused
@@ -1426,6 +1443,27 @@ def migrate(db, path):
         db.executescript(f'BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;')
 
 
+def prepare_search(db):
+    """Make the index for searching, or stop using it where SQLite lacks FTS5 or trigrams (before
+    3.34); whether it has them."""
+    names = [row[0] for row in db.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'search%'")]
+    try:
+        if not names:
+            db.execute('DROP TABLE IF EXISTS search')  # it may lack something
+            db.execute("CREATE VIRTUAL TABLE search USING fts5(text, content='', "
+                       "tokenize='trigram')")
+            db.executescript(f'BEGIN; {SEARCH_TRIGGERS} COMMIT;')
+        db.execute('SELECT rowid FROM search LIMIT 1')
+        return True
+    except sqlite3.OperationalError as error:
+        if 'no such' not in str(error):
+            raise
+        for name in names:  # else nothing could be stored
+            db.execute(f'DROP TRIGGER {name}')
+        return False
+
+
 def new_id():
     """A random UUID (RFC 9562 section 5.4); the module uuid would take 0.2 MB for it."""
     digits = os.urandom(16).hex()
@@ -1450,6 +1488,8 @@ class Store:
     def __init__(self, path, links_per_hour=0):
         self.path, self.links_per_hour = path, links_per_hour
         self.error = None  # why the last commit failed, None when it did not
+        self.searches = self.indexed = False  # whether there is an index, and it has all
+        self._index_from = 0  # the first rowid that it may lack
         self.outgoing = {}  # verb: kinds of items for the outbox
         self._repeats = {}  # by client: start of its hour, how many
         self._commits, self._counted = 0, (-1, {})  # commits so far; `counts` as of which commit
@@ -1472,6 +1512,7 @@ class Store:
             if found:
                 raise sqlite3.DatabaseError(found)
             migrate(self._writer, self.path)
+            self.searches = prepare_search(self._writer)
         except (OSError, sqlite3.Error) as error:
             why = f'{self.path}: the database cannot be opened ({error}); '
             if isinstance(error, (OSError, sqlite3.OperationalError)) and (
@@ -1620,9 +1661,14 @@ class Store:
         if status:
             where, args = 'status = ?', [status]
         if q:
-            fields = ' || char(10) || '.join(f"ifnull({name}, '')" for name in SEARCHED)
-            where += rf" AND {fields} LIKE ? ESCAPE '\'"
+            found = rf"{SEARCHED_TEXT.replace('@', '')} LIKE ? ESCAPE '\'"
             args.append('%' + re.sub(r'([%_\\])', r'\\\1', q) + '%')
+            if self.indexed and len(q) > 2:
+                args.append('"' + q.replace('"', '""') + '"')
+                found = ('rowid IN (SELECT rowid FROM downloads WHERE status IN '
+                         f"('queued', 'downloading') AND {found} "
+                         'UNION SELECT rowid FROM search WHERE search MATCH ?)')
+            where += f' AND {found}'
             total = self.read(f'SELECT count(*) FROM downloads WHERE {where}', args)[0][0]
         else:
             total = sum(n for name, n in self.counts().items() if status in ('', name))
@@ -1630,6 +1676,21 @@ class Store:
         # The inner query walks an index only: a deep offset costs little.
         return total, self.records(f'rowid IN (SELECT rowid FROM downloads WHERE {where} {newest} '
                                    f'LIMIT ? OFFSET ?) {newest}', *args, limit, offset)
+
+    def index_some(self):
+        """Index a few downloads that ended before there was an index; whether there may be more."""
+        text, first = SEARCHED_TEXT.replace('@', ''), None
+        if self.searches and not self.indexed:
+            first = self.read('SELECT min(rowid) FROM downloads WHERE rowid >= ? '
+                              f'AND {NOT_INDEXED}', (self._index_from,))[0][0]
+            self.indexed = first is None
+        if first is None:
+            return False
+        self._index_from = first + 50
+        self.write(lambda db: db.execute(
+            f'INSERT INTO search (rowid, text) SELECT rowid, {text} FROM downloads '
+            f'WHERE rowid >= ? AND rowid < ? AND {NOT_INDEXED}', (first, first + 50)))
+        return True
 
     def ids(self, begin):
         """The first few ids with this prefix."""
@@ -9536,7 +9597,8 @@ class Care:
     def _loop(self):
         tasks = {'leftovers': self.remove_leftovers, 'certificate': self.renew_certificate,
                  'backup': self.copy_database, 'pictures': self.make_pictures,
-                 'ytdlp': self.update_ytdlp, 'room': self.make_room, 'imports': self.imports.tidy}
+                 'ytdlp': self.update_ytdlp, 'room': self.make_room, 'imports': self.imports.tidy,
+                 'search': self.index_downloads}
         while True:
             for name, task in tasks.items():
                 try:
@@ -9577,6 +9639,11 @@ class Care:
             self.server.context = server_context(config)
             self.server.app.hosts = known_hosts(config)
             self._certificate_seen = file.stat().st_mtime_ns, day
+
+    def index_downloads(self, now):
+        """For searching: once, a few in each commit."""
+        while self.store.index_some():
+            pass
 
     def copy_database(self, now):
         """One copy a day; keep the newest `backups`. A bad copy never replaces a good one."""
