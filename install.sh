@@ -341,6 +341,12 @@ wrapper() {
 set -eu
 user='$user'
 PATH=\$PATH:/usr/local/bin:/opt/homebrew/bin
+if [ "\${1:-}" = relocate ] && [ "\$(id -u)" = 0 ]; then
+    case \${2:-} in
+        --from=*) ;;
+        *) user=root ;;  # it changes the configuration and the service
+    esac
+fi
 if [ "\$(id -un)" != "\$user" ]; then
     [ "\$(id -u)" = 0 ] || exec sudo -- "\$0" "\$@"
     if command -v runuser >/dev/null 2>&1; then exec runuser -u "\$user" -- "\$0" "\$@"; fi

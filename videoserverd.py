@@ -1930,6 +1930,12 @@ class Store:
         self.write(work)
         return over
 
+    def move_files(self, folder):
+        """The files are in this folder now."""
+        self.write(lambda db: db.execute(
+            "UPDATE downloads SET file_path = ? || '/' || filename WHERE filename IS NOT NULL",
+            (str(folder),)))
+
     def suspects(self):
         """Those that were running when yt-dlp froze, until the culprit is known."""
         return {row['id'] for row in self.read(
@@ -9442,12 +9448,19 @@ def user_name():
     return os.environ.get('USER') or str(os.getuid())
 
 
+def known_output(config):
+    """The folder that this database's videos were last in, '' if it is new."""
+    with suppress(OSError):
+        return Path(f'{config.database.path}.output').read_text(encoding='utf-8')
+    return ''
+
+
 def usable_output(config, make=True):
     """Why the output folder cannot be used, None if it can. A folder new to this database is
     created and marked (if `make`); if the mark is missing later, its disk is not mounted."""
     folder, known = config.downloads.output_directory, Path(f'{config.database.path}.output')
     try:
-        expected = known.exists() and known.read_text(encoding='utf-8') == str(folder)
+        expected = known_output(config) == str(folder)
         if expected and not (folder / MARKER).exists():
             return (f'The output folder {folder} is not the usual one: is its disk plugged in? '
                     f'Fix: mount it, or start over: `mkdir -p {folder} && touch {folder / MARKER}`')
@@ -9854,6 +9867,9 @@ class Daemon:
             self.lock.fd = inherited[1]
         self.lock.take()
         self.store.open()
+        output = self.config.downloads.output_directory
+        if known_output(self.config) not in ('', str(output)):
+            self.store.move_files(output)
         self._set_watchdog()
         self._handle_signals()
         context = self._make_context()
@@ -9955,7 +9971,9 @@ class Daemon:
 
     def _announce(self):
         port, server = self.server.app.port, self.config.server
-        self.lock.tell({'pid': os.getpid(), 'port': port, 'host': server.host, 'tls': server.tls})
+        self.lock.tell({'pid': os.getpid(), 'port': port, 'host': server.host, 'tls': server.tls,
+                        'output': str(self.config.downloads.output_directory),
+                        'terminal': sys.stdin.isatty()})
         sd_notify(f'READY=1\nSTATUS=Listening on port {port}\nMAINPID={os.getpid()}')
         log.info('videoserverd %s: listening on %s port %d, %d in the queue', VERSION,
                  server.host, port, self.health.queue_size())
@@ -10595,6 +10613,123 @@ def cmd_backup(config, options):
     return 0
 
 
+# -- another disk
+
+DROP_IN = Path('/etc/systemd/system/videoserver.service.d/10-install.conf')
+OUTPUT_NAMES = ('VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY', 'PRT_VIDEODOWNLOADER_VIDEODATAPATH')
+
+
+def copy_videos(old, new, since):
+    """Copy the files that appeared after `since`, epoch seconds: each is compared and synced before
+    it gets its name. Raises Trouble, OSError."""
+    import filecmp
+    import shutil
+    for folder, folders, names in os.walk(old):
+        folders[:] = [name for name in folders if name != '.incomplete']
+        place = new / os.path.relpath(folder, old)
+        place.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            file, part = Path(folder, name), place / '.copy'
+            with suppress(FileNotFoundError):  # deleted just now
+                if name == MARKER or file.is_symlink() or file.stat().st_ctime < since:
+                    continue
+                shutil.copy2(file, part)
+                sync(part)
+                if not filecmp.cmp(file, part, shallow=False):
+                    raise Trouble(f'{file}: its copy differs; is the new disk sound?')
+                part.rename(place / name)
+                print(f'copied {name}', flush=True)
+        sync(place)
+
+
+def rewrite(file, change):
+    """Replace a file that another user may own by change(its text). Raises OSError."""
+    old = file.stat()
+    write_whole(file, change(file.read_text(encoding='utf-8')))
+    os.chmod(file, stat.S_IMODE(old.st_mode))
+    os.chown(file, old.st_uid, old.st_gid)
+
+
+def with_output(text, folder):
+    """The text of a config.ini with this output_directory."""
+    line = f'output_directory = {folder}\n'
+    if re.search(r'^output_directory\s*[=:]', text, re.M):
+        return re.sub(r'^output_directory\s*[=:].*\n?', lambda _: line, text, flags=re.M)
+    if '[downloads]' not in text:
+        text += '\n[downloads]\n'
+    return text.replace('[downloads]\n', f'[downloads]\n{line}', 1)
+
+
+def switch_service(new):
+    """As root: let the service write to the folder, and start it anew."""
+    import subprocess
+    commands = ['launchctl kickstart -k system/com.videoserver.download']
+    if DROP_IN.exists():
+        kind = 'BindPaths' if str(new).startswith(('/home/', '/root/')) else 'ReadWritePaths'
+        rewrite(DROP_IN, lambda text: re.sub(r'(BindPaths|ReadWritePaths)=.*\n', '', text)
+                + f'{kind}="-{new}"\n')
+        commands = ['systemctl daemon-reload', 'systemctl restart videoserver']
+    for command in commands:
+        subprocess.run(command.split(), check=True)
+
+
+def switch_server(lock, new):
+    """Have a server that was started by hand use the folder, and wait until it does."""
+    facts = lock.running()
+    if facts.get('terminal'):
+        print('Now press Ctrl-C in the terminal of the server, and start it again.', flush=True)
+    elif facts:
+        os.kill(facts['pid'], signal.SIGHUP)
+    while lock.running().get('output', str(new)) != str(new):
+        time.sleep(0.2)
+
+
+def check_relocation(config, new, old):
+    """Raise Trouble if the videos cannot move from `old` to `new`."""
+    for name in OUTPUT_NAMES:
+        if name in os.environ:
+            raise Trouble(f'{name} in the environment sets the folder: change it there')
+    nested = new == old or old in new.parents or new in old.parents
+    if nested or re.search(r'[\n"\\%:#;]', str(new)):
+        raise Trouble(f'{new}: choose a folder outside {old}, without " \\ % : # ; in its path')
+    needed = sum(file.stat().st_size for file in old.rglob('*') if file.is_file())
+    needed += config.downloads.min_free_space
+    if free_space(next(folder for folder in (new, *new.parents) if folder.exists())) < needed:
+        raise Trouble(f'{new}: {format_size(needed)} must be free there')
+
+
+def cmd_relocate(config, options):
+    """move the videos to another disk, while links are taken"""
+    import subprocess
+    new, old = Path(os.path.abspath(options.dir)), config.downloads.output_directory
+    if options.source:  # the copying for root, by the service's user
+        copy_videos(options.source, new, options.since)
+        return 0
+    check_relocation(config, new, old)
+    file, service = config.file or PROGRAM.parent / 'config.ini', str(PROGRAM) == INSTALLED
+
+    def copy(since):
+        if not service:
+            return copy_videos(old, new, since)
+        subprocess.run([AS_SERVICE, 'relocate', f'--from={old}', f'--since={since}', str(new)],
+                       check=True)
+    began = time.time() - 1
+    if service and not new.exists():
+        new.mkdir(parents=True)
+        owner = config.database.path.stat()
+        os.chown(new, owner.st_uid, owner.st_gid, follow_symlinks=False)
+    copy(0.0)
+    file.touch()
+    rewrite(file, lambda text: with_output(text, new))
+    if service:
+        switch_service(new)
+    else:
+        switch_server(Lock(config.database.path), new)
+    copy(began)  # what arrived meanwhile
+    print(f'The videos are in {new} now. Look at them, then delete {old}.')
+    return 0
+
+
 # -- main
 
 COMMANDS = {
@@ -10602,6 +10737,7 @@ COMMANDS = {
     'import': cmd_import, 'list': cmd_list,
     'retry': cmd_change, 'cancel': cmd_change, 'delete': cmd_change, 'log': cmd_log,
     'doctor': cmd_doctor, 'phone': cmd_phone, 'backup': cmd_backup,
+    'relocate': cmd_relocate,
 }
 HELP = {name: CHANGES.get(name, [run.__doc__])[0] for name, run in COMMANDS.items()}
 
@@ -10650,6 +10786,9 @@ def make_parser():
         add[name]('id', nargs='*', metavar='ID', help='as `list` shows it')
         add[name]('--failed', action='store_true', help='all that failed')
     add['log']('-f', dest='follow', action='store_true', help='follow the log')
+    add['relocate']('dir', metavar='DIR', help='the new folder')
+    add['relocate']('--from', dest='source', type=Path, help=argparse.SUPPRESS)
+    add['relocate']('--since', type=float, help=argparse.SUPPRESS)
     add['phone']('--minutes', type=whole(1, 1440), default=15, help='how long it runs (15)')
     add['phone']('--port', type=whole(0, 65535), default=8080, help='port of the page (8080)')
     return parser

@@ -283,6 +283,23 @@ def check_unplugged(site):
     say('ok: an output disk that is unplugged pauses the queue; plugged in, it goes on by itself')
 
 
+def check_relocate(site):
+    """The videos move to another disk: copied as the service's user, and its sandbox lets it write there."""
+    done, = completed(post(site.tiktok()))
+    disk = Path('/mnt/new disk')
+    disk.mkdir()
+    run('mount', '-t', 'tmpfs', 'none', str(disk))
+    run('videoserverd', 'relocate', f'{disk}/videos')
+    answers()
+    assert (disk / 'videos' / done['filename']).owner() == STATE.owner() != 'root'
+    assert not health()['paused'], health()
+    again, = completed(post(site.tiktok()))
+    assert (disk / 'videos' / again['filename']).exists()
+    status, _, body = client().get('/' + row(done['download_id'])['files'][0]['path'])
+    assert status == 200 and body == (disk / 'videos' / done['filename']).read_bytes()
+    say('ok: relocate to another disk; old and new files are served from there')
+
+
 def check_low_port():
     """--port 443 is served, without root."""
     install('--port', '443')
@@ -391,6 +408,7 @@ def second_boot():
         run('useradd', '--create-home', 'pi')
         check_folder(site, '/home/pi/Videos', '--user', 'pi')
         check_unplugged(site)
+        check_relocate(site)
     check_low_port()
     check_keys()
     check_uninstall()
