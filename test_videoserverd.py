@@ -7897,6 +7897,10 @@ class TestImports(DaemonTest):
             with self.subTest(name):
                 status, _, body = self.send(data)
                 self.assertEqual((status, body['code']), (400, 'bad_export'), body)
+        many = io.BytesIO('\n'.join(shared_links(30)).encode())
+        with unittest.mock.patch.object(v, 'MOST_POSTS', 20), unittest.mock.patch.object(
+                v, 'texts_in', lambda file: [('links', file)]), self.assertRaises(v.Refused):
+            list(v.posts_in(many, self.daemon.config.security))
         with self.daemon.client.socket() as link:
             link.sendall(b'POST /api/v1/imports HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999\r\n\r\nhttps://')
             folder = self.daemon.database.parent / 'imports'

@@ -5587,7 +5587,7 @@ class Scheduler:
 LARGEST_EXPORT = 200 << 20  # bytes of an upload
 LARGEST_UNPACKED = 1 << 30  # bytes of the texts in a zip
 LARGEST_DIRECTORY = 3 << 20  # bytes of a zip's table of contents: its 30,000 files take 20 MB
-MOST_POSTS = 200_000  # of one export
+MOST_POSTS = 600_000  # of one export; each takes 80 bytes while it is read
 IMPORT_DAYS = 7  # that one is kept which nobody starts, or which is done
 LONGEST_MARK = 2200  # characters of a link or a list's name, with what is around it
 # Names of lists and files in exports. TikTok moved its lists in January 2026 and kept their names.
@@ -5683,8 +5683,8 @@ def posts_in(file, security):
                 if key not in seen and (post or group == 'links'):
                     seen.add(key)
                     yield group, url
-        if len(seen) > MOST_POSTS:
-            return
+            if len(seen) > MOST_POSTS:
+                raise Refused('bad_export', f'More than {MOST_POSTS:,} posts are in this file.')
 
 
 def rough_time(seconds):

@@ -339,7 +339,7 @@ def check_uninstall():
 def check_purge():
     """--purge leaves nothing; everything that install.sh writes lies below a path that it names."""
     kept = install('--uninstall', '--purge')
-    assert '/media/disk/videos' in kept, kept
+    assert '/mnt/new disk/videos' in kept, kept
     bare = files()
     assert not [path for path in bare if 'videoserver' in path], [path for path in bare if 'videoserver' in path]
     assert 'videoserver' not in Path('/etc/passwd').read_text()
