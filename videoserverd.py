@@ -6894,7 +6894,7 @@ SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required;
     'Submission': 'url! client_id:string? timestamp:Timestamp ytdlp_cli_parameters:Options '
                   'again:boolean?',
     'Name': 'name!',
-    'Address': 'address! message!',
+    'Address': 'address! message! signs:boolean!',
     'Shared': 'text url',
     'Batch': 'text! client_id:string? timestamp:Timestamp again:boolean?',
     'Queued': 'status:Status! download_id! message! timestamp:integer!',
@@ -7252,13 +7252,28 @@ def change_import(app, request):
     return import_reply(app, request.params['id'])
 
 
-def post_share_address(app, request):
-    """The share address for a phone of that name."""
-    name = parse_name(request.json().get('name'))
+def share_address(app, name):
+    """Where a phone of that name sends its links; with the right to do so where keys are on."""
     address = f'{app.base()}/share/{quote(name, safe="")}'
     for key in app.config.api_keys[:1]:
         address += '.' + sign_name(key, name)
-    return json_reply(200, {'address': address, 'message': f'The address for {name}'})
+    return address
+
+
+def post_share_address(app, request):
+    """The share address for a phone of that name."""
+    name = parse_name(request.json().get('name'))
+    return json_reply(200, {'address': share_address(app, name), 'signs': bool(which('shortcuts')),
+                            'message': f'The address for {name}'})
+
+
+def get_shortcut(app, request):
+    """A signed Shortcut with this address in it, where the server is a Mac."""
+    data = app.more.shortcut(share_address(app, request.params['who']))
+    if not data:
+        raise HTTPError(404, 'Only a Mac can sign a Shortcut; make it by hand.')
+    return Reply(200, data, 'application/octet-stream', (
+        NO_STORE, ('Content-Disposition', content_disposition('Save video.shortcut'))))
 
 
 def get_metrics(app, request):
@@ -7614,6 +7629,7 @@ ROUTES = (
           (200, 429), 202),
     Route('POST', '/share/{who}/video', post_share_video, 'share', '*/*',
           'Shared', AGAIN, (202, 429, 502)),
+    Route('GET', '/share/{who}/shortcut', get_shortcut, 'share', '*/*'),
     Route('GET', '/share/{who}', get_share, 'share', 'text/plain', '',
           (Param('within', whole(1, 999999999), '999999999', 'integer'),), (202,)),
     Route('GET', '/files/{id}/{name}', get_file, 'link', '*/*',
@@ -9059,6 +9075,8 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
   <label>Name of this phone <input id="name" value="My iPhone" maxlength="64"></label>
   <p class="field"><input id="address" readonly value="{{ADDRESS}}" aria-label="Address">
     <button class="button" data-copy="address" hidden>Copy</button></p>
+  <p id="ready" hidden><a id="signed" class="button">Get the Shortcut</a> Then tap <b>Add
+    Shortcut</b>. Or make it yourself:</p>
   <!--shortcut_url--><a class="button" href="{{SHORTCUT_URL}}">Get the Shortcut</a>
   <p>Tap <b>Add Shortcut</b>. If it asks for the address, paste it. Or make it yourself:</p
   ><!--/shortcut_url-->
@@ -9174,14 +9192,17 @@ async function arrive() {
 // ---- the last screen ----
 const saved = () => JSON.parse(localStorage.getItem('videoserverd.key')) ?? '';
 const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
+const path = () => known.replace(/^https:..[^/]*/, '');
 async function showAddress(key = saved()) {
   const answer = await fetch('api/v1/share-address', {
     method: 'POST', body: JSON.stringify({name: $('name').value}),
     headers: {'Content-Type': 'application/json', ...(key && {'X-API-Key': octets(key)})},
   });
-  const {address, message} = await answer.json();
+  const {address, message, signs} = await answer.json();
   if (!answer.ok) throw Error(message);
   known = $('address').value = address;
+  $('signed').href = path() + '/shortcut';
+  $('ready').hidden = !signs || !(await fetch($('signed').href, {method: 'HEAD'})).ok;
 }
 async function unlock(event) {
   event.preventDefault();
@@ -9197,7 +9218,7 @@ async function unlock(event) {
 async function listen() {
   if (heard || document.hidden || document.body.dataset.at !== 'share' || !known) return;
   const within = Math.ceil((Date.now() - opened) / 1000);
-  const answer = await fetch(`${known.replace(/^https:..[^/]*/, '')}?within=${within}`);
+  const answer = await fetch(`${path()}?within=${within}`);
   heard = answer.status === 200;
   if (heard) $('works').textContent = await answer.text();
   $('works').classList.toggle('good', heard);
@@ -9521,6 +9542,44 @@ def qr_code(text, kind):
                               timeout=10, check=True).stdout.decode()
     except (OSError, subprocess.SubprocessError):
         return ''
+
+
+def shortcut_text(kind, **more):
+    """A text of a Shortcut that is nothing but a variable."""
+    return {'WFSerializationType': 'WFTextTokenString', 'Value': {
+        'string': '\ufffc', 'attachmentsByRange': {'{0, 1}': {'Type': kind, **more}}}}
+
+
+@functools.lru_cache(maxsize=4)
+def signed_shortcut(address):
+    """A Shortcut that sends what is shared to `address`, signed by a Mac's `shortcuts sign`; b''
+    where there is none, or it fails. Not tried on a Mac."""
+    import plistlib
+    import subprocess
+    import tempfile
+    body = {'WFSerializationType': 'WFDictionaryFieldValue', 'Value': {
+        'WFDictionaryFieldValueItems': [{
+            'WFItemType': 0, 'WFValue': shortcut_text('ExtensionInput'), 'WFKey': {
+                'WFSerializationType': 'WFTextTokenString', 'Value': {'string': 'text'}}}]}}
+    actions = {
+        'downloadurl': {'UUID': 'ANSWER', 'WFURL': address, 'WFHTTPMethod': 'POST',
+                        'WFHTTPBodyType': 'JSON', 'WFJSONValues': body},
+        'notification': {'WFNotificationActionBody': shortcut_text(
+            'ActionOutput', OutputUUID='ANSWER', OutputName='Contents of URL')}}
+    workflow = {
+        'WFWorkflowMinimumClientVersion': 900, 'WFWorkflowMinimumClientVersionString': '900',
+        'WFWorkflowTypes': ['ActionExtension'],
+        'WFWorkflowInputContentItemClasses': ['WFURLContentItem', 'WFStringContentItem'],
+        'WFWorkflowActions': [
+            {'WFWorkflowActionIdentifier': f'is.workflow.actions.{name}',
+             'WFWorkflowActionParameters': parameters} for name, parameters in actions.items()]}
+    with tempfile.TemporaryDirectory() as folder, suppress(OSError, subprocess.SubprocessError):
+        plain, signed = Path(folder, 'Save video.shortcut'), Path(folder, 'signed.shortcut')
+        plain.write_bytes(plistlib.dumps(workflow, fmt=plistlib.FMT_BINARY))
+        subprocess.run(['shortcuts', 'sign', '--mode', 'anyone', '--input', plain,
+                        '--output', signed], check=True, timeout=20, stdout=subprocess.DEVNULL)
+        return signed.read_bytes()
+    return b''
 
 
 def bases_by_number(port):
@@ -9963,7 +10022,7 @@ class Daemon:
         app = App(config, self.store, self.board, self.scheduler, assets=assets,
                   routes=(*ROUTES, *routes), health=self.health.report, forget=self._forget,
                   bucket=self.bucket, thumbs=self.care.thumbs, image_origin=origins,
-                  update=self.care.update_now, imports=self.care.imports,
+                  update=self.care.update_now, imports=self.care.imports, shortcut=signed_shortcut,
                   gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
