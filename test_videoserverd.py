@@ -3747,6 +3747,10 @@ class TestCommands(DaemonTest):
                                      for _, cure in check(config))
         self.assertIn('sudo launchctl kickstart system/com.videoserver.download', cures)
         self.assertNotRegex(cures, 'systemctl|timedatectl|apt-get|sudo ss ')
+        config = v.load_config(None, {'VIDEOSERVER_LOGGING_FILE': ''})
+        for platform, tool in (('linux', 'journalctl -u'), ('darwin', 'tail /.*launchd.log')):
+            with unittest.mock.patch.object(v.sys, 'platform', platform), self.assertRaisesRegex(v.Trouble, tool):
+                v.cmd_log(config, None)
 
     def test_the_cure_of_each_fault_that_doctor_names_cures_it(self):
         def lose(daemon, *names):
@@ -3755,6 +3759,13 @@ class TestCommands(DaemonTest):
 
         def other_disk(daemon):
             daemon.output.rename(daemon.output.with_name('elsewhere'))
+
+        def other_key(daemon):
+            v.make_key(daemon.config.server.key_file, Path('/none'), True)
+
+        def nearly_over(daemon):
+            with unittest.mock.patch.object(v, 'BUILT', 0):
+                v.ensure_certificate(daemon.config, time.time() - (v.LEAF_DAYS - 5) * v.DAY, force=True)
         faults = {
             'database: .* is missing': lambda daemon: lose(daemon, 'data/downloads.db'),
             'permissions: ': lambda daemon: daemon.database.chmod(0o644),
@@ -3763,10 +3774,12 @@ class TestCommands(DaemonTest):
             'certificate: does not cover': lambda daemon: daemon.configure(server={'names': 'elsewhere.local'}),
             'is its disk plugged in': other_disk,
             'does not exist': lambda daemon: (shutil.rmtree(daemon.output), Path(f'{daemon.database}.output').unlink()),
+            'certificate: .*(?:MISMATCH|mismatch)': other_key,
+            'certificate: [^/]*days left': nearly_over,
             'server: not running': lambda daemon: None}
         for fault, make in faults.items():
             with self.subTest(fault):
-                daemon = self.new_daemon(start=False)
+                daemon = self.new_daemon(start=False, folder=Path(tempfile.mkdtemp(prefix='my folder-', dir=RUN)))
                 self.assertEqual(daemon.run('setup').returncode, 0)
                 before = files_below(daemon.folder)
                 make(daemon)
@@ -3774,7 +3787,7 @@ class TestCommands(DaemonTest):
                 cure = re.search(rf'BAD  .*{fault}.*\n +fix: (?:mount it, or start over: )?(.*)', shown)
                 self.assertTrue(cure, shown)
                 words = cure[1].strip('`').replace('sudo ', '').replace('start the server, which makes it', '')
-                if words in ('', f'python3 {daemon.program} --config {daemon.file}'):
+                if words in ('', shlex.join(('python3', str(daemon.program), '--config', str(daemon.file)))):
                     daemon.start()
                 else:
                     done = subprocess.run(words, shell=True, env=daemon.env, cwd=daemon.folder, encoding='utf-8',

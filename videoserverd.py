@@ -9480,11 +9480,12 @@ def usable_output(config, make=True):
     """Why the output folder cannot be used, None if it can. A folder new to this database is
     created and marked (if `make`); if the mark is missing later, its disk is not mounted."""
     folder, known = config.downloads.output_directory, Path(f'{config.database.path}.output')
+    quoted = shlex.quote(str(folder))
     try:
         expected = known_output(config) == str(folder)
         if expected and not (folder / MARKER).exists():
             return (f'The output folder {folder} is not the usual one: is its disk plugged in? '
-                    f'Fix: mount it, or start over: `mkdir -p {folder} && touch {folder / MARKER}`')
+                    f'Fix: mount it, or start over: `mkdir -p {quoted} && touch {quoted}/{MARKER}`')
         if not expected and make:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MARKER).touch()
@@ -9492,16 +9493,16 @@ def usable_output(config, make=True):
         if make:
             (folder / '.incomplete').mkdir(exist_ok=True)
     except OSError as error:
-        fix = f'ls -ld {folder}'
+        fix = f'ls -ld {quoted}'
         if error.errno == errno.EROFS:  # the service's sandbox
-            fix = f'sudo ./install.sh --output {folder}'
+            fix = f'sudo ./install.sh --output {quoted}'
         return f'The output folder {folder} cannot be used ({error.strerror}). Fix: `{fix}`'
     if not (folder / '.incomplete').exists():
         return f'The output folder {folder} does not exist. Fix: start the server, which makes it'
     if all(os.access(place, os.W_OK | os.X_OK) for place in (folder, folder / '.incomplete')):
         return None
     return (f'The output folder {folder} is read-only for this user. '
-            f'Fix: `sudo chown {user_name()} {folder}`')
+            f'Fix: `sudo chown {user_name()} {quoted} {quoted}/.incomplete`')
 
 
 def program(config):
@@ -10245,6 +10246,11 @@ def cmd_update(config, options):
     return 0
 
 
+def cure(linux, mac):
+    """The command for this system."""
+    return mac if sys.platform == 'darwin' else linux
+
+
 # -- asking the running server
 
 def call_server(config, method, path, body=None, file=None):
@@ -10461,8 +10467,8 @@ def cmd_log(config, options):
     """show the end of the log; with -f follow it"""
     file, stream = config.logging.file, None
     if not file:
-        raise Trouble("[logging] file is empty: look at the server's terminal, or: "
-                      'journalctl -u videoserver')
+        raise Trouble("[logging] file is empty: look at the server's terminal, or: " + cure(
+            'journalctl -u videoserver', 'tail /var/lib/videoserver/logs/launchd.log'))
     while True:
         with suppress(FileNotFoundError):  # moved aside, and the next one not begun yet
             if not stream or not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
@@ -10474,11 +10480,6 @@ def cmd_log(config, options):
 
 
 # -- doctor
-
-def cure(linux, mac):
-    """The command for this system."""
-    return mac if sys.platform == 'darwin' else linux
-
 
 # Each check yields what is wrong, and the command that fixes it.
 
@@ -10524,13 +10525,14 @@ def check_database(config):
         yield (f'database: {path}: {found}', 'stop the server, then copy the newest good file in '
                f'{path.parent / "backups"} to {path}')
     if not os.access(path, os.W_OK):
-        yield f'database: this user cannot write to {path}', f'sudo chown {user_name()} {path}'
+        yield (f'database: this user cannot write to {path}',
+               f'sudo chown {user_name()} {shlex.quote(str(path))}')
     keys = [file for name, file in certificate_files(config).items() if name.endswith('.key')]
     for file in (path, *keys, Cookies(config).file):  # a group may be let in on purpose
         with suppress(OSError):  # it is missing, or this user may not look
             if file.stat().st_mode & 0o007:
                 yield (f'permissions: everybody on this machine can access {file}',
-                       f'sudo chmod o= {file}')
+                       f'sudo chmod o= {shlex.quote(str(file))}')
 
 
 def check_certificate(config):
