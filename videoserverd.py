@@ -9286,11 +9286,12 @@ PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
 
 # ---------- daemon ------------------------------------------------------------------------
 # Owns three classes: Daemon (wiring, start and stop, signals, sd_notify, re-execution), Care (the
-# thread `care`: minutely and daily chores) and Health (what pauses the queue, problems, metrics).
-# No lock: main waits on the pipe `_wishes`. Called by commands only.
+# thread `care`) and Health (what pauses the queue, problems, metrics). No lock: main waits on the
+# pipe `_wishes`. Called by commands only.
 
 INSTALLED = '/opt/videoserver/videoserverd.py'  # where install.sh puts this file
 AS_SERVICE = '/usr/local/bin/videoserverd'  # its command: that file, as its user, with its config
+LAUNCHD = 'system/com.videoserver.download'  # the service on a Mac
 CARE_SECONDS = 60.0  # between looks at what is due
 DRAIN_SECONDS = 5.0  # for requests under way when the server stops
 INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a re-execution
@@ -9303,23 +9304,17 @@ STALE_SECONDS = 120.0  # a thread without a beat for this long is stuck
 CERTIFICATE_WARNING_DAYS = 14
 
 
-@functools.lru_cache(maxsize=1)
-def log_time(now):
-    """'2026-11-27 09:16:04' for epoch seconds, in local time."""
-    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
-
-
 class LogWriter(logging.Handler):
     """The log file, rotated when full, and stderr under systemd, on a terminal or without a file.
 
-    The thread `log` writes lines in batches, at most LOG_NAP late, so that a request makes no
-    system call for its line. A warning is written at once, with all lines before it."""
+    The thread `log` writes lines in batches, at most LOG_NAP late: a request makes no system call
+    for its line. A warning is written at once, with all before it."""
 
     def __init__(self, settings):
         super().__init__()
-        self.file, self.limit, self.copies = (
-            settings.file, settings.max_size, settings.backup_count)
+        self.settings, self.file = settings, settings.file
         self.fd, self.size = -1, 0
+        self.plain = logging.Formatter()
         self.lines = deque(maxlen=10000)  # if stderr blocks, the oldest are dropped
         self.wake = threading.Event()
         self.writing = threading.Lock()  # guards fd and size, and the order of lines
@@ -9336,10 +9331,9 @@ class LogWriter(logging.Handler):
             message = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         text = f'{record.levelname} {message}\n'
         if not self.by_systemd:
-            text = f'{log_time(int(record.created))},{int(record.msecs):03d} {text}'
+            text = f'{self.plain.formatTime(record)} {text}'
         if record.exc_info:
-            import traceback
-            text += '    ' + '    '.join(traceback.format_exception(*record.exc_info))
+            text += f'{self.plain.formatException(record.exc_info)}\n'
         return text
 
     def handle(self, record):
@@ -9364,7 +9358,7 @@ class LogWriter(logging.Handler):
                     self._open()
                 if self.fd >= 0:
                     self.size += os.write(self.fd, data)
-                if 0 < self.limit <= self.size:
+                if 0 < self.settings.max_size <= self.size:
                     self._move_aside()
 
     def _loop(self):
@@ -9387,11 +9381,12 @@ class LogWriter(logging.Handler):
         """server.log becomes server.log.1 and so on; the next batch opens a new one."""
         os.close(self.fd)
         self.fd, self.size = -1, 0
-        names = [str(self.file), *(f'{self.file}.{n}' for n in range(1, self.copies + 1))]
+        names = [str(self.file)]
+        names += [f'{self.file}.{n + 1}' for n in range(self.settings.backup_count)]
         for newer, older in reversed(list(zip(names, names[1:]))):
             with suppress(FileNotFoundError):
                 os.replace(newer, older)
-        if not self.copies:
+        if len(names) == 1:
             os.unlink(self.file)
 
 
@@ -9409,7 +9404,7 @@ def set_up_logging(config):
 
 def sd_notify(text):
     """Notify systemd (sd_notify(3)) if it started us."""
-    address = os.environ.get('NOTIFY_SOCKET', '')
+    address = os.environ.get('NOTIFY_SOCKET')
     if not address:
         return
     if address[0] == '@':
@@ -9453,7 +9448,7 @@ done
 
 
 def dump_file(config):
-    """Where the watchdog writes its dump."""
+    """The watchdog's."""
     return Path(f'{config.database.path}.freeze')
 
 
@@ -9470,17 +9465,17 @@ def user_name():
 
 
 def known_output(config):
-    """The folder that this database's videos were last in, '' if it is new."""
+    """Where this database's videos were last, '' if it is new."""
     with suppress(OSError):
         return Path(f'{config.database.path}.output').read_text(encoding='utf-8')
     return ''
 
 
 def usable_output(config, make=True):
-    """Why the output folder cannot be used, None if it can. A folder new to this database is
-    created and marked (if `make`); if the mark is missing later, its disk is not mounted."""
-    folder, known = config.downloads.output_directory, Path(f'{config.database.path}.output')
-    quoted = shlex.quote(str(folder))
+    """Why the output folder cannot be used, or None. One new to this database is created and marked
+    (if `make`); where the mark is missing later, its disk is not mounted."""
+    folder = config.downloads.output_directory
+    quoted, partial = shlex.quote(str(folder)), folder / '.incomplete'
     try:
         expected = known_output(config) == str(folder)
         if expected and not (folder / MARKER).exists():
@@ -9489,38 +9484,36 @@ def usable_output(config, make=True):
         if not expected and make:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MARKER).touch()
-            write_whole(known, str(folder))
+            write_whole(Path(f'{config.database.path}.output'), str(folder))
         if make:
-            (folder / '.incomplete').mkdir(exist_ok=True)
+            partial.mkdir(exist_ok=True)
     except OSError as error:
         fix = f'ls -ld {quoted}'
         if error.errno == errno.EROFS:  # the service's sandbox
             fix = f'sudo ./install.sh --output {quoted}'
         return f'The output folder {folder} cannot be used ({error.strerror}). Fix: `{fix}`'
-    if not (folder / '.incomplete').exists():
+    if not partial.exists():
         return f'The output folder {folder} does not exist. Fix: start the server, which makes it'
-    if all(os.access(place, os.W_OK | os.X_OK) for place in (folder, folder / '.incomplete')):
+    if all(os.access(place, os.W_OK | os.X_OK) for place in (folder, partial)):
         return None
     return (f'The output folder {folder} is read-only for this user. '
             f'Fix: `sudo chown {user_name()} {quoted} {quoted}/.incomplete`')
 
 
 def program(config):
-    """The command line that runs this program, for display."""
+    """How people run this program."""
     if str(PROGRAM) == INSTALLED:
         return 'sudo videoserverd'
-    words = ['python3', str(PROGRAM)]
-    if config.file:
-        words += ['--config', str(config.file)]
-    return shlex.join(words)
+    where = ('--config', str(config.file)) if config.file else ()
+    return shlex.join(('python3', str(PROGRAM), *where))
 
 
 def known_hosts(config):
-    """All names and addresses by which a Host header may call us."""
-    base = urlsplit(config.server.public_base_url or '').hostname or ''
-    names = (*host_names(config), *host_addresses(), *config.server.names, base)
+    """Names and addresses that a Host header may have."""
+    base = urlsplit(config.server.public_base_url or '').hostname
     return frozenset(name.lower().rstrip('.') for name in (
-        *names, 'localhost', '127.0.0.1', '::1') if name)
+        *host_names(config), *host_addresses(), *config.server.names, base,
+        'localhost', '127.0.0.1', '::1') if name)
 
 
 def ca_assets(config):
@@ -9583,14 +9576,18 @@ def signed_shortcut(address):
     return b''
 
 
+def addresses_at_home():
+    """Our IPv4 addresses: a Content-Security-Policy does not take IPv6."""
+    return [ip for ip in host_addresses() if ':' not in ip and not ip.startswith('127.')]
+
+
 def bases_by_number(port):
-    """This server's numeric addresses. A Content-Security-Policy does not take IPv6."""
-    return ' '.join(f'https://{ip}:{port}' for ip in host_addresses()
-                    if ':' not in ip and not ip.startswith('127.'))
+    """The URLs of these addresses."""
+    return ' '.join(f'https://{ip}:{port}' for ip in addresses_at_home())
 
 
 def setup_facts(config, port, secure, at_home):
-    """The facts for the set-up page; our addresses only for clients `at_home`."""
+    """What the set-up page tells; our addresses only to clients `at_home`."""
     base, fingerprint, picture = public_base(config, port), '', ''
     if ca_assets(config):
         fingerprint = ca_fingerprint(config)
@@ -9621,10 +9618,8 @@ Ctrl-C stops it; nothing is lost.'''
 
 def free_output(config):
     """Bytes free for videos, None if the folder is missing."""
-    try:
+    with suppress(OSError):
         return free_space(config.downloads.output_directory)
-    except OSError:
-        return None
 
 
 def days_left(certificate):
@@ -9633,20 +9628,17 @@ def days_left(certificate):
 
 
 class Care:
-    """The thread `care`: minutely and daily chores. `problems` has what goes wrong there; `restart`
-    asks the daemon to restart in place."""
+    """The thread `care`: minutely and daily chores. `problems` has what goes wrong there."""
 
     def __init__(self, config, store, board, restart):
         self.config, self.store, self.board, self.restart = config, store, board, restart
         self.vendor = Vendor(config.downloader.ytdlp_directory)
         self.freshness = Freshness(self.vendor, config.downloader)
         self.ytdlp = None  # the folder new attempts import from
-        self.certificate = None
+        self.certificate = self.scheduler = self.server = None
         self.thumbs = config.database.path.parent / 'thumbs'
         self.problems = {}
         self.restart_when_idle = False
-        self.scheduler = None
-        self.server = None
         self._due = threading.Event()  # something may be due now
         self._tidy = False
         self._certificate_seen = (0, 0)  # when it was written, the day it was read
@@ -9656,7 +9648,6 @@ class Care:
         self._unpictured = deque(maxlen=1000)  # (id, file name) of videos without picture
 
     def start(self, scheduler, server):
-        """Begin."""
         self.scheduler, self.server = scheduler, server
         threading.Thread(target=self._loop, name='care', daemon=True).start()
 
@@ -9688,7 +9679,7 @@ class Care:
             self._due.clear()
 
     def remove_leftovers(self, now):
-        """Once: remove partial downloads that are not in the queue, listed before asking it."""
+        """Once: remove partial downloads not in the queue, listed before asking it."""
         if self._tidy or not self.scheduler.ready or usable_output(self.config):
             return
         folders = list((self.config.downloads.output_directory / '.incomplete').iterdir())
@@ -9699,8 +9690,8 @@ class Care:
         self._tidy = True
 
     def renew_certificate(self, now):
-        """Daily, and when the clock was set, make a new leaf if names, addresses or time require
-        it. New connections get the new one, whoever changed the file."""
+        """Daily, and when the clock was set: a new leaf if names, addresses or time require it. New
+        connections get it, whoever changed the file."""
         config = self.config
         if not config.server.tls:
             return
@@ -9743,8 +9734,8 @@ class Care:
                 picture.unlink(missing_ok=True)
 
     def make_room(self, now):
-        """Hourly, delete what exceeds [downloads] keep, oldest first. Health announces the first
-        time for a setting a day ahead. Raises Trouble, OSError."""
+        """Hourly, delete what exceeds [downloads] keep, oldest first; the first time for a setting
+        is announced a day ahead. Raises Trouble, OSError."""
         if not 0 <= now - self._room_seen < 3600:
             self._room_seen = now
             self._room_notice = self._forget_oldest(int(now))
@@ -9752,16 +9743,17 @@ class Care:
             raise Trouble(self._room_notice)
 
     def _forget_oldest(self, now):
-        """Delete up to 100 downloads, or return the announcement to show first."""
-        setting, ids = self.config.downloads.keep, self._beyond_keep(now)
-        file = Path(f'{self.config.database.path}.keep')  # the setting, and since when it counts
+        """Delete up to 100 downloads, or return the announcement."""
+        setting = self.config.downloads.keep
         if not setting:
             return ''
-        known = file.read_text().split('\n') if file.exists() else ['', str(now)]
-        if ids and known[0] != str(setting):
-            known = [str(setting), str(now)]
-            write_whole(file, '\n'.join(known))
-        begin = int(known[1]) + DAY
+        ids = self._beyond_keep(now)
+        file = Path(f'{self.config.database.path}.keep')  # the setting, and since when it counts
+        known, _, since = file.read_text().partition('\n') if file.exists() else ('', '', now)
+        if ids and known != str(setting):
+            since = now
+            write_whole(file, f'{setting}\n{now}')
+        begin = int(since) + DAY
         if ids and now < begin:
             day = time.strftime('%d %B, %H:%M', time.localtime(begin))
             return (f'From {day} the oldest videos are deleted to make room ([downloads] keep). '
@@ -9777,11 +9769,10 @@ class Care:
         return ''
 
     def _beyond_keep(self, now):
-        kind, amount = self.config.downloads.keep or ('', 0)
+        kind, amount = self.config.downloads.keep
         if kind == 'days':
             return [row['id'] for row in self.store.oldest(now - amount * DAY)]
-        ids = []
-        excess = self.store.bytes_kept() - amount if kind else 0
+        ids, excess = [], self.store.bytes_kept() - amount
         for row in self.store.oldest(now) if excess > 0 else ():
             if excess > 0:
                 ids.append(row['id'])
@@ -9794,7 +9785,7 @@ class Care:
         self._due.set()
 
     def update_ytdlp(self, now):
-        """Fetch yt-dlp if missing or due. To replace an imported yt_dlp, the process restarts."""
+        """Fetch yt-dlp if missing or due. An imported one is replaced by a restart."""
         changed = self.freshness.step(now)
         self.restart_when_idle = changed and 'restart' not in self.problems
         if not changed:
@@ -9825,13 +9816,13 @@ class Health:
         if free is not None and free < least:
             return (f'The disk is full: {format_size(free)} free, {format_size(least)} needed. '
                     'Fix: delete videos, or lower [downloads] min_free_space.')
-        if self.care.ytdlp is None and 'ytdlp' not in self.care.problems:
-            return GETTING_READY
-        if self.care.ytdlp is None:
-            return f'yt-dlp is missing. Fix: `{program(self.config)} update`'
         if self.care.restart_when_idle:
             return 'The server is about to switch to a new yt-dlp.'
-        return None
+        if self.care.ytdlp:
+            return None
+        if 'ytdlp' in self.care.problems:
+            return f'yt-dlp is missing. Fix: `{program(self.config)} update`'
+        return GETTING_READY
 
     def queue_size(self):
         """Downloads that are not finished."""
@@ -9839,15 +9830,13 @@ class Health:
         return counts['queued'] + counts['downloading']
 
     def certificate_days(self):
-        """Days until the certificate expires, None without one."""
+        """None without one."""
         return self.care.certificate and days_left(self.care.certificate)
 
     def problems(self, paused):
         """What is wrong: sentences, each with its fix."""
         days = self.certificate_days()
-        found = [*self.care.problems.values(), self.care.vendor.held_back()]
-        if paused != GETTING_READY:
-            found.insert(0, paused)
+        found = [paused, *self.care.problems.values(), self.care.vendor.held_back()]
         if self.store.error:
             found.append(f'Links cannot be stored: {self.store.error}. '
                          f'Fix: check the disk of {self.config.database.path}')
@@ -9858,7 +9847,7 @@ class Health:
                   if courier.error]
         found += [f'Cookies: {told}' for fine, told in Cookies(self.config).report(time.time())
                   if not fine]
-        return [message for message in found if message]
+        return [message for message in found if message not in (None, '', GETTING_READY)]
 
     def report(self):
         """What /api/v1/health tells; `storing`: whether links can be stored."""
@@ -9884,9 +9873,8 @@ class Health:
 
     def gauges(self, paused):
         """(name, value) of each figure of /metrics."""
-        figures = [(f'downloads{{status="{status}"}}', number)
-                   for status, number in self.store.counts().items()]
-        figures += [
+        figures = [
+            *((f'downloads{{status="{status}"}}', n) for status, n in self.store.counts().items()),
             ('free_disk_bytes', free_output(self.config)), ('paused', float(paused)),
             ('certificate_days', self.certificate_days()),
             ('uptime_seconds', time.time() - self.started),
@@ -9896,8 +9884,7 @@ class Health:
 
 
 class Daemon:
-    """The running server: wiring, start, signals, stop. `run` returns the exit code, or
-    re-executes."""
+    """The running server: wiring, start, signals, stop."""
 
     def __init__(self, config):
         self.config = config
@@ -9911,9 +9898,8 @@ class Daemon:
                                    lambda: self._ask('restart'))
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.lock = Lock(config.database.path)
-        self.server = None
+        self.server = self._dump = None  # a file, for the watchdog's dump
         self.next_socket = None  # for a restart that listens elsewhere
-        self._dump = None  # the file for the watchdog's dump
         self.wish = ''  # 'stop' or 'restart', once asked for
         # A signal handler may write into a pipe; an Event's lock could be held by its own thread.
         self._wishes = os.pipe()
@@ -9921,7 +9907,7 @@ class Daemon:
     # -- start
 
     def run(self):
-        """Start, serve, stop. Raises Trouble when it cannot start."""
+        """Start, serve, stop: the exit code, unless it re-executes. Raises Trouble."""
         inherited = [int(word) for word in os.environ.pop(INHERIT, '').split()]
         if inherited:
             self.lock.fd = inherited[1]
@@ -9941,7 +9927,7 @@ class Daemon:
         return self._stop(self._wait())
 
     def _set_watchdog(self):
-        """Read the dump of the previous run's watchdog; start a new file for ours."""
+        """Log the dump of the previous watchdog; start a file for ours."""
         file, found = dump_file(self.config), ''
         for old in (file, Path(f'{file}.last')):
             with suppress(OSError):
@@ -9957,15 +9943,15 @@ class Daemon:
     def _make_context(self):
         if not self.config.server.tls:
             return None
-        next_word = 0.0
+        turns = 0
         while self.wish != 'stop':
             try:
                 self.care.certificate, _ = ensure_certificate(self.config, time.time())
                 return server_context(self.config)
             except ClockWrong as error:  # a Pi without a network at boot: wait for the time
-                if time.monotonic() >= next_word:
+                if turns % 1800 == 0:
                     log.warning('%s', error)
-                    next_word = time.monotonic() + 3600
+                turns += 1
                 sd_notify(f'STATUS={error}\nEXTEND_TIMEOUT_USEC=30000000')
                 time.sleep(2)
 
@@ -9995,7 +9981,7 @@ class Daemon:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
     def _start_couriers(self, app):
-        """The threads that empty the outbox, and what puts something into it."""
+        """The threads that empty the outbox, and what fills it."""
         notify, outgoing = self.config.notify, self.store.outgoing
         if self.bucket:
             outgoing['finish'] = ['upload']
@@ -10045,11 +10031,10 @@ class Daemon:
         """By a wake-up descriptor: else a signal just before select() would wait for the next."""
         os.set_blocking(self._wishes[1], False)
         signal.set_wakeup_fd(self._wishes[1], warn_on_full_buffer=False)
-        wishes = ['stop', 'stop', 'restart']
-        if sys.stdin.isatty():  # the terminal is gone
-            wishes[2] = 'stop'
-        for number, wish in zip(OUR_SIGNALS, wishes):
-            signal.signal(number, lambda *_, wish=wish: self._ask(wish))
+        for number in OUR_SIGNALS:
+            signal.signal(number, lambda *_: self._ask('stop'))
+        if not sys.stdin.isatty():  # else SIGHUP: the terminal is gone
+            signal.signal(signal.SIGHUP, lambda *_: self._ask('restart'))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
     def _ask(self, wish):
@@ -10059,9 +10044,9 @@ class Daemon:
         os.write(self._wishes[1], b'.')
 
     def _wait(self):
-        """Wait for a stop or restart; whether to restart. systemd's watchdog is fed only while all
-        threads are alive; faulthandler's by this thread, which never waits for a disk. That one
-        needs no interpreter, which a single regular expression of yt-dlp can block for minutes."""
+        """Wait for a stop or restart; whether to restart. systemd's watchdog is fed while all
+        threads are alive; faulthandler's by this thread, which never waits for a disk: it needs no
+        interpreter, which a single regular expression of yt-dlp can block for minutes."""
         pulse = min(int(os.environ.get('WATCHDOG_USEC', 0)) / 2e6 or PULSE_SECONDS, PULSE_SECONDS,
                     FREEZE_SECONDS / 4)
         while True:
@@ -10102,8 +10087,7 @@ class Daemon:
             return False
 
     def _stop(self, restart):
-        """Requests end, downloads go back into the queue, the database is closed; then exit or
-        re-execute."""
+        """Requests end, downloads go back into the queue, the database is closed."""
         log.info('stopping%s', ' to restart in place' * restart)
         sd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}' if restart
                   else 'STOPPING=1')
@@ -10132,8 +10116,8 @@ class Daemon:
         return 0
 
     def _re_execute(self):
-        """The same process, the newest program and configuration. Socket and lock stay open, so
-        that a phone only waits a moment."""
+        """The newest program and configuration in this process. Socket and lock stay open: a phone
+        only waits a moment."""
         kept = (self.next_socket or self.server.socket).fileno(), self.lock.fd
         for fd in kept:
             os.set_inheritable(fd, True)
@@ -10148,10 +10132,9 @@ class Daemon:
 
     def _on_outcome(self, job, outcome, over):
         """Count it, remove partial files if it is over, wake the couriers."""
-        site = site_of(job.url)
+        site, count = site_of(job.url), self.board.count
         if site not in SITES:
             site = 'other'
-        count = self.board.count
         count(f'videoserverd_attempts_total{{outcome="{outcome.kind}",reason="{outcome.reason}"}}')
         count(f'videoserverd_ways_total{{site="{site}",way="{way_of(job, self.config)}",'
               f'outcome="{outcome.kind}"}}')
@@ -10163,22 +10146,20 @@ class Daemon:
         self.care.heard(job, outcome)
 
     def _forget(self, record, keep):
-        """Delete a download and, unless `keep`, its copies and the files that no other one shares;
+        """Delete a download and, unless `keep`, its copies and the files that no other one has;
         whether that was possible."""
-        copies = []
+        download_id, copies = record['id'], []
         if self.bucket and not keep:
-            copies = [self.bucket.key(record['id'], file.name) for file in record['files']]
-        files = self.store.forget(record['id'], copies)
+            copies = [self.bucket.key(download_id, file.name) for file in record['files']]
+        files = self.store.forget(download_id, copies)
         if files is None:
             return False
-        if keep:
-            files = ()
-        forget_files(self.config, record['id'], [file.name for file in files])
+        forget_files(self.config, download_id, [file.name for file in files if not keep])
         with suppress(OSError):
-            (self.care.thumbs / f'{record["id"]}.jpg').unlink()
+            (self.care.thumbs / f'{download_id}.jpg').unlink()
         for courier in self.couriers:
-            courier.wake(record['id'])
-        self.board.post(record['id'])
+            courier.wake(download_id)
+        self.board.post(download_id)
         return True
 
 
@@ -10193,16 +10174,28 @@ def cmd_run(config, options):
     return Daemon(config).run()
 
 
-def cmd_setup(config, options):
-    """make directories, database, certificate and yt-dlp, then exit"""
-    lock, vendor = Lock(config.database.path), Vendor(config.downloader.ytdlp_directory)
-    if not lock.running():
-        lock.take()
-        store = Store(config.database.path)
+@contextmanager
+def idle_store(config):
+    """The database, opened; None where a server runs on it. Raises Trouble."""
+    lock = Lock(config.database.path)
+    if lock.running():
+        yield None
+        return
+    lock.take()
+    store = Store(config.database.path)
+    try:
         store.open()
+        yield store
+    finally:
         store.close()
         lock.release()
-    print(f'database     {config.database.path}')
+
+
+def cmd_setup(config, options):
+    """make directories, database, certificate and yt-dlp, then exit"""
+    vendor = Vendor(config.downloader.ytdlp_directory)
+    with idle_store(config):
+        print(f'database     {config.database.path}')
     if config.server.tls:
         certificate, changed = ensure_certificate(config, time.time())
         done = 'made' if changed else 'kept'
@@ -10253,8 +10246,13 @@ def cure(linux, mac):
 
 # -- asking the running server
 
+def file_blocks(file):
+    """The rest of a file, a block at a time."""
+    return iter(lambda: file.read(BLOCK), b'')
+
+
 def call_server(config, method, path, body=None, file=None):
-    """The running server's JSON answer to JSON, to an open file or to nothing. Raises Trouble."""
+    """The running server's answer to JSON, an open file or nothing. Raises Trouble."""
     facts = Lock(config.database.path).running()
     host = facts.get('host', config.server.host)
     host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
@@ -10265,7 +10263,7 @@ def call_server(config, method, path, body=None, file=None):
     if file:
         headers = {'Content-Type': 'application/octet-stream',
                    'Content-Length': str(os.fstat(file.fileno()).st_size)}
-        data = iter(lambda: file.read(BLOCK), b'')
+        data = file_blocks(file)
     if config.api_keys:
         headers['X-API-Key'] = config.api_keys[0]
     scheme, context = 'http', None
@@ -10293,7 +10291,7 @@ def post_text(config, fields):
     return [row for row in rows if 'download_id' in row or row['url'] not in rest.split()], rest
 
 
-def store_text(config, store, fields):
+def store_text(store, config, fields):
     """The same without a server, into the database."""
     try:
         items, rest = parse_batch(fields, config.security)
@@ -10311,25 +10309,15 @@ def store_text(config, store, fields):
 
 def cmd_add(config, options):
     """queue links: through the running server, or else into the database"""
-    lock, failed = Lock(config.database.path), False
-    store, send = None, functools.partial(post_text, config)
-    if not lock.running():
-        lock.take()
-        store = Store(config.database.path)
-        store.open()
-        send = functools.partial(store_text, config, store)
-    try:
+    failed, fields = False, {'client_id': 'command-line', 'again': options.again}
+    with idle_store(config) as store:
+        send = functools.partial(store_text, store) if store else post_text
         for text in options.url:
             while text:
-                rows, text = send({'text': text, 'client_id': 'command-line',
-                                   'again': options.again})
+                rows, text = send(config, {**fields, 'text': text})
                 for row in rows:
                     failed |= 'error' in row
-                    print(row.get('download_id') or 'refused', row['url'], row.get('error', ''))
-    finally:
-        if store:
-            store.close()
-        lock.release()
+                    print(row.get('download_id', 'refused'), row['url'], row.get('error', ''))
     return int(failed)
 
 
@@ -10347,38 +10335,30 @@ def cmd_import(config, options):
     only = list(filter(None, options.only.split(',')))
     if not set(only) <= GROUP_NAMES.keys():
         raise Trouble(f'--only takes some of {",".join(GROUP_NAMES)}')
-    lock, store = Lock(config.database.path), None
-    place = f'/api/v1/imports?name={quote(options.file.name)}&client_id={quote(options.client)}'
-
-    def change(row, verb, only=None):
-        if store:
-            imports.change(row['import_id'], verb, only)
-            return imports.get(row['import_id']) if verb == 'start' else row
-        return call_server(config, 'POST', f'/api/v1/imports/{row["import_id"]}/{verb}',
-                           {'only': only})
-    try:
-        with open(options.file, 'rb') as file:
-            if lock.running():
-                row = call_server(config, 'POST', place, file=file)
+    name, client = options.file.name, options.client
+    with open(options.file, 'rb') as file, idle_store(config) as store:
+        imports = store and Imports(config, store)
+        try:
+            if imports:
+                row = imports.get(imports.receive(name, client, file_blocks(file)))
             else:
-                lock.take()
-                store = Store(config.database.path)
-                store.open()
-                imports = Imports(config, store)
-                row = imports.get(imports.receive(
-                    options.file.name, options.client, iter(lambda: file.read(BLOCK), b'')))
-        if 'groups' not in row:
-            raise Trouble(row.get('message', 'The server gave no answer.'))
-        if not options.only and not ask_to_start(row):
-            change(row, 'cancel')
+                place = f'/api/v1/imports?name={quote(name)}&client_id={quote(client)}'
+                row = call_server(config, 'POST', place, file=file)
+            if 'groups' not in row:
+                raise Trouble(row.get('message', 'The server gave no answer.'))
+            verb = 'start' if options.only or ask_to_start(row) else 'cancel'
+            if imports:
+                imports.change(row['import_id'], verb, only)
+            else:
+                row = call_server(config, 'POST', f'/api/v1/imports/{row["import_id"]}/{verb}',
+                                  {'only': only})
+        except Refused as refusal:
+            raise Trouble(refusal.message) from None
+        if verb == 'cancel':
             return 1
-        print(change(row, 'start', only)['message'])
-    except Refused as refusal:
-        raise Trouble(refusal.message) from None
-    finally:
-        if store:
-            store.close()
-        lock.release()
+        if imports:
+            row = imports.get(row['import_id'])
+        print(row['message'])
     return 0
 
 
@@ -10485,26 +10465,25 @@ def cmd_log(config, options):
 
 def check_server(config):
     """Whether it runs, and its problems."""
-    if not Lock(config.database.path).running():
-        fix = program(config)
-        if str(PROGRAM) == INSTALLED:
-            fix = cure('sudo systemctl start videoserver',
-                       'sudo launchctl kickstart system/com.videoserver.download')
-        yield 'server: not running on this database', fix
-        try:
-            listen(config.server.host, config.server.port).close()
-        except Trouble as error:
-            yield str(error), cure(f'sudo ss -ltnp "sport = :{config.server.port}"',
-                                   f'sudo lsof -nP -iTCP:{config.server.port} -sTCP:LISTEN')
-        daemon = Daemon(config)
-        daemon.care.ytdlp = daemon.care.vendor.current()
-        problems = daemon.health.problems(daemon.health.preflight(make=False))
-    else:
+    if Lock(config.database.path).running():
         try:
             health = call_server(config, 'GET', '/api/v1/health')
             problems = health.get('problems', [str(health.get('message'))])
         except Trouble as error:
             problems = [str(error)]
+    else:
+        fix, port = program(config), config.server.port
+        if str(PROGRAM) == INSTALLED:
+            fix = cure('sudo systemctl start videoserver', f'sudo launchctl kickstart {LAUNCHD}')
+        yield 'server: not running on this database', fix
+        try:
+            listen(config.server.host, port).close()
+        except Trouble as error:
+            yield str(error), cure(f'sudo ss -ltnp "sport = :{port}"',
+                                   f'sudo lsof -nP -iTCP:{port} -sTCP:LISTEN')
+        daemon = Daemon(config)
+        daemon.care.ytdlp = daemon.care.vendor.current()
+        problems = daemon.health.problems(daemon.health.preflight(make=False))
     for problem in problems:
         fault, _, fix = problem.partition(' Fix: ')
         yield fault, fix or 'see the log for details'
@@ -10550,17 +10529,18 @@ def check_certificate(config):
         server_context(config)
         leaf = look_at_certificate(config)
     except (Trouble, OSError) as error:
-        pair = [file for file in (config.server.cert_file, config.server.key_file) if file.exists()]
-        aside = [shlex.join(('mv', str(file), f'{file}.old')) for file in pair]
+        aside = [shlex.join(('mv', str(file), f'{file}.old'))
+                 for file in (config.server.cert_file, config.server.key_file)
+                 if os.path.exists(file)]  # Path.exists() raises for some
         yield f'certificate: {error}', ' && '.join([*aside, fix])
         return
     if days_left(leaf) < CERTIFICATE_WARNING_DAYS:
         yield f'certificate: {days_left(leaf)} days left', fix
     missing = {*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses}
     permitted = remembered_names(config)[1]
-    missing = [name for name in sorted(missing) if not leaf.own and may_sign(name, permitted)]
-    if missing:
-        yield f'certificate: does not cover {", ".join(missing)}', fix
+    missing = ', '.join(name for name in sorted(missing) if may_sign(name, permitted))
+    if missing and not leaf.own:
+        yield f'certificate: does not cover {missing}', fix
 
 
 def check_downloads(config):
@@ -10572,10 +10552,10 @@ def check_downloads(config):
         yield ('CA certificates are missing: no site can be verified', cure(
             'sudo apt-get install ca-certificates',
             'open "/Applications/Python 3.*/Install Certificates.command"'))
-    ignored = [name for name in os.environ if name.lower() in
-               ('http_proxy', 'https_proxy', 'all_proxy')]
+    ignored = ', '.join(name for name in os.environ if name.lower() in
+                        ('http_proxy', 'https_proxy', 'all_proxy'))
     if ignored and not config.downloader.proxy:
-        yield (f'proxy: downloads ignore {", ".join(ignored)} in the environment',
+        yield (f'proxy: downloads ignore {ignored} in the environment',
                'set [downloader] proxy if they should use one, else unset it')
     if time.time() - Vendor(config.downloader.ytdlp_directory).last_checked() > 30 * DAY:
         yield 'yt-dlp: no check for a newer one in a month', f'{program(config)} update'
@@ -10604,19 +10584,7 @@ PHONE_NEWS = {  # printed when the phone first requests a path
 
 
 def print_news(news):
-    """A line on the console of `phone`."""
     print(f'{time.strftime("%H:%M:%S")}  {news}', flush=True)
-
-
-def told_once(news, content):
-    """An asset's content that says `news` on the console when it is first asked for."""
-    waiting = [news]
-
-    def answer(request):
-        if waiting:
-            print_news(waiting.pop())
-        return content(request) if callable(content) else content
-    return answer
 
 
 def tell_first_link(config, since):
@@ -10642,16 +10610,19 @@ def cmd_phone(config, options):
     assets = {**{path: ASSETS[path] for path in PHONE_ASSETS}, **ca_assets(config),
               '/': ('text/html; charset=utf-8', lambda _: setup_page(facts)),
               '/seen/trusted': ('text/plain', '')}
-    for path, news in PHONE_NEWS.items():
-        kind, content = assets[path]
-        assets[path] = (kind, told_once(news, content))
     assets['/setup'] = assets['/']
-    routes = tuple(Route('GET', path, get_asset, 'open') for path in assets)
+    untold = dict(PHONE_NEWS)
+
+    def answer(app, request):
+        news = untold.pop(request.path.replace('/setup', '/'), '')
+        if news:
+            print_news(news)
+        return get_asset(app, request)
+    routes = tuple(Route('GET', path, answer, 'open') for path in assets)
     app = App(config, assets=assets, routes=routes, image_origin=f' {public_base(config, port)}')
     app.hosts = known_hosts(config)
     server = Server(listen('0.0.0.0', options.port), app, None)
-    private = [ip for ip in host_addresses() if ':' not in ip and not ip.startswith('127.')]
-    url = f'http://{[*private, "127.0.0.1"][0]}:{server.server_address[1]}/'
+    url = f'http://{[*addresses_at_home(), "127.0.0.1"][0]}:{server.server_address[1]}/'
     print(qr_code(url, 'ANSIUTF8'))
     print(f'Open this on the iPhone (in Safari, on the same Wi-Fi):  {url}\n')
     print(f'The fingerprint of the certificate it offers:\n  {ca_fingerprint(config)}\n')
@@ -10681,7 +10652,7 @@ OUTPUT_NAMES = ('VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY', 'PRT_VIDEODOWNLOADER_V
 
 
 def copy_videos(old, new, since):
-    """Copy the files that appeared after `since`, epoch seconds: each is compared and synced before
+    """Copy the files that appeared after `since`, epoch seconds; each is synced and compared before
     it gets its name. Raises Trouble, OSError."""
     import filecmp
     import shutil
@@ -10724,7 +10695,7 @@ def with_output(text, folder):
 def switch_service(new):
     """As root: let the service write to the folder, and start it anew."""
     import subprocess
-    commands = ['launchctl kickstart -k system/com.videoserver.download']
+    commands = [f'launchctl kickstart -k {LAUNCHD}']
     if DROP_IN.exists():
         kind = 'BindPaths' if str(new).startswith(('/home/', '/root/')) else 'ReadWritePaths'
         rewrite(DROP_IN, lambda text: re.sub(r'(BindPaths|ReadWritePaths)=.*\n', '', text)
@@ -10735,7 +10706,7 @@ def switch_service(new):
 
 
 def switch_server(lock, new):
-    """Have a server that was started by hand use the folder, and wait until it does."""
+    """Wait until a server that was started by hand uses the folder."""
     facts = lock.running()
     if facts.get('terminal'):
         print('Now press Ctrl-C in the terminal of the server, and start it again.', flush=True)
@@ -10856,7 +10827,7 @@ def make_parser():
 
 
 def act(file, command, options=None):
-    """Load the configuration and run a command; trouble becomes one line and an exit code."""
+    """Run a command: its exit code. Trouble becomes one line."""
     with suppress(AttributeError):  # None where it is closed
         sys.stdout.reconfigure(errors='backslashreplace')  # a terminal of Latin-1 lacks letters
     try:
@@ -10871,7 +10842,7 @@ def act(file, command, options=None):
 
 
 def go_on(config, options):
-    """Become the actual server; in the foreground, as the child of a small parent."""
+    """Become the server; in the foreground, as the child of a small parent."""
     compile_program()
     fd = 0
     while fd < 3:  # a closed one would be a file of ours
