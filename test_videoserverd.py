@@ -10554,7 +10554,7 @@ class TestPage(DaemonTest):
         post, file = self.site.tiktok(), self.daemon.folder / 'export.zip'
         export = tiktok_export([str(post)], shared_links(5), shared_links(7))
         file.write_bytes(zipped({'user_data_tiktok.json': export}))
-        self.browser.run('document.querySelector("footer details").open = true')
+        self.browser.run('document.querySelector("#import-file").closest("details").open = true')
         self.browser.type('#import-file', str(file))
         seen = 'Favorites 1 · Likes 5 · Watch history 7, about 3 minutes'
         self.browser.until('#imports .meta', f'innerText === "{seen}"')

@@ -8005,18 +8005,18 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
   <div id="list" role="feed" aria-label="Videos" aria-busy="true"></div>
 </main>
 <footer>
-  <details><summary>Bring what you saved in years</summary>
-    <p>Ask TikTok or Instagram for your data, as JSON, and choose the zip file here, or drop it on
-      this page. You see what is in it before anything is downloaded.</p>
-    <p class="go"><label class="button quiet">Choose a file<input id="import-file" type="file"
-      ></label></p></details>
   <details><summary>Cookies and keys</summary>
     <p>Some posts can be seen only after a login. Export cookies.txt from a browser that is logged
       in and choose the file here.</p>
     <p id="cookies"></p>
     <p class="go"><label class="button quiet">Choose cookies.txt<input id="cookie-file" type="file"
       ></label> <button id="forget-cookies" class="button quiet">Remove the cookies</button>
-      <button id="forget" class="button quiet" hidden>Forget the key</button></p></details></footer>
+      <button id="forget" class="button quiet" hidden>Forget the key</button></p></details>
+  <details><summary>Bring what you saved in years</summary>
+    <p>Ask TikTok or Instagram for your data, as JSON, and choose the zip file here, or drop it on
+      this page. You see what is in it before anything is downloaded.</p>
+    <p class="go"><label class="button quiet">Choose a file<input id="import-file" type="file"
+      ></label></p></details></footer>
 <section id="notes" aria-label="News"><p id="pulse"></p><p id="note" role="status"></p>
   <button id="offer" hidden></button><button id="hush" aria-label="Close">✕</button></section>
 <dialog id="player" aria-labelledby="player-title"><div class="inside">
