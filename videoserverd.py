@@ -6271,9 +6271,10 @@ def mobileconfig(config):
 
 # ---------- http --------------------------------------------------------------------------
 # Owns the TLS server and its limits, the strict reading of requests, ROUTES (dispatch and
-# OpenAPI both come from that one table), both dialects, /share and files. Lock: `Server._guard`
-# guards the table of connections. Handlers validate, call one verb and reply; App.respond alone
-# turns errors into replies. Called by daemon and `phone`.
+# OpenAPI come from that one table), both dialects, /share and files. Lock: `Server._guard`
+# guards the table of connections. Handlers validate, call one verb and reply. All of it may raise
+# HTTPError, and what reads from a client ClientGone; App.respond alone turns errors into replies.
+# Called by daemon and `phone`.
 
 # What a connection is doing: seconds until it is cut off, and seconds after which it may be closed
 # to make room for another.
@@ -6301,7 +6302,7 @@ SHARE_PATH = re.compile(r'/share(/|$)')
 SIGNED_NAME = re.compile(r'(.+)\.([A-Za-z0-9_-]{43})', re.S)
 SIGNATURE = re.compile(r'(?:\.|%2e)[\w%-]{40,}', re.I | re.A)  # of a share address, as it is sent
 B_PATH = re.compile(r'/(initiateDownload|listDownloads|getVideoDownloadPublicURL)(/|$)')
-UUID_PATTERN = re.compile(r'[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}')
+UUID_PATTERN = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rf'({TOKEN}) ([^ ]*) (HTTP/1\.[01])')
 FIELD_LINE = re.compile(rf'({TOKEN}):([\t\x20-\x7e\x80-\xff]*)')
@@ -6346,15 +6347,6 @@ class ClientGone(ConnectionError):
 
 
 @named_tuple
-class Head:
-    """A request's first line and header fields, names in lower case."""
-    method: str
-    target: str
-    version: str
-    fields: dict[str, list[str]]
-
-
-@named_tuple
 class Reply:
     """What goes back: `body`, or `length` bytes of an open file from `start` on."""
     status: int
@@ -6370,10 +6362,10 @@ class Reply:
 
 
 def parse_fields(lines):
-    """Header fields by lower-case name (RFC 9112 section 5). Raises HTTPError."""
-    fields = {}
+    """Header fields by lower-case name (RFC 9112 section 5)."""
     if len(lines) > 100:
         raise HTTPError(431, 'There are too many headers.')
+    fields = {}
     for line in lines:
         match = FIELD_LINE.fullmatch(line)
         if not match:
@@ -6382,21 +6374,8 @@ def parse_fields(lines):
     return fields
 
 
-def parse_head(data):
-    """The head of a request, without its last empty line (RFC 9112). Raises HTTPError.
-
-    Stricter than the RFC: whatever two readers could understand differently is refused."""
-    first, *lines = data.decode('latin-1').split('\r\n')
-    match = REQUEST_LINE.fullmatch(first)
-    if not match:
-        raise HTTPError(400, 'The first line is not valid HTTP/1.1.')
-    if not TARGET.fullmatch(match[2]):
-        raise HTTPError(400, 'This path is invalid.')
-    return Head(match[1], match[2], match[3], parse_fields(lines))
-
-
 def decode_path(raw):
-    """A percent-decoded path. Raises HTTPError if it could climb or is ambiguous."""
+    """A percent-decoded path that cannot climb and is not ambiguous."""
     try:
         path = unquote(raw, errors='strict')
     except UnicodeDecodeError:
@@ -6407,21 +6386,19 @@ def decode_path(raw):
 
 
 def body_length(fields):
-    """Content-Length, None if there is none (RFC 9112 section 6). Raises HTTPError."""
-    lengths, codings = fields.get('content-length'), fields.get('transfer-encoding')
-    if codings and not lengths:
+    """Content-Length, 0 if there is none (RFC 9112 section 6)."""
+    lengths, codings = fields.get('content-length', ['0']), fields.get('transfer-encoding')
+    if codings and 'content-length' not in fields:
         if ','.join(codings).strip().lower() != 'chunked':
             raise HTTPError(501, 'The transfer coding is not supported.')
         raise HTTPError(411, 'Send the body with a Content-Length.')
-    if not lengths:
-        return None
     if codings or len(lengths) > 1 or not re.fullmatch(r'\d{1,15}', lengths[0], re.A):
         raise HTTPError(400, 'Content-Length is not one number.')
     return int(lengths[0])
 
 
 def request_host(fields):
-    """The one Host, without its port, in lower case. Raises HTTPError."""
+    """The one Host, without its port, in lower case."""
     hosts = fields.get('host', [])
     match = len(hosts) == 1 and HOST_FIELD.fullmatch(hosts[0])
     if not match:
@@ -6436,22 +6413,30 @@ COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 
 
 class Request:
-    """One request: what was asked, by whom, with the body not read yet."""
+    """One request: what was asked, by whom, with the body not read yet.
+
+    Stricter than RFC 9112: whatever two readers could understand differently is refused."""
 
     def __init__(self, head, peer):
-        self.head, self.peer = head, peer
-        self.client = peer.address
-        self.raw_path, _, self.raw_query = head.target.partition('?')
+        first, *lines = head.decode('latin-1').split('\r\n')
+        match = REQUEST_LINE.fullmatch(first)
+        if not match:
+            raise HTTPError(400, 'The first line is not valid HTTP/1.1.')
+        self.method, target, self.version = match.groups()
+        if not TARGET.fullmatch(target):
+            raise HTTPError(400, 'This path is invalid.')
+        self.fields = parse_fields(lines)  # names in lower case
+        self.peer, self.client = peer, peer.address
+        self.raw_path, _, self.raw_query = target.partition('?')
         self.path = ''  # decoded, below our base
-        self.query = {}
-        self.params = {}
+        self.query, self.params = {}, {}
         self.shown_path = excerpt(SIGNATURE.sub('.…', self.raw_path), 200)  # for the log
         self.unread = None  # bytes of the body; None: the connection must be closed
         self.note = ''  # client_id and URL, for the log
 
     def field(self, name):
         """A header field, '' if it is absent; several are joined as in RFC 9110."""
-        return ', '.join(self.head.fields.get(name, ()))
+        return ', '.join(self.fields.get(name, ()))
 
     def content_type(self):
         """The media type of the body in lower case, and its parameters as written."""
@@ -6459,9 +6444,9 @@ class Request:
         return media.strip().lower(), parameters
 
     def blocks(self):
-        """The body, piece by piece. Raises HTTPError, ClientGone."""
+        """The body, piece by piece."""
         size, self.unread = self.unread or 0, None
-        if size and 'expect' in self.head.fields and self.head.version == 'HTTP/1.1':
+        if size and 'expect' in self.fields and self.version == 'HTTP/1.1':
             self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
         while size:
             piece = min(size, LARGE_BODY)
@@ -6472,11 +6457,10 @@ class Request:
         self.unread = 0
 
     def body(self):
-        """The whole body. Raises HTTPError, ClientGone."""
         return b''.join(self.blocks())
 
     def json(self):
-        """The body as a JSON object. Raises HTTPError, ClientGone."""
+        """The body as a JSON object."""
         if self.content_type()[0] != JSON:
             raise HTTPError(415, 'Send JSON, with the header Content-Type: application/json.')
         fields = None
@@ -6506,17 +6490,16 @@ class Route:
     method: str
     path: str
     handler: Callable[['App', Request], Reply]
-    access: str = 'key'
     answer: str = 'Object'
     body: str = ''
     query: tuple[Param, ...] = ()
     errors: tuple[int, ...] = ()
     status: int = 200
     limit: int = 0
+    access: str = 'key'
 
 
 def json_reply(status, body, *headers):
-    """A JSON answer that is not cached."""
     data = COMPACT_JSON.encode(body).encode('utf-8', 'replace')
     return Reply(status, data, headers=(NO_STORE, *headers))
 
@@ -6556,11 +6539,10 @@ def sign_name(key, name):
 def plain_address(text):
     """An address; IPv4 inside IPv6 (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.split('%')[0])
-    return getattr(address, 'ipv4_mapped', None) or address
+    return str(getattr(address, 'ipv4_mapped', None) or address)
 
 
 def is_within(address, wanted):
-    """Whether an address lies in one of these networks."""
     ip = ipaddress.ip_address(address)
     return any(ip in network for network in wanted)
 
@@ -6573,17 +6555,12 @@ def is_at_home(request):
 def match_path(pattern, path):
     """The parameters of a path, None if it does not match. {id} must look like one of ours."""
     wanted, found = pattern.split('/'), path.split('/')
-    if len(wanted) != len(found):
+    params = {part: word for part, word in zip(wanted, found) if part.startswith('{')}
+    if [params.get(part, part) for part in wanted] != found:
         return None
-    params = {}
-    for part, word in zip(wanted, found):
-        if part.startswith('{'):
-            params[part.strip('{}')] = word
-        elif part != word:
-            return None
-    if 'id' in params and not UUID_PATTERN.fullmatch(params['id']):
+    if '{id}' in params and not UUID_PATTERN.fullmatch(params['{id}']):
         return None
-    return params
+    return {part.strip('{}'): word for part, word in params.items()}
 
 
 def shown_percent(record, progress):
@@ -6618,7 +6595,7 @@ def pack_reply(reply, accepted):
 
 
 class App:
-    """All that handlers need; `more` comes from the daemon: health, forget, thumbs, bucket..."""
+    """All that handlers need; `more` is the daemon's: health, forget, thumbs, bucket..."""
 
     def __init__(self, config, store=None, board=None, scheduler=None, **more):
         self.config, self.store, self.board, self.scheduler = config, store, board, scheduler
@@ -6633,8 +6610,6 @@ class App:
         self.video_waiters = threading.Semaphore(WATCHERS)
         self._wrong_keys = {}  # by address: how many, and when
         self._guard = threading.Lock()  # guards _wrong_keys
-
-    # -- links and rows
 
     def base(self):
         return public_base(self.config, self.port)
@@ -6675,7 +6650,7 @@ class App:
         return row
 
     def record(self, request):
-        """The download that the path names. Raises HTTPError."""
+        """The download that the path names."""
         try:
             return self.store.get(request.params['id'])
         except LookupError:
@@ -6684,7 +6659,7 @@ class App:
     # -- the gates, in this order
 
     def respond(self, request):
-        """The answer to a request, whatever it is. Raises ClientGone."""
+        """The answer to a request, whatever it is."""
         started = time.monotonic()
         try:
             reply = self._pass_gates(request)
@@ -6693,9 +6668,9 @@ class App:
         except Exception as error:
             reply = self.refuse(request.raw_path, self._as_http_error(request, error))
         level = logging.INFO  # for what somebody did, not for a page that polls
-        if reply.status < 400 and request.head.method in ('GET', 'HEAD'):
+        if reply.status < 400 and request.method in ('GET', 'HEAD'):
             level = logging.DEBUG
-        log.log(level, '%s "%s %s" %d %.1fms%s', request.client, request.head.method,
+        log.log(level, '%s "%s %s" %d %.1fms%s', request.client, request.method,
                 request.shown_path, reply.status,
                 (time.monotonic() - started) * 1000, request.note)
         if self.config.api_keys and reply.type == JSON:
@@ -6715,13 +6690,13 @@ class App:
         if isinstance(error, OSError):
             return HTTPError(503, f'The disk reported an error: {error.strerror}.', 'disk_error',
                              Retry_After='30')
-        log.exception('request: %s %s: failed', request.head.method, request.shown_path)
+        log.exception('request: %s %s: failed', request.method, request.shown_path)
         return HTTPError(500, 'Something went wrong in the server; see its log.', 'internal')
 
     def _pass_gates(self, request):
         self._check_client(request)
         self._check_host(request)
-        request.unread = size = body_length(request.head.fields) or 0
+        request.unread = size = body_length(request.fields)
         route = self._find_route(request)
         limit = max(self.config.security.max_request_size, route.limit)
         if size > limit:
@@ -6744,7 +6719,7 @@ class App:
             if not is_within(client, server.trusted_proxies) or not hop.strip():
                 break
             try:
-                client = str(plain_address(hop.strip()))
+                client = plain_address(hop.strip())
             except ValueError:
                 raise HTTPError(400, 'X-Forwarded-For has no valid address.') from None
         request.client = client
@@ -6759,14 +6734,14 @@ class App:
 
     def _check_host(self, request):
         """A Host that is not ours is an attack (DNS rebinding) or a mistake."""
-        host = request_host(request.head.fields)
+        host = request_host(request.fields)
         if host not in self.hosts and host != request.peer.local:
             raise HTTPError(421, f'This server is not {host}; if that is its name, add it to '
                             '[server] names.', 'wrong_host')
 
     def _check_origin(self, request):
         """Pages of other sites may not change anything: no CORS, and Fetch Metadata if sent."""
-        if request.head.method in ('GET', 'HEAD'):
+        if request.method in ('GET', 'HEAD'):
             return
         origin = request.field('origin').lower()
         scheme, _, host = origin.partition('://')
@@ -6840,7 +6815,7 @@ class App:
             if params is None:
                 continue
             methods = [route.method, *['HEAD'] * (route.method == 'GET')]
-            if request.head.method in methods:
+            if request.method in methods:
                 request.params = params
                 return route
             allowed += methods
@@ -7218,7 +7193,6 @@ def post_update(app, request):
 
 
 def import_reply(app, import_id):
-    """An import. Raises HTTPError."""
     try:
         return json_reply(200, app.more.imports.get(import_id))
     except LookupError:
@@ -7405,7 +7379,7 @@ def get_public_url(app, request):
 
 
 def open_regular(path):
-    """Open a regular file, never through a link. Raises HTTPError."""
+    """Open a regular file, never through a link."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     with suppress(OSError):  # gone, a link or a folder: all the same to the client
         handle = open(os.open(path, flags), 'rb', buffering=0)
@@ -7441,7 +7415,7 @@ def is_unchanged(request, etag, modified):
 
 
 def send_file(request, path, media, headers):
-    """The whole file, a part of it, or 304 Not Modified. Raises HTTPError."""
+    """The whole file, a part of it, or 304 Not Modified."""
     handle = open_regular(path)
     facts = os.fstat(handle.fileno())
     size, etag = facts.st_size, f'"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"'
@@ -7451,7 +7425,7 @@ def send_file(request, path, media, headers):
         handle.close()
         return Reply(304, b'', '', headers)
     wanted = ''
-    if request.head.method == 'GET' and request.field('if-range') in ('', etag, modified):
+    if request.method == 'GET' and request.field('if-range') in ('', etag, modified):
         wanted = request.field('range')
     try:
         span = parse_range(wanted, size)
@@ -7594,55 +7568,54 @@ AGAIN = (Param('again', one_of({'1': True, '0': False}), '0'),)
 ID = '/api/v1/download/{id}'
 IMPORT = '/api/v1/imports/{id}'
 ROUTES = (
-    Route('POST', '/api/v1/download', post_download, 'key', 'Queued', 'Submission', AGAIN,
+    Route('POST', '/api/v1/download', post_download, 'Queued', 'Submission', AGAIN,
           (200, 429), 202),
-    Route('POST', '/api/v1/downloads', post_downloads, 'key', 'BatchAnswer', 'Batch', AGAIN,
+    Route('POST', '/api/v1/downloads', post_downloads, 'BatchAnswer', 'Batch', AGAIN,
           (429,), 202, LARGE_BODY),
-    Route('GET', '/api/v1/status/{id}', get_status, 'key', 'Download'),
-    Route('GET', '/api/v1/history', get_history, 'key', 'History', query=(
+    Route('GET', '/api/v1/status/{id}', get_status, 'Download'),
+    Route('GET', '/api/v1/history', get_history, 'History', query=(
         Param('limit', whole(1, 200), '50', 'integer'),
         Param('offset', whole(0, 999999999), '0', 'integer'), Param('q', lambda q: q[:200]),
         Param('status', optional(one_of({state: state for state in STATES}))),
         Param('since', optional(whole(0, 999999999)), '', 'integer'),
         Param('wait', whole(0, 25), '25', 'integer'))),
-    Route('GET', '/api/v1/health', get_health, 'open', 'Health'),
-    Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'key', 'image/jpeg'),
-    Route('POST', ID + '/cancel', post_cancel, 'key', 'Download', errors=(409,)),
-    Route('POST', ID + '/retry', post_retry, 'key', 'Download', errors=(409,)),
-    Route('POST', ID + '/star', post_star, 'key', 'Download'),
-    Route('POST', ID + '/unstar', post_star, 'key', 'Download'),
-    Route('DELETE', ID, delete_download, 'key', 'Done', errors=(409,), query=(
+    Route('GET', '/api/v1/health', get_health, 'Health', access='open'),
+    Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'image/jpeg'),
+    Route('POST', ID + '/cancel', post_cancel, 'Download', errors=(409,)),
+    Route('POST', ID + '/retry', post_retry, 'Download', errors=(409,)),
+    Route('POST', ID + '/star', post_star, 'Download'),
+    Route('POST', ID + '/unstar', post_star, 'Download'),
+    Route('DELETE', ID, delete_download, 'Done', errors=(409,), query=(
         Param('files', one_of({'keep': True, 'delete': False}), 'delete'),)),
-    Route('PUT', '/api/v1/cookies', put_cookies, 'key', 'Done', 'text/plain', limit=LARGE_BODY),
-    Route('DELETE', '/api/v1/cookies', delete_cookies, 'key', 'Done'),
-    Route('POST', '/api/v1/update', post_update, 'key', 'Done', status=202),
-    Route('GET', '/api/v1/imports', get_imports, 'key', 'Imports'),
-    Route('POST', '/api/v1/imports', post_import, 'key', 'Import', 'application/octet-stream',
+    Route('PUT', '/api/v1/cookies', put_cookies, 'Done', 'text/plain', limit=LARGE_BODY),
+    Route('DELETE', '/api/v1/cookies', delete_cookies, 'Done'),
+    Route('POST', '/api/v1/update', post_update, 'Done', status=202),
+    Route('GET', '/api/v1/imports', get_imports, 'Imports'),
+    Route('POST', '/api/v1/imports', post_import, 'Import', 'application/octet-stream',
           (Param('name', str, 'export'), Param('client_id', str, 'import')),
           limit=LARGEST_EXPORT),
-    Route('POST', IMPORT + '/start', change_import, 'key', 'Import', 'ImportStart', errors=(409,)),
-    Route('POST', IMPORT + '/pause', change_import, 'key', 'Import', errors=(409,)),
-    Route('POST', IMPORT + '/resume', change_import, 'key', 'Import', errors=(409,)),
-    Route('POST', IMPORT + '/cancel', change_import, 'key', 'Done', errors=(409,)),
-    Route('POST', '/api/v1/share-address', post_share_address, 'key', 'Address', 'Name'),
-    Route('POST', '/share/{who}', post_share, 'share', 'text/plain', 'Shared', AGAIN,
-          (200, 429), 202),
-    Route('POST', '/share/{who}/video', post_share_video, 'share', '*/*',
-          'Shared', AGAIN, (202, 429, 502)),
-    Route('GET', '/share/{who}/shortcut', get_shortcut, 'share', '*/*'),
-    Route('GET', '/share/{who}', get_share, 'share', 'text/plain', '',
-          (Param('within', whole(1, 999999999), '999999999', 'integer'),), (202,)),
-    Route('GET', '/files/{id}/{name}', get_file, 'link', '*/*',
-          errors=(206, 304, 416)),
-    Route('GET', '/feed.xml', get_feed, 'link', 'application/atom+xml', '',
-          (Param('signature', str),)),
-    Route('GET', '/metrics', get_metrics, 'key', 'text/plain'),
+    Route('POST', IMPORT + '/start', change_import, 'Import', 'ImportStart', errors=(409,)),
+    Route('POST', IMPORT + '/pause', change_import, 'Import', errors=(409,)),
+    Route('POST', IMPORT + '/resume', change_import, 'Import', errors=(409,)),
+    Route('POST', IMPORT + '/cancel', change_import, 'Done', errors=(409,)),
+    Route('POST', '/api/v1/share-address', post_share_address, 'Address', 'Name'),
+    Route('POST', '/share/{who}', post_share, 'text/plain', 'Shared', AGAIN, (200, 429), 202,
+          access='share'),
+    Route('POST', '/share/{who}/video', post_share_video, '*/*', 'Shared', AGAIN,
+          (202, 429, 502), access='share'),
+    Route('GET', '/share/{who}/shortcut', get_shortcut, '*/*', access='share'),
+    Route('GET', '/share/{who}', get_share, 'text/plain', '', (
+        Param('within', whole(1, 999999999), '999999999', 'integer'),), (202,), access='share'),
+    Route('GET', '/files/{id}/{name}', get_file, '*/*', errors=(206, 304, 416), access='link'),
+    Route('GET', '/feed.xml', get_feed, 'application/atom+xml', '', (Param('signature', str),),
+          access='link'),
+    Route('GET', '/metrics', get_metrics, 'text/plain'),
     Route('GET', '/openapi.json', get_openapi),
-    Route('POST', '/initiateDownload', initiate_download, 'key', 'Initiated', 'Initiate', AGAIN),
-    Route('GET', '/listDownloads', list_downloads, 'key', 'Listing', query=(
+    Route('POST', '/initiateDownload', initiate_download, 'Initiated', 'Initiate', AGAIN),
+    Route('GET', '/listDownloads', list_downloads, 'Listing', query=(
         Param('overLastPeriodDurationInMinutes', whole(0, 99999999), '60', 'integer'),
         Param('onlyShowOngoingDownloads', one_of({'true': True, 'false': False}), 'false'))),
-    Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'key', 'PublicURL', query=(
+    Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'PublicURL', query=(
         Param('videoDownloadUUID', str),
         Param('URLTypeEnum', one_of({'https': 'HTTPS', 's3': 'S3'})))),
 )
@@ -7656,7 +7629,7 @@ class Peer:
 
     def __init__(self, sock, address):
         self.sock, self.address = sock, address
-        self.local = str(plain_address(sock.getsockname()[0]))
+        self.local = plain_address(sock.getsockname()[0])
         self.buffer = bytearray()  # what has come and was not yet read
         self.admitted = False  # its address was found to be an allowed client's
         self.state, self.since, self.deadline = 'new', 0.0, 0.0  # monotonic seconds
@@ -7668,13 +7641,8 @@ class Peer:
         self.state, self.since = state, time.monotonic()
         self.deadline = self.since + PEER_STATES[state][0] + further
 
-    def shake_hands(self, context):
-        self.sock = context.wrap_socket(self.sock, server_side=True,
-                                        do_handshake_on_connect=False)
-        self.sock.do_handshake()
-
     def read_more(self):
-        """Read more into the buffer. Raises ClientGone, HTTPError."""
+        """Read more into the buffer."""
         try:
             data = self.sock.recv(HEAD_LIMIT)
         except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
@@ -7694,7 +7662,7 @@ class Peer:
         return data
 
     def read_head(self):
-        """A request's head up to its empty line. Raises HTTPError, ClientGone."""
+        """A request's head up to its empty line."""
         while True:
             while self.buffer.startswith(b'\r\n'):  # RFC 9112 section 2.2: skipped
                 del self.buffer[:2]
@@ -7738,23 +7706,16 @@ class Peer:
                     pass  # unread bytes would make the kernel reset it, and our answer with it
 
 
-@functools.lru_cache(maxsize=64)  # most answers within a second start alike
-def fixed_head(status, media, headers, keep, now):
-    """Status line and header fields except the length; no value can end its line."""
-    fields = {'Date': formatdate(now, usegmt=True), **SAME_HEADERS, **dict(headers),
-              'Connection': 'keep-alive' if keep else 'close'}
-    if status != 304:
-        fields['Content-Type'] = media
-    lines = [f'{name}: {LINE_END.sub("", text)}' for name, text in fields.items()]
-    first = f'HTTP/1.1 {status} {REASONS[status][0]}'
-    return '\r\n'.join([first, *lines]).encode('latin-1', 'replace')
-
-
 def format_head(reply, keep):
-    head = fixed_head(reply.status, reply.type, reply.headers, keep, int(time.time()))
-    if reply.status == 304:
-        return head + b'\r\n\r\n'
-    return head + b'\r\nContent-Length: %d\r\n\r\n' % (reply.length or len(reply.body))
+    """Status line and header fields; no value can end its line."""
+    fields = {'Date': formatdate(usegmt=True), **SAME_HEADERS, **dict(reply.headers),
+              'Connection': 'keep-alive' if keep else 'close'}
+    if reply.status != 304:
+        fields['Content-Type'] = reply.type
+        fields['Content-Length'] = str(reply.length or len(reply.body))
+    lines = [f'{name}: {LINE_END.sub("", text)}\r\n' for name, text in fields.items()]
+    first = f'HTTP/1.1 {reply.status} {REASONS[reply.status][0]}\r\n'
+    return (first + ''.join(lines) + '\r\n').encode('latin-1', 'replace')
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -7764,16 +7725,17 @@ class Handler(BaseHTTPRequestHandler):
 
     def setup(self):
         """The handshake is this thread's."""
-        self.peer, self.app = self.request, self.server.app
+        peer = self.peer = self.request
         if self.server.context is not None:
-            self.peer.shake_hands(self.server.context)
+            peer.sock = self.server.context.wrap_socket(
+                peer.sock, server_side=True, do_handshake_on_connect=False)
+            peer.sock.do_handshake()
 
     def finish(self):
         """The server closes it."""
 
     def handle_one_request(self):
-        """`close_connection` tells whether that was the last one."""
-        peer, request, head = self.peer, None, b''
+        peer, app, request, head = self.peer, self.server.app, None, b''
         self.close_connection = True
         if not peer.buffer:
             peer.read_more()
@@ -7781,12 +7743,12 @@ class Handler(BaseHTTPRequestHandler):
             if b'\r\n\r\n' not in peer.buffer:
                 peer.enter('asking')
             head = peer.read_head()
-            request = Request(parse_head(head), peer)
+            request = Request(head, peer)
             peer.enter('working')
-            reply = self.app.respond(request)
+            reply = app.respond(request)
         except HTTPError as error:
             words = bytes(head or peer.buffer)[:LINE_LIMIT].split(b' ')
-            reply = self.app.refuse(b''.join(words[1:2]).decode('latin-1'), error)
+            reply = app.refuse(b''.join(words[1:2]).decode('latin-1'), error)
             log.info('%s malformed request: %d %s', peer.address, error.status, error.message)
         self.close_connection = not self._goes_on(request, reply)
         self._send(request, reply)
@@ -7797,14 +7759,14 @@ class Handler(BaseHTTPRequestHandler):
     def _goes_on(self, request, reply):
         """Only after a request that was read to its end."""
         return (request is not None and request.unread == 0
-                and request.head.version == 'HTTP/1.1' and not self.server.draining
+                and request.version == 'HTTP/1.1' and not self.server.draining
                 and 'close' not in request.field('connection').lower()
                 and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429))
-                and request.head.method in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE'))
+                and request.method in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE'))
 
     def _send(self, request, reply):
         data = format_head(reply, not self.close_connection)
-        wanted = request is None or request.head.method != 'HEAD'
+        wanted = request is None or request.method != 'HEAD'
         try:
             self.peer.send(data + reply.body * wanted)
             if reply.file and wanted:
@@ -7865,7 +7827,7 @@ class Server(ThreadingHTTPServer):
                 time.sleep(0.1)
             raise
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return Peer(sock, str(plain_address(address[0]))), address[0]
+        return Peer(sock, plain_address(address[0])), address[0]
 
     def verify_request(self, request, client_address):
         """Whether there is room for it, made by closing an idle one."""
@@ -10002,7 +9964,7 @@ class Daemon:
         assets = {**ASSETS, **ca_assets(config), '/setup': (
             'text/html; charset=utf-8', lambda request: setup_page(
                 setup_facts(config, port, True, is_at_home(request))))}
-        routes = [Route('GET', path, get_asset, 'open', kind.split(';')[0])
+        routes = [Route('GET', path, get_asset, kind.split(';')[0], access='open')
                   for path, (kind, _) in assets.items()]
         # Of the picture by which the set-up page sees that it is trusted.
         origins = f' {public_base(config, port)} {bases_by_number(port)}'
@@ -10618,7 +10580,7 @@ def cmd_phone(config, options):
         if news:
             print_news(news)
         return get_asset(app, request)
-    routes = tuple(Route('GET', path, answer, 'open') for path in assets)
+    routes = tuple(Route('GET', path, answer, access='open') for path in assets)
     app = App(config, assets=assets, routes=routes, image_origin=f' {public_base(config, port)}')
     app.hosts = known_hosts(config)
     server = Server(listen('0.0.0.0', options.port), app, None)
