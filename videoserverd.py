@@ -52,7 +52,7 @@ try:
     import shlex
     import sqlite3
     import ssl
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from http.server import ThreadingHTTPServer
 except ImportError as no_module:
     sys.exit('videoserverd needs all of Python, and this one has no %s (%s). Fix: sudo apt-get '
              'install python3 (a Mac: brew install python)' % (no_module.name, sys.executable))
@@ -6296,7 +6296,6 @@ PER_ADDRESS = 16  # a browser opens 6
 BLOCK = 256 << 10  # bytes read and sent at a time: large enough that TLS is the limit
 WATCHERS = 8  # pages that wait for news, and phones that wait for a video
 VIDEO_SECONDS = 50.0  # for a video; a phone gives up after 60
-LONGEST_NAME = 64  # characters of a phone's name
 FEED_ENTRIES = 50
 SHARE_PATH = re.compile(r'/share(/|$)')
 SIGNED_NAME = re.compile(r'(.+)\.([A-Za-z0-9_-]{43})', re.S)
@@ -6322,7 +6321,6 @@ SAME_HEADERS = {
     'Content-Security-Policy': "default-src 'none'; media-src 'self'; img-src 'self'; "
                                "style-src 'unsafe-inline'; sandbox"}
 JSON = 'application/json'
-REASONS = BaseHTTPRequestHandler.responses
 LOOPBACK = networks('127.0.0.0/8,::1')
 CODES = {401: 'key_wanted', 404: 'not_found', 411: 'length_required', 413: 'too_large',
          414: 'uri_too_long', 415: 'not_json', 431: 'headers_too_large'}  # else bad_request
@@ -6397,19 +6395,9 @@ def body_length(fields):
     return int(lengths[0])
 
 
-def request_host(fields):
-    """The one Host, without its port, in lower case."""
-    hosts = fields.get('host', [])
-    match = len(hosts) == 1 and HOST_FIELD.fullmatch(hosts[0])
-    if not match:
-        raise HTTPError(400, 'The request must name one host.')
-    return match[1].strip('[]').lower().rstrip('.')
-
-
 # NaN and Infinity are not JSON: ValueError. Python up to 3.10 slowly converts numbers of any
 # length; longer ones than this are refused later.
 STRICT_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits[:4300]), parse_constant=int)
-COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, separators=(',', ':'))
 
 
 class Request:
@@ -6428,7 +6416,6 @@ class Request:
         self.fields = parse_fields(lines)  # names in lower case
         self.peer, self.client = peer, peer.address
         self.raw_path, _, self.raw_query = target.partition('?')
-        self.path = ''  # decoded, below our base
         self.query, self.params = {}, {}
         self.shown_path = excerpt(SIGNATURE.sub('.…', self.raw_path), 200)  # for the log
         self.unread = None  # bytes of the body; None: the connection must be closed
@@ -6500,8 +6487,8 @@ class Route:
 
 
 def json_reply(status, body, *headers):
-    data = COMPACT_JSON.encode(body).encode('utf-8', 'replace')
-    return Reply(status, data, headers=(NO_STORE, *headers))
+    text = json.dumps(body, ensure_ascii=False, separators=(',', ':'))
+    return Reply(status, text.encode('utf-8', 'replace'), headers=(NO_STORE, *headers))
 
 
 def done_reply(status, message, code=200, **more):
@@ -6510,7 +6497,6 @@ def done_reply(status, message, code=200, **more):
 
 
 def text_reply(status, sentence, *headers):
-    """One sentence for a Shortcut to show."""
     return Reply(status, sentence.encode('utf-8', 'replace'), 'text/plain; charset=utf-8',
                  (NO_STORE, *headers))
 
@@ -6519,10 +6505,9 @@ def parse_name(given):
     """The name of a phone, composed (NFC). Raises Refused."""
     import unicodedata
     name = ''
-    if isinstance(given, str) and len(given) <= 4 * LONGEST_NAME:
+    if isinstance(given, str) and len(given) <= 256:
         name = unicodedata.normalize('NFC', given).strip()
-    bad = len(name) > LONGEST_NAME or UNSAFE.search(name) or re.search(r'[/\\]|^\.', name)
-    if not name or bad:
+    if not re.fullmatch(r'[^./\\][^/\\]{0,63}', name) or UNSAFE.search(name):
         raise Refused('bad_name', 'A phone name has 1 to 64 characters, no slash, and does not '
                       'start with a dot.')
     return name
@@ -6548,7 +6533,7 @@ def is_within(address, wanted):
 
 
 def is_at_home(request):
-    """Whether its client is on a private network: others do not get our addresses."""
+    """On a private network: others do not get our addresses."""
     return is_within(request.client, PRIVATE_NETWORKS)
 
 
@@ -6595,16 +6580,13 @@ def pack_reply(reply, accepted):
 
 
 class App:
-    """All that handlers need; `more` is the daemon's: health, forget, thumbs, bucket..."""
+    """All that handlers need; `more` is the daemon's: routes, assets, health, forget, thumbs..."""
 
-    def __init__(self, config, store=None, board=None, scheduler=None, **more):
-        self.config, self.store, self.board, self.scheduler = config, store, board, scheduler
+    def __init__(self, config, **more):
+        self.config = config
         self.port = 0
         self.hosts = frozenset()  # names and addresses that are ours
-        self.routes = more.get('routes', ())
-        self.assets = more.get('assets', {})
-        self.image_origin = more.get('image_origin', '')  # names the machine's addresses
-        self.more = SimpleNamespace(**more)
+        vars(self).update(more)
         self.prefix = urlsplit(config.server.public_base_url or '').path
         self.watchers = threading.Semaphore(WATCHERS)
         self.video_waiters = threading.Semaphore(WATCHERS)
@@ -6620,7 +6602,7 @@ class App:
         if not self.config.api_keys:
             return path
         expires = int(time.time()) + self.config.s3.url_expiry
-        return path + sign_path(self.more.link_secret, path, expires)
+        return path + sign_path(self.link_secret, path, expires)
 
     def progress(self, record):
         running = record['status'] == 'downloading'
@@ -6643,7 +6625,7 @@ class App:
             'public_url': None, 'thumbnail': None, 's3': None})
         if files:
             row['public_url'] = files[0]['url']
-            if (self.more.thumbs / f'{record["id"]}.jpg').exists():
+            if (self.thumbs / f'{record["id"]}.jpg').exists():
                 row['thumbnail'] = f'api/v1/thumbnail/{record["id"]}'
         if record['s3_state']:
             row['s3'] = {'state': record['s3_state'], 'error': record['s3_error']}
@@ -6655,8 +6637,6 @@ class App:
             return self.store.get(request.params['id'])
         except LookupError:
             raise HTTPError(404, 'There is no such download.') from None
-
-    # -- the gates, in this order
 
     def respond(self, request):
         """The answer to a request, whatever it is."""
@@ -6681,8 +6661,8 @@ class App:
         if isinstance(error, HTTPError):
             return error
         if isinstance(error, Refused):
-            return HTTPError(400 + 3 * (error.code == 'domain_not_allowed'), error.message,
-                             error.code)
+            status = 400 + 3 * (error.code == 'domain_not_allowed')
+            return HTTPError(status, error.message, error.code)
         if isinstance(error, RateLimited):
             return HTTPError(429, str(error), 'rate_limited', Retry_After=str(error.retry_after))
         if isinstance(error, StoreDown):
@@ -6704,9 +6684,12 @@ class App:
         if request.field('expect').lower() not in ('', '100-continue'):
             raise HTTPError(417, 'The header Expect is not supported.')
         self._check_origin(request)
-        self._check_key(request, route)
+        if route.access == 'share':
+            self._check_share(request)
+        if route.access == 'key':
+            self.require_key(request)
         request.query = self._parse_query(request, route)
-        if not route.body and request.unread:
+        if not route.body:
             request.body()  # read and dropped, so that the connection can stay open
         return route.handler(self, request)
 
@@ -6734,7 +6717,11 @@ class App:
 
     def _check_host(self, request):
         """A Host that is not ours is an attack (DNS rebinding) or a mistake."""
-        host = request_host(request.fields)
+        hosts = request.fields.get('host', [])
+        match = len(hosts) == 1 and HOST_FIELD.fullmatch(hosts[0])
+        if not match:
+            raise HTTPError(400, 'The request must name one host.')
+        host = match[1].strip('[]').lower().rstrip('.')
         if host not in self.hosts and host != request.peer.local:
             raise HTTPError(421, f'This server is not {host}; if that is its name, add it to '
                             '[server] names.', 'wrong_host')
@@ -6752,23 +6739,19 @@ class App:
             raise HTTPError(403, 'Pages of other sites may not use this server. If this is its own '
                             'page behind a proxy, set [server] public_base_url.', 'foreign_origin')
 
-    def _check_key(self, request, route):
-        if route.access == 'share' and not self._may_share(request):
-            raise HTTPError(401, 'This address is no longer valid. Make a new one on the set-up '
-                            'page.')
-        if route.access == 'key':
-            self.require_key(request)
-
     def require_key(self, request):
         if not self.has_key(request):
             raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
 
-    def _may_share(self, request):
-        signed = SIGNED_NAME.fullmatch(request.params['who'])
+    def _check_share(self, request):
+        name, signature = request.params['who'], ''
+        signed = SIGNED_NAME.fullmatch(name)
         if signed:
-            request.params['who'] = signed[1]
-        name = request.params['who'] = parse_name(request.params['who'])
-        return signed and self.is_signed(name, signed[2]) or self.has_key(request)
+            name, signature = signed.groups()
+        name = request.params['who'] = parse_name(name)
+        if not self.is_signed(name, signature) and not self.has_key(request):
+            raise HTTPError(401, 'This address is no longer valid. Make a new one on the set-up '
+                            'page.')
 
     def is_signed(self, name, signature):
         """Whether this signature was made with a current key."""
@@ -6825,6 +6808,7 @@ class App:
         raise HTTPError(404, 'There is nothing here.')
 
     def _parse_query(self, request, route):
+        """The known parameters as they are parsed, others as they are."""
         try:
             given = dict(parse_qsl(
                 request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
@@ -6908,7 +6892,7 @@ COMMON_ERRORS = {400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503}
 
 
 def schema_of(kind):
-    """A JSON schema from a word: integer, integer? (or null), Name, [Name (a list), =constant."""
+    """A JSON schema of integer, integer? (or null), Name, [Name (a list), =constant."""
     if kind.startswith('='):
         return {'const': kind[1:]}
     if kind.startswith('['):
@@ -6921,7 +6905,6 @@ def schema_of(kind):
 
 
 def object_schema(words):
-    """A row of SCHEMAS as a JSON schema."""
     if not isinstance(words, str):
         return words
     properties, required = {}, []
@@ -6954,14 +6937,14 @@ def responses_of(route, keys):
         answer = bad
         if status == route.status or status < 400 and bad == 'Error':
             answer = route.answer
-        found[str(status)] = {'description': REASONS[status][0], 'content': content_of(answer)}
+        found[str(status)] = {'description': http.client.responses[status],
+                              'content': content_of(answer)}
         if status == 304:
             del found['304']['content']
     return found
 
 
 def operation_of(route, keys):
-    """OpenAPI's operation object of a route."""
     parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
                   for name in re.findall(r'{(\w+)}', route.path)]
     parameters += [{'name': param.name, 'in': 'query', 'schema': {'type': param.type}}
@@ -7018,6 +7001,7 @@ def store_links(app, links, window=0):
 
 def submit(app, request, fields):
     """Store one link. Raises Refused, RateLimited, StoreDown."""
+    # If it is refused, the log has this.
     request.note = f' client_id={str(fields.get("client_id"))[:80]!r} refused'
     fields = {'again': request.query['again'], **fields}
     submission = parse_submission(fields, app.config.security)
@@ -7048,8 +7032,8 @@ def post_download(app, request):
 
 
 def store_every_link(app, request, fields, window=0):
-    """Store every link in a text, in one commit: each as written, with its Stored or its refusal;
-    and the links beyond MOST_LINKS. Raises Refused or RateLimited if none is stored."""
+    """Store every link in a text: each as written, with its Stored or its refusal; and the links
+    beyond MOST_LINKS. Raises Refused or RateLimited if none is stored."""
     fields = {'again': request.query['again'], **fields}
     items, rest = parse_batch(fields, app.config.security)
     links = [item for _, item in items if isinstance(item, Submission)]
@@ -7104,8 +7088,8 @@ def get_history(app, request):
             app.board.wait(query['since'], query['wait'] * free)
         poll_after = 3 * (not free)
     version = app.board.version
-    wanted = query['limit'], query['offset'], query['status'] or '', query['q']
-    total, records = app.store.page(*wanted)
+    total, records = app.store.page(query['limit'], query['offset'], query['status'] or '',
+                                    query['q'])
     return json_reply(200, {
         'total': total, 'message': f'{total} downloads', 'version': version,
         'downloads': [app.describe(record) for record in records],
@@ -7114,7 +7098,7 @@ def get_history(app, request):
 
 def get_health(app, request):
     """Server health; without a key, where keys are set, only four fields."""
-    facts = app.more.health()
+    facts = app.health()
     storing = facts.pop('storing')
     facts['message'] = ' '.join(facts['problems']) or 'All is well.'
     if not app.has_key(request):
@@ -7159,7 +7143,7 @@ def delete_download(app, request):
     if record['status'] == 'downloading':
         app.scheduler.cancel(record['id'], time.time())
         record = app.record(request)
-    if not app.more.forget(record, request.query['files']):
+    if not app.forget(record, request.query['files']):
         raise HTTPError(409, 'It cannot be stopped at the moment; try again.', 'still_running')
     return done_reply('deleted', 'Deleted', download_id=record['id'])
 
@@ -7167,7 +7151,7 @@ def delete_download(app, request):
 def get_thumbnail(app, request):
     """A thumbnail."""
     try:
-        data = (app.more.thumbs / f'{request.params["id"]}.jpg').read_bytes()
+        data = (app.thumbs / f'{request.params["id"]}.jpg').read_bytes()
     except OSError:
         raise HTTPError(404, 'It has no thumbnail.') from None
     return Reply(200, data, 'image/jpeg', (('Cache-Control', 'private, max-age=86400'),))
@@ -7188,13 +7172,13 @@ def delete_cookies(app, request):
 
 def post_update(app, request):
     """Look for a newer yt-dlp now."""
-    app.more.update()
+    app.update()
     return done_reply('updating', 'The newest yt-dlp is being fetched.', 202)
 
 
 def import_reply(app, import_id):
     try:
-        return json_reply(200, app.more.imports.get(import_id))
+        return json_reply(200, app.imports.get(import_id))
     except LookupError:
         raise HTTPError(404, 'There is no such import.') from None
 
@@ -7202,13 +7186,13 @@ def import_reply(app, import_id):
 def post_import(app, request):
     """Send an export of TikTok or Instagram, or a text with links, and see what is in it."""
     name, client_id = request.query['name'], parse_name(request.query['client_id'])
-    return import_reply(app, app.more.imports.receive(
+    return import_reply(app, app.imports.receive(
         excerpt(name, 80), client_id, request.blocks()))
 
 
 def get_imports(app, request):
     """All imports."""
-    found = app.more.imports.all()
+    found = app.imports.all()
     return json_reply(200, {'imports': found, 'message': f'{len(found)} imports'})
 
 
@@ -7219,7 +7203,7 @@ def change_import(app, request):
     only = request.json().get('only') if verb == 'start' else ()
     if only and not (isinstance(only, list) and set(map(str, only)) <= GROUP_NAMES.keys()):
         raise HTTPError(400, f'`only` lists some of {", ".join(GROUP_NAMES)}.', 'bad_field')
-    if not app.more.imports.change(request.params['id'], verb, only):
+    if not app.imports.change(request.params['id'], verb, only):
         raise HTTPError(409, f'This import cannot {verb} now.', 'wrong_state')
     if verb == 'cancel':
         return done_reply('cancelled', 'The import is cancelled; what has arrived stays.')
@@ -7253,7 +7237,7 @@ def get_shortcut(app, request):
 def get_metrics(app, request):
     """Metrics for Prometheus."""
     lines, kinds = [], {'videoserverd_ack_seconds': 'histogram'}
-    for name, figure in app.more.gauges():
+    for name, figure in app.gauges():
         family = next((known for known in kinds if name.startswith(known)), name.partition('{')[0])
         kind = kinds.setdefault(family, 'counter' if family.endswith('_total') else 'gauge')
         line = f'# TYPE {family} {kind}'
@@ -7358,7 +7342,7 @@ def get_public_url(app, request):
     record = app.record(request)
     state, why = record['status'], record['error_message']
     in_bucket = request.query['URLTypeEnum'] == 'S3' and state == 'completed'
-    if in_bucket and app.more.bucket is None:
+    if in_bucket and app.bucket is None:
         raise HTTPError(409, 'No object storage is set up; see [s3] endpoint.', 's3NotConfigured')
     if in_bucket:
         state, why = record['s3_state'], record['s3_error']
@@ -7370,8 +7354,8 @@ def get_public_url(app, request):
         raise HTTPError(409, why or 'It is not finished yet.', 'downloadNotReady')
     if not in_bucket:
         return json_reply(200, {'publicURL': app.describe(record)['public_url']})
-    key = app.more.bucket.key(record['id'], record['filename'])
-    return json_reply(200, {'publicURL': app.more.bucket.presign(
+    key = app.bucket.key(record['id'], record['filename'])
+    return json_reply(200, {'publicURL': app.bucket.presign(
         key, record['filename'], app.config.s3.url_expiry, time.time())})
 
 
@@ -7390,9 +7374,7 @@ def open_regular(path):
 
 
 def parse_range(header, size):
-    """(first, last) byte; None: the whole file, as no single range is asked for.
-
-    Raises ValueError if it starts beyond the end."""
+    """(first, last) byte; None: the whole file, as no single range is asked for."""
     match = re.fullmatch(r'bytes\s*=\s*(\d{0,18})-(\d{0,18})', header, re.A | re.I)
     if not match or match[1] + match[2] == '':
         return None
@@ -7401,8 +7383,6 @@ def parse_range(header, size):
         start, end = max(0, size - int(match[2])), size - 1
     elif match[2] and int(match[2]) < start:
         return None
-    if start >= size:
-        raise ValueError(header)
     return start, end
 
 
@@ -7422,20 +7402,17 @@ def send_file(request, path, media, headers):
     modified = formatdate(facts.st_mtime, usegmt=True)
     headers = (*headers, ('Accept-Ranges', 'bytes'), ('ETag', etag), ('Last-Modified', modified))
     if is_unchanged(request, etag, modified):
-        handle.close()
-        return Reply(304, b'', '', headers)
-    wanted = ''
+        return Reply(304, b'', '', headers, handle)
+    span = None
     if request.method == 'GET' and request.field('if-range') in ('', etag, modified):
-        wanted = request.field('range')
-    try:
-        span = parse_range(wanted, size)
-    except ValueError:
-        handle.close()
-        raise HTTPError(416, 'The file is shorter than that.', 'bad_range',
-                        Content_Range=f'bytes */{size}') from None
+        span = parse_range(request.field('range'), size)
     if span is None:
         return Reply(200, b'', media, headers, handle, 0, size)
     start, end = span
+    if start >= size:
+        handle.close()
+        raise HTTPError(416, 'The file is shorter than that.', 'bad_range',
+                        Content_Range=f'bytes */{size}')
     headers += (('Content-Range', f'bytes {start}-{end}/{size}'),)
     return Reply(206, b'', media, headers, handle, start, end - start + 1)
 
@@ -7455,7 +7432,7 @@ def reply_with_file(app, request, file):
 def get_file(app, request):
     """A finished file: Range, If-Range, If-None-Match (RFC 9110 sections 13 and 14)."""
     path = file_path(request.params['id'], request.params['name'])
-    signed = check_signature(app.more.link_secret, path, request.query, time.time())
+    signed = check_signature(app.link_secret, path, request.query, time.time())
     if not signed and 'signature' not in request.query:
         app.require_key(request)
     elif not signed and not app.has_key(request):
@@ -7485,13 +7462,12 @@ def read_shared_text(request):
     media, parameters = request.content_type()
     if media == JSON:
         fields = request.json()
-    elif media == 'application/x-www-form-urlencoded':
-        form = request.body().decode('utf-8', 'replace')
-        fields = dict(parse_qsl(form, keep_blank_values=True))
     elif media == 'multipart/form-data':
         fields = form_fields(request.body(), parameters.partition('boundary=')[2])
     else:
         fields = {'text': request.body().decode('utf-8', 'replace')}
+    if media == 'application/x-www-form-urlencoded':
+        fields = dict(parse_qsl(fields['text'], keep_blank_values=True))
     fields = known_fields(fields)
     found = fields.get('text', fields.get('url'))
     if not isinstance(found, str):
@@ -7501,9 +7477,9 @@ def read_shared_text(request):
 
 def tell_shared(app, saved, wanted):
     """The sentence for the phone, and 202 if anything is new."""
-    sentence = f'{len(saved)} videos saved'
-    if len(saved) == 1:
-        sentence = 'Saved'
+    sentence = 'Saved'
+    if len(saved) > 1:
+        sentence = f'{len(saved)} videos saved'
     if wanted > len(saved):
         sentence += f', {wanted - len(saved)} refused'
     if any(stored.fresh for stored in saved):
@@ -7514,7 +7490,7 @@ def tell_shared(app, saved, wanted):
 
 
 def store_shared(app, request):
-    """Store every link that was shared: the first one's id, and what the phone is told."""
+    """Store what was shared: the first link's id, and what the phone is told."""
     fields = {'text': read_shared_text(request), 'client_id': request.params['who']}
     rows, _ = store_every_link(app, request, fields, REPEAT_SECONDS)
     saved = [item for _, item in rows if isinstance(item, Stored)]
@@ -7624,22 +7600,73 @@ ROUTES = (
 # -- connections
 
 
+def format_head(reply, keep):
+    """Status line and header fields; no value can end its line."""
+    fields = {'Date': formatdate(usegmt=True), **SAME_HEADERS, **dict(reply.headers),
+              'Connection': 'keep-alive' if keep else 'close'}
+    if reply.status != 304:
+        fields['Content-Type'] = reply.type
+        fields['Content-Length'] = str(reply.length or len(reply.body))
+    lines = [f'{name}: {LINE_END.sub("", text)}\r\n' for name, text in fields.items()]
+    first = f'HTTP/1.1 {reply.status} {http.client.responses[reply.status]}\r\n'
+    return (first + ''.join(lines) + '\r\n').encode('latin-1', 'replace')
+
+
+def may_go_on(request, reply):
+    """Whether a connection may: only after a request that was read to its end."""
+    return (request is not None and request.unread == 0 and request.version == 'HTTP/1.1'
+            and 'close' not in request.field('connection').lower()
+            and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429))
+            and request.method in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE'))
+
+
 class Peer:
-    """A connection: its socket, its client, what it is doing, and since when."""
+    """A connection: its socket, its client, what it is doing, and since when. Its thread runs
+    `serve`; the reading is ours, as http.server is lenient where a proxy may read otherwise."""
 
     def __init__(self, sock, address):
         self.sock, self.address = sock, address
         self.local = plain_address(sock.getsockname()[0])
         self.buffer = bytearray()  # what has come and was not yet read
         self.admitted = False  # its address was found to be an allowed client's
-        self.state, self.since, self.deadline = 'new', 0.0, 0.0  # monotonic seconds
         self.enter('new')
 
     def enter(self, state, further=0.0):
-        """Enter a state for as long as PEER_STATES allow plus `further` seconds; then the accepting
+        """Do this for at most what PEER_STATES allow plus `further` seconds; then the accepting
         thread cuts it off: a socket timeout would cost two system calls."""
-        self.state, self.since = state, time.monotonic()
+        self.state, self.since = state, time.monotonic()  # as is `deadline`
         self.deadline = self.since + PEER_STATES[state][0] + further
+
+    def serve(self, server):
+        if server.context is not None:
+            self.sock = server.context.wrap_socket(
+                self.sock, server_side=True, do_handshake_on_connect=False)
+            self.sock.do_handshake()
+        while self._answer_next(server):
+            pass
+
+    def _answer_next(self, server):
+        """Whether that was not the last one."""
+        request, head = None, b''
+        if not self.buffer:
+            self.read_more()
+        try:
+            if b'\r\n\r\n' not in self.buffer:
+                self.enter('asking')
+            head = self.read_head()
+            request = Request(head, self)
+            self.enter('working')
+            reply = server.app.respond(request)
+        except HTTPError as error:
+            words = bytes(head or self.buffer)[:LINE_LIMIT].split(b' ')
+            reply = server.app.refuse(b''.join(words[1:2]).decode('latin-1'), error)
+            log.info('%s malformed request: %d %s', self.address, error.status, error.message)
+        keep = may_go_on(request, reply) and not server.draining
+        self._send_reply(reply, keep, request is None or request.method != 'HEAD')
+        self.enter('idle')
+        if request is None or request.unread != 0:
+            self.enter('closing')
+        return keep
 
     def read_more(self):
         """Read more into the buffer."""
@@ -7654,7 +7681,7 @@ class Peer:
         self.buffer += data
 
     def read(self, size):
-        """The next `size` bytes. Raises HTTPError, ClientGone."""
+        """The next `size` bytes."""
         while len(self.buffer) < size:
             self.read_more()
         data = bytes(self.buffer[:size])
@@ -7687,6 +7714,23 @@ class Peer:
             self.enter('sending')
             view = view[self.sock.send(view):]
 
+    def _send_reply(self, reply, keep, whole_reply):
+        try:
+            self.send(format_head(reply, keep) + reply.body * whole_reply)
+            left = reply.length * whole_reply
+            if left:
+                reply.file.seek(reply.start)
+                block = memoryview(bytearray(min(BLOCK, left)))
+            while left:
+                read = reply.file.readinto(block[:left])
+                if not read:
+                    raise ConnectionError('the file became shorter while it was sent')
+                self.send(block[:read])
+                left -= read
+        finally:
+            if reply.file:
+                reply.file.close()
+
     def break_off(self, how=socket.SHUT_RDWR):
         """From any thread: its own then finds it closed. Leaves TLS alone."""
         with suppress(OSError):  # closed already
@@ -7706,86 +7750,6 @@ class Peer:
                     pass  # unread bytes would make the kernel reset it, and our answer with it
 
 
-def format_head(reply, keep):
-    """Status line and header fields; no value can end its line."""
-    fields = {'Date': formatdate(usegmt=True), **SAME_HEADERS, **dict(reply.headers),
-              'Connection': 'keep-alive' if keep else 'close'}
-    if reply.status != 304:
-        fields['Content-Type'] = reply.type
-        fields['Content-Length'] = str(reply.length or len(reply.body))
-    lines = [f'{name}: {LINE_END.sub("", text)}\r\n' for name, text in fields.items()]
-    first = f'HTTP/1.1 {reply.status} {REASONS[reply.status][0]}\r\n'
-    return (first + ''.join(lines) + '\r\n').encode('latin-1', 'replace')
-
-
-class Handler(BaseHTTPRequestHandler):
-    """One connection, in its own thread. http.server runs it (setup, handle, finish); the reading
-    is ours, as http.server is lenient where a proxy might read something else."""
-    server: 'Server'
-
-    def setup(self):
-        """The handshake is this thread's."""
-        peer = self.peer = self.request
-        if self.server.context is not None:
-            peer.sock = self.server.context.wrap_socket(
-                peer.sock, server_side=True, do_handshake_on_connect=False)
-            peer.sock.do_handshake()
-
-    def finish(self):
-        """The server closes it."""
-
-    def handle_one_request(self):
-        peer, app, request, head = self.peer, self.server.app, None, b''
-        self.close_connection = True
-        if not peer.buffer:
-            peer.read_more()
-        try:
-            if b'\r\n\r\n' not in peer.buffer:
-                peer.enter('asking')
-            head = peer.read_head()
-            request = Request(head, peer)
-            peer.enter('working')
-            reply = app.respond(request)
-        except HTTPError as error:
-            words = bytes(head or peer.buffer)[:LINE_LIMIT].split(b' ')
-            reply = app.refuse(b''.join(words[1:2]).decode('latin-1'), error)
-            log.info('%s malformed request: %d %s', peer.address, error.status, error.message)
-        self.close_connection = not self._goes_on(request, reply)
-        self._send(request, reply)
-        peer.enter('idle')
-        if request is None or request.unread != 0:
-            peer.enter('closing')
-
-    def _goes_on(self, request, reply):
-        """Only after a request that was read to its end."""
-        return (request is not None and request.unread == 0
-                and request.version == 'HTTP/1.1' and not self.server.draining
-                and 'close' not in request.field('connection').lower()
-                and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429))
-                and request.method in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE'))
-
-    def _send(self, request, reply):
-        data = format_head(reply, not self.close_connection)
-        wanted = request is None or request.method != 'HEAD'
-        try:
-            self.peer.send(data + reply.body * wanted)
-            if reply.file and wanted:
-                self._stream(reply)
-        finally:
-            if reply.file:
-                reply.file.close()
-
-    def _stream(self, reply):
-        reply.file.seek(reply.start)
-        block, left = memoryview(bytearray(min(BLOCK, reply.length or 1))), reply.length
-        while left:
-            read = reply.file.readinto(block[:left])
-            if not read:
-                raise ConnectionError('the file became shorter while it was sent')
-            self.peer.send(block[:read])
-            left -= read
-
-
 class Server(ThreadingHTTPServer):
     """Accepts and counts connections; when full, closes the one idle for longest.
 
@@ -7794,7 +7758,7 @@ class Server(ThreadingHTTPServer):
     block_on_close = False
 
     def __init__(self, sock, app, context):
-        super().__init__(sock.getsockname()[:2], Handler, bind_and_activate=False)
+        super().__init__(sock.getsockname()[:2], None, bind_and_activate=False)
         self.socket.close()
         self.socket, self.app, self.context = sock, app, context
         self.server_address = sock.getsockname()
@@ -7856,6 +7820,9 @@ class Server(ThreadingHTTPServer):
         with self._guard:
             self._peers[id(request)] = request
         super().process_request(request, client_address)
+
+    def finish_request(self, request, client_address):
+        request.serve(self)
 
     def shutdown_request(self, request):
         request.part()
@@ -9968,8 +9935,9 @@ class Daemon:
                   for path, (kind, _) in assets.items()]
         # Of the picture by which the set-up page sees that it is trusted.
         origins = f' {public_base(config, port)} {bases_by_number(port)}'
-        app = App(config, self.store, self.board, self.scheduler, assets=assets,
-                  routes=(*ROUTES, *routes), health=self.health.report, forget=self._forget,
+        app = App(config, store=self.store, board=self.board, scheduler=self.scheduler,
+                  assets=assets, routes=(*ROUTES, *routes), health=self.health.report,
+                  forget=self._forget,
                   bucket=self.bucket, thumbs=self.care.thumbs, image_origin=origins,
                   update=self.care.update_now, imports=self.care.imports, shortcut=signed_shortcut,
                   gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
