@@ -8407,11 +8407,12 @@ class TestSmallRoutes(DaemonTest):
     def test_every_json_object_of_the_api_has_a_message(self):
         self.daemon.client.post('/api/v1/update')  # refused: no key
         seen = set()
+        export = self.client.post('/api/v1/imports', tiktok_link(2).encode()).json['import_id']
         for route in v.ROUTES:
             if not route.path.startswith('/api/v1/') or 'update' in route.path:
                 continue
             id = self.client.post('/api/v1/download', {'url': tiktok_link(2), 'again': True}).json['download_id']
-            path = route.path.replace('{id}', id)
+            path = route.path.replace('imports/{id}', f'imports/{export}').replace('{id}', id)
             for body in (None, {'url': tiktok_link(3), 'text': tiktok_link(4), 'name': 'phone'}, b'{'):
                 answer = self.client.request(route.method, path, body)
                 if isinstance(answer.json, dict):

@@ -6324,10 +6324,8 @@ JSON = 'application/json'
 LOOPBACK = networks('127.0.0.0/8,::1')
 CODES = {401: 'key_wanted', 404: 'not_found', 411: 'length_required', 413: 'too_large',
          414: 'uri_too_long', 415: 'not_json', 431: 'headers_too_large'}  # else bad_request
-STORED_FIELDS = ('url', 'status', 'filename', 'file_size', 'error_message', 'next_attempt_at',
-                 'client_id', 'created_at', 'started_at', 'completed_at', 'note', 'uploader',
-                 'duration', 'description', 'upload_date')
-PROGRESS_FIELDS = ('phase', 'downloaded', 'speed', 'eta')
+STORED_FIELDS = ('url status filename file_size error_message next_attempt_at client_id created_at '
+                 'started_at completed_at note uploader duration description upload_date').split()
 
 
 class HTTPError(Exception):
@@ -6341,7 +6339,7 @@ class HTTPError(Exception):
 
 
 class ClientGone(ConnectionError):
-    """The client left before its request was complete; there is nobody to answer."""
+    """The client left before its request was complete: nobody to answer."""
 
 
 @named_tuple
@@ -6555,7 +6553,7 @@ def shown_percent(record, progress):
 
 
 def status_message(record, percent, now):
-    """The state of a download, in a sentence that a phone can show."""
+    """What a phone can show."""
     if record['status'] == 'downloading':
         return f'Downloading: {percent}%.'
     if record['status'] == 'completed':
@@ -6567,7 +6565,7 @@ def status_message(record, percent, now):
 
 
 def pack_reply(reply, accepted):
-    """By gzip, if the client takes it and it is more than a packet."""
+    """By gzip, if the client takes it and it fills more than a packet."""
     if len(reply.body) < 1400 or not reply.type.startswith(('text/', JSON)):
         return reply
     headers, body = (*reply.headers, ('Vary', 'Accept-Encoding')), reply.body
@@ -6616,7 +6614,8 @@ class App:
             files.append({**file._asdict(), 'url': self.base() + path, 'path': path.lstrip('/')})
         percent = shown_percent(record, progress)
         row = {name: record[name] for name in STORED_FIELDS}
-        row.update((name, getattr(progress, name, None)) for name in PROGRESS_FIELDS)
+        for name in ('phase', 'downloaded', 'speed', 'eta'):
+            row[name] = getattr(progress, name, None)
         row.update({
             'download_id': record['id'], 'files': files, 'site': site_of(record['url']),
             'title': record['title'] or getattr(progress, 'title', None) or None,
@@ -6754,7 +6753,6 @@ class App:
                             'page.')
 
     def is_signed(self, name, signature):
-        """Whether this signature was made with a current key."""
         import hmac
         sent = signature.encode('utf-8', 'replace')
         return any([hmac.compare_digest(sign_name(key, name).encode(), sent)
@@ -7054,10 +7052,10 @@ def post_downloads(app, request):
     found, keep = store_every_link(app, request, request.json())
     rows, limited = [], []
     for written, item in found:
+        more = {'error': str(item)}
         if isinstance(item, Stored):
-            rows.append({'url': written, 'download_id': item.id})
-            continue
-        rows.append({'url': written, 'error': str(item)})
+            more = {'download_id': item.id}
+        rows.append({'url': written, **more})
         limited += [written] * isinstance(item, RateLimited)
     queued = sum('download_id' in row for row in rows)
     message = queued_message(app, f'{queued} queued, {len(rows) - queued} refused')
@@ -7113,8 +7111,8 @@ def get_health(app, request):
 
 def post_cancel(app, request):
     """Stop it."""
-    record = app.record(request)
-    if not app.scheduler.cancel(record['id'], time.time()):
+    done = app.scheduler.cancel(app.record(request)['id'], time.time())
+    if not done:
         status = app.record(request)['status']
         raise HTTPError(409, f'It is now {status}, so it cannot be cancelled.', 'not_running')
     return get_status(app, request)
@@ -7227,7 +7225,7 @@ def post_share_address(app, request):
 
 def get_shortcut(app, request):
     """A signed Shortcut with this address in it, where the server is a Mac."""
-    data = app.more.shortcut(share_address(app, request.params['who']))
+    data = app.shortcut(share_address(app, request.params['who']))
     if not data:
         raise HTTPError(404, 'Only a Mac can sign a Shortcut; make it by hand.')
     return Reply(200, data, 'application/octet-stream', (
@@ -7240,12 +7238,11 @@ def get_metrics(app, request):
     for name, figure in app.gauges():
         family = next((known for known in kinds if name.startswith(known)), name.partition('{')[0])
         kind = kinds.setdefault(family, 'counter' if family.endswith('_total') else 'gauge')
-        line = f'# TYPE {family} {kind}'
-        if line not in lines:
-            lines.append(line)
-        lines.append(f'{name} {figure!r}')
-    return Reply(200, '\n'.join([*lines, '']).encode(),
-                 'text/plain; version=0.0.4; charset=utf-8', (NO_STORE,))
+        line = f'# TYPE {family} {kind}\n'
+        lines += [line] * (line not in lines)
+        lines.append(f'{name} {figure!r}\n')
+    return Reply(200, ''.join(lines).encode(), 'text/plain; version=0.0.4; charset=utf-8',
+                 (NO_STORE,))
 
 
 def xml_element(name, text='', **attributes):
@@ -7254,17 +7251,19 @@ def xml_element(name, text='', **attributes):
     return f'<{name}{given}>{escape(UNSAFE.sub(" ", text))}</{name}>'
 
 
-def feed_time(seconds):
-    return xml_element('updated', time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds)))
+def feed_head(own_id, title, seconds):
+    """What a feed and its entries begin with."""
+    updated = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds))
+    return (xml_element('id', own_id) + xml_element('title', title)
+            + xml_element('updated', updated))
 
 
 def feed_entry(row):
-    parts = [xml_element('id', f'urn:uuid:{row["download_id"]}'), feed_time(row['completed_at']),
-             xml_element('title', row['title'] or row['filename']),
-             xml_element('link', href=row['url'])]
-    parts += [xml_element('link', rel='enclosure', href=file['url'], type=file['type'],
-                          length=file['size']) for file in row['files']]
-    return f'<entry>{"".join(parts)}</entry>'
+    enclosures = [xml_element('link', rel='enclosure', href=file['url'], type=file['type'],
+                              length=file['size']) for file in row['files']]
+    head = feed_head(f'urn:uuid:{row["download_id"]}', row['title'] or row['filename'],
+                     row['completed_at'])
+    return f'<entry>{head}{xml_element("link", href=row["url"])}{"".join(enclosures)}</entry>'
 
 
 def get_feed(app, request):
@@ -7277,8 +7276,8 @@ def get_feed(app, request):
         own += '?signature=' + sign_name(key, '/feed.xml')
     rows = [app.describe(record) for record in app.store.page(FEED_ENTRIES, 0, 'completed')[1]]
     feed = ['<?xml version="1.0" encoding="utf-8"?><feed xmlns="http://www.w3.org/2005/Atom">',
-            xml_element('id', address), xml_element('title', 'Videos'), feed_time(time.time()),
-            xml_element('link', rel='self', href=own), '<author><name>videoserverd</name></author>',
+            feed_head(address, 'Videos', time.time()), xml_element('link', rel='self', href=own),
+            '<author><name>videoserverd</name></author>',
             *(feed_entry(row) for row in rows if row['files']), '</feed>']
     return Reply(200, '\n'.join(feed).encode(), 'application/atom+xml; charset=utf-8', (NO_STORE,))
 
@@ -7320,13 +7319,13 @@ def initiate_download(app, request):
 def describe_in_b(app, record):
     """A download as document B lists it; size and progress only where they are known."""
     progress = app.progress(record)
+    row = {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']]}
     size = record['file_size'] or getattr(progress, 'total', None)
-    percent = None
+    if size:
+        row['downloadSizeInBytes'] = size
     if progress or record['status'] == 'completed':
-        percent = shown_percent(record, progress)
-    row = {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']],
-           'downloadSizeInBytes': size or None, 'progress': percent}
-    return {name: known for name, known in row.items() if known is not None}
+        row['progress'] = shown_percent(record, progress)
+    return row
 
 
 def list_downloads(app, request):
@@ -7338,7 +7337,7 @@ def list_downloads(app, request):
 
 def get_public_url(app, request):
     """A link to the finished file."""
-    request.params = {'id': request.query['videoDownloadUUID']}
+    request.params['id'] = request.query['videoDownloadUUID']
     record = app.record(request)
     state, why = record['status'], record['error_message']
     in_bucket = request.query['URLTypeEnum'] == 'S3' and state == 'completed'
@@ -7355,8 +7354,8 @@ def get_public_url(app, request):
     if not in_bucket:
         return json_reply(200, {'publicURL': app.describe(record)['public_url']})
     key = app.bucket.key(record['id'], record['filename'])
-    return json_reply(200, {'publicURL': app.bucket.presign(
-        key, record['filename'], app.config.s3.url_expiry, time.time())})
+    url = app.bucket.presign(key, record['filename'], app.config.s3.url_expiry, time.time())
+    return json_reply(200, {'publicURL': url})
 
 
 # -- finished files
@@ -7751,18 +7750,15 @@ class Peer:
 
 
 class Server(ThreadingHTTPServer):
-    """Accepts and counts connections; when full, closes the one idle for longest.
-
-    `sock` is already listening. `context`, None for plain HTTP, may be replaced at any time."""
-    daemon_threads = True
+    """Accepts and counts connections; when full, closes the one idle for longest. `sock` is
+    listening. `context`, None for plain HTTP, may be replaced at any time."""
     block_on_close = False
+    draining = False
 
     def __init__(self, sock, app, context):
-        super().__init__(sock.getsockname()[:2], None, bind_and_activate=False)
+        super().__init__(sock.getsockname(), None, bind_and_activate=False)
         self.socket.close()
         self.socket, self.app, self.context = sock, app, context
-        self.server_address = sock.getsockname()
-        self.draining = False
         self.beat = time.monotonic()  # when accepting last came round: for the watchdog
         self._guard = threading.Lock()  # guards _peers, whose descriptors it keeps open as well
         self._peers = {}
@@ -7797,11 +7793,11 @@ class Server(ThreadingHTTPServer):
         """Whether there is room for it, made by closing an idle one."""
         address, proxies = request.address, self.app.config.server.trusted_proxies
         with self._guard:
-            total = len(self._peers)
-            same = sum(other.address == address for other in self._peers.values())
-        if total >= CONNECTIONS and not self._evict(''):
+            addresses = [peer.address for peer in self._peers.values()]
+        if len(addresses) >= CONNECTIONS and not self._evict(''):
             return False
-        if same >= PER_ADDRESS and not is_within(address, (*LOOPBACK, *proxies)):
+        full = addresses.count(address) >= PER_ADDRESS
+        if full and not is_within(address, (*LOOPBACK, *proxies)):
             return self._evict(address)
         return True
 
