@@ -9321,9 +9321,6 @@ def set_up_logging(config):
     logging._srcfile = None  # docs.python.org/3/howto/logging.html#optimization
     log.setLevel(config.logging.level)
     log.propagate = False
-    for old in log.handlers[:]:
-        old.close()
-        log.removeHandler(old)
     log.addHandler(LogWriter(config.logging))
 
 
@@ -9815,12 +9812,14 @@ class Daemon:
         self.config = config
         self.store = Store(config.database.path, config.security.requests_per_hour)
         self.board = Board(int(time.time()) % 10 ** 8)
-        self.care = Care(config, self.store, self.board, lambda: self._ask('restart'))
+        restart = functools.partial(self._ask, 'restart')
+        self.care = Care(config, self.store, self.board, restart)
         self.couriers = []
         self.health = Health(config, self.store, self.board, self.care, self.couriers)
-        self.scheduler = Scheduler(config, self.store, self.board, self._new_attempt,
-                                   self.health.preflight, self._on_outcome,
-                                   lambda: self._ask('restart'))
+        self.scheduler = Scheduler(
+            config, self.store, self.board,
+            lambda job, *hooks: Attempt(job, config, self.care.ytdlp, *hooks),
+            self.health.preflight, self._on_outcome, restart)
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.lock = Lock(config.database.path)
         self.server = self._dump = None  # a file, for the watchdog's dump
@@ -9912,9 +9911,10 @@ class Daemon:
             outgoing['finish'] = ['upload']
             self.couriers.append(Uploader(self.config, self.bucket, self.store))
         if notify.url:
-            for verb, event in (('finish', 'completed'), ('give_up', 'failed')):
-                outgoing[verb] = [*outgoing.get(verb, ()), *['notify'] * (event in notify.events)]
-            outgoing['import'] = ['notify'] * ('attention' in notify.events)
+            for verb, event in {'finish': 'completed', 'give_up': 'failed',
+                                'import': 'attention'}.items():
+                if event in notify.events:
+                    outgoing.setdefault(verb, []).append('notify')
             self.couriers.append(Notifier(
                 self.config, self.store, app.describe, public_base(self.config, app.port),
                 lambda: self.health.problems(
@@ -10052,9 +10052,6 @@ class Daemon:
         os.execv(sys.executable, bare_python(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for
-
-    def _new_attempt(self, job, *hooks):
-        return Attempt(job, self.config, self.care.ytdlp, *hooks)
 
     def _on_outcome(self, job, outcome, over):
         """Count it, remove partial files if it is over, wake the couriers."""
@@ -10611,8 +10608,9 @@ def rewrite(file, change):
 def with_output(text, folder):
     """The text of a config.ini with this output_directory."""
     line = f'output_directory = {folder}\n'
-    if re.search(r'^output_directory\s*[=:]', text, re.M):
-        return re.sub(r'^output_directory\s*[=:].*\n?', lambda _: line, text, flags=re.M)
+    text, found = re.subn(r'^output_directory\s*[=:].*\n?', lambda _: line, text, flags=re.M)
+    if found:
+        return text
     if '[downloads]' not in text:
         text += '\n[downloads]\n'
     return text.replace('[downloads]\n', f'[downloads]\n{line}', 1)
