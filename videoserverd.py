@@ -9370,19 +9370,18 @@ done
 
 
 def dump_file(config):
-    """The watchdog's."""
+    """Where the watchdog writes."""
     return Path(f'{config.database.path}.freeze')
 
 
 def compile_program():
-    """Write the compiled program beside it, if the folder is writable."""
+    """Write the compiled program beside it, if possible."""
     from importlib.machinery import SourceFileLoader
     sys.dont_write_bytecode = False  # the environment's setting does not reach the server
     SourceFileLoader(PROGRAM.stem, str(PROGRAM)).get_code(PROGRAM.stem)
 
 
 def user_name():
-    """The user running this process."""
     return os.environ.get('USER') or str(os.getuid())
 
 
@@ -9539,13 +9538,12 @@ Ctrl-C stops it; nothing is lost.'''
 
 
 def free_output(config):
-    """Bytes free for videos, None if the folder is missing."""
+    """Bytes, None if the folder is missing."""
     with suppress(OSError):
         return free_space(config.downloads.output_directory)
 
 
 def days_left(certificate):
-    """Days until a certificate expires."""
     return int((certificate.not_after - time.time()) // DAY)
 
 
@@ -9747,7 +9745,6 @@ class Health:
         return GETTING_READY
 
     def queue_size(self):
-        """Downloads that are not finished."""
         counts = self.store.counts()
         return counts['queued'] + counts['downloading']
 
@@ -10220,13 +10217,12 @@ def store_text(store, config, fields):
         items, rest = parse_batch(fields, config.security)
     except Refused as refusal:
         return [{'url': fields['text'], 'error': refusal.message}], ''
-    rows = []
-    for written, item in items:
+    rows = [{'url': written} for written, _ in items]
+    for row, (_, item) in zip(rows, items):
         if isinstance(item, Refused):
-            rows.append({'url': written, 'error': item.message})
+            row['error'] = item.message
         else:
-            stored = store.add_many([item], int(time.time()))[0]
-            rows.append({'url': written, 'download_id': stored.id})
+            row['download_id'] = store.add_many([item], int(time.time()))[0].id
     return rows, '\n'.join(rest)
 
 
@@ -10641,7 +10637,7 @@ def switch_server(lock, new):
 
 
 def check_relocation(config, new, old):
-    """Raise Trouble if the videos cannot move from `old` to `new`."""
+    """Raise Trouble if the videos cannot move."""
     for name in OUTPUT_NAMES:
         if name in os.environ:
             raise Trouble(f'{name} in the environment sets the folder: change it there')
