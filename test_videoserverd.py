@@ -7863,8 +7863,8 @@ class TestImports(DaemonTest):
         daemon.download(self.site.tiktok())
         daemon.kill()
         daemon.start()
-        left = daemon.rows("SELECT url FROM downloads WHERE status = 'queued' AND import_id = ?", row['import_id'])
-        self.assertEqual(len(left), 1, 'one at each start, at the pace of an hour')
+        waiting = "SELECT url FROM downloads WHERE status = 'queued' AND import_id = ?"
+        wait_until(lambda: len(daemon.rows(waiting, row['import_id'])) == 1, 20, 'one at each start')
         self.assertEqual(self.change(row, 'pause', daemon).json['state'], 'paused')
         self.assertEqual(self.change(row, 'pause', daemon).status, 409)
         self.assertEqual(self.change(row, 'resume', daemon).json['state'], 'running')
@@ -7890,6 +7890,28 @@ class TestImports(DaemonTest):
         wait_until(lambda: daemon.rows('SELECT state FROM imports')[0]['state'] == 'running', 20)
         self.assertEqual(len(daemon.rows('SELECT id FROM downloads WHERE import_id = ?', row['import_id'])), 2500)
 
+    def test_a_full_disk_takes_no_export(self):
+        daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})
+        self.assertEqual(self.send(shared_links(1)[0].encode(), 'a.txt', daemon).status, 503)
+        self.assertEqual(list((daemon.database.parent / 'imports').iterdir()), [])
+
+    def test_what_may_have_frozen_the_server_runs_alone_and_the_import_goes_on(self):
+        daemon = self.new_daemon(downloads={'import_pace': '0'})
+        posts = [self.site.tiktok() for _ in range(3)]
+        row = self.send('\n'.join(map(str, posts)).encode(), 'a.txt', daemon).json
+        daemon.terminate()
+        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
+            db.execute("UPDATE imports SET state = 'filling', chosen = 'links'")
+            db.commit()
+        daemon.start()
+        wait_until(lambda: daemon.rows('SELECT id FROM downloads'), 10, 'it is filled')
+        daemon.kill()
+        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
+            db.execute("UPDATE downloads SET status = 'queued', reason = 'freeze', files = NULL")
+            db.commit()
+        daemon.start()
+        self.assertEqual(self.wait_done(row, daemon)['completed'], 3)
+
     def test_a_block_by_the_site_rests_the_import_and_shares_go_on(self):
         daemon = self.new_daemon(downloads={'import_pace': '0', 'max_retries': '1', 'retry_delays': '3600'})
         links = [str(self.site.tiktok(state='blocked')), *shared_links(1), str(self.site.tiktok())]
@@ -7910,6 +7932,10 @@ class TestImports(DaemonTest):
             with self.subTest(name):
                 status, _, body = self.send(data)
                 self.assertEqual((status, body['code']), (400, 'bad_export'), body)
+        lzma = io.BytesIO()
+        with zipfile.ZipFile(lzma, 'w', zipfile.ZIP_LZMA) as archive:
+            archive.writestr('a.json', b'{}')
+        self.assertIn('unusual', self.send(lzma.getvalue()).json['message'])
         many = io.BytesIO('\n'.join(shared_links(30)).encode())
         with unittest.mock.patch.object(v, 'MOST_POSTS', 20), unittest.mock.patch.object(
                 v, 'texts_in', lambda file: [('links', file)]), self.assertRaises(v.Refused):

@@ -1707,7 +1707,7 @@ class Store:
         """(id, when it may start) of all queued downloads, oldest first; not those of imports."""
         return [tuple(row) for row in self.read(
             "SELECT id, coalesce(next_attempt_at, 0) FROM downloads WHERE status = 'queued' "
-            'AND import_id IS NULL ORDER BY created_at, rowid')]
+            "AND (import_id IS NULL OR reason = 'freeze') ORDER BY created_at, rowid")]
 
     def unfinished(self):
         """Status by id of all queued or running downloads."""
@@ -1982,7 +1982,9 @@ class Store:
         self.check_room()
 
         def work(db):
-            for url in urls:
+            there = db.execute("SELECT 1 FROM imports WHERE id = ? AND state = 'filling'",
+                               (row['id'],)).fetchone()
+            for url in urls if there else ():  # else it was cancelled
                 post = (*post_of(url), None)
                 db.execute(INSERT_LINK, (new_id(), url, row['client_id'], 0, now, row['id'], None,
                                          *post, row['id'], 0, *(None,) * 4, *post))
@@ -2006,15 +2008,13 @@ class Store:
         self.write(work)
 
     def cancel_import(self, import_id, now):
-        """Forget it and its posts that have not arrived; False while it is being filled."""
+        """Forget it and its posts that have not arrived; whether it was there."""
         def work(db):
-            gone = db.execute("DELETE FROM imports WHERE id = ? AND state <> 'filling'",
-                              (import_id,)).rowcount
             rows = db.execute("SELECT id, files FROM downloads WHERE import_id = ? AND status = "
-                              "'queued'", (import_id,)).fetchall() if gone else ()
+                              "'queued'", (import_id,)).fetchall()
             for row in rows:
                 self._change(db, 'cancel' if row['files'] else 'forget', row['id'], now)
-            return gone == 1
+            return db.execute('DELETE FROM imports WHERE id = ?', (import_id,)).rowcount == 1
         return self.write(work)
 
     # -- the outbox
@@ -5585,7 +5585,7 @@ class Scheduler:
 # and commands.
 
 LARGEST_EXPORT = 200 << 20  # bytes of an upload
-LARGEST_UNPACKED = 1 << 30  # bytes of the texts in a zip
+LARGEST_UNPACKED = 300 << 20  # bytes of the texts in a zip
 LARGEST_DIRECTORY = 3 << 20  # bytes of a zip's table of contents: its 30,000 files take 20 MB
 MOST_POSTS = 600_000  # of one export; each takes 80 bytes while it is read
 IMPORT_DAYS = 7  # that one is kept which nobody starts, or which is done
@@ -5645,6 +5645,8 @@ def wanted_members(members):
             raise Refused('bad_export', 'This zip file has paths that lead out of it.')
         if not info.filename.lower().endswith(('.json', '.html', '.txt')):
             continue
+        if info.compress_type not in (0, 8):  # stored, deflated; others may want any memory
+            raise Refused('bad_export', 'This zip file is packed in an unusual way.')
         unpacked += info.file_size
         if unpacked > LARGEST_UNPACKED or info.file_size > (1 << 20) + 200 * info.compress_size:
             raise Refused('bad_export', 'This zip file would unpack to far too much.')
@@ -5714,7 +5716,8 @@ class Imports:
             file = self.folder / import_id
             with open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), 'wb') as target:
                 for block in blocks:
-                    self.store.check_room()
+                    if free_space(self.folder) < self.config.downloads.min_free_space:
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
                     target.write(block)
                 target.flush()
                 sync_handle(target.fileno())
@@ -5793,9 +5796,11 @@ class Imports:
         """Queue the chosen posts in commits of a thousand, without those that are here. May be
         done again after a kill."""
         with self._reading:
-            row = next(row for row in self.store.imports() if row['id'] == import_id)
-            if row['state'] != 'filling':  # done meanwhile
+            rows = [row for row in self.store.imports()
+                    if row['id'] == import_id and row['state'] == 'filling']
+            if not rows:  # done meanwhile
                 return
+            row = rows[0]
             chosen, urls, now = row['chosen'].split(','), [], int(time.time())
             for group, url in posts_in(self.folder / import_id, self.config.security):
                 if group in chosen:
@@ -10582,7 +10587,8 @@ def copy_videos(old, new, since):
         for name in names:
             file, part = Path(folder, name), place / '.copy'
             with suppress(FileNotFoundError):  # deleted just now
-                if name == MARKER or file.is_symlink() or file.stat().st_ctime < since:
+                if name == MARKER or file.is_symlink() or not file.is_file() \
+                        or file.stat().st_ctime < since:
                     continue
                 shutil.copy2(file, part)
                 sync(part)
