@@ -2722,8 +2722,8 @@ TRANSPORT = {'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeo
              'HTTPException'}
 
 
-def judge_words(classes, extraction, text, output):
-    """The reason that only yt-dlp's words give; '' if none."""
+def judge_words(error, classes, extraction, text, output):
+    """The reason that yt-dlp's words give, else the place where it failed."""
     helper = 'PostProcessingError' in classes
     full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
     reasons = [reason for name, reason in CLASSES.items() if name in classes]
@@ -2735,13 +2735,9 @@ def judge_words(classes, extraction, text, output):
         reasons.append('crash')
     if 'DownloadError' in classes:
         reasons.append('network')
-    return next(iter(reasons), '')
-
-
-def judge_place(error):
-    """'site_changed' if yt-dlp tripped over what the site sent; else the fault is ours."""
-    files = where_raised(error)
-    return 'site_changed' if files and '/yt_dlp/' in files[-1] else 'internal'
+    files = where_raised(error)  # in yt-dlp: it tripped over what the site sent
+    reasons.append('site_changed' if files and '/yt_dlp/' in files[-1] else 'internal')
+    return reasons[0]
 
 
 def judge_error(error, output, in_page):
@@ -2771,7 +2767,7 @@ def judge_error(error, output, in_page):
     if 'Requested format is not available' in text and which('ffmpeg'):
         return Ending('unsupported', 'not in the format asked for')
     extraction = [link for link, _ in links if hasattr(link, 'orig_msg')]
-    return Ending(judge_words(classes, extraction, text, output) or judge_place(error))
+    return Ending(judge_words(error, classes, extraction, text, output))
 
 
 # -- posts
@@ -2854,9 +2850,7 @@ def post_extractors():
 
 def seconds_of(value):
     """A site's number of seconds; None if it cannot be true."""
-    if isinstance(value, (int, float)) and 0 <= value < 1 << 32:
-        return value
-    return None
+    return value if isinstance(value, (int, float)) and 0 <= value < 1 << 32 else None
 
 
 def post_facts(info, url):
@@ -2923,7 +2917,6 @@ def openssl_decrypt(data, key, iv):
 def no_ffmpeg(base):
     """Keep HLS with yt-dlp's own downloader, which can be stopped and resumed."""
     class NoFFmpeg(base):
-        """ffmpeg would download by itself."""
         available = classmethod(lambda cls, path=None: False)
 
         def real_download(self, filename, info_dict):
@@ -3093,7 +3086,7 @@ class Meter:
         self._parts, self._part = parts, -1
 
     def begin(self):
-        """A file of it begins."""
+        """A file begins."""
         self._part = min(self._part + 1, self._parts - 1)
         self._bytes_before, self._bytes = self._bytes_before + self._bytes, 0
         self.steps += 1
@@ -3257,14 +3250,14 @@ class JobFolder:
         total = int(length) if length.isdigit() else None
         if response.status == 416 or response.status == 206 and total != part.get('total', total):
             return False
-        if 'total' not in part or total != part['total']:
+        if total != part.get('total', -1):
             (self.path / (self.current + '.part')).unlink(missing_ok=True)
             part['total'] = total
             self.save()
         return True
 
     def finished(self, name, info):
-        """yt-dlp has finished a file. Raises Ending if it is shorter than the site stated."""
+        """Raises Ending if a file is shorter than the site stated."""
         part, size = self.parts.get(name), (self.path / name).stat().st_size
         if part:
             stated = max(part.get('total') or 0, info.get('filesize') or 0)
@@ -3286,9 +3279,9 @@ class JobFolder:
             final = output / result.get('name', '.')
             moved = final.is_file() and final.stat().st_size == result['size']
             return moved or (self.path / result['source']).exists()
-        for lost in {result['item'] for result in self.results if not there(result)}:
-            self.missing.setdefault(lost, 'video')
-            self.results = [result for result in self.results if result['item'] != lost]
+        lost = {result['item'] for result in self.results if not there(result)}
+        self.missing = {**dict.fromkeys(lost, 'video'), **self.missing}
+        self.results = [result for result in self.results if result['item'] not in lost]
         items = sorted(self.missing.keys() - {result['item'] for result in self.results})
         if not (items or self.fetched):
             self.results = [result for result in self.results
@@ -3507,12 +3500,8 @@ PROTOCOLS = ('http', 'https', 'm3u8', 'm3u8_native', 'http_dash_segments',
 PLAIN = {'picture': '.jpg', 'sound': '.m4a'}  # fetched as one file, with its usual extension
 LACKING = {'audio': 'sound', 'video': 'picture'}
 FEWEST_BYTES = 64 << 10  # that must arrive within [downloader] timeout
-DEFAULTS = {  # that the caller may change
-    'retries': 3, 'fragment_retries': 3, 'socket_timeout': 20, 'noplaylist': True,
-    'merge_output_format': 'mp4',
-    'playlistend': 100}  # a carousel has 20 at most; avoids fetching a whole channel by accident
-DEFAULT_WORDS = ('-R3', '--fragment-retries=3', '--socket-timeout=20', '--no-playlist',
-                 '--merge-output-format=mp4')  # the same
+DEFAULTS = {  # options that the caller may change
+    'retries': 3, 'fragment_retries': 3, 'socket_timeout': 20, 'merge_output_format': 'mp4'}
 FORCED = {
     'quiet': True, 'noprogress': True, 'color': 'never', 'progress_delta': 1, 'cachedir': False,
     'skip_unavailable_fragments': False, 'hls_prefer_native': True, 'overwrites': False,
@@ -3526,9 +3515,11 @@ def caller_params(options):
     if not words:
         return {}
     import yt_dlp
+    base = ['--ignore-config', '--no-playlist']
+    base += [f'--{name.replace("_", "-")}={value}' for name, value in DEFAULTS.items()]
 
     def read(more):
-        return yt_dlp.parse_options(['--ignore-config', *DEFAULT_WORDS, *more]).ydl_opts
+        return yt_dlp.parse_options([*base, *more]).ydl_opts
     usual, found = read([]), read(words)
     params = {name: value for name, value in found.items() if value != usual[name]}
     params.pop('_warnings', None)
@@ -3601,7 +3592,6 @@ def parse_cookies(data):
 
 
 def cookies_txt(cookies):
-    """A cookies file for yt-dlp."""
     return '\n'.join(['# Netscape HTTP Cookie File', *(one.row for one in cookies), ''])
 
 
@@ -3633,8 +3623,8 @@ class Cookies:
         return found
 
     def jar(self, url):
-        """The cookies for the site of `url`, for yt-dlp to read and write; None if there are none,
-        or the site has just refused them."""
+        """The cookies for a URL, for yt-dlp to read and write; None if there are none, or the site
+        has just refused them."""
         site, cookies = last_labels(host_of(url)), None
         try:
             cookies = self.read().get(site)
@@ -3793,7 +3783,6 @@ class Attempt:
         self.meter.plan(info, len(formats))
 
     def begin_file(self, name, info):
-        """yt-dlp is about to fetch a file."""
         self.stopper.go_on()
         self.folder.begin(os.path.basename(name), info)
         self.meter.begin()
@@ -4088,12 +4077,12 @@ class Attempt:
         """How it ended: done, or a retry for missing items."""
         outcome, notes = Outcome('done'), [result['note'] for result in self.folder.results]
         if self.failures:
-            names = [f'{kind} {at}' for at, (kind, _) in sorted(self.failures.items())]
-            verb, total = 'is' if len(names) == 1 else 'are', self.folder.total
             worst = max((ended for _, ended in self.failures.values()),
                         key=lambda ended: ended.kind == 'retry')
             if not files:
                 return worst
+            names = [f'{kind} {at}' for at, (kind, _) in sorted(self.failures.items())]
+            verb, total = 'is' if len(names) == 1 else 'are', self.folder.total
             notes.insert(0, f'{total - len(names)} of {total}: {" and ".join(names)} {verb} '
                             f'missing. {worst.message}')
             if worst.kind == 'retry':
@@ -4157,7 +4146,8 @@ class Attempt:
         options = self.job.options
         if self.config.downloads.metadata and ffmpeg:
             options = (*options, ('--embed-metadata', None))
-        params = {**DEFAULTS, 'format': own.format or BEST[bool(ffmpeg)],
+        params = {**DEFAULTS, 'noplaylist': True, 'format': own.format or BEST[bool(ffmpeg)],
+                  'playlistend': 100,  # a carousel has 20 at most; a channel has thousands
                   **caller_params(options)}
         rates = [limit for limit in (params.get('ratelimit'), own.rate_limit) if limit]
         way = way_of(self.job, self.config)
