@@ -10209,7 +10209,7 @@ class TestConnections(unittest.TestCase):
         client.check_hostname = False
         link = client.wrap_socket(self.connect())
         self.addCleanup(link.close)
-        peer = wait_until(lambda: next(iter(self.peers.values())), 5)
+        peer = wait_until(lambda: next(iter(self.peers)), 5)
         with socket.socket(fileno=os.dup(peer.sock.fileno())) as same:
             for _ in range(5):  # its buffer is full for good once the client's has taken what it takes
                 time.sleep(0.05)
@@ -10227,7 +10227,7 @@ class TestConnections(unittest.TestCase):
             links.append(self.connect())
             self.assertEqual(links[0].recv(1), b'')
             wait_until(lambda: len(self.peers) == 16, 5)
-            for peer in list(self.peers.values()):
+            for peer in list(self.peers):
                 peer.enter('working')
             self.assertEqual(self.connect().recv(1), b'')  # none is idle
             links.append(socket.create_connection(self.server.server_address[:2], 5, ('127.0.0.2', 0)))

@@ -52,7 +52,7 @@ try:
     import shlex
     import sqlite3
     import ssl
-    from http.server import ThreadingHTTPServer
+    from socketserver import ThreadingTCPServer
 except ImportError as no_module:
     sys.exit('videoserverd needs all of Python, and this one has no %s (%s). Fix: sudo apt-get '
              'install python3 (a Mac: brew install python)' % (no_module.name, sys.executable))
@@ -6343,7 +6343,7 @@ class Reply:
     status: int
     body: bytes = b''
     type: str = JSON
-    headers: tuple[tuple[str, str], ...] = ()
+    headers: tuple[tuple[str, str], ...] = (NO_STORE,)
     file: Any = None
     start: int = 0
     length: int = 0
@@ -6354,9 +6354,9 @@ class Reply:
 
 def parse_fields(lines):
     """Header fields by lower-case name (RFC 9112 section 5)."""
+    fields = {}
     if len(lines) > 100:
         raise HTTPError(431, 'There are too many headers.')
-    fields = {}
     for line in lines:
         match = FIELD_LINE.fullmatch(line)
         if not match:
@@ -6419,7 +6419,7 @@ class Request:
         return ', '.join(self.fields.get(name, ()))
 
     def content_type(self):
-        """The media type of the body in lower case, and its parameters as written."""
+        """The media type in lower case, and its parameters as written."""
         media, _, parameters = self.field('content-type').partition(';')
         return media.strip().lower(), parameters
 
@@ -6515,7 +6515,7 @@ def sign_name(key, name):
 
 
 def plain_address(text):
-    """An address; IPv4 inside IPv6 (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
+    """IPv4 inside IPv6 (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.split('%')[0])
     return str(getattr(address, 'ipv4_mapped', None) or address)
 
@@ -6547,13 +6547,13 @@ def shown_percent(record, progress):
     return min(99, int(getattr(progress, 'percent', 0)))
 
 
-def status_message(record, percent, now):
+def status_message(record, percent):
     """What a phone can show."""
     if record['status'] == 'downloading':
         return f'Downloading: {percent}%.'
     if record['status'] == 'completed':
         return record['note'] or 'The video is ready.'
-    wait = (record['next_attempt_at'] or 0) - now
+    wait = (record['next_attempt_at'] or 0) - time.time()
     if record['status'] == 'queued' and wait > 0:
         return f'{record["error_message"]} Trying again in {math.ceil(wait / 60)} min.'
     return record['error_message'] or 'Waiting for its turn.'
@@ -6580,7 +6580,7 @@ class App:
         self.port = 0
         self.hosts = frozenset()  # names and addresses that are ours
         vars(self).update(more)
-        self.prefix = urlsplit(config.server.public_base_url or '').path
+        self.public = urlsplit(config.server.public_base_url or '')
         self.watchers = threading.Semaphore(WATCHERS)
         self.video_waiters = threading.Semaphore(WATCHERS)
         self._wrong_keys = {}  # by address: how many, and when
@@ -6614,7 +6614,7 @@ class App:
         row.update({
             'download_id': record['id'], 'files': files, 'site': site_of(record['url']),
             'title': record['title'] or getattr(progress, 'title', None) or None,
-            'progress': percent, 'message': status_message(record, percent, time.time()),
+            'progress': percent, 'message': status_message(record, percent),
             'retry_count': record['retry_count'] or 0, 'starred': bool(record['starred']),
             'public_url': None, 'thumbnail': None, 's3': None})
         if files:
@@ -6690,8 +6690,6 @@ class App:
     def _check_client(self, request):
         forwarded, server = request.field('x-forwarded-for'), self.config.server
         peer = client = request.peer.address
-        if request.peer.admitted and not forwarded:
-            return
         for hop in reversed(forwarded.split(',')):
             if not is_within(client, server.trusted_proxies) or not hop.strip():
                 break
@@ -6701,13 +6699,12 @@ class App:
                 raise HTTPError(400, 'X-Forwarded-For has no valid address.') from None
         request.client = client
         allowed = self.config.security.allowed_clients
-        at_home = (server.host == '::' and is_on_link(client) and allowed == PRIVATE_NETWORKS)
-        if not at_home and not is_within(client, allowed):
+        by_link = server.host == '::' and allowed == PRIVATE_NETWORKS
+        if not is_within(client, allowed) and not (by_link and is_on_link(client)):
             raise HTTPError(403, 'This server does not answer your network.', 'client_not_allowed')
         if not server.tls and not is_within(peer, PRIVATE_NETWORKS):
             raise HTTPError(403, 'Without TLS this server answers private networks only.',
                             'client_not_allowed')
-        request.peer.admitted = not forwarded
 
     def _check_host(self, request):
         """A Host that is not ours is an attack (DNS rebinding) or a mistake."""
@@ -6716,7 +6713,7 @@ class App:
         if not match:
             raise HTTPError(400, 'The request must name one host.')
         host = match[1].strip('[]').lower().rstrip('.')
-        if host not in self.hosts and host != request.peer.local:
+        if host not in self.hosts and host != plain_address(request.peer.sock.getsockname()[0]):
             raise HTTPError(421, f'This server is not {host}; if that is its name, add it to '
                             '[server] names.', 'wrong_host')
 
@@ -6726,8 +6723,8 @@ class App:
             return
         origin = request.field('origin').lower()
         scheme, _, host = origin.partition('://')
-        base = urlsplit(self.config.server.public_base_url or '').netloc.lower()
-        ours = scheme in ('https', 'http') and host in (request.field('host').lower(), base)
+        hosts = request.field('host').lower(), self.public.netloc.lower()
+        ours = scheme in ('https', 'http') and host in hosts
         site = request.field('sec-fetch-site').lower()
         if (origin and not ours) or site not in ('', 'same-origin', 'none'):
             raise HTTPError(403, 'Pages of other sites may not use this server. If this is its own '
@@ -6743,7 +6740,7 @@ class App:
         if signed:
             name, signature = signed.groups()
         name = request.params['who'] = parse_name(name)
-        if not self.is_signed(name, signature) and not self.has_key(request):
+        if not (signature and self.is_signed(name, signature)) and not self.has_key(request):
             raise HTTPError(401, 'This address is no longer valid. Make a new one on the set-up '
                             'page.')
 
@@ -6779,22 +6776,22 @@ class App:
 
     def _below_base(self, path):
         """Without the path of public_base_url, which a proxy may have removed."""
-        if self.prefix and path.startswith(self.prefix + '/'):
-            return path[len(self.prefix):]
+        prefix = self.public.path
+        if path.startswith(prefix + '/'):
+            return path[len(prefix):]
         return path
 
     def _find_route(self, request):
         request.path = self._below_base(decode_path(request.raw_path))
-        allowed = []
+        method, allowed = request.method.replace('HEAD', 'GET'), []
         for route in self.routes:
             params = match_path(route.path, request.path)
             if params is None:
                 continue
-            methods = [route.method, *['HEAD'] * (route.method == 'GET')]
-            if request.method in methods:
+            if route.method == method:
                 request.params = params
                 return route
-            allowed += methods
+            allowed += [route.method, *['HEAD'] * (route.method == 'GET')]
         if allowed:
             raise HTTPError(405, f'Use {" or ".join(allowed)} here.', 'method_not_allowed',
                             Allow=', '.join(allowed))
@@ -6840,7 +6837,6 @@ SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required;
     'Options': {'type': ['array', 'string', 'null'], 'items': {'type': 'string'},
                 'description': 'options of yt-dlp, as on its command line; an allowlist'},
     'Counts': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
-    'Text': {'type': 'string'},
     'Error': 'status:=error! error! message! code! timestamp:integer!',
     'ErrorB': 'errorCode! errorMessage!',
     'Submission': 'url! client_id:string? timestamp:Timestamp ytdlp_cli_parameters:Options '
@@ -6930,10 +6926,9 @@ def responses_of(route, keys):
         answer = bad
         if status == route.status or status < 400 and bad == 'Error':
             answer = route.answer
-        found[str(status)] = {'description': http.client.responses[status],
-                              'content': content_of(answer)}
-        if status == 304:
-            del found['304']['content']
+        told = found[str(status)] = {'description': http.client.responses[status]}
+        if status != 304:
+            told['content'] = content_of(answer)
     return found
 
 
@@ -6978,13 +6973,12 @@ def store_links(app, links, window=0):
     now, started = int(time.time()), time.monotonic()
     folder = app.config.downloads.output_directory
     results = app.store.add_many(links, now, window)
-    for number, stored in enumerate(results):
-        if isinstance(stored, RateLimited):
-            continue
-        done = stored.same_post and stored.status == 'completed' and not app.scheduler.paused
+    for number, (link, stored) in enumerate(zip(links, results)):
+        done = (isinstance(stored, Stored) and stored.same_post and stored.status == 'completed'
+                and not app.scheduler.paused)
         if done and not all((folder / name).is_file() for name in stored.files):
-            again = links[number]._replace(options=(*links[number].options, ('again', None)))
-            stored, = results[number:number + 1] = app.store.add_many([again], now)
+            again = link._replace(options=(*link.options, ('again', None)))
+            stored = results[number] = app.store.add_many([again], now)[0]
         if isinstance(stored, Stored) and stored.status == 'queued':
             # A repeat too: the commit of the first one may have been reported as failed.
             app.scheduler.push(stored.id, stored.due)
@@ -6994,7 +6988,6 @@ def store_links(app, links, window=0):
 
 def submit(app, request, fields):
     """Store one link. Raises Refused, RateLimited, StoreDown."""
-    # If it is refused, the log has this.
     request.note = f' client_id={str(fields.get("client_id"))[:80]!r} refused'
     fields = {'again': request.query['again'], **fields}
     submission = parse_submission(fields, app.config.security)
@@ -7030,13 +7023,13 @@ def store_every_link(app, request, fields, window=0):
     fields = {'again': request.query['again'], **fields}
     items, rest = parse_batch(fields, app.config.security)
     links = [item for _, item in items if isinstance(item, Submission)]
-    results = iter(store_links(app, links, window) if links else ())
-    rows = []
-    for written, item in items:
-        if isinstance(item, Submission):
-            request.note = f' client_id={item.client_id} links={len(items)} last={item.url}'
-            item = next(results)
-        rows.append((written, item))
+    results = iter(())
+    if links:
+        last = links[-1]
+        request.note = f' client_id={last.client_id} links={len(items)} last={last.url}'
+        results = iter(store_links(app, links, window))
+    rows = [(written, next(results) if isinstance(item, Submission) else item)
+            for written, item in items]
     if not any(isinstance(item, Stored) for _, item in rows):
         raise rows[0][1]
     return rows, rest
@@ -7064,7 +7057,7 @@ def get_status(app, request):
 
 @contextmanager
 def place_in(places):
-    """Whether a place was free; it is held until the end of the block."""
+    """Whether a place was free; the block holds it."""
     free = places.acquire(blocking=False)
     try:
         yield free
@@ -7081,8 +7074,8 @@ def get_history(app, request):
             app.board.wait(query['since'], query['wait'] * free)
         poll_after = 3 * (not free)
     version = app.board.version
-    total, records = app.store.page(query['limit'], query['offset'], query['status'] or '',
-                                    query['q'])
+    total, records = app.store.page(
+        query['limit'], query['offset'], query['status'], query['q'])
     return json_reply(200, {
         'total': total, 'message': f'{total} downloads', 'version': version,
         'downloads': [app.describe(record) for record in records],
@@ -7106,8 +7099,7 @@ def get_health(app, request):
 
 def post_cancel(app, request):
     """Stop it."""
-    done = app.scheduler.cancel(app.record(request)['id'], time.time())
-    if not done:
+    if not app.scheduler.cancel(app.record(request)['id'], time.time()):
         status = app.record(request)['status']
         raise HTTPError(409, f'It is now {status}, so it cannot be cancelled.', 'not_running')
     return get_status(app, request)
@@ -7178,9 +7170,8 @@ def import_reply(app, import_id):
 
 def post_import(app, request):
     """Send an export of TikTok or Instagram, or a text with links, and see what is in it."""
-    name, client_id = request.query['name'], parse_name(request.query['client_id'])
-    return import_reply(app, app.imports.receive(
-        excerpt(name, 80), client_id, request.blocks()))
+    name, client_id = excerpt(request.query['name'], 80), parse_name(request.query['client_id'])
+    return import_reply(app, app.imports.receive(name, client_id, request.blocks()))
 
 
 def get_imports(app, request):
@@ -7236,8 +7227,7 @@ def get_metrics(app, request):
         line = f'# TYPE {family} {kind}\n'
         lines += [line] * (line not in lines)
         lines.append(f'{name} {figure!r}\n')
-    return Reply(200, ''.join(lines).encode(), 'text/plain; version=0.0.4; charset=utf-8',
-                 (NO_STORE,))
+    return Reply(200, ''.join(lines).encode(), 'text/plain; version=0.0.4; charset=utf-8')
 
 
 def xml_element(name, text='', **attributes):
@@ -7274,7 +7264,7 @@ def get_feed(app, request):
             feed_head(address, 'Videos', time.time()), xml_element('link', rel='self', href=own),
             '<author><name>videoserverd</name></author>',
             *(feed_entry(row) for row in rows if row['files']), '</feed>']
-    return Reply(200, '\n'.join(feed).encode(), 'application/atom+xml; charset=utf-8', (NO_STORE,))
+    return Reply(200, '\n'.join(feed).encode(), 'application/atom+xml; charset=utf-8')
 
 
 def get_openapi(app, request):
@@ -7370,18 +7360,18 @@ def open_regular(path):
 def parse_range(header, size):
     """(first, last) byte; None: the whole file, as no single range is asked for."""
     match = re.fullmatch(r'bytes\s*=\s*(\d{0,18})-(\d{0,18})', header, re.A | re.I)
-    if not match or match[1] + match[2] == '':
+    if not match or not any(match.groups()):
         return None
-    start, end = int(match[1] or 0), min(int(match[2] or size), size - 1)
-    if not match[1]:
-        start, end = max(0, size - int(match[2])), size - 1
-    elif match[2] and int(match[2]) < start:
+    first, last = match.groups()
+    if not first:
+        return max(0, size - int(last)), size - 1
+    if last and int(last) < int(first):
         return None
-    return start, end
+    return int(first), min(int(last or size), size - 1)
 
 
 def is_unchanged(request, etag, modified):
-    """Whether the client has this version of the file (RFC 9110 section 13.1)."""
+    """The client has this version of the file (RFC 9110 section 13.1)."""
     known = request.field('if-none-match')
     if not known:
         return request.field('if-modified-since') == modified
@@ -7389,7 +7379,7 @@ def is_unchanged(request, etag, modified):
 
 
 def send_file(request, path, media, headers):
-    """The whole file, a part of it, or 304 Not Modified."""
+    """All of it, a part, or 304 Not Modified."""
     handle = open_regular(path)
     facts = os.fstat(handle.fileno())
     size, etag = facts.st_size, f'"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"'
@@ -7412,7 +7402,7 @@ def send_file(request, path, media, headers):
 
 
 def reply_with_file(app, request, file):
-    """A finished file: sent by the proxy if it can read the folder, else by us."""
+    """Sent by the proxy if it can read the folder, else by us."""
     headers = (('Content-Disposition', content_disposition(os.path.basename(file.name))),
                ('Cache-Control', 'private, no-cache'))
     server = app.config.server
@@ -7441,7 +7431,7 @@ def get_file(app, request):
 
 
 def form_fields(body, boundary):
-    """The fields of a form as multipart/form-data (RFC 7578)."""
+    """Of multipart/form-data (RFC 7578)."""
     fields = {}
     for part in body.split(b'--' + boundary.strip('"').encode('latin-1'))[1:-1]:
         head, _, content = part.partition(b'\r\n\r\n')
@@ -7553,8 +7543,7 @@ ROUTES = (
     Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'image/jpeg'),
     Route('POST', ID + '/cancel', post_cancel, 'Download', errors=(409,)),
     Route('POST', ID + '/retry', post_retry, 'Download', errors=(409,)),
-    Route('POST', ID + '/star', post_star, 'Download'),
-    Route('POST', ID + '/unstar', post_star, 'Download'),
+    *(Route('POST', f'{ID}/{verb}', post_star, 'Download') for verb in ('star', 'unstar')),
     Route('DELETE', ID, delete_download, 'Done', errors=(409,), query=(
         Param('files', one_of({'keep': True, 'delete': False}), 'delete'),)),
     Route('PUT', '/api/v1/cookies', put_cookies, 'Done', 'text/plain', limit=LARGE_BODY),
@@ -7565,8 +7554,8 @@ ROUTES = (
           (Param('name', str, 'export'), Param('client_id', str, 'import')),
           limit=LARGEST_EXPORT),
     Route('POST', IMPORT + '/start', change_import, 'Import', 'ImportStart', errors=(409,)),
-    Route('POST', IMPORT + '/pause', change_import, 'Import', errors=(409,)),
-    Route('POST', IMPORT + '/resume', change_import, 'Import', errors=(409,)),
+    *(Route('POST', f'{IMPORT}/{verb}', change_import, 'Import', errors=(409,))
+      for verb in ('pause', 'resume')),
     Route('POST', IMPORT + '/cancel', change_import, 'Done', errors=(409,)),
     Route('POST', '/api/v1/share-address', post_share_address, 'Address', 'Name'),
     Route('POST', '/share/{who}', post_share, 'text/plain', 'Shared', AGAIN, (200, 429), 202,
@@ -7620,9 +7609,7 @@ class Peer:
 
     def __init__(self, sock, address):
         self.sock, self.address = sock, address
-        self.local = plain_address(sock.getsockname()[0])
         self.buffer = bytearray()  # what has come and was not yet read
-        self.admitted = False  # its address was found to be an allowed client's
         self.enter('new')
 
     def enter(self, state, further=0.0):
@@ -7744,9 +7731,10 @@ class Peer:
                     pass  # unread bytes would make the kernel reset it, and our answer with it
 
 
-class Server(ThreadingHTTPServer):
+class Server(ThreadingTCPServer):
     """Accepts and counts connections; when full, closes the one idle for longest. `sock` is
     listening. `context`, None for plain HTTP, may be replaced at any time."""
+    daemon_threads = True
     block_on_close = False
     draining = False
 
@@ -7756,17 +7744,14 @@ class Server(ThreadingHTTPServer):
         self.socket, self.app, self.context = sock, app, context
         self.beat = time.monotonic()  # when accepting last came round: for the watchdog
         self._guard = threading.Lock()  # guards _peers, whose descriptors it keeps open as well
-        self._peers = {}
+        self._peers = set()
 
     def service_actions(self):
-        """Twice a second: cut off what takes too long. Reading ends first, so that a slow client
-        can be told; a second later writing too, as TLS may have to write to read."""
-        now = time.monotonic()
-        if now - self.beat < 0.25:
-            return
-        self.beat = now
+        """At least twice a second: cut off what takes too long. Reading ends first, so that a slow
+        client can be told; a second later writing too, as TLS may have to write to read."""
+        self.beat = now = time.monotonic()
         with self._guard:
-            for peer in self._peers.values():
+            for peer in self._peers:
                 if peer.deadline < now - (peer.state != 'sending'):
                     peer.break_off()
                 elif peer.deadline < now:
@@ -7788,7 +7773,7 @@ class Server(ThreadingHTTPServer):
         """Whether there is room for it, made by closing an idle one."""
         address, proxies = request.address, self.app.config.server.trusted_proxies
         with self._guard:
-            addresses = [peer.address for peer in self._peers.values()]
+            addresses = [peer.address for peer in self._peers]
         if len(addresses) >= CONNECTIONS and not self._evict(''):
             return False
         full = addresses.count(address) >= PER_ADDRESS
@@ -7800,16 +7785,17 @@ class Server(ThreadingHTTPServer):
         """Cut off the one (from this address, unless '') that has been idle for longest."""
         now = time.monotonic()
         with self._guard:
-            idle = [(peer.since, key) for key, peer in self._peers.items()
-                    if address in ('', peer.address)
+            idle = [peer for peer in self._peers if address in ('', peer.address)
                     and peer.since <= now - PEER_STATES[peer.state][1]]
             if idle:
-                self._peers.pop(min(idle)[1]).break_off()
+                oldest = min(idle, key=lambda peer: peer.since)
+                self._peers.remove(oldest)
+                oldest.break_off()
         return bool(idle)
 
     def process_request(self, request, client_address):
         with self._guard:
-            self._peers[id(request)] = request
+            self._peers.add(request)
         super().process_request(request, client_address)
 
     def finish_request(self, request, client_address):
@@ -7818,7 +7804,7 @@ class Server(ThreadingHTTPServer):
     def shutdown_request(self, request):
         request.part()
         with self._guard:
-            self._peers.pop(id(request), None)
+            self._peers.discard(request)
             request.sock.close()
 
     def handle_error(self, request, client_address):
@@ -7834,13 +7820,11 @@ class Server(ThreadingHTTPServer):
         self.draining = True
         self.shutdown()
         end = time.monotonic() + seconds
-        while time.monotonic() < end:
+        while self._peers and time.monotonic() < end:
             with self._guard:
-                for peer in self._peers.values():
+                for peer in self._peers:
                     if peer.state == 'idle':
                         peer.break_off(socket.SHUT_RD)
-                if not self._peers:
-                    return
             time.sleep(0.02)
 
 
