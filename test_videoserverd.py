@@ -10816,6 +10816,38 @@ class TestPage(DaemonTest):
         self.browser.wait(f'{ROWS}.every(row => row.download_id !== "{chosen}")')
         self.assertEqual(self.daemon.client.get(f'/api/v1/status/{chosen}').status, 404)
 
+    def test_clearing_what_is_finished_leaves_the_files(self):
+        daemon = self.new_daemon()
+        for _ in range(5):  # from the fifth video on there are filters
+            daemon.download(self.site.tiktok())
+        files = daemon.files()
+        self.visit(daemon=daemon)
+        self.browser.run('window.confirm = question => { window.asked = question; return true; }')
+        self.browser.click('#states [value=completed]')
+        self.browser.click('#bulk [value=clear]')
+        self.browser.wait('return !document.querySelector("article")')
+        self.assertEqual((daemon.rows(), daemon.files(), len(files)), ([], files, 5))
+        self.assertIn('Their files stay', self.browser.run('return window.asked'))
+
+    def test_ytdlp_is_updated_from_the_banner(self):
+        daemon = self.new_daemon(vendor=False, hurry={'INDEX': 'http://127.0.0.1:1'}, env={'PYTHONPATH': str(no_pip())},
+                                 downloader={'ytdlp_directory': 'none'})
+        self.visit(daemon=daemon)
+        self.browser.click('#update')
+        self.browser.until('#note', 'textContent === "The newest yt-dlp is being fetched."')
+        self.assertEqual([request['method'] for request in self.browser.requests()
+                          if request['url'].endswith('/api/v1/update')], ['POST'])
+
+    def test_health_follows_the_list_at_once(self):
+        daemon = self.new_daemon()
+        self.visit(daemon=daemon)
+        self.browser.until('#health', 'hidden')
+        daemon.output.rename(daemon.output.with_name('elsewhere'))
+        began = time.monotonic()
+        daemon.client.post('/api/v1/download', {'url': str(self.site.tiktok())})
+        self.browser.until('#health', 'innerText.includes("is its disk plugged in")')
+        self.assertLess(time.monotonic() - began, 15)  # by itself the page looks every 30 s
+
     def before_each_page(self, script: str) -> None:
         """Runs `script` in each page of this test before the page's own."""
         made = self.browser.devtools('Page.addScriptToEvaluateOnNewDocument', source=script)
