@@ -9329,7 +9329,7 @@ def listen(host, port):
                       'set [server] port.') from None
 
 
-SERVE = 'sys.exit(v.serve(sys.argv[3]))'  # the running server, imported: parsing costs 15 MB
+SERVE = 'sys.exit(v.act(sys.argv[3], v.cmd_run))'  # the server, imported: parsing costs 15 MB
 
 # The parent of a server without a service manager: it forwards signals, and restarts the server
 # when the watchdog has ended it (exit code 1, and a dump in the file $0).
@@ -9375,13 +9375,14 @@ def usable_output(config, make=True):
     """Why the output folder cannot be used, or None. One new to this database is created and marked
     (if `make`); where the mark is missing later, its disk is not mounted."""
     folder = config.downloads.output_directory
-    quoted, partial = shlex.quote(str(folder)), folder / '.incomplete'
+    partial, named = folder / '.incomplete', f'The output folder {folder}'
+    quoted = shlex.quote(str(folder))
     try:
         expected = known_output(config) == str(folder)
         if expected and not (folder / MARKER).exists():
-            return (f'The output folder {folder} is not the usual one: is its disk plugged in? '
-                    f'Fix: mount it, or start over: `mkdir -p {quoted} && touch {quoted}/{MARKER}`')
-        if not expected and make:
+            return (f'{named} is not the usual one: is its disk plugged in? Fix: mount it, or '
+                    f'start over: `mkdir -p {quoted} && touch {quoted}/{MARKER}`')
+        if make and not expected:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / MARKER).touch()
             write_whole(Path(f'{config.database.path}.output'), str(folder))
@@ -9391,12 +9392,12 @@ def usable_output(config, make=True):
         fix = f'ls -ld {quoted}'
         if error.errno == errno.EROFS:  # the service's sandbox
             fix = f'sudo ./install.sh --output {quoted}'
-        return f'The output folder {folder} cannot be used ({error.strerror}). Fix: `{fix}`'
+        return f'{named} cannot be used ({error.strerror}). Fix: `{fix}`'
     if not partial.exists():
-        return f'The output folder {folder} does not exist. Fix: start the server, which makes it'
+        return f'{named} does not exist. Fix: start the server, which makes it'
     if all(os.access(place, os.W_OK | os.X_OK) for place in (folder, partial)):
         return None
-    return (f'The output folder {folder} is read-only for this user. '
+    return (f'{named} is read-only for this user. '
             f'Fix: `sudo chown {user_name()} {quoted} {quoted}/.incomplete`')
 
 
@@ -9430,12 +9431,11 @@ def ca_assets(config):
 def qr_code(text, kind):
     """A QR code by qrencode, SVG or ANSIUTF8; '' where it is not installed."""
     import subprocess
-    try:
-        command = ['qrencode', '-t', kind, '-m', '2', '-o', '-', text]
+    command = ['qrencode', '-t', kind, '-m', '2', '-o', '-', text]
+    with suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                               timeout=10, check=True).stdout.decode()
-    except (OSError, subprocess.SubprocessError):
-        return ''
+    return ''
 
 
 def shortcut_text(kind, **more):
@@ -9541,8 +9541,7 @@ class Care:
         self._due = threading.Event()  # something may be due now
         self._tidy = False
         self._certificate_seen = (0, 0)  # when it was written, the day it was read
-        self._clock = ClockWatch()
-        self._room_seen, self._room_notice = -math.inf, ''
+        self._room_made = -math.inf
         self.imports = Imports(config, store, lambda: self.scheduler.wake_imports())
         self._unpictured = deque(maxlen=1000)  # (id, file name) of videos without picture
 
@@ -9589,15 +9588,10 @@ class Care:
         self._tidy = True
 
     def renew_certificate(self, now):
-        """Daily, and when the clock was set: a new leaf if names, addresses or time require it. New
-        connections get it, whoever changed the file."""
-        config = self.config
-        if not config.server.tls:
-            return
-        if self._clock.was_set(now, time.monotonic()):
-            self._certificate_seen = (0, 0)
-        file, day = config.server.cert_file, int(time.monotonic() // DAY)  # never jumps
-        if (file.stat().st_mtime_ns, day) != self._certificate_seen:
+        """Each day by the clock, so also when that was set: a new leaf if names, addresses or time
+        require it. New connections get it, whoever changed the file."""
+        config, file, day = self.config, self.config.server.cert_file, now // DAY
+        if config.server.tls and (file.stat().st_mtime_ns, day) != self._certificate_seen:
             self.certificate, _ = ensure_certificate(config, now)
             self.server.context = server_context(config)
             self.server.app.hosts = known_hosts(config)
@@ -9633,20 +9627,12 @@ class Care:
                 picture.unlink(missing_ok=True)
 
     def make_room(self, now):
-        """Hourly, delete what exceeds [downloads] keep, oldest first; the first time for a setting
-        is announced a day ahead. Raises Trouble, OSError."""
-        if not 0 <= now - self._room_seen < 3600:
-            self._room_seen = now
-            self._room_notice = self._forget_oldest(int(now))
-        if self._room_notice:
-            raise Trouble(self._room_notice)
-
-    def _forget_oldest(self, now):
-        """Delete up to 100 downloads, or return the announcement."""
-        setting = self.config.downloads.keep
-        if not setting:
-            return ''
-        ids = self._beyond_keep(now)
+        """Hourly, delete what exceeds [downloads] keep, a hundred at a time, oldest first; the first
+        time for a setting is announced a day ahead. Raises Trouble, OSError."""
+        setting, now = self.config.downloads.keep, int(now)
+        if not setting or 0 <= now - self._room_made < 3600:
+            return
+        ids = self._beyond_keep(now, *setting)
         file = Path(f'{self.config.database.path}.keep')  # the setting, and since when it counts
         known, _, since = file.read_text().partition('\n') if file.exists() else ('', '', now)
         if ids and known != str(setting):
@@ -9655,20 +9641,19 @@ class Care:
         begin = int(since) + DAY
         if ids and now < begin:
             day = time.strftime('%d %B, %H:%M', time.localtime(begin))
-            return (f'From {day} the oldest videos are deleted to make room ([downloads] keep). '
-                    'Those with a star stay.')
+            raise Trouble(f'From {day} the oldest videos are deleted to make room '
+                          '([downloads] keep). Those with a star stay.')
         done = self.store.make_room(ids, now)  # also what a kill left half done
         for download_id, files in done:
             forget_files(self.config, download_id, [file.name for file in files])
             self.board.post(download_id)
-        if done:
+        if done:  # there may be more
             log.info('%d downloads deleted to make room', len(done))
             self.store.room_made([download_id for download_id, _ in done])
-            self._room_seen = -math.inf  # there may be more
-        return ''
+        else:
+            self._room_made = now
 
-    def _beyond_keep(self, now):
-        kind, amount = self.config.downloads.keep
+    def _beyond_keep(self, now, kind, amount):
         if kind == 'days':
             return [row['id'] for row in self.store.oldest(now - amount * DAY)]
         ids, excess = [], self.store.bytes_kept() - amount
@@ -10527,12 +10512,10 @@ def cmd_phone(config, options):
     if not running:
         print(f'The server is not running yet: start it with  {program(config)}')
     print(f'This page stays up for {options.minutes} minutes; Ctrl-C ends it now.', flush=True)
-    for thread in (threading.Timer(options.minutes * 60, server.shutdown),
-                   threading.Thread(target=tell_first_link, args=(config, int(time.time())))):
-        thread.daemon = True
-        thread.start()
+    threading.Thread(target=server.serve_forever, args=(0.5,), daemon=True).start()
+    threading.Thread(target=tell_first_link, args=(config, int(time.time())), daemon=True).start()
     with suppress(KeyboardInterrupt):
-        server.serve_forever(0.5)
+        time.sleep(60 * options.minutes)
     return 0
 
 
@@ -10731,7 +10714,7 @@ def act(file, command, options=None):
     with suppress(AttributeError):  # None where it is closed
         sys.stdout.reconfigure(errors='backslashreplace')  # a terminal of Latin-1 lacks letters
     try:
-        return command(load_config(file, dict(os.environ)), options)
+        return command(load_config(Path(file) if file else None, dict(os.environ)), options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
@@ -10755,11 +10738,6 @@ def go_on(config, options):
     os.execv(line[0], line)
 
 
-def serve(file):
-    """Run the server with this config.ini, '' for none."""
-    return act(Path(file) if file else None, cmd_run)
-
-
 HOMEBREW = ('/opt/homebrew/bin', '/usr/local/bin')  # not in launchd's PATH, nor in ssh's
 
 
@@ -10767,7 +10745,6 @@ def main(arguments=None):
     """Run the command line."""
     if sys.platform == 'darwin':
         os.environ['PATH'] = os.pathsep.join((*os.get_exec_path(), *HOMEBREW))
-    arguments = sys.argv[1:] if arguments is None else arguments
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.command == 'help':
@@ -10777,7 +10754,7 @@ def main(arguments=None):
         return 0
     file = getattr(options, 'config', None)
     if file is None and os.path.exists(INSTALLED) and os.path.exists(AS_SERVICE):
-        os.execv(AS_SERVICE, [AS_SERVICE, *arguments])  # else a second CA and database
+        os.execv(AS_SERVICE, [AS_SERVICE, *sys.argv[1:]])  # else a second CA and database
     beside = PROGRAM.parent / 'config.ini'
     if file is None and beside.exists():
         file = beside
