@@ -4192,9 +4192,9 @@ class TestSignalsBetweenTwoLives(DaemonTest):
     def test_a_sigterm_just_before_the_next_life_stops_that(self):
         daemon = self.new_daemon(hurry={'DRAIN_SECONDS': 5.0})
         text = daemon.program.read_text(encoding='utf-8')
-        begin = '        compile_program()\n'
+        begin = '        os.execv(sys.executable'
         self.assertEqual(text.count(begin), 1)
-        daemon.program.write_text(text.replace(begin, f'{begin}        os.kill(os.getpid(), signal.SIGTERM)\n'),
+        daemon.program.write_text(text.replace(begin, f'        os.kill(os.getpid(), signal.SIGTERM)\n{begin}'),
                                   encoding='utf-8')
         daemon.signal(signal.SIGHUP)  # takes up that program
         wait_until(lambda: daemon.log().count('listening on') == 2, 20)

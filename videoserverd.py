@@ -5993,15 +5993,20 @@ def server_context(config):
     return tls_context(config.server.cert_file, config.server.key_file)
 
 
-def seen_by_client(context, trusted, leaf):
-    """The fields of `leaf` as seen by a client that trusts a file and ignores the clock, in a
-    handshake with ourselves in memory. Raises ssl.SSLError if the client would."""
+def client_context(trusted):
+    """A client that trusts a file, even a leaf, whatever the name and the clock. Raises OSError."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False
     client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
     client.load_verify_locations(trusted)
+    return client
+
+
+def seen_by_client(context, trusted, leaf):
+    """The fields of `leaf` as seen by a client that trusts a file, in a handshake with ourselves in
+    memory. Raises ssl.SSLError if the client would."""
     up, down = ssl.MemoryBIO(), ssl.MemoryBIO()
-    ends = client.wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
+    ends = client_context(trusted).wrap_bio(down, up), context.wrap_bio(up, down, server_side=True)
     try:
         for end in ends * 3:  # in turns, as often as TLS 1.2 needs
             with suppress(ssl.SSLWantReadError):
@@ -9627,8 +9632,8 @@ class Care:
                 picture.unlink(missing_ok=True)
 
     def make_room(self, now):
-        """Hourly, delete what exceeds [downloads] keep, a hundred at a time, oldest first; the first
-        time for a setting is announced a day ahead. Raises Trouble, OSError."""
+        """Hourly, delete what exceeds [downloads] keep, a hundred at a time, oldest first; the
+        first time for a setting is announced a day ahead. Raises Trouble, OSError."""
         setting, now = self.config.downloads.keep, int(now)
         if not setting or 0 <= now - self._room_made < 3600:
             return
@@ -9957,7 +9962,7 @@ class Daemon:
         """Whether a re-execution would succeed; if not, this process runs on."""
         try:
             config = load_config(self.config.file, dict(os.environ))
-            compile(PROGRAM.read_bytes(), str(PROGRAM), 'exec')
+            compile_program()
             if config.server.tls and config.server.cert_file.exists():
                 server_context(config)
             path, place = config.database.path, (config.server.host, config.server.port)
@@ -10009,7 +10014,6 @@ class Daemon:
         for fd in kept:
             os.set_inheritable(fd, True)
         os.environ[INHERIT] = f'{kept[0]} {kept[1]}'
-        compile_program()
         os.execv(sys.executable, bare_python(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for
@@ -10153,10 +10157,7 @@ def call_server(config, method, path, body=None, file=None):
     scheme, context = 'http', None
     try:
         if config.server.tls:
-            scheme, context = 'https', ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            context.load_verify_locations(config.server.cert_file)
-            context.check_hostname = False
-            context.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME  # even an old leaf is the anchor
+            scheme, context = 'https', client_context(config.server.cert_file)
         answer = HttpClient().call(
             method, f'{scheme}://{host}:{facts.get("port", config.server.port)}{path}', headers,
             data, 600.0 if file else 60.0, context=context)
