@@ -5373,6 +5373,11 @@ class TestStop(DownloadTest):
             self.assertFalse(attempt.folder.path.exists())
         self.assertEqual(self.finished(), {})
 
+    @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
+    def test_while_a_slideshow_is_made(self):
+        attempt = self.attempt(self.site.tiktok(pictures=20), config=self.config(downloads={'slideshow': 'on'}))
+        self.stops(attempt, lambda: list(attempt.folder.path.glob('*.piece')))
+
     def test_before_it_starts(self):
         attempt = self.attempt(self.site.tiktok())
         attempt.stop('stopped')
