@@ -52,7 +52,7 @@ try:
     import shlex
     import sqlite3
     import ssl
-    from socketserver import ThreadingTCPServer
+    from http.server import ThreadingHTTPServer
 except ImportError as no_module:
     sys.exit('videoserverd needs all of Python, and this one has no %s (%s). Fix: sudo apt-get '
              'install python3 (a Mac: brew install python)' % (no_module.name, sys.executable))
@@ -7736,10 +7736,9 @@ class Peer:
                     pass  # unread bytes would make the kernel reset it, and our answer with it
 
 
-class Server(ThreadingTCPServer):
+class Server(ThreadingHTTPServer):
     """Accepts and counts connections; when full, closes the one idle for longest. `sock` is
     listening. `context`, None for plain HTTP, may be replaced at any time."""
-    daemon_threads = True
     block_on_close = False
     draining = False
 
