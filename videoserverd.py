@@ -6344,13 +6344,12 @@ class ClientGone(ConnectionError):
 
 @named_tuple
 class Reply:
-    """What goes back: `body`, or `length` bytes of an open file from `start` on."""
+    """What goes back: `body`, or the next `length` bytes of an open file."""
     status: int
     body: bytes = b''
     type: str = JSON
     headers: tuple[tuple[str, str], ...] = (NO_STORE,)
     file: Any = None
-    start: int = 0
     length: int = 0
 
 
@@ -6394,7 +6393,7 @@ def body_length(fields):
 
 
 # NaN and Infinity are not JSON: ValueError. Python up to 3.10 slowly converts numbers of any
-# length; longer ones than this are refused later.
+# length; those this long are refused later.
 STRICT_JSON = json.JSONDecoder(parse_int=lambda digits: int(digits[:4300]), parse_constant=int)
 
 
@@ -6470,8 +6469,8 @@ class Param:
 
 @named_tuple
 class Route:
-    """A row of ROUTES; the docstring of `handler` is its summary. `access`: key (where keys are
-    on), link or share (or a signature), open. `limit`: bytes of a body, if more than elsewhere."""
+    """The docstring of `handler` is its summary. `access`: key (where keys are on), link or share
+    (or a signature), open. `limit`: bytes of a body, if more than elsewhere."""
     method: str
     path: str
     handler: Callable[['App', Request], Reply]
@@ -6484,14 +6483,14 @@ class Route:
     access: str = 'key'
 
 
-def json_reply(status, body, *headers):
+def json_reply(body, status=200, *headers):
     text = json.dumps(body, ensure_ascii=False, separators=(',', ':'))
     return Reply(status, text.encode('utf-8', 'replace'), headers=(NO_STORE, *headers))
 
 
 def done_reply(status, message, code=200, **more):
-    return json_reply(code, {'status': status, **more, 'message': message,
-                            'timestamp': int(time.time())})
+    return json_reply({'status': status, **more, 'message': message,
+                       'timestamp': int(time.time())}, code)
 
 
 def text_reply(status, sentence, *headers):
@@ -6536,7 +6535,7 @@ def is_at_home(request):
 
 
 def match_path(pattern, path):
-    """The parameters of a path, None if it does not match. {id} must look like one of ours."""
+    """Its parameters, None if it does not match. {id} must look like one of ours."""
     wanted, found = pattern.split('/'), path.split('/')
     params = {part: word for part, word in zip(wanted, found) if part.startswith('{')}
     if [params.get(part, part) for part in wanted] != found:
@@ -6607,7 +6606,7 @@ class App:
         return self.board.progress(record['id']) if running else None
 
     def describe(self, record):
-        """A download as the API shows it."""
+        """A download as document A lists it."""
         progress, files = self.progress(record), []
         for file in record['files'] * (record['reason'] != 'room'):
             path = self.link(record['id'], file.name)
@@ -6616,12 +6615,11 @@ class App:
         row = {name: record[name] for name in STORED_FIELDS}
         for name in ('phase', 'downloaded', 'speed', 'eta'):
             row[name] = getattr(progress, name, None)
-        row.update({
-            'download_id': record['id'], 'files': files, 'site': site_of(record['url']),
-            'title': record['title'] or getattr(progress, 'title', None) or None,
-            'progress': percent, 'message': status_message(record, percent),
-            'retry_count': record['retry_count'] or 0, 'starred': bool(record['starred']),
-            'public_url': None, 'thumbnail': None, 's3': None})
+        row.update(
+            download_id=record['id'], files=files, site=site_of(record['url']), progress=percent,
+            title=record['title'] or getattr(progress, 'title', None) or None,
+            message=status_message(record, percent), retry_count=record['retry_count'] or 0,
+            starred=bool(record['starred']), public_url=None, thumbnail=None, s3=None)
         if files:
             row['public_url'] = files[0]['url']
             if (self.thumbs / f'{record["id"]}.jpg').exists():
@@ -6638,7 +6636,6 @@ class App:
             raise HTTPError(404, 'There is no such download.') from None
 
     def respond(self, request):
-        """The answer to a request, whatever it is."""
         started = time.monotonic()
         try:
             reply = self._pass_gates(request)
@@ -6646,12 +6643,11 @@ class App:
             raise
         except Exception as error:
             reply = self.refuse(request.raw_path, self._as_http_error(request, error))
-        level = logging.INFO  # for what somebody did, not for a page that polls
+        tell = log.info  # for what somebody did, not for a page that polls
         if reply.status < 400 and request.method in ('GET', 'HEAD'):
-            level = logging.DEBUG
-        log.log(level, '%s "%s %s" %d %.1fms%s', request.client, request.method,
-                request.shown_path, reply.status,
-                (time.monotonic() - started) * 1000, request.note)
+            tell = log.debug
+        tell('%s "%s %s" %d %.1fms%s', request.client, request.method, request.shown_path,
+             reply.status, (time.monotonic() - started) * 1000, request.note)
         if self.config.api_keys and reply.type == JSON:
             return reply  # signed links beside the titles of strangers: no BREACH
         return pack_reply(reply, request.field('accept-encoding'))
@@ -6823,10 +6819,10 @@ class App:
             return text_reply(error.status, message, *error.headers)
         if B_PATH.match(path):
             body = {'errorCode': error.code, 'errorMessage': message}
-            return json_reply(418, body, *error.headers)
+            return json_reply(body, 418, *error.headers)
         body = {'status': 'error', 'error': message, 'message': message, 'code': error.code,
                 'timestamp': int(time.time())}
-        return json_reply(error.status, body, *error.headers)
+        return json_reply(body, error.status, *error.headers)
 
 
 # -- what OpenAPI says
@@ -6911,14 +6907,14 @@ def object_schema(words):
 
 
 def content_of(answer):
-    """OpenAPI's content object: of a media type, or of JSON by a row of SCHEMAS."""
+    """Of a media type, or of JSON by a row of SCHEMAS."""
     if '/' in answer:
         return {answer: {'schema': {'type': 'string'} if 'json' not in answer else {}}}
     return {JSON: {'schema': schema_of(answer)}}
 
 
 def responses_of(route, keys):
-    """Every status that the route can answer with, and how."""
+    """By every status that the route can answer with."""
     statuses = {route.status, *COMMON_ERRORS, *route.errors, *[415] * bool(route.body),
                 *[401] * (keys and route.access != 'open'), *[404] * ('{' in route.path)}
     bad = 'Error'
@@ -6973,8 +6969,8 @@ def describe_api(routes, keys, base):
 
 
 def store_links(app, links, window=0):
-    """Store links in one commit and queue them: for each a Stored or RateLimited. A post whose
-    files are gone is fetched again. Raises StoreDown."""
+    """Store in one commit and queue: for each a Stored or RateLimited. A post whose files are gone
+    is fetched again. Raises StoreDown."""
     now, started = int(time.time()), time.monotonic()
     folder = app.config.downloads.output_directory
     results = app.store.add_many(links, now, window)
@@ -7004,7 +7000,7 @@ def submit(app, request, fields):
 
 
 def queued_message(app, sentence):
-    """What the phone shows; says so if the queue is paused."""
+    """Says so if the queue is paused."""
     why = (app.scheduler.paused or '').partition(' Fix:')[0]
     return sentence + f'. The queue is paused: {why}' * bool(why)
 
@@ -7057,7 +7053,7 @@ def post_downloads(app, request):
 
 def get_status(app, request):
     """One download."""
-    return json_reply(200, app.describe(app.record(request)))
+    return json_reply(app.describe(app.record(request)))
 
 
 @contextmanager
@@ -7081,9 +7077,9 @@ def get_history(app, request):
     version = app.board.version
     total, records = app.store.page(
         query['limit'], query['offset'], query['status'], query['q'])
-    return json_reply(200, {
+    return json_reply({
         'total': total, 'message': f'{total} downloads', 'version': version,
-        'downloads': [app.describe(record) for record in records],
+        'downloads': list(map(app.describe, records)),
         'counts': app.store.counts(), 'poll_after': poll_after})
 
 
@@ -7096,10 +7092,10 @@ def get_health(app, request):
         facts = {name: facts[name] for name in ('status', 'version', 'uptime', 'queue_size')}
         facts['message'] = f'The server is {facts["status"]}.'
     if storing:
-        return json_reply(200, facts)
+        return json_reply(facts)
     refusal = HTTPError(503, 'The server cannot store links at the moment.', 'cannot_store')
     facts.update(json.loads(app.refuse('', refusal).body))
-    return json_reply(503, facts, ('Retry-After', '30'))
+    return json_reply(facts, 503, ('Retry-After', '30'))
 
 
 def post_cancel(app, request):
@@ -7168,7 +7164,7 @@ def post_update(app, request):
 
 def import_reply(app, import_id):
     try:
-        return json_reply(200, app.imports.get(import_id))
+        return json_reply(app.imports.get(import_id))
     except LookupError:
         raise HTTPError(404, 'There is no such import.') from None
 
@@ -7182,7 +7178,7 @@ def post_import(app, request):
 def get_imports(app, request):
     """All imports."""
     found = app.imports.all()
-    return json_reply(200, {'imports': found, 'message': f'{len(found)} imports'})
+    return json_reply({'imports': found, 'message': f'{len(found)} imports'})
 
 
 def change_import(app, request):
@@ -7200,7 +7196,7 @@ def change_import(app, request):
 
 
 def share_address(app, name):
-    """Where a phone of that name sends its links; with the right to do so where keys are on."""
+    """Where a phone of that name sends its links, with the right to where keys are on."""
     address = f'{app.base()}/share/{quote(name, safe="")}'
     for key in app.config.api_keys[:1]:
         address += '.' + sign_name(key, name)
@@ -7210,8 +7206,8 @@ def share_address(app, name):
 def post_share_address(app, request):
     """The share address for a phone of that name."""
     name = parse_name(request.json().get('name'))
-    return json_reply(200, {'address': share_address(app, name), 'signs': bool(which('shortcuts')),
-                            'message': f'The address for {name}'})
+    return json_reply({'address': share_address(app, name), 'signs': bool(which('shortcuts')),
+                       'message': f'The address for {name}'})
 
 
 def get_shortcut(app, request):
@@ -7225,10 +7221,13 @@ def get_shortcut(app, request):
 
 def get_metrics(app, request):
     """Metrics for Prometheus."""
-    lines, kinds = [], {'videoserverd_ack_seconds': 'histogram'}
+    lines = []
     for name, figure in app.gauges():
-        family = next((known for known in kinds if name.startswith(known)), name.partition('{')[0])
-        kind = kinds.setdefault(family, 'counter' if family.endswith('_total') else 'gauge')
+        family, kind = name.partition('{')[0], 'gauge'
+        if family.endswith('_total'):
+            kind = 'counter'
+        if name.startswith('videoserverd_ack_seconds'):
+            family, kind = 'videoserverd_ack_seconds', 'histogram'
         line = f'# TYPE {family} {kind}\n'
         lines += [line] * (line not in lines)
         lines.append(f'{name} {figure!r}\n')
@@ -7264,7 +7263,7 @@ def get_feed(app, request):
     address = own = app.base() + '/feed.xml'
     for key in app.config.api_keys[:1]:
         own += '?signature=' + sign_name(key, '/feed.xml')
-    rows = [app.describe(record) for record in app.store.page(FEED_ENTRIES, 0, 'completed')[1]]
+    rows = map(app.describe, app.store.page(FEED_ENTRIES, 0, 'completed')[1])
     feed = ['<?xml version="1.0" encoding="utf-8"?><feed xmlns="http://www.w3.org/2005/Atom">',
             feed_head(address, 'Videos', time.time()), xml_element('link', rel='self', href=own),
             '<author><name>videoserverd</name></author>',
@@ -7274,7 +7273,7 @@ def get_feed(app, request):
 
 def get_openapi(app, request):
     """This description."""
-    return json_reply(200, describe_api(app.routes, bool(app.config.api_keys), app.base()))
+    return json_reply(describe_api(app.routes, bool(app.config.api_keys), app.base()))
 
 
 def get_asset(app, request):
@@ -7284,13 +7283,12 @@ def get_asset(app, request):
         content = content(request)
     if isinstance(content, str):
         content = content.encode()
-    rules = ('no-cache', 'same-origin')
-    if request.path.startswith('/setup/'):  # the picture that the plain page of `phone` asks for
-        rules = ('no-store', 'cross-origin')
     csp = CSP.format(images=app.image_origin * is_at_home(request))
-    return Reply(200, content, media, (
-        ('Cache-Control', rules[0]), ('Cross-Origin-Resource-Policy', rules[1]),
-        ('Content-Security-Policy', csp)))
+    headers = {'Content-Security-Policy': csp, 'Cache-Control': 'no-cache'}
+    if request.path.startswith('/setup/'):  # the picture that the plain page of `phone` asks for
+        headers.update({'Cache-Control': 'no-store',
+                        'Cross-Origin-Resource-Policy': 'cross-origin'})
+    return Reply(200, content, media, tuple(headers.items()))
 
 
 # -- handlers, document B
@@ -7303,11 +7301,11 @@ def initiate_download(app, request):
         raise HTTPError(400, 'videoURL is missing.', 'bad_field')
     fields.update(url=fields['videourl'], client_id=None, timestamp=None,
                   ytdlp_cli_parameters=fields.get('ytdlpcliparameters'))
-    return json_reply(200, {'downloadUUID': submit(app, request, fields).id})
+    return json_reply({'downloadUUID': submit(app, request, fields).id})
 
 
 def describe_in_b(app, record):
-    """A download as document B lists it; size and progress only where they are known."""
+    """As document B lists it; size and progress only where they are known."""
     progress = app.progress(record)
     row = {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']]}
     size = record['file_size'] or getattr(progress, 'total', None)
@@ -7322,7 +7320,7 @@ def list_downloads(app, request):
     """Downloads of the last minutes."""
     since = int(time.time()) - 60 * request.query['overLastPeriodDurationInMinutes']
     records = app.store.since(since, request.query['onlyShowOngoingDownloads'])
-    return json_reply(200, {'downloads': [describe_in_b(app, record) for record in records]})
+    return json_reply({'downloads': [describe_in_b(app, record) for record in records]})
 
 
 def get_public_url(app, request):
@@ -7336,16 +7334,16 @@ def get_public_url(app, request):
     if in_bucket:
         state, why = record['s3_state'], record['s3_error']
     elif record['reason'] == 'room':
-        state, why = 'gone', record['note']
-    if state in ('failed', 'gone'):
+        state, why = 'failed', record['note']
+    if state == 'failed':
         raise HTTPError(409, why or 'The download failed.', 'downloadFailed')
     if state not in ('completed', 'stored'):
         raise HTTPError(409, why or 'It is not finished yet.', 'downloadNotReady')
     if not in_bucket:
-        return json_reply(200, {'publicURL': app.describe(record)['public_url']})
+        return json_reply({'publicURL': app.describe(record)['public_url']})
     key = app.bucket.key(record['id'], record['filename'])
     url = app.bucket.presign(key, record['filename'], app.config.s3.url_expiry, time.time())
-    return json_reply(200, {'publicURL': url})
+    return json_reply({'publicURL': url})
 
 
 # -- finished files
@@ -7396,14 +7394,15 @@ def send_file(request, path, media, headers):
     if request.method == 'GET' and request.field('if-range') in ('', etag, modified):
         span = parse_range(request.field('range'), size)
     if span is None:
-        return Reply(200, b'', media, headers, handle, 0, size)
+        return Reply(200, b'', media, headers, handle, size)
     start, end = span
     if start >= size:
         handle.close()
         raise HTTPError(416, 'The file is shorter than that.', 'bad_range',
                         Content_Range=f'bytes */{size}')
+    handle.seek(start)
     headers += (('Content-Range', f'bytes {start}-{end}/{size}'),)
-    return Reply(206, b'', media, headers, handle, start, end - start + 1)
+    return Reply(206, b'', media, headers, handle, end - start + 1)
 
 
 def reply_with_file(app, request, file):
@@ -7623,7 +7622,8 @@ class Peer:
         self.state, self.since = state, time.monotonic()  # as is `deadline`
         self.deadline = self.since + PEER_STATES[state][0] + further
 
-    def serve(self, server):
+    def serve(self, _, server):
+        """Called as if it were a handler's class."""
         if server.context is not None:
             self.sock = server.context.wrap_socket(
                 self.sock, server_side=True, do_handshake_on_connect=False)
@@ -7655,7 +7655,6 @@ class Peer:
         return keep
 
     def read_more(self):
-        """Read more into the buffer."""
         try:
             data = self.sock.recv(HEAD_LIMIT)
         except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
@@ -7667,7 +7666,6 @@ class Peer:
         self.buffer += data
 
     def read(self, size):
-        """The next `size` bytes."""
         while len(self.buffer) < size:
             self.read_more()
         data = bytes(self.buffer[:size])
@@ -7675,7 +7673,7 @@ class Peer:
         return data
 
     def read_head(self):
-        """A request's head up to its empty line."""
+        """Up to its empty line."""
         while True:
             while self.buffer.startswith(b'\r\n'):  # RFC 9112 section 2.2: skipped
                 del self.buffer[:2]
@@ -7694,7 +7692,7 @@ class Peer:
             self.read_more()
 
     def send(self, data):
-        """Send all of `data`, a BLOCK at most. Raises OSError, also if the client stops reading."""
+        """All of `data`, a BLOCK at most. Raises OSError, also if the client stops reading."""
         view = memoryview(data)
         while view:
             self.enter('sending')
@@ -7704,9 +7702,7 @@ class Peer:
         try:
             self.send(format_head(reply, keep) + reply.body * whole_reply)
             left = reply.length * whole_reply
-            if left:
-                reply.file.seek(reply.start)
-                block = memoryview(bytearray(min(BLOCK, left)))
+            block = memoryview(bytearray(min(BLOCK, left)))
             while left:
                 read = reply.file.readinto(block[:left])
                 if not read:
@@ -7743,7 +7739,7 @@ class Server(ThreadingHTTPServer):
     draining = False
 
     def __init__(self, sock, app, context):
-        super().__init__(sock.getsockname(), None, bind_and_activate=False)
+        super().__init__(sock.getsockname(), Peer.serve, bind_and_activate=False)
         self.socket.close()
         self.socket, self.app, self.context = sock, app, context
         self.beat = time.monotonic()  # when accepting last came round: for the watchdog
@@ -7762,7 +7758,7 @@ class Server(ThreadingHTTPServer):
                     peer.break_off(socket.SHUT_RD)
 
     def get_request(self):
-        """Accept. Out of descriptors: make room and wait a moment instead of spinning."""
+        """Out of descriptors: make room and wait a moment instead of spinning."""
         try:
             sock, address = self.socket.accept()
         except OSError as error:
@@ -7786,7 +7782,7 @@ class Server(ThreadingHTTPServer):
         return True
 
     def _evict(self, address):
-        """Cut off the one (from this address, unless '') that has been idle for longest."""
+        """Cut off the one (from this address, unless '') idle for longest."""
         now = time.monotonic()
         with self._guard:
             idle = [peer for peer in self._peers if address in ('', peer.address)
@@ -7801,9 +7797,6 @@ class Server(ThreadingHTTPServer):
         with self._guard:
             self._peers.add(request)
         super().process_request(request, client_address)
-
-    def finish_request(self, request, client_address):
-        request.serve(self)
 
     def shutdown_request(self, request):
         request.part()
