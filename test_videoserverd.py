@@ -2474,7 +2474,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
               'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END BARE_LINE_END body_length check_signature '
               'parse_range',
     64 << 10: 'MARK wanted_members JobFolder unpack Reach local_only xml_texts',
-    1 << 20: 'LINK make_cookie',
+    1 << 20: 'LINK make_cookie COOKIE_FIELDS',
 }
 ASSIGNED = (ast.Assign, ast.AnnAssign)
 
@@ -4612,7 +4612,7 @@ def cookie_files() -> Any:
     yield 'blanks for tabs', '\n'.join('   '.join(field or '0' for field in row) for row in COOKIE_ROWS).encode()
     items = [{'domain': row[0], 'path': row[2], 'secure': row[3] == 'TRUE', 'name': row[5], 'value': row[6],
               'expirationDate': float(row[4] or 0)} for row in COOKIE_ROWS]
-    yield 'JSON', json.dumps([*items, {}, 5, {'domain': 1, 'name': None}]).encode()
+    yield 'JSON', json.dumps([*items, {}, 5, {**items[0], 'name': None}]).encode()
     yield 'JSON in an object', b'\xef\xbb\xbf' + json.dumps({'url': 'x', 'cookies': items}).encode()
     yield 'JSON of Cookie Quick Manager', json.dumps([
         {'Host raw': f'https://{row[0]}/', 'Path raw': row[2], 'Send for raw': 'true', 'Name raw': row[5],

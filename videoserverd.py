@@ -2671,7 +2671,9 @@ PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
 CLASSES = {'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported',
            'FileNotFoundError': 'crash'}
 STATUSES = {401: 'login', 403: 'blocked', 404: 'gone', 410: 'gone', 451: 'geo'}  # of a page
-OUTPUT_ERRORS = (errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE)
+DISK_ERRORS = {
+    errno.ENOSPC: 'disk', errno.EDQUOT: 'disk', errno.EROFS: 'read_only',
+    **dict.fromkeys((errno.EIO, errno.ENODEV, errno.ENXIO, errno.ESTALE), 'output')}
 NETWORKING = re.compile(r'(?:/http/|/urllib/|/networking/|(?:^|/)(?:socket|ssl|socks)\.py)')
 
 
@@ -2709,13 +2711,9 @@ def system_reason(error, output):
         ours = str(path).startswith(str(output))
     else:
         ours = files and not any(NETWORKING.search(file) for file in files)
-    if not output.is_dir() or ours and number in OUTPUT_ERRORS:
+    if not output.is_dir() or ours and path and number in (errno.EACCES, errno.EPERM):
         return 'output'
-    if ours and number in (errno.ENOSPC, errno.EDQUOT):
-        return 'disk'
-    if ours and number == errno.EROFS:
-        return 'read_only'
-    return 'output' if ours and path and number in (errno.EACCES, errno.EPERM) else None
+    return DISK_ERRORS.get(number) if ours else None
 
 
 TRANSPORT = {'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeout', 'SSLError',
@@ -2843,9 +2841,9 @@ def post_extractors():
                                 for image in images]
             return info
 
-    instagram_ie = type('InstagramIE', (Pictures, instagram.InstagramIE), {})
-    story_ie = type('InstagramStoryIE', (Pictures, instagram.InstagramStoryIE), {})
-    return [TikTokIE(), tiktok.TikTokVMIE(), instagram_ie(), story_ie()]
+    return [TikTokIE(), tiktok.TikTokVMIE()] + [
+        type(site.__name__, (Pictures, site), {})()
+        for site in (instagram.InstagramIE, instagram.InstagramStoryIE)]
 
 
 def seconds_of(value):
@@ -2902,8 +2900,8 @@ IMPORTED = {}  # 'Session': the class made below, once yt-dlp is imported
 
 
 def openssl_decrypt(data, key, iv):
-    """AES-128 by the openssl command, empty if that fails; yt-dlp's own takes ten seconds per MB
-    and ignores a stop."""
+    """AES-128 by the openssl command, b'' if that fails; yt-dlp's own takes 10 s per MB and ignores
+    a stop."""
     if len(key) != 16 or len(iv) != 16:  # openssl would refuse it
         raise Ending('bad_media')
     import subprocess
@@ -3068,7 +3066,7 @@ class Meter:
     def __init__(self, tell):
         self.tell, self._lock = tell, threading.Lock()
         self.phase, self.steps = '', 0  # steps: phases and files begun, a sign of life
-        self._progress, self._told, self._title = Progress(0.0), 0.0, ''
+        self._progress, self._told = Progress(0.0), 0.0
         self._items, self._item, self._parts, self._part = 1, 0, 1, 0
         self._bytes_before, self._bytes = 0, 0
 
@@ -3076,11 +3074,12 @@ class Meter:
         """A phase begins, or continues."""
         if phase != self.phase:
             self.phase, self.steps = phase, self.steps + 1
-            self._report(self._progress._replace(phase=phase, speed=None, eta=None), True)
+            self._report(True, phase=phase, speed=None, eta=None)
 
     def plan(self, info, parts):
         """An item of so many parts begins: two if the sound is separate."""
-        self._title = excerpt(str(info.get('playlist_title') or info.get('title') or ''), 200)
+        title = excerpt(str(info.get('playlist_title') or info.get('title') or ''), 200)
+        self._progress = self._progress._replace(title=title)
         self._items = max(int(info.get('n_entries') or 1), 1)
         self._item = min(int(info.get('playlist_autonumber') or 1), self._items) - 1
         self._parts, self._part = parts, -1
@@ -3102,15 +3101,16 @@ class Meter:
         elif total:
             done, goal = self._bytes, total
         share = (self._part + min(done / goal, 1)) / self._parts
-        return self._report(Progress(
-            self.MEDIA * (self._item + share) / self._items, self.phase,
-            self._bytes_before + self._bytes, total and int(self._bytes_before + total),
-            told.get('speed'), told.get('eta')), False)
+        return self._report(
+            False, self.MEDIA * (self._item + share) / self._items,
+            downloaded=self._bytes_before + self._bytes,
+            total=total and int(self._bytes_before + total),
+            speed=told.get('speed'), eta=told.get('eta'))
 
-    def _report(self, progress, now):
+    def _report(self, now, percent=0.0, **changes):
         with self._lock:
-            percent = max(progress.percent, self._progress.percent)
-            self._progress = progress._replace(percent=percent, title=self._title)
+            percent = max(percent, self._progress.percent)
+            self._progress = self._progress._replace(percent=percent, **changes)
             due = now or time.monotonic() - self._told >= self.PAUSE
             if due:
                 self._told = time.monotonic()
@@ -3537,30 +3537,25 @@ LOGIN_COOKIE = 'sessionid'  # the login cookie of TikTok and Instagram
 EXPORT = 'Fix: log in with a browser and export its cookies again.'
 
 
-@named_tuple
-class Cookie:
-    """One cookie: site, expiry in epoch seconds (0: with the session), name, and its row in a
-    cookies.txt as yt-dlp reads it."""
-    domain: str
-    expires: int
-    name: str
-    row: str
+Cookie = namedtuple('Cookie', 'domain deep path secure expires name value')  # as in cookies.txt
+# Domain, path, expiry, name and value as yt-dlp and the sites accept them.
+COOKIE_FIELDS = re.compile(
+    r'(\.?[a-z0-9-]{1,63}(?:\.[a-z0-9-]{1,63}){1,9})\t(/[!-~]{0,1024})\t'
+    r'(-?\d{1,16})(?:\.\d{1,9})?\t([!-:<-~]{1,256})\t([ -:<-~]{0,8192})', re.A)
 
 
 def make_cookie(domain, path, secure, expires, name, value):
-    """A cookie from the fields in a file; None if yt-dlp or a site would not accept it."""
-    domain = re.sub('^https?://|/$', '', str(domain or '').lower())
-    when = re.fullmatch(r'(-?\d{1,16})(\.\d{1,9})?', str(expires or 0), re.A)
-    if not (when and re.fullmatch(r'\.?[a-z0-9-]{1,63}(\.[a-z0-9-]{1,63}){1,9}', domain)
-            and re.fullmatch('/[!-~]{0,1024}', str(path)) and re.fullmatch(
-                r'[!-:<-~]{1,256}', str(name)) and re.fullmatch(r'[ -:<-~]{0,8192}', str(value))):
+    """A cookie from the fields in a file; None if they are nonsense."""
+    domain = re.sub('^https?://|/$', '', str(domain).lower())
+    told = COOKIE_FIELDS.fullmatch('\t'.join(map(str, (domain, path, expires or 0, name, value))))
+    if not told:
         return None
-    expires = max(0, int(when[1]))
+    domain, path, expires, name, value = told.groups()
+    expires = max(0, int(expires))
     if expires > 10 ** 11:
         expires //= 1000  # milliseconds
     deep, secure = domain[0] == '.', str(secure).lower() in ('true', '1')
-    row = domain, str(deep).upper(), path, str(secure).upper(), str(expires), name, value
-    return Cookie(domain.lstrip('.'), expires, name, '\t'.join(row))
+    return Cookie(domain, str(deep).upper(), path, str(secure).upper(), str(expires), name, value)
 
 
 def parse_cookies(data):
@@ -3579,7 +3574,7 @@ def parse_cookies(data):
             item = {name.lower().partition(' raw')[0]: told for name, told in item.items()}
             rows.append((item.get('domain') or item.get('host'), item.get('path'),
                          item.get('secure'), item.get('expirationdate', item.get('expires')),
-                         item.get('name'), item.get('value', item.get('content'))))
+                         item.get('name') or '', item.get('value', item.get('content', ''))))
         text = ''
     for line in text.splitlines():
         line = line.strip(' ').removeprefix('#HttpOnly_')
@@ -3588,11 +3583,11 @@ def parse_cookies(data):
             domain, deep, path, secure, expires, name, value = (*fields, '')[:7]
             dot = '.' * (deep.upper() == 'TRUE')  # the flag and the dot say the same
             rows.append((dot + domain.lstrip('.'), path, secure, expires, name, value))
-    return [cookie for cookie in (make_cookie(*row) for row in rows) if cookie]
+    return list(filter(None, itertools.starmap(make_cookie, rows)))
 
 
 def cookies_txt(cookies):
-    return '\n'.join(['# Netscape HTTP Cookie File', *(one.row for one in cookies), ''])
+    return '\n'.join(['# Netscape HTTP Cookie File', *map('\t'.join, cookies), ''])
 
 
 def last_labels(host):
@@ -3618,7 +3613,7 @@ class Cookies:
                 data = file.read(COOKIE_LIMIT)
         found = {}
         for one in parse_cookies(data):
-            if self.domains == ('*',) or is_under(one.domain, self.domains):
+            if self.domains == ('*',) or is_under(one.domain.lstrip('.'), self.domains):
                 found.setdefault(last_labels(one.domain), []).append(one)
         return found
 
@@ -3658,16 +3653,16 @@ class Cookies:
         try:
             found = self.read()
         except OSError as error:
-            return [(False, f'{self.file} cannot be read ({error.strerror}). Fix: put it where the '
-                            'server can read it; a service sees no home folders')
-                    ] * self.configured
+            told = (f'{self.file} cannot be read ({error.strerror}). Fix: put it where the server '
+                    'can read it; a service sees no home folders')
+            return [(False, told)] * self.configured
         if not found:
             return [(False, f'{self.file} has no cookies for {", ".join(self.domains)}. {EXPORT}')]
         return [self._judge(site, cookies, now) for site, cookies in sorted(found.items())]
 
     def _judge(self, site, cookies, now):
         login = [one for one in cookies if one.name == LOGIN_COOKIE]
-        end = max(one.expires for one in login or cookies)
+        end = max(int(one.expires) for one in login or cookies)
         what, date = f'{len(cookies)} cookies for {site}', time.localtime(end)
         day = f'{date.tm_mday} {time.strftime("%B %Y", date)}'
         if site in self.refused():
@@ -3827,13 +3822,11 @@ class Attempt:
         self.folder.total = max(self.folder.total, extra.get('n_entries') or 1)
         at = extra.get('playlist_index') or 1
         flat = self.folder.post['site'] in SITES  # elsewhere playlists nest
-        came = [result for result in self.folder.results if flat or 'name' in result]
-        if any(result['item'] == at for result in came):
+        if any(result['item'] == at for result in self.folder.results
+               if flat or 'name' in result):
             return info
-        if 'addresses' in info:
-            got = self._fetch_plain(info, extra)
-        else:
-            got = self._fetch_video(process, info)
+        plain = 'addresses' in info
+        got = self._fetch_plain(info, extra) if plain else self._fetch_video(process, info)
         self._keep(got, at)
         return got
 
