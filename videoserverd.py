@@ -7069,7 +7069,7 @@ def get_history(app, request):
         poll_after = 3 * (not free)
     version = app.board.version
     total, records = app.store.page(
-        query['limit'], query['offset'], query['status'], query['q'])
+        query['limit'], query['offset'], query['status'] or '', query['q'])
     return json_reply({
         'total': total, 'message': f'{total} downloads', 'version': version,
         'downloads': list(map(app.describe, records)),
@@ -9846,7 +9846,7 @@ class Daemon:
         # For the threads and their children: signals are for main alone.
         signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
         self.care.ytdlp = self.care.vendor.current()
-        app = self._make_app(sock.getsockname()[1])
+        app = self.make_app(sock.getsockname()[1])
         self._start_couriers(app)
         self.server = Server(sock, app, context)
         self.scheduler.start()
@@ -9873,7 +9873,7 @@ class Daemon:
         for courier in self.couriers:
             courier.start()
 
-    def _make_app(self, port):
+    def make_app(self, port):
         config = self.config
         assets = {**ASSETS, **ca_assets(config), '/setup': (
             'text/html; charset=utf-8', lambda request: setup_page(
@@ -10048,26 +10048,34 @@ def cmd_run(config, options):
 
 
 @contextmanager
-def idle_store(config):
-    """The database, opened; None where a server runs on it. Raises Trouble."""
-    lock = Lock(config.database.path)
-    if lock.running():
-        yield None
+def server_at_hand(config):
+    """The running server; else one of our own, which stores links and downloads nothing. Raises
+    Trouble."""
+    if Lock(config.database.path).running():
+        yield
         return
-    lock.take()
-    store = Store(config.database.path)
+    config.security.allowed_clients = LOOPBACK
+    config.security.requests_per_hour = 0  # this is the owner
+    daemon = Daemon(config)
+    daemon.lock.take()
     try:
-        store.open()
-        yield store
+        daemon.store.open()
+        daemon.care.scheduler = daemon.scheduler
+        sock = listen('127.0.0.1', 0)
+        port = sock.getsockname()[1]
+        server = Server(sock, daemon.make_app(port), None)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        daemon.lock.tell({'pid': os.getpid(), 'host': '127.0.0.1', 'port': port, 'tls': False})
+        yield
     finally:
-        store.close()
-        lock.release()
+        daemon.store.close()
+        daemon.lock.release()
 
 
 def cmd_setup(config, options):
     """make directories, database, certificate and yt-dlp, then exit"""
     vendor = Vendor(config.downloader.ytdlp_directory)
-    with idle_store(config):
+    with server_at_hand(config):
         print(f'database     {config.database.path}')
     if config.server.tls:
         certificate, changed = ensure_certificate(config, time.time())
@@ -10119,11 +10127,6 @@ def cure(linux, mac):
 
 # -- asking the running server
 
-def file_blocks(file):
-    """The rest of a file, a block at a time."""
-    return iter(lambda: file.read(BLOCK), b'')
-
-
 def call_server(config, method, path, body=None, file=None):
     """The running server's answer to JSON, an open file or nothing. Raises Trouble."""
     facts = Lock(config.database.path).running()
@@ -10136,12 +10139,12 @@ def call_server(config, method, path, body=None, file=None):
     if file:
         headers = {'Content-Type': 'application/octet-stream',
                    'Content-Length': str(os.fstat(file.fileno()).st_size)}
-        data = file_blocks(file)
+        data = iter(lambda: file.read(BLOCK), b'')
     if config.api_keys:
         headers['X-API-Key'] = config.api_keys[0]
     scheme, context = 'http', None
     try:
-        if config.server.tls:
+        if facts.get('tls', config.server.tls):
             scheme, context = 'https', client_context(config.server.cert_file)
         answer = HttpClient().call(
             method, f'{scheme}://{host}:{facts.get("port", config.server.port)}{path}', headers,
@@ -10161,29 +10164,13 @@ def post_text(config, fields):
     return [row for row in rows if 'download_id' in row or row['url'] not in rest.split()], rest
 
 
-def store_text(store, config, fields):
-    """The same without a server, into the database."""
-    try:
-        items, rest = parse_batch(fields, config.security)
-    except Refused as refusal:
-        return [{'url': fields['text'], 'error': refusal.message}], ''
-    rows = [{'url': written} for written, _ in items]
-    for row, (_, item) in zip(rows, items):
-        if isinstance(item, Refused):
-            row['error'] = item.message
-        else:
-            row['download_id'] = store.add_many([item], int(time.time()))[0].id
-    return rows, '\n'.join(rest)
-
-
 def cmd_add(config, options):
     """queue links: through the running server, or else into the database"""
     failed, fields = False, {'client_id': 'command-line', 'again': options.again}
-    with idle_store(config) as store:
-        send = functools.partial(store_text, store) if store else post_text
+    with server_at_hand(config):
         for text in options.url:
             while text:
-                rows, text = send(config, {**fields, 'text': text})
+                rows, text = post_text(config, {**fields, 'text': text})
                 for row in rows:
                     failed |= 'error' in row
                     print(row.get('download_id', 'refused'), row['url'], row.get('error', ''))
@@ -10204,30 +10191,17 @@ def cmd_import(config, options):
     only = list(filter(None, options.only.split(',')))
     if not set(only) <= GROUP_NAMES.keys():
         raise Trouble(f'--only takes some of {",".join(GROUP_NAMES)}')
-    name, client = options.file.name, options.client
-    with open(options.file, 'rb') as file, idle_store(config) as store:
-        imports = store and Imports(config, store)
-        try:
-            if imports:
-                row = imports.get(imports.receive(name, client, file_blocks(file)))
-            else:
-                place = f'/api/v1/imports?name={quote(name)}&client_id={quote(client)}'
-                row = call_server(config, 'POST', place, file=file)
-            if 'groups' not in row:
-                raise Trouble(row.get('message', 'The server gave no answer.'))
-            verb = 'start' if options.only or ask_to_start(row) else 'cancel'
-            if imports:
-                imports.change(row['import_id'], verb, only)
-            else:
-                row = call_server(config, 'POST', f'/api/v1/imports/{row["import_id"]}/{verb}',
-                                  {'only': only})
-        except Refused as refusal:
-            raise Trouble(refusal.message) from None
-        if verb == 'cancel':
-            return 1
-        if imports:
-            row = imports.get(row['import_id'])
-        print(row['message'])
+    place = f'/api/v1/imports?name={quote(options.file.name)}&client_id={quote(options.client)}'
+    with open(options.file, 'rb') as file, server_at_hand(config):
+        row = call_server(config, 'POST', place, file=file)
+        if 'groups' not in row:
+            raise Trouble(row.get('message', 'The server gave no answer.'))
+        verb = 'start' if options.only or ask_to_start(row) else 'cancel'
+        row = call_server(config, 'POST', f'/api/v1/imports/{row["import_id"]}/{verb}',
+                          {'only': only})
+    if verb == 'cancel':
+        return 1
+    print(row['message'])
     return 0
 
 
