@@ -4985,8 +4985,8 @@ class TestFailures(DownloadTest):
                     self.assertRaises(ValueError, v.mp4_tracks, file)
                 elif kind != 'sound' or shutil.which('ffmpeg'):
                     self.assertEqual(v.mp4_tracks(file), told[kind])
-        no = SimpleNamespace(stdout='', returncode=1)
-        with unittest.mock.patch('subprocess.run', return_value=no) as asked, \
+        no = subprocess.CalledProcessError(1, 'ffprobe')
+        with unittest.mock.patch('subprocess.run', side_effect=no) as asked, \
                 unittest.mock.patch.object(v, 'which', lambda name: name):
             for body, calls in ((kinds['plain'], 0), (TINY_TS, 1)):
                 file.write_bytes(body)

@@ -194,6 +194,15 @@ def which(name):
     return shutil.which(name)
 
 
+def output_of(command, seconds, data=b''):
+    """What a program given `data` prints; b'' where it is missing, fails or takes too long."""
+    import subprocess
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, input=data, stdout=subprocess.PIPE,
+                              stderr=subprocess.DEVNULL, timeout=seconds, check=True).stdout
+    return b''
+
+
 def free_space(folder):
     """Bytes free for us on its disk. Raises OSError."""
     disk = os.statvfs(folder)
@@ -2904,12 +2913,8 @@ def openssl_decrypt(data, key, iv):
     a stop."""
     if len(key) != 16 or len(iv) != 16:  # openssl would refuse it
         raise Ending('bad_media')
-    import subprocess
-    line = ['openssl', 'enc', '-d', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()]
-    with suppress(OSError):
-        return subprocess.run(line, input=data, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL).stdout
-    return b''
+    return output_of(['openssl', 'enc', '-d', '-aes-128-cbc', '-nopad', '-K', key.hex(),
+                      '-iv', iv.hex()], 60, data)
 
 
 def no_ffmpeg(base):
@@ -3130,14 +3135,10 @@ BOOT_ID = find_line(Path('/proc/sys/kernel/random/boot_id'), '(.+)')  # '' where
 
 def end_leftovers(folder):
     """Kill an ffmpeg that an earlier run of this program left writing into `folder`."""
-    import subprocess
-    with suppress(OSError):
-        listed = subprocess.run(
-            ['ps', '-axww', '-o', 'pid=,args='], stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL, encoding='utf-8', errors='replace').stdout
-        for pid in re.findall(rf'(?m)^ *(\d+) \S*ffmpeg .*{re.escape(str(folder))}/', listed):
-            with suppress(ProcessLookupError):
-                os.kill(int(pid), signal.SIGKILL)
+    listed = output_of(['ps', '-axww', '-o', 'pid=,args='], 60).decode('utf-8', 'replace')
+    for pid in re.findall(rf'(?m)^ *(\d+) \S*ffmpeg .*{re.escape(str(folder))}/', listed):
+        with suppress(OSError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def plain_ascii(text):
@@ -3428,7 +3429,6 @@ def is_picture(path):
 def tracks(path):
     """Which of 'video' and 'audio' are in a file, by an mp4's boxes or ffprobe; both if there is no
     ffprobe. Raises Ending for an incomplete file."""
-    import subprocess
     if media_extension(path) in MP4_KINDS:
         try:
             return mp4_tracks(path)
@@ -3436,14 +3436,9 @@ def tracks(path):
             raise Ending('bad_media', 'it is incomplete') from None
     if not which('ffprobe'):
         return {'video', 'audio'}
-    try:
-        done = subprocess.run(
-            ['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_type', '-of', 'csv=p=0',
-             f'file:{path}'], encoding='utf-8', timeout=60, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired:
-        return set()
-    return {'video', 'audio'}.intersection(done.stdout.split()) if done.returncode == 0 else set()
+    listed = output_of(['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_type',
+                        '-of', 'csv=p=0', f'file:{path}'], 60)
+    return {'video', 'audio'}.intersection(listed.decode().split())
 
 
 # -- a video of pictures
@@ -9420,12 +9415,7 @@ def ca_assets(config):
 @functools.lru_cache(maxsize=4)  # anybody may ask for the set-up page
 def qr_code(text, kind):
     """A QR code by qrencode, SVG or ANSIUTF8; '' where it is not installed."""
-    import subprocess
-    command = ['qrencode', '-t', kind, '-m', '2', '-o', '-', text]
-    with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                              timeout=10, check=True).stdout.decode()
-    return ''
+    return output_of(['qrencode', '-t', kind, '-m', '2', '-o', '-', text], 10).decode()
 
 
 def shortcut_text(kind, **more):
@@ -9850,7 +9840,7 @@ class Daemon:
         self._start_couriers(app)
         self.server = Server(sock, app, context)
         self.scheduler.start()
-        threading.Thread(target=self.server.serve_forever, args=(0.5,), name='accept',
+        threading.Thread(target=self.server.serve_forever, name='accept',
                          daemon=True).start()
         self.care.start(self.scheduler, self.server)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
@@ -10472,7 +10462,7 @@ def cmd_phone(config, options):
     if not running:
         print(f'The server is not running yet: start it with  {program(config)}')
     print(f'This page stays up for {options.minutes} minutes; Ctrl-C ends it now.', flush=True)
-    threading.Thread(target=server.serve_forever, args=(0.5,), daemon=True).start()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
     threading.Thread(target=tell_first_link, args=(config, int(time.time())), daemon=True).start()
     with suppress(KeyboardInterrupt):
         time.sleep(60 * options.minutes)
