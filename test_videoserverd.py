@@ -2470,7 +2470,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     4096: 'parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
     8192: 'post_url NO_POSTS post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
           'POST_LINK ADVERTISEMENT',
-    16 << 10: 'B_PATH SHARE_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
+    16 << 10: 'B_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
               'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END BARE_LINE_END body_length check_signature '
               'parse_range',
     64 << 10: 'MARK wanted_members JobFolder unpack Reach local_only xml_texts',
@@ -7804,7 +7804,9 @@ class TestImports(DaemonTest):
 
     def change(self, row: Dict[str, Any], verb: str, daemon: Any = None, **fields: Any) -> Answer:
         """start, pause, resume or cancel."""
-        return (daemon or self.daemon).client.post(f'/api/v1/imports/{row["import_id"]}/{verb}', fields)
+        answer = (daemon or self.daemon).client.post(f'/api/v1/imports/{row["import_id"]}/{verb}', fields)
+        self.assertTrue(answer.json['message'], answer)
+        return answer
 
     def wait_done(self, row: Dict[str, Any], daemon: Any = None, **wanted: int) -> Dict[str, Any]:
         """The import, once nothing is left of it."""

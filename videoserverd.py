@@ -63,6 +63,7 @@ import faulthandler
 import fcntl
 import functools
 import heapq
+import html
 import http.client
 import io
 import ipaddress
@@ -4836,7 +4837,6 @@ class Body:
 
 def xml_texts(answer, tag):
     """The texts of all <tag> in S3's XML."""
-    import html
     found = re.findall(f'<{tag}>([^<]*)</{tag}>', answer.decode('utf-8', 'replace'))
     return [html.unescape(text) for text in found]
 
@@ -6285,7 +6285,6 @@ BLOCK = 256 << 10  # bytes read and sent at a time: large enough that TLS is the
 WATCHERS = 8  # pages that wait for news, and phones that wait for a video
 VIDEO_SECONDS = 50.0  # for a video; a phone gives up after 60
 FEED_ENTRIES = 50
-SHARE_PATH = re.compile(r'/share(/|$)')
 SIGNED_NAME = re.compile(r'(.+)\.([A-Za-z0-9_-]{43})', re.S)
 SIGNATURE = re.compile(r'(?:\.|%2e)[\w%-]{40,}', re.I | re.A)  # of a share address, as it is sent
 B_PATH = re.compile(r'/(initiateDownload|listDownloads|getVideoDownloadPublicURL)(/|$)')
@@ -6448,7 +6447,7 @@ class Request:
 
 @named_tuple
 class Param:
-    """A query parameter: `parse` raises ValueError(what is accepted)."""
+    """Of a query: `parse` raises ValueError(what is accepted)."""
     name: str
     parse: Callable[[str], Any]
     default: str = ''
@@ -6803,7 +6802,7 @@ class App:
     def refuse(self, raw_path, error):
         """An error in the dialect of the path; below /share it is one sentence."""
         path, message = self._below_base(unquote(raw_path)), error.message
-        if SHARE_PATH.match(path):
+        if (path + '/').startswith('/share/'):
             return text_reply(error.status, message, *error.headers)
         if B_PATH.match(path):
             body = {'errorCode': error.code, 'errorMessage': message}
@@ -7223,9 +7222,8 @@ def get_metrics(app, request):
 
 
 def xml_element(name, text='', **attributes):
-    from html import escape
-    given = ''.join(f' {key}="{escape(str(value))}"' for key, value in attributes.items())
-    return f'<{name}{given}>{escape(UNSAFE.sub(" ", text))}</{name}>'
+    given = ''.join(f' {key}="{html.escape(str(value))}"' for key, value in attributes.items())
+    return f'<{name}{given}>{html.escape(UNSAFE.sub(" ", text))}</{name}>'
 
 
 def feed_head(own_id, title, seconds):
@@ -7587,14 +7585,6 @@ def format_head(reply, keep):
     return (first + ''.join(lines) + '\r\n').encode('latin-1', 'replace')
 
 
-def may_go_on(request, reply):
-    """Whether a connection may: only after a request that was read to its end."""
-    return (request is not None and request.unread == 0 and request.version == 'HTTP/1.1'
-            and 'close' not in request.field('connection').lower()
-            and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429))
-            and request.method in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE'))
-
-
 class Peer:
     """A connection: its socket, its client, what it is doing, and since when. Its thread runs
     `serve`; the reading is ours, as http.server is lenient where a proxy may read otherwise."""
@@ -7635,11 +7625,13 @@ class Peer:
             words = bytes(head or self.buffer)[:LINE_LIMIT].split(b' ')
             reply = server.app.refuse(b''.join(words[1:2]).decode('latin-1'), error)
             log.info('%s malformed request: %d %s', self.address, error.status, error.message)
-        keep = may_go_on(request, reply) and not server.draining
+        was_read = request is not None and request.unread == 0  # to its end
+        keep = (was_read and request.version == 'HTTP/1.1' and not server.draining
+                and 'close' not in request.field('connection').lower()
+                and (reply.status < 400 or reply.status in (401, 404, 409, 418, 429))
+                and request.method in ('GET', 'HEAD', 'POST', 'PUT', 'DELETE'))
         self._send_reply(reply, keep, request is None or request.method != 'HEAD')
-        self.enter('idle')
-        if request is None or request.unread != 0:
-            self.enter('closing')
+        self.enter('idle' if was_read else 'closing')
         return keep
 
     def read_more(self):
@@ -9136,7 +9128,6 @@ probe();
 
 def fact_as_html(name, facts):
     """A fact, escaped for the page; only qrencode's picture is markup."""
-    import html
     return facts[name] if name == 'qr_svg' else html.escape(facts[name])
 
 
