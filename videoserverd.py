@@ -2882,7 +2882,7 @@ def post_facts(info, url):
 
 
 def announced(info):
-    """Which of 'video' and 'audio' a format, or those merged, should have according to yt-dlp."""
+    """Which of 'video' and 'audio' yt-dlp says a format has, or those merged."""
     kinds = set()
     for part in info.get('requested_formats') or [info]:
         if part.get('vcodec') != 'none':
@@ -2929,8 +2929,7 @@ def no_ffmpeg(base):
 
 
 def write_index(_, __, downloader, ctx):
-    """FragmentFD._write_ytdl_file as in yt-dlp, but atomic, and with the size of the partial
-    file."""
+    """yt-dlp's _write_ytdl_file, but atomic and with the size of the partial file."""
     index, part = downloader.ytdl_filename(ctx['filename']), ctx['tmpfilename']
     size = os.path.getsize(part) if os.path.exists(part) else 0
     note = {'current_fragment': {'index': ctx['fragment_index']},
@@ -2991,8 +2990,8 @@ def session_class(base):
 
 
 def only_python():
-    """Remove everything but Python itself from the path: site-packages, what .pth files added or
-    imported, the script's folder. A `requests` or `certifi` there would bypass the guards."""
+    """Leave only Python itself on the path: a `requests` or `certifi` from site-packages, a .pth
+    file or the script's folder would bypass the guards."""
     home = os.path.dirname(os.__file__)
     archive = 'python{}{}.zip'.format(*sys.version_info)
     sys.path[:] = [entry for entry in sys.path
@@ -3149,8 +3148,8 @@ def plain_ascii(text):
 
 
 def free_names(output, result):
-    """Unused names in `output`: the best, then shorter and plainer ones for encrypted folders and
-    shares with an old character set."""
+    """Unused names in `output`: the best, then those that an encrypted folder or an old share
+    accepts."""
     names = result['names']
     plain_names = {key: plain_ascii(text) for key, text in names.items()}
     for limit, fields in ((NAME_BYTES, names), (SHORT_NAME, names), (SHORT_NAME, plain_names),
@@ -3275,6 +3274,9 @@ class JobFolder:
             found = [file.stat() for file in os.scandir(self.path)]
         return sum(one.st_size for one in found), max((one.st_mtime for one in found), default=0.0)
 
+    def items(self):
+        return {result['item'] for result in self.results}
+
     def wanted(self, output):
         """The items still to fetch, [] for all; None if every file is here or in place."""
         def there(result):
@@ -3284,7 +3286,7 @@ class JobFolder:
         lost = {result['item'] for result in self.results if not there(result)}
         self.missing = {**dict.fromkeys(lost, 'video'), **self.missing}
         self.results = [result for result in self.results if result['item'] not in lost]
-        items = sorted(self.missing.keys() - {result['item'] for result in self.results})
+        items = sorted(self.missing.keys() - self.items())
         if not (items or self.fetched):
             self.results = [result for result in self.results
                             if 'name' in result or self.post['site'] in SITES]
@@ -3975,14 +3977,12 @@ class Attempt:
             cookies.judge(self.job.url, outcome.reason != 'login')
             if outcome.reason == 'login':
                 outcome = Ending('session').outcome
-        parts = self.folder.parts.values()
-        if outcome[:2] == ('pause', 'disk') and self.folder.size()[0] > FEWEST_BYTES and not all(
-                part.get('size') or part.get('total') for part in parts):
-            forget_files(self.config, self.job.id, ())  # it may be what fills the disk
-            outcome = outcome._replace(kind='retry')
-        if outcome.kind in ('cancelled', 'give_up'):
+        endless = self.folder.size()[0] > FEWEST_BYTES and not all(
+            part.get('size') or part.get('total') for part in self.folder.parts.values())
+        fills_disk = outcome[:2] == ('pause', 'disk') and endless
+        if fills_disk or outcome.kind in ('cancelled', 'give_up'):
             forget_files(self.config, self.job.id, ())
-        return outcome
+        return outcome._replace(kind='retry') if fills_disk else outcome
 
     def _try(self):
         try:
@@ -4040,7 +4040,7 @@ class Attempt:
             if not self.folder.results or outcome.kind not in ('retry', 'give_up'):
                 raise
             items = items or list(range(1, self.folder.total + 1))
-        for at in set(items) - {result['item'] for result in self.folder.results}:
+        for at in set(items) - self.folder.items():
             kind = self.folder.missing.get(at, 'video')
             self.failures.setdefault(at, (kind, outcome))
 
@@ -4138,7 +4138,7 @@ class Attempt:
         params = {**DEFAULTS, 'noplaylist': True, 'format': own.format or BEST[bool(ffmpeg)],
                   'playlistend': 100,  # a carousel has 20 at most; a channel has thousands
                   **caller_params(options)}
-        rates = [limit for limit in (params.get('ratelimit'), own.rate_limit) if limit]
+        rates = filter(None, (params.get('ratelimit'), own.rate_limit))
         way = way_of(self.job, self.config)
         log.info('download %s: asks as %s', self.job.id, way)
         if way != 'own':
