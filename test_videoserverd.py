@@ -3811,6 +3811,13 @@ class TestCommands(DaemonTest):
                 daemon.start()
         self.assertEqual(len(daemon.rows('SELECT id FROM downloads')), 1002)
 
+    def test_without_a_server_the_owner_adds_any_number_whoever_may_connect(self):
+        daemon = self.new_daemon(start=False, security={'allowed_clients': '10.0.0.0/8', 'requests_per_hour': '1'},
+                                 env={'VIDEOSERVER_API_KEYS': 'a-long-random-word'})
+        done = daemon.run('add', *map(tiktok_link, range(3)))
+        self.assertEqual((done.returncode, len(daemon.rows('SELECT id FROM downloads'))), (0, 3), done.stdout)
+        self.assertEqual(v.Lock(daemon.database).running(), {})
+
     def test_doctor_goes_on_where_a_key_cannot_be_looked_at(self):
         daemon = self.new_daemon(start=False, server={'key_file': 'k' * 300})
         self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: [^\0]*\d+ to fix\.')

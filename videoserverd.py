@@ -9516,8 +9516,8 @@ class Care:
         self.imports = Imports(config, store, lambda: self.scheduler.wake_imports())
         self._unpictured = deque(maxlen=1000)  # (id, file name) of videos without picture
 
-    def start(self, scheduler, server):
-        self.scheduler, self.server = scheduler, server
+    def start(self, server):
+        self.server = server
         threading.Thread(target=self._loop, name='care', daemon=True).start()
 
     def heard(self, job, outcome):
@@ -9752,9 +9752,11 @@ class Daemon:
             config, self.store, self.board,
             lambda job, *hooks: Attempt(job, config, self.care.ytdlp, *hooks),
             self.health.preflight, self._on_outcome, restart)
+        self.care.scheduler = self.scheduler
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.lock = Lock(config.database.path)
-        self.server = self._dump = None  # a file, for the watchdog's dump
+        self.server = None
+        self._dump = None  # the file for the watchdog's dump
         self.next_socket = None  # for a restart that listens elsewhere
         self.wish = ''  # 'stop' or 'restart', once asked for
         # A signal handler may write into a pipe; an Event's lock could be held by its own thread.
@@ -9833,7 +9835,7 @@ class Daemon:
         self.scheduler.start()
         threading.Thread(target=self.server.serve_forever, name='accept',
                          daemon=True).start()
-        self.care.start(self.scheduler, self.server)
+        self.care.start(self.server)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
     def _start_couriers(self, app):
@@ -10036,12 +10038,11 @@ def server_at_hand(config):
         yield
         return
     config.security.allowed_clients = LOOPBACK
-    config.security.requests_per_hour = 0  # this is the owner
+    config.security.requests_per_hour = 0  # no limit for the owner
     daemon = Daemon(config)
     daemon.lock.take()
     try:
         daemon.store.open()
-        daemon.care.scheduler = daemon.scheduler
         sock = listen('127.0.0.1', 0)
         port = sock.getsockname()[1]
         server = Server(sock, daemon.make_app(port), None)
@@ -10180,10 +10181,9 @@ def cmd_import(config, options):
         verb = 'start' if options.only or ask_to_start(row) else 'cancel'
         row = call_server(config, 'POST', f'/api/v1/imports/{row["import_id"]}/{verb}',
                           {'only': only})
-    if verb == 'cancel':
-        return 1
-    print(row['message'])
-    return 0
+    if verb == 'start':
+        print(row['message'])
+    return int(verb == 'cancel')
 
 
 # -- the page's actions, from a terminal
