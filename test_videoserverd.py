@@ -7549,6 +7549,18 @@ class TestNotify(DaemonTest):
         env = {'VIDEOSERVER_NOTIFY_URL': url, **env}
         return self.new_daemon(env=env, hurry=hurry, downloads={'max_retries': 0, 'retry_delays': 1})
 
+    def test_an_import_is_announced_once_when_it_is_done_and_not_post_by_post(self):
+        daemon = self.new_daemon(env={'VIDEOSERVER_NOTIFY_URL': self.listener.url}, hurry={'COURIER_NAP': 0.5},
+                                 downloads={'import_pace': '0', 'max_retries': 0})
+        links = [str(self.site.tiktok()), *shared_links(2)]
+        row = daemon.client.post('/api/v1/imports?name=links.txt', '\n'.join(links).encode(),
+                                 Content_Type='application/octet-stream').json
+        daemon.client.post(f'/api/v1/imports/{row["import_id"]}/start', {})
+        wait_until(lambda: self.told, 30, 'it is announced')
+        told = [(body['event'], body['message']) for body in (json.loads(body) for _, _, body in self.told)]
+        self.assertEqual(told, [('attention', 'The import is done: 1 of 3, 2 gone')])
+        self.assertEqual(daemon.client.get('/api/v1/imports').json['imports'][0]['state'], 'done')
+
     def test_an_ntfy_topic_gets_title_sentence_link_and_a_high_priority_for_failures(self):
         daemon = self.started('ntfy+' + self.listener.url + '/videos')
         done = daemon.download(self.site.tiktok(title='Größe 🐈'))
