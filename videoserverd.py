@@ -9192,12 +9192,11 @@ class LogWriter(logging.Handler):
 
     def __init__(self, settings):
         super().__init__()
-        self.settings, self.file = settings, settings.file
-        self.fd, self.size = -1, 0
+        self.settings, self.file, self.fd = settings, settings.file, -1
         self.plain = logging.Formatter()
         self.lines = deque(maxlen=10000)  # if stderr blocks, the oldest are dropped
         self.wake = threading.Event()
-        self.writing = threading.Lock()  # guards fd and size, and the order of lines
+        self.writing = threading.Lock()  # guards fd and the order of lines
         self.by_systemd = 'INVOCATION_ID' in os.environ  # the journal has its own clock
         if self.file:
             self._open()
@@ -9237,9 +9236,9 @@ class LogWriter(logging.Handler):
                 if self.fd < 0 < len(data) and self.file:
                     self._open()
                 if self.fd >= 0:
-                    self.size += os.write(self.fd, data)
-                if 0 < self.settings.max_size <= self.size:
-                    self._move_aside()
+                    os.write(self.fd, data)
+                    if 0 < self.settings.max_size <= os.fstat(self.fd).st_size:
+                        self._move_aside()
 
     def _loop(self):
         while True:
@@ -9253,14 +9252,13 @@ class LogWriter(logging.Handler):
             self.file.parent.mkdir(parents=True, exist_ok=True)
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
             self.fd = os.open(self.file, flags, 0o600)  # it says who shared which link
-            self.size = os.lseek(self.fd, 0, os.SEEK_END)
         except OSError as error:
             os.write(2, f'{self.file}: cannot be written ({error.strerror})\n'.encode())
 
     def _move_aside(self):
         """server.log becomes server.log.1 and so on; the next batch opens a new one."""
         os.close(self.fd)
-        self.fd, self.size = -1, 0
+        self.fd = -1
         names = [str(self.file)]
         names += [f'{self.file}.{n + 1}' for n in range(self.settings.backup_count)]
         for newer, older in reversed(list(zip(names, names[1:]))):
