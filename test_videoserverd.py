@@ -7995,6 +7995,16 @@ class TestRelocate(DaemonTest):
     """The videos move to another disk, and links are taken all the while."""
     settings = None
 
+    def test_a_service_whose_copying_fails_says_so_and_is_left_as_it_was(self):
+        daemon = self.new_daemon(start=False)
+        daemon.output.mkdir()
+        before, new = daemon.file.read_text(), daemon.folder / 'new'
+        new.mkdir()
+        with unittest.mock.patch.multiple(v, INSTALLED=str(v.PROGRAM), AS_SERVICE=shutil.which('false')), \
+                self.assertRaisesRegex(v.Trouble, r'false relocate .*failed.* are still in'):
+            v.cmd_relocate(daemon.config, SimpleNamespace(dir=str(new), source=None))
+        self.assertEqual(daemon.file.read_text(), before)
+
     def relocate(self, daemon: Daemon, *words: str, **options: Any) -> Any:
         return daemon.run('relocate', *words, str(daemon.folder / 'new disk/videos'), **options)
 

@@ -10514,9 +10514,15 @@ def with_output(text, folder):
     return text.replace('[downloads]\n', f'[downloads]\n{line}', 1)
 
 
+def run_command(*words):
+    """Run a command that says by itself what goes wrong. Raises Trouble if something does."""
+    import subprocess
+    if subprocess.run(words).returncode:
+        raise Trouble(f'{shlex.join(words)}: failed; all videos are still in their folder')
+
+
 def switch_service(new):
     """As root: let the service write to the folder, and start it anew."""
-    import subprocess
     commands = [f'launchctl kickstart -k {LAUNCHD}']
     if DROP_IN.exists():
         kind = 'BindPaths' if str(new).startswith(('/home/', '/root/')) else 'ReadWritePaths'
@@ -10524,7 +10530,7 @@ def switch_service(new):
                 + f'{kind}="-{new}"\n')
         commands = ['systemctl daemon-reload', 'systemctl restart videoserver']
     for command in commands:
-        subprocess.run(command.split(), check=True)
+        run_command(*command.split())
 
 
 def switch_server(lock, new):
@@ -10532,7 +10538,7 @@ def switch_server(lock, new):
     facts = lock.running()
     if facts.get('terminal'):
         print('Now press Ctrl-C in the terminal of the server, and start it again.', flush=True)
-    elif facts:
+    elif 'output' in facts:  # else a command has the database for a moment
         os.kill(facts['pid'], signal.SIGHUP)
     while lock.running().get('output', str(new)) != str(new):
         time.sleep(0.2)
@@ -10554,7 +10560,6 @@ def check_relocation(config, new, old):
 
 def cmd_relocate(config, options):
     """move the videos to another disk, while links are taken"""
-    import subprocess
     new, old = Path(os.path.abspath(options.dir)), config.downloads.output_directory
     if options.source:  # the copying for root, by the service's user
         copy_videos(options.source, new, options.since)
@@ -10565,8 +10570,7 @@ def cmd_relocate(config, options):
     def copy(since):
         if not service:
             return copy_videos(old, new, since)
-        subprocess.run([AS_SERVICE, 'relocate', f'--from={old}', f'--since={since}', str(new)],
-                       check=True)
+        run_command(AS_SERVICE, 'relocate', f'--from={old}', f'--since={since}', str(new))
     began = time.time() - 1
     if service and not new.exists():
         new.mkdir(parents=True)
