@@ -5796,6 +5796,8 @@ class Imports:
 
     def tidy(self, now):
         """Go on with what a kill interrupted, end what is done, and drop what nobody started."""
+        files = list(self.folder.glob('*'))
+        wanted = set(self._receiving)  # asked before the store, which has the others
         rows = self.store.imports()
         for row in rows:
             if row['state'] == 'filling':
@@ -5806,9 +5808,8 @@ class Imports:
                                       + self.describe(row)['message'])
             elif row['state'] in ('ready', 'done') and now - row['created_at'] > IMPORT_DAYS * DAY:
                 self.change(row['id'], 'cancel')
-        wanted = {row['id'] for row in rows} | self._receiving
-        for file in self.folder.glob('*'):
-            if file.name not in wanted and file.name not in self._receiving:
+        for file in files:
+            if file.name not in wanted.union(row['id'] for row in rows):
                 file.unlink(missing_ok=True)
 
 
