@@ -9181,9 +9181,8 @@ CARE_SECONDS = 60.0  # between looks at what is due
 DRAIN_SECONDS = 5.0  # for requests under way when the server stops
 INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a re-execution
 FREEZE_SECONDS = 60.0  # after which the watchdog ends a frozen interpreter
-PULSE_SECONDS = 15.0   # between two turns of main
 OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-LOG_NAP = 0.05         # seconds that a log line may be late
+LOG_NAP = 0.05  # seconds that a log line may be late
 LONGEST_MESSAGE = 3000  # characters in a log line: a link has 2048
 STALE_SECONDS = 120.0  # a thread without a beat for this long is stuck
 CERTIFICATE_WARNING_DAYS = 14
@@ -9910,8 +9909,7 @@ class Daemon:
         """Wait for a stop or restart; whether to restart. systemd's watchdog is fed while all
         threads are alive; faulthandler's by this thread, which never waits for a disk: it needs no
         interpreter, which a single regular expression of yt-dlp can block for minutes."""
-        pulse = min(int(os.environ.get('WATCHDOG_USEC', 0)) / 2e6 or PULSE_SECONDS, PULSE_SECONDS,
-                    FREEZE_SECONDS / 4)
+        pulse = min((int(os.environ.get('WATCHDOG_USEC', 0)) or 1e9) / 2e6, FREEZE_SECONDS / 4)
         while True:
             if self._dump:
                 faulthandler.dump_traceback_later(FREEZE_SECONDS, exit=True, file=self._dump)
@@ -9925,9 +9923,8 @@ class Daemon:
 
     def alive(self):
         """Whether commit thread, scheduler and listener all do their work."""
-        now = time.monotonic()
-        return (self.store.thread.is_alive() and now - self.scheduler.beat < STALE_SECONDS
-                and now - self.server.beat < STALE_SECONDS)
+        oldest = min(self.scheduler.beat, self.server.beat)
+        return self.store.thread.is_alive() and time.monotonic() - oldest < STALE_SECONDS
 
     def _may_restart(self):
         """Whether a re-execution would succeed; if not, this process runs on."""
