@@ -7183,7 +7183,7 @@ def change_import(app, request):
     if not app.imports.change(request.params['id'], verb, only):
         raise HTTPError(409, f'This import cannot {verb} now.', 'wrong_state')
     if verb == 'cancel':
-        return done_reply('cancelled', 'The import is cancelled; what has arrived stays.')
+        return done_reply('cancelled', 'The import is removed; what has arrived stays.')
     return import_reply(app, request.params['id'])
 
 
@@ -8331,7 +8331,8 @@ const putIntoBox = text => fill(filled([$('box').value, text]).join('\n'));
 
 // ---- imports: what somebody saved in years ----
 const IMPORT_ACTS = {
-  ready: ['start', 'cancel'], running: ['pause', 'cancel'], paused: ['resume', 'cancel']};
+  ready: ['start', 'cancel'], running: ['pause', 'cancel'], paused: ['resume', 'cancel'],
+  done: ['clear']};
 const cards = new Map();  // by import: its state and its card
 async function lookAtImports() {
   const {imports} = await api('GET', 'api/v1/imports').catch(() => ({}));
@@ -8361,7 +8362,8 @@ async function changeImport(row, name, card) {
   if (name === 'start' && !only.length) return note('Tick what you want first.');
   const question = 'Stop this import? What has arrived stays.';
   if (name === 'cancel' && row.state !== 'ready' && !confirm(question)) return;
-  await told('POST', `api/v1/imports/${row.import_id}/${name}`, name === 'start' && {only});
+  const verb = name === 'clear' ? 'cancel' : name;
+  await told('POST', `api/v1/imports/${row.import_id}/${verb}`, name === 'start' && {only});
 }
 async function bring(file) {
   if (!file) return;
@@ -9930,7 +9932,7 @@ class Daemon:
         """Whether a re-execution would succeed; if not, this process runs on."""
         try:
             config = load_config(self.config.file, dict(os.environ))
-            compile_program()
+            compile(PROGRAM.read_bytes(), str(PROGRAM), 'exec')  # not what was compiled before
             if config.server.tls and config.server.cert_file.exists():
                 server_context(config)
             path, place = config.database.path, (config.server.host, config.server.port)
@@ -9982,6 +9984,7 @@ class Daemon:
         for fd in kept:
             os.set_inheritable(fd, True)
         os.environ[INHERIT] = f'{kept[0]} {kept[1]}'
+        compile_program()
         os.execv(sys.executable, bare_python(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for
