@@ -62,6 +62,7 @@ import errno
 import faulthandler
 import fcntl
 import functools
+import gc
 import heapq
 import html
 import http.client
@@ -3021,6 +3022,7 @@ def import_ytdlp(folder):
                 import yt_dlp.extractor.tiktok
                 adapt_ytdlp()
                 IMPORTED['Session'] = session_class(yt_dlp.YoutubeDL)
+                gc.freeze()  # all this stays; a collection then takes a millisecond
             except BaseException:
                 for name in [name for name in sys.modules if name.partition('.')[0] == 'yt_dlp']:
                     del sys.modules[name]
@@ -3970,6 +3972,7 @@ class Attempt:
 
     def run(self):
         """Download it. In the worker's thread; never raises."""
+        gc.collect()  # what the last attempt left; Python 3.14 would let it pile up
         outcome = self._try()
         cookies = Cookies(self.config)
         if outcome.reason in ('login', 'private'):
