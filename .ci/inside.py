@@ -286,7 +286,7 @@ def check_unplugged(site):
 def check_relocate(site):
     """The videos move to another disk: copied as the service's user, and its sandbox lets it write there."""
     done, = completed(post(site.tiktok()))
-    disk = Path('/mnt/new disk')
+    disk = Path('/media/new disk')
     disk.mkdir()
     run('mount', '-t', 'tmpfs', 'none', str(disk))
     run('videoserverd', 'relocate', f'{disk}/videos')
@@ -339,7 +339,7 @@ def check_uninstall():
 def check_purge():
     """--purge leaves nothing; everything that install.sh writes lies below a path that it names."""
     kept = install('--uninstall', '--purge')
-    assert '/mnt/new disk/videos' in kept, kept
+    assert '/media/new disk/videos' in kept, kept
     bare = files()
     assert not [path for path in bare if 'videoserver' in path], [path for path in bare if 'videoserver' in path]
     assert 'videoserver' not in Path('/etc/passwd').read_text()
