@@ -6686,6 +6686,8 @@ class App:
     def _check_client(self, request):
         forwarded, server = request.field('x-forwarded-for'), self.config.server
         peer = client = request.peer.address
+        if request.peer.admitted and not forwarded:
+            return
         for hop in reversed(forwarded.split(',')):
             if not is_within(client, server.trusted_proxies) or not hop.strip():
                 break
@@ -6701,6 +6703,7 @@ class App:
         if not server.tls and not is_within(peer, PRIVATE_NETWORKS):
             raise HTTPError(403, 'Without TLS this server answers private networks only.',
                             'client_not_allowed')
+        request.peer.admitted = not forwarded
 
     def _check_host(self, request):
         """A Host that is not ours is an attack (DNS rebinding) or a mistake."""
@@ -7581,16 +7584,23 @@ ROUTES = (
 # -- connections
 
 
-def format_head(reply, keep):
-    """Status line and header fields; no value can end its line."""
-    fields = {'Date': formatdate(usegmt=True), **SAME_HEADERS, **dict(reply.headers),
+@functools.lru_cache(maxsize=64)  # most answers within a second start alike
+def fixed_head(status, media, headers, keep, now):
+    """Status line and header fields without the length; no value can end its line."""
+    fields = {'Date': formatdate(now, usegmt=True), **SAME_HEADERS, **dict(headers),
               'Connection': 'keep-alive' if keep else 'close'}
-    if reply.status != 304:
-        fields['Content-Type'] = reply.type
-        fields['Content-Length'] = str(reply.length or len(reply.body))
+    if status != 304:
+        fields['Content-Type'] = media
     lines = [f'{name}: {LINE_END.sub("", text)}\r\n' for name, text in fields.items()]
-    first = f'HTTP/1.1 {reply.status} {http.client.responses[reply.status]}\r\n'
-    return (first + ''.join(lines) + '\r\n').encode('latin-1', 'replace')
+    first = f'HTTP/1.1 {status} {http.client.responses[status]}\r\n'
+    return (first + ''.join(lines)).encode('latin-1', 'replace')
+
+
+def format_head(reply, keep):
+    head = fixed_head(reply.status, reply.type, reply.headers, keep, int(time.time()))
+    if reply.status == 304:
+        return head + b'\r\n'
+    return head + b'Content-Length: %d\r\n\r\n' % (reply.length or len(reply.body))
 
 
 class Peer:
@@ -7600,6 +7610,7 @@ class Peer:
     def __init__(self, sock, address):
         self.sock, self.address = sock, address
         self.buffer = bytearray()  # what has come and was not yet read
+        self.admitted = False  # its address was found to be an allowed client's
         self.enter('new')
 
     def enter(self, state, further=0.0):
@@ -9193,6 +9204,12 @@ STALE_SECONDS = 120.0  # a thread without a beat for this long is stuck
 CERTIFICATE_WARNING_DAYS = 14
 
 
+@functools.lru_cache(maxsize=1)
+def log_time(now):
+    """'2026-11-27 09:16:04' for epoch seconds, in local time; many lines share a second."""
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
+
+
 class LogWriter(logging.Handler):
     """The log file, rotated when full, and stderr under systemd, on a terminal or without a file.
 
@@ -9219,7 +9236,7 @@ class LogWriter(logging.Handler):
             message = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in message)
         text = f'{record.levelname} {message}\n'
         if not self.by_systemd:
-            text = f'{self.plain.formatTime(record)} {text}'
+            text = f'{log_time(int(record.created))},{int(record.msecs):03d} {text}'
         if record.exc_info:
             text += f'{self.plain.formatException(record.exc_info)}\n'
         return text
