@@ -9985,6 +9985,7 @@ class Daemon:
         self.care.freshness.stop()
         self.store.close()
         if restart:
+            compile_program()
             # From here on a signal waits for the new handlers; unblocked, it would kill us.
             signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
             if self.wish != 'stop':
@@ -10004,7 +10005,6 @@ class Daemon:
         for fd in kept:
             os.set_inheritable(fd, True)
         os.environ[INHERIT] = f'{kept[0]} {kept[1]}'
-        compile_program()
         os.execv(sys.executable, bare_python(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for
@@ -10049,6 +10049,8 @@ class Daemon:
 
 def cmd_run(config, options):
     """run the server in the foreground"""
+    # For the thread that logs as well: a signal it took would be lost in a restart.
+    signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
     set_up_logging(config)
     return Daemon(config).run()
 
