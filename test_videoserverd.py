@@ -3001,6 +3001,16 @@ class TestStoredBeforeAcknowledged(DaemonTest):
                 self.assertEqual(self.daemon.client.get('/api/v1/health').status, 200)  # it looks by itself
                 self.daemon.submit(tiktok_link(6), timestamp=time.monotonic_ns())
 
+    def test_a_commit_of_nothing_does_not_say_that_the_disk_works_again(self):
+        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
+        store.open()
+        self.addCleanup(store.close)
+        store.error = 'disk I/O error'
+        store.write(lambda db: db.execute('DELETE FROM downloads'))
+        self.assertEqual(store.error, 'disk I/O error')
+        store.probe()
+        self.assertIsNone(store.error)
+
     def test_completed_comes_after_the_syncs_of_the_file_and_of_its_folder(self):
         daemon = self.new_daemon()
         with Strace(daemon, calls='fsync,fdatasync,rename,renameat,renameat2,link,linkat') as trace:
