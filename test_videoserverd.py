@@ -7072,6 +7072,7 @@ def fetch(url: str) -> Tuple[int, Any, bytes]:
 
 
 PART = 256 << 10  # bytes; in place of 16 MB
+IN_ONE_PIECE = unittest.mock.patch.object(v, 'MULTIPART_ABOVE', 1 << 30)
 
 
 class WithBucket(unittest.TestCase):
@@ -7085,6 +7086,9 @@ class WithBucket(unittest.TestCase):
         v.log.setLevel('CRITICAL')  # it warns of each failure, and most of these tests are failures
 
     def setUp(self):
+        small = unittest.mock.patch.multiple(v, MULTIPART_ABOVE=2 * PART, PART_SIZE=PART)
+        small.start()
+        self.addCleanup(small.stop)
         self.relay = self.new_relay()
         self.config = self.new_config()
         self.output = self.config.downloads.output_directory
@@ -7099,10 +7103,10 @@ class WithBucket(unittest.TestCase):
         return relay
 
     def new_bucket(self, **s3):
-        """A bucket object as a new process has it, with small parts above two of them."""
+        """A bucket object as a new process has it."""
         for key, value in s3.items():
             setattr(self.config.s3, key, value)
-        return v.Bucket(self.config, 2 * PART, PART)
+        return v.Bucket(self.config)
 
     def file(self, name='cat_1.mp4', size=300_000):
         path = self.output / name
@@ -7239,7 +7243,8 @@ class TestBucket(WithBucket):
             answers[:] = status, answer
             self.assertRegex(str(self.refused(self.file(size=10), bucket=bucket)), said)
         answers[:] = 404, b'<Error><Code>NoSuchKey</Code></Error>'
-        error = self.refused(self.file(size=20 << 20), bucket=v.Bucket(bucket_config))
+        with IN_ONE_PIECE:
+            error = self.refused(self.file(size=20 << 20), bucket=bucket)
         self.assertRegex(str(error), '404 NoSuchKey')  # the answer, though it came before all was sent
 
     @unittest.skipUnless(shutil.which('openssl'), 'openssl is not installed')
@@ -7321,12 +7326,13 @@ class TestBucket(WithBucket):
         self.bucket.delete(self.key(path))  # gone already: fine
 
     def hang_up_when_stalled(self, endpoint, relay, path):
-        bucket = v.Bucket(publish_config(endpoint=endpoint))  # in one piece, so that it stalls while it sends
+        bucket = v.Bucket(publish_config(endpoint=endpoint))
         relay.limit, relay.stall = 500_000, True
         ended = []
         thread = threading.Thread(target=lambda: ended.append(self.refused(path, bucket=bucket)))
-        thread.start()
-        self.assertTrue(relay.stalled.wait(fair(10)))
+        with IN_ONE_PIECE:  # so that it stalls while it sends
+            thread.start()
+            self.assertTrue(relay.stalled.wait(fair(10)))
         begun = time.monotonic()
         bucket.client.hang_up()
         thread.join(5)
@@ -8848,12 +8854,11 @@ class TestCertificateForAnIPhone(unittest.TestCase):
         cls.leaf, cls.ca = fields(cls.config.server.cert_file), fields(cls.config.server.ca_file)
 
     def test_passes_openssl_verify_by_each_name_and_address(self):
-        words = {*self.made.names, *self.made.addresses}
         host = socket.gethostname().split('.')[0].lower()
         self.assertLessEqual({'pi.lan', 'fd00::77', '192.168.77.7', 'videos.lan', 'nas.home.arpa', '10.9.8.7',
-                              'localhost', '127.0.0.1', '::1', f'{host}.local'}, words)
-        for option, each in [('-verify_hostname', name) for name in self.made.names] + [
-                ('-verify_ip', address) for address in self.made.addresses]:
+                              'localhost', '127.0.0.1', '::1', f'{host}.local'}, {*self.made.names})
+        for each in self.made.names:
+            option = '-verify_ip' if v.as_address(each) else '-verify_hostname'
             self.assertRegex(verdict(self.config, self.config.server.cert_file, option, each), r'\bOK\n$')
         self.assertIn('mismatch', verdict(self.config, self.config.server.cert_file, '-verify_hostname', 'else.local'))
         self.assertEqual((self.changed, self.made.own), (True, False))
@@ -8878,8 +8883,9 @@ class TestCertificateForAnIPhone(unittest.TestCase):
         self.assertEqual(leaf['X509v3 Authority Key Identifier'][1].replace('keyid:', ''),
                          self.ca['X509v3 Subject Key Identifier'][1])
         alternatives = re.findall(r'(DNS|IP Address):([^ ,]+)', leaf['X509v3 Subject Alternative Name'][1])
-        self.assertEqual([name for kind, name in alternatives if kind == 'DNS'], list(self.made.names))
-        self.assertEqual(len([name for kind, name in alternatives if kind != 'DNS']), len(self.made.addresses))
+        self.assertEqual([v.host_words([name])[0] for _, name in alternatives], list(self.made.names))
+        self.assertEqual([name for kind, name in alternatives if kind == 'DNS'],
+                         [name for name in self.made.names if not v.as_address(name)])
 
     def test_the_ca_is_as_ios_wants_it(self):
         ca = self.ca
@@ -8994,7 +9000,7 @@ class TestRenewal(unittest.TestCase):
         here = ('127.0.0.1', '10.6.6.6', '2001:db8::1', '8.8.8.8')
         with unittest.mock.patch.object(v, 'host_addresses', return_value=here):
             made, changed = v.ensure_certificate(self.config, NOW)
-            self.assertEqual((changed, made.addresses), (True, ('127.0.0.1', '10.6.6.6')))
+            self.assertEqual((changed, made.names[-2:]), (True, ('127.0.0.1', '10.6.6.6')))
         self.assertEqual(self.changed(), {'server.crt'})
 
     def test_names_given_are_remembered_for_renewals(self):
@@ -9002,7 +9008,7 @@ class TestRenewal(unittest.TestCase):
             made, _ = v.ensure_certificate(self.config, NOW, ['NAS.lan.', '192.168.5.5', 'fe80::1%eth0'])
         later, _ = v.ensure_certificate(self.config, NOW + 380 * v.DAY)
         for certificate in (made, later):
-            self.assertLessEqual({'nas.lan', '192.168.5.5', 'fe80::1'}, {*certificate.names, *certificate.addresses})
+            self.assertLessEqual({'nas.lan', '192.168.5.5', 'fe80::1'}, {*certificate.names})
         self.assertNotIn('ca.crt', self.changed())
 
     def test_a_name_outside_needs_a_new_ca_and_the_message_says_so(self):
@@ -9016,7 +9022,7 @@ class TestRenewal(unittest.TestCase):
         v.ensure_certificate(self.config, NOW, ['videos.example.org', '8.8.8.8'], new_ca=True)
         self.assertEqual(self.changed(), {'ca.crt', 'ca.key', 'server.crt', 'server.key', 'names.json'})
         made, _ = v.ensure_certificate(self.config, NOW + 380 * v.DAY)
-        self.assertIn('8.8.8.8', made.addresses)
+        self.assertIn('8.8.8.8', made.names)
         self.assertRegex(verdict(self.config, self.config.server.cert_file, '-attime', str(int(NOW + 380 * v.DAY)),
                                  '-verify_hostname', 'videos.example.org'), r'\bOK\n$')
         self.assertIn('permitted', verdict(self.config, sign_by_hand(self.config, 'x', 'DNS:www.apple.com')))
@@ -9037,7 +9043,7 @@ class TestRenewal(unittest.TestCase):
     def test_a_host_called_tv_gets_no_ca_for_all_of_tv(self):
         with unittest.mock.patch.object(v.socket, 'gethostname', return_value='TV'):
             made, _ = v.ensure_certificate(self.config, NOW, new_ca=True)
-        self.assertEqual(made.names, ('tv.local', 'localhost'))
+        self.assertEqual(made.names[:3], ('tv.local', 'localhost', '127.0.0.1'))
         self.assertIn('permitted', verdict(self.config, sign_by_hand(self.config, 'x', 'DNS:arte.tv')))
 
     def test_odd_host_names(self):
@@ -9452,7 +9458,7 @@ while not os.waitpid(child, os.WNOHANG)[0]:
         done = subprocess.run(command_line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
         self.assertEqual(done.returncode, 0, done.stdout)
         made = v.look_at_certificate(config)
-        self.assertLessEqual({'pi.lan', '10.4.4.4'}, {*made.names, *made.addresses})
+        self.assertLessEqual({'pi.lan', '10.4.4.4'}, {*made.names})
 
 
 class TestServerContext(unittest.TestCase):

@@ -81,7 +81,7 @@ import threading
 import time
 import weakref
 from collections import deque, namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
@@ -196,12 +196,12 @@ def which(name):
     return shutil.which(name)
 
 
-def output_of(command, seconds, data=b''):
+def output_of(command, seconds, data=b'', preexec_fn=None):
     """What a program given `data` prints; b'' where it is missing, fails or takes too long."""
     import subprocess
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, input=data, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL, timeout=seconds, check=True).stdout
+        return subprocess.run(command, input=data, stdout=subprocess.PIPE, timeout=seconds,
+                              stderr=subprocess.DEVNULL, check=True, preexec_fn=preexec_fn).stdout
     return b''
 
 
@@ -4698,45 +4698,37 @@ def link_secret(file):
     return file.read_bytes()
 
 
-def link_signature(secret, path, expires):
-    """Signs the decoded path, as players percent-encode it in their own way."""
+def sign_path(secret, path, expires):
+    """The query that opens `path` until `expires`, epoch seconds. The decoded path is signed, as
+    players percent-encode it in their own way."""
     import hmac
     signed = f'{expires}\n{unquote(path)}'.encode('utf-8', 'replace')
-    return hmac.new(secret, signed, 'sha256').hexdigest()
-
-
-def sign_path(secret, path, expires):
-    """The query that opens `path` until `expires`, epoch seconds."""
-    return f'?expires={expires}&signature={link_signature(secret, path, str(expires))}'
+    return f'?expires={expires}&signature={hmac.new(secret, signed, "sha256").hexdigest()}'
 
 
 def check_signature(secret, path, query, now):
     """Whether `query` opens `path` at `now`: not forged, not of another path, not expired."""
     import hmac
-    expires, signature = query.get('expires', ''), query.get('signature', '')
+    expires = query.get('expires', '')
     if not re.fullmatch(r'\d{1,12}', expires, re.A) or int(expires) < now:
         return False
-    wanted = link_signature(secret, path, expires)
-    return hmac.compare_digest(wanted.encode(), signature.encode('utf-8', 'replace'))
+    sent = f'?expires={expires}&signature={query.get("signature", "")}'.encode('utf-8', 'replace')
+    return hmac.compare_digest(sign_path(secret, path, expires).encode(), sent)
 
 
 def content_disposition(name):
     """The header by RFC 6266: the real name by RFC 8187, and ASCII for old clients."""
     ascii_name = re.sub(r'[^ !#-$&-\[\]-~]', '_', name)  # clients differ on quotes, \ and %
     value = f'inline; filename="{ascii_name}"'
-    if ascii_name == name:
-        return value
-    return f"{value}; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    if ascii_name != name:
+        value += f"; filename*=UTF-8''{quote(name, safe='', errors='replace')}"
+    return value
 
 
 # -- AWS Signature 4 (docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html)
 
-Pairs = Sequence[tuple[str, str]]
-
-
 @named_tuple
 class Keys:
-    """What signs a request."""
     access: str
     secret: str
     region: str
@@ -4854,10 +4846,9 @@ def xml_texts(answer, tag):
 class Bucket:
     """The bucket of [s3]; one request at a time. `presign` from any thread."""
 
-    def __init__(self, config, multipart_above=MULTIPART_ABOVE, part_size=PART_SIZE):
+    def __init__(self, config):
         self.s3 = config.s3
         self.keys = Keys(config.aws_access_key_id, config.aws_secret_access_key, config.s3.region)
-        self.multipart_above, self.part_size = multipart_above, part_size
         self.client = HttpClient()
 
     def key(self, download_id, name):
@@ -4878,7 +4869,7 @@ class Bucket:
             with open(path, 'rb') as file:
                 size, headers = os.fstat(file.fileno()).st_size, [('Content-Type', kind)]
                 body = Body(file, 0, size, self.client.halted)
-                if size > self.multipart_above:
+                if size > MULTIPART_ABOVE:
                     self._put_parts(body, key, headers)
                 else:
                     self._call('PUT', key, (), headers, body)
@@ -4903,7 +4894,7 @@ class Bucket:
 
     def _put_parts(self, everything, key, headers):
         """Existing parts are trusted by their MD5 only: they may be of an older file."""
-        size, stored = self.part_size, {}
+        stored, listed = {}, ''
         upload = next(iter(self._unfinished(key)), '')
         if upload:
             _, answer = self._call('GET', key, [('uploadId', upload)])
@@ -4911,9 +4902,8 @@ class Bucket:
         else:
             _, answer = self._call('POST', key, [('uploads', '')], headers)
             upload = ''.join(xml_texts(answer, 'UploadId'))
-        listed = ''
-        for number, start in enumerate(range(0, everything.size, size), 1):
-            part = everything._replace(start=start, size=min(size, everything.size - start))
+        for number, start in enumerate(range(0, everything.size, PART_SIZE), 1):
+            part = everything._replace(start=start, size=min(PART_SIZE, everything.size - start))
             etag = stored.get(str(number), '')
             if not etag or etag.strip('"') != part.digest('md5'):
                 query = [('partNumber', str(number)), ('uploadId', upload)]
@@ -4956,17 +4946,13 @@ class Bucket:
 # -- the outbox
 
 class Courier:
-    """A thread that sends the outbox's items of some `kinds`, one at a time.
-
-    `send(item, now)` does it and returns what Store.settle records, or raises Trouble."""
-    kinds: tuple[str, ...] = ()
-    fails = ''  # begins the sentence about its error in health
+    """A thread that sends the outbox's items of some `kinds`, one at a time. Of its kinds:
+    `send(item, now)` does it and returns what Store.settle records, or raises Trouble; `fails`
+    begins the sentence about its error in health."""
 
     def __init__(self, name, client, store, delays):
-        self.error = None  # why it fails at present, a sentence; for health
-        self.client, self.store, self.delays = client, store, list(delays)
-        while self.delays[-1] < LONGEST_DELAY:  # then twice as long each time
-            self.delays.append(min(max(1, self.delays[-1] * 2), LONGEST_DELAY))
+        self.error = None  # why it fails at present, a sentence
+        self.client, self.store, self.delays = client, store, delays
         self._changed = threading.Condition()
         self._current, self._stopping, self._woken = '', False, False
         self._pause_until = 0.0
@@ -5028,9 +5014,7 @@ class Courier:
                 return 0
             if not isinstance(error, Trouble):
                 log.exception('%s: failed unexpectedly', self._thread.name)
-            pause = self._postpone(item, str(error), int(now))
-            self.error, self._pause_until = str(error) if pause else None, now + pause
-            return pause
+            return self._postpone(item, str(error), int(now))
         finally:
             self._current = ''
         self.store.settle(item, int(now), None, *noted)
@@ -5038,12 +5022,18 @@ class Courier:
         return 0
 
     def _postpone(self, item, error, now):
-        """Seconds to pause; 0 if it is no longer wanted."""
-        delay = int(min(max(1, backoff(item['attempts'] + 1, self.delays)), LONGEST_DELAY))
+        """Seconds to pause; 0 if it is no longer wanted. After the last delay each is twice as
+        long."""
+        tries = item['attempts'] + 1
+        delay = max(1, int(backoff(tries, self.delays))) << max(0, tries - len(self.delays))
+        delay = min(delay, LONGEST_DELAY)
         if not self.store.settle(item, now, now + delay, 'failing', error):
+            self.error = None
             return 0
         log.warning('%s %s: next try in %d s: %s', item['kind'], item['download_id'], delay, error)
-        return min(delay, COURIER_NAP)
+        pause, self.error = min(delay, COURIER_NAP), error
+        self._pause_until = now + pause
+        return pause
 
 
 class Uploader(Courier):
@@ -5068,7 +5058,7 @@ class Uploader(Courier):
                 self.bucket.put(path, key, file.type)  # says so if the disk is unplugged
                 continue
             lost.append(file.name)  # removed by hand
-            if file.size > self.bucket.multipart_above:
+            if file.size > MULTIPART_ABOVE:
                 self.bucket.abort(key)
         if not lost:
             log.info('download %s: stored in bucket %s', row['id'], self.bucket.s3.bucket)
@@ -5153,25 +5143,18 @@ class Notifier(Courier):
 
 def make_thumbnail(video, picture):
     """Make a small JPEG of `video`; whether it worked. Slow: takes a Pi seconds."""
-    import subprocess
     fresh = picture.with_name(f'.{picture.name}.new')
     for second in ('1', '0'):  # a clip may be shorter than a second
         command = ['nice', 'ffmpeg', '-nostdin', '-v', 'quiet', '-threads', '1',
                    '-protocol_whitelist', 'file', '-format_whitelist', THUMBNAIL_FORMATS,
                    *still_format(video), '-ss', second, '-i', f'file:{video}', '-frames:v', '1',
-                   '-vf', THUMBNAIL_FILTER, '-q:v', '5', '-f', 'mjpeg', '-y', f'file:{fresh}']
-        try:
-            picture.parent.mkdir(exist_ok=True)
-            subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
-                           stderr=subprocess.DEVNULL, timeout=THUMBNAIL_SECONDS,
-                           preexec_fn=die_with_us())
-            if fresh.stat().st_size:
+                   '-vf', THUMBNAIL_FILTER, '-q:v', '5', '-f', 'mjpeg', '-']
+        data = output_of(command, THUMBNAIL_SECONDS, preexec_fn=die_with_us())
+        with suppress(OSError):
+            if data and fresh.write_bytes(data):
                 os.replace(fresh, picture)
                 return True
-        except (OSError, subprocess.TimeoutExpired) as error:
-            log.debug('no thumbnail of %s: %s', video.name, error)
-    with suppress(OSError):
-        fresh.unlink()
+    fresh.unlink(missing_ok=True)
     return False
 
 
@@ -5828,7 +5811,6 @@ class Imports:
 LEAF_DAYS = 397  # iOS takes up to 825 from a private CA; 397 passes everywhere
 CA_DAYS = 3652  # a new CA must be installed on each phone
 RENEW_DAYS = 30  # a machine that was off for a holiday still has a valid certificate
-BACK_DATED = DAY  # a Pi has no clock, and may have booted with yesterday's time
 CA_NAME = 'videoserverd on '  # iOS lists a root under Certificate Trust Settings by its CommonName
 PERMITTED_NAMES = ('local', 'lan', 'home.arpa', 'localhost')  # and all PRIVATE_NETWORKS
 # A CA that permits `tv` permits all of .tv: a host called tv is reached as tv.local only.
@@ -5874,11 +5856,11 @@ class ClockWrong(Trouble):
 
 @named_tuple
 class Certificate:
-    """The server's certificate. `own`: the owner's, not our CA's; `not_after`: epoch seconds."""
+    """The server's certificate. `own`: the owner's, not our CA's; `not_after`: epoch seconds;
+    `names`: and addresses."""
     own: bool
     not_after: int
     names: tuple[str, ...]
-    addresses: tuple[str, ...]
 
 
 def as_address(word):
@@ -6028,11 +6010,10 @@ def look_at_certificate(config):
         except OSError as error:  # includes ssl.SSLError and a missing CA
             reason = getattr(error, 'verify_message', error)
             continue
-        words = found.get('subjectAltName', ())
-        addresses = (str(as_address(word.strip())) for kind, word in words if kind == 'IP Address')
+        words = [word.strip().lower() for kind, word in found.get('subjectAltName', ())
+                 if kind in ('DNS', 'IP Address')]
         return Certificate(own, int(ssl.cert_time_to_seconds(found['notAfter'])),
-                           tuple(word.lower() for kind, word in words if kind == 'DNS'),
-                           tuple(addresses))
+                           tuple(str(as_address(word) or word) for word in words))
     raise Trouble(f'{leaf}: clients would reject it: {reason}')
 
 
@@ -6077,15 +6058,13 @@ def sign_certificate(out, key, subject, words, start, end, *signer):
     """Makes a certificate, of OPENSSL_CONFIG's section of its name. Raises Trouble, OSError.
     Of openssl's commands only `ca` can back-date in every release."""
     folder, listed = out.parent, '\n'.join(word % at for at, word in enumerate(words))
-    serial = int.from_bytes(os.urandom(16), 'big') >> 2 | 1
-    for name, text in (('config', OPENSSL_CONFIG % listed), ('index', ''),
-                       ('serial', f'{serial:032X}\n')):
+    for name, text in (('config', OPENSSL_CONFIG % listed), ('index', '')):
         (folder / name).write_text(text)
     dates = [time.strftime('%Y%m%d%H%M%SZ', time.gmtime(moment)) for moment in (start, end)]
     run_openssl(folder, 'req', '-new', '-config', 'config', '-subj', f'/CN={subject[:64]}',
                 '-key', str(key), '-out', 'request')
-    run_openssl(folder, 'ca', '-batch', '-notext', '-config', 'config', '-in', 'request',
-                '-out', out.name, '-startdate', dates[0], '-enddate', dates[1],
+    run_openssl(folder, 'ca', '-batch', '-notext', '-create_serial', '-config', 'config',
+                '-in', 'request', '-out', out.name, '-startdate', dates[0], '-enddate', dates[1],
                 '-extfile', 'config', '-extensions', out.name, *map(str, signer))
 
 
@@ -6114,35 +6093,27 @@ def put_in_place(config, folder):
 def leaf_words(config, asked, given, permitted):
     """The names and addresses for the leaf; `asked` for now, `given` ever. Raises Trouble if the CA
     may not sign for what is asked."""
-    for words in (asked, host_words(config.server.names)):
-        refused = ', '.join(word for word in words if not may_sign(word, permitted))
-        advice = (f'{refused}: the CA may not sign for this; `videoserverd.py cert --new-ca` '
-                  'with the same names makes one that may, to install on each phone')
-        if refused and words is asked:
-            raise Trouble(advice)
-        if refused:
-            log.warning('[server] names: %s', advice)
+    wanted = host_words((*asked, *config.server.names))
+    refused = [word for word in wanted if not may_sign(word, permitted)]
+    advice = ', '.join(refused) + (
+        ': the CA may not sign for this; `videoserverd.py cert --new-ca` with the same names makes '
+        'one that may, to install on each phone')
+    if {*refused} & {*asked}:
+        raise Trouble(advice)
+    if refused:
+        log.warning('[server] names: %s', advice)
     words = host_words((*host_names(config), *config.server.names, *host_addresses(), *given))
     return [word for word in words if may_sign(word, permitted)]
 
 
-def is_key_of(key, ca):
-    """Whether a private key is there and belongs to a certificate."""
-    try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(ca, key)
-    except OSError:  # an SSLError, too
-        return False
-    return True
-
-
 def make_ca(out, key, permitted, start):
     """Makes a CA that may sign for `permitted`, too. Raises Trouble, OSError."""
-    words = [f'permitted;IP.%d = {network.with_netmask}' for network in PRIVATE_NETWORKS]
-    for word in dict.fromkeys((*PERMITTED_NAMES, *permitted)):
-        line = f'permitted;DNS.%d = {word}'
-        if as_address(word):
-            line = f'permitted;IP.%d = {ipaddress.ip_network(word).with_netmask}'
-        words.append(line)
+    words = []
+    for word in (*PRIVATE_NETWORKS, *PERMITTED_NAMES, *permitted):
+        try:
+            words.append(f'permitted;IP.%d = {ipaddress.ip_network(word).with_netmask}')
+        except ValueError:
+            words.append(f'permitted;DNS.%d = {word}')
     sign_certificate(out, key, CA_NAME + machine_names()[0][:-len('.local')], words, start,
                      start + CA_DAYS * DAY, '-selfsign', '-keyfile', key)
 
@@ -6154,16 +6125,20 @@ def make_certificate(config, now, words, notes, new_ca, fresh):
         today = time.strftime('%Y-%m-%d', time.gmtime(now))
         raise ClockWrong(f'the clock shows {today}, too early for a certificate: connect the '
                          'network, or run: sudo timedatectl set-ntp true')
-    files, start = certificate_files(config), now - BACK_DATED
-    ca, ca_key = files['ca.crt'], files['ca.key']
+    files = certificate_files(config)
+    start = now - DAY  # a Pi has no clock, and may have booted with yesterday's time
+    ca, ca_key, leaf = files['ca.crt'], files['ca.key'], files['server.crt']
+    if ca.exists():
+        try:
+            tls_context(ca, ca_key)
+        except Trouble:
+            raise Trouble(f'{ca} is left alone, for {ca_key} is missing or of another CA: put its '
+                          f'key there, or move {ca} and {leaf} away, run `videoserverd.py cert` '
+                          'and install the new CA on each phone') from None
     folder = Path(tempfile.mkdtemp(prefix=WORKING[:-1], dir=ca.parent))
     if new_ca:
         ca, ca_key = folder / 'ca.crt', make_key(folder / 'ca.key', ca_key, fresh)
         make_ca(ca, ca_key, notes['permitted'], start)
-    if not ca_key.exists():
-        raise Trouble(f'{ca_key} is missing, so no certificate can be made: put it back, or '
-                      f'move {files["ca.crt"]} and {files["server.crt"]} away, run '
-                      '`videoserverd.py cert` and install the new CA on each phone')
     last = ssl.cert_time_to_seconds(read_ca(ca)[1]['notAfter'])
     if now > last - RENEW_DAYS * DAY:
         log.warning('the CA ends within %d days: `videoserverd.py cert --new-ca` makes one for '
@@ -6191,11 +6166,6 @@ def ensure_locked(config, now, asked, force, fresh):
         if old.own:
             return old, False
     new_ca = fresh or not server.ca_file.exists()
-    ca_key = certificate_files(config)['ca.key']
-    if fresh and server.ca_file.exists() and not is_key_of(ca_key, server.ca_file):
-        raise Trouble(f'{server.ca_file} is left alone, for {ca_key} is missing or of another CA: '
-                      f'put its key there, or move {server.ca_file} and {server.cert_file} away to '
-                      'have new ones made')
     known, permitted = remembered_names(config)
     given = host_words((*known, *asked))
     if new_ca:
@@ -6203,8 +6173,7 @@ def ensure_locked(config, now, asked, force, fresh):
         permitted = host_words((*own, *server.names, *given))
     words = leaf_words(config, asked, given, permitted)
     if usable and not demanded:  # a name that went away can stay: containers come and go
-        missing = {*words} - {*old.names, *old.addresses}
-        if not missing and RENEW_DAYS <= (old.not_after - now) / DAY <= LEAF_DAYS:
+        if {*words} <= {*old.names} and RENEW_DAYS <= (old.not_after - now) / DAY <= LEAF_DAYS:
             return old, False
     try:
         notes = {'given': given, 'permitted': permitted}
@@ -10110,7 +10079,7 @@ def cmd_cert(config, options):
         return 0
     done = 'made' if changed else 'still good'
     print(f'{config.server.cert_file}: {done}, for {days_left(certificate)} days and these names:')
-    print(' ', *certificate.names, *certificate.addresses)
+    print(' ', *certificate.names)
     print(f'CA SHA-256: {ca_fingerprint(config)}')
     if changed and Lock(config.database.path).running():
         print('The running server will use it within a minute.')
@@ -10388,7 +10357,7 @@ def check_certificate(config):
         return
     if days_left(leaf) < CERTIFICATE_WARNING_DAYS:
         yield f'certificate: {days_left(leaf)} days left', fix
-    missing = {*host_names(config), *host_addresses()} - {*leaf.names, *leaf.addresses}
+    missing = {*host_names(config), *host_addresses()} - {*leaf.names}
     permitted = remembered_names(config)[1]
     missing = ', '.join(name for name in sorted(missing) if may_sign(name, permitted))
     if missing and not leaf.own:
