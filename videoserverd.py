@@ -16,7 +16,7 @@ The map. One law: a name is used only below the line that defines it; calls poin
     download     the only importer of yt_dlp; one Attempt at one job
     vendor       fetching, checking and switching the vendored yt-dlp
     publish      links to finished files, SigV4, the bucket, thumbnails
-    scheduler    the heap of due jobs, the workers, pause and resume
+    scheduler    what is due, the workers, pause and resume
     imports      the exports of people's years, read and queued
     certificate  CA and leaf through the openssl command, the iPhone's profile
     http         the TLS server, its limits, one table of routes for two dialects
@@ -26,7 +26,7 @@ The map. One law: a name is used only below the line that defines it; calls poin
 
 Threads: main waits for signals and re-arms the watchdog; `accept` takes connections and ends slow
 ones; `request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp;
-`commit` alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`;
+`commit` alone writes the database; `schedule` alone starts workers; each download has a `worker-…`;
 `upload` and `notify` empty the outbox; `care` does daily and minutely chores; `log` writes the
 log; unnamed helpers wait for slow disks and name servers on behalf of an attempt. faulthandler's
 thread ends the process when no other thread has run for a minute.
@@ -63,7 +63,6 @@ import faulthandler
 import fcntl
 import functools
 import gc
-import heapq
 import html
 import http.client
 import io
@@ -95,7 +94,6 @@ from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
 VERSION = '1.0.0'
 BUILT = 1795219200  # 2026-11-21, epoch seconds: a clock that shows less is wrong
 PROGRAM = Path(__file__).absolute()
-CLOCK_STEP = 30  # seconds; smaller steps do not matter
 log = logging.getLogger('videoserverd')
 Any = object  # in annotations only; the module typing takes 0.4 MB
 
@@ -286,18 +284,6 @@ class HttpClient:
             raise ConnectionError(f'no HTTP: {error}') from None
         finally:
             self._socket = None
-
-
-class ClockWatch:
-    """Notices that the wall clock was set: a Pi has no clock chip and starts with an old time."""
-
-    def __init__(self):
-        self._gap = time.time() - time.monotonic()
-
-    def was_set(self, now, monotonic):
-        """Whether it has moved by more than CLOCK_STEP since the last call, either way."""
-        gap, self._gap = self._gap, now - monotonic
-        return abs(self._gap - gap) > CLOCK_STEP
 
 
 # ---------- settings ----------------------------------------------------------------------
@@ -688,10 +674,9 @@ class Outcome:
     shared: str | None = None
 
 
-def backoff(attempt, delays, jitter=0):
-    """Seconds to wait after failed attempt `attempt` (1 = first); the last delay repeats.
-    `jitter`, 0 to 1, adds up to a tenth."""
-    return delays[min(attempt, len(delays)) - 1] * (1 + jitter / 10)
+def backoff(attempt, delays):
+    """Seconds to wait after failed attempt `attempt` (1 = first); the last delay repeats."""
+    return delays[min(attempt, len(delays)) - 1]
 
 
 STEPS = {'done': 'finish', 'give_up': 'give_up', 'cancelled': 'give_up',
@@ -1362,7 +1347,7 @@ CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked 
 # The link that must be an hour old before the client may send another; future ones do not count.
 HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? '
              'AND created_at <= ? AND import_id IS NULL ORDER BY created_at DESC LIMIT 1 OFFSET ?')
-KNOWN = 'SELECT id, status, next_attempt_at, files FROM downloads WHERE '
+KNOWN = 'SELECT id, status, files FROM downloads WHERE '
 SAME_POST = (KNOWN + "site = ? AND media_id = ? AND asked IS ? AND status <> 'failed' "
              "AND reason IS NOT 'room' ORDER BY status, created_at DESC LIMIT 1")
 INSERT_LINK = (  # one statement, since each one releases the GIL twice
@@ -1379,7 +1364,6 @@ class Stored:
     id: str
     fresh: bool
     status: str = 'queued'
-    due: int = 0
     files: tuple[str, ...] = ()
     same_post: bool = False
 
@@ -1717,11 +1701,22 @@ class Store:
                          "AND (NOT ? OR status IN ('queued', 'downloading')) "
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
-    def due_times(self):
-        """(id, when it may start) of all queued downloads, oldest first; not those of imports."""
-        return [tuple(row) for row in self.read(
-            "SELECT id, coalesce(next_attempt_at, 0) FROM downloads WHERE status = 'queued' "
-            "AND (import_id IS NULL OR reason = 'freeze') ORDER BY created_at, rowid")]
+    def waiting(self, now, longest, limit):
+        """(id, due) of the first that may start; not those of imports. After a clock that was ahead
+        none waits for more than `longest` seconds. One whose claim was reported as failed may be
+        'downloading'."""
+        latest = now + longest
+        rows = self.read(
+            'SELECT id, coalesce(next_attempt_at, 0) AS due FROM downloads '
+            "WHERE status IN ('queued', 'downloading') AND created_at > 0 AND (import_id IS NULL "
+            "OR reason = 'freeze' OR status = 'downloading' OR next_attempt_at > ?) "
+            'ORDER BY due > ? DESC, due, created_at, rowid LIMIT ?', (latest, latest, limit))
+        if not rows or rows[0]['due'] <= latest:
+            return rows
+        self.write(lambda db: db.execute(
+            'UPDATE downloads SET next_attempt_at = ? WHERE next_attempt_at > ?',
+            (latest, latest)))
+        return self.waiting(now, longest, limit)
 
     def unfinished(self):
         """Status by id of all queued or running downloads."""
@@ -1773,8 +1768,7 @@ class Store:
             raise RateLimited(max(1, wait), self.links_per_hour)
         self._count_repeat(client, now)
         files = tuple(file[0] for file in json.loads(known['files'] or '[]'))
-        return Stored(known['id'], False, known['status'], known['next_attempt_at'] or 0, files,
-                      same_post)
+        return Stored(known['id'], False, known['status'], files, same_post)
 
     def _count_repeat(self, client_id, now):
         """A client may send as many repeats as new links. Raises RateLimited."""
@@ -1954,12 +1948,6 @@ class Store:
         """Those that were running when yt-dlp froze, until the culprit is known."""
         return {row['id'] for row in self.read(
             "SELECT id FROM downloads WHERE status = 'queued' AND reason = 'freeze'")}
-
-    def pull_in(self, now, longest):
-        """The clock may have been ahead: no attempt waits longer than the longest delay."""
-        self.write(lambda db: db.execute(
-            "UPDATE downloads SET next_attempt_at = ? "
-            "WHERE status = 'queued' AND next_attempt_at > ?", (now + longest, now + longest)))
 
     # -- imports
 
@@ -5159,8 +5147,8 @@ def make_thumbnail(video, picture):
 
 
 # ---------- scheduler ---------------------------------------------------------------------
-# Owns the heap (due, seq, id), an index of what is queued in SQLite, and the workers.
-# Lock: `_changed` guards heap, `_running` and the pause; never held across the store, a
+# Owns the workers, and asks the store what they may start.
+# Lock: `_changed` guards `_running` and what is said of it; never held across the store, a
 # download or a socket. Called by http (push, cancel), daemon (start, stop) and its own threads.
 
 MAX_NAP = 5.0  # seconds: a wall clock that jumps (a Pi has no RTC) is noticed after this
@@ -5195,20 +5183,16 @@ class Scheduler:
         self.on_outcome, self.on_hang = on_outcome, on_hang
         self.ready = False  # whether what an earlier life left has been queued again
         self.frozen = False  # whether that life ended because yt-dlp froze
-        self._clock = ClockWatch()
-        self._stale = False  # whether the heap must be rebuilt: the clock was set
         self.paused = None  # why nothing starts, a sentence
         self.beat = time.monotonic()  # when the loop last came round: for the watchdog
         self._pause_until, self._pause_message = -math.inf, ''  # monotonic
         self._looked = -math.inf  # monotonic, when the pause was last looked at
         self._changed = threading.Condition()
-        self._heap = []
-        self._due = {}  # by id: the entry that counts; others are stale
-        self._seq = 0
+        self._news = False  # whether something changed since the loop last looked
+        self._next_due = math.inf  # epoch seconds
         self._running = {}
         self._alone = set()  # those that must run alone
         self._import_due = -math.inf  # monotonic, when the next post of an import may start
-        self._importing = True  # whether there may be one
         self._stopping = threading.Event()
         self._threads = []
 
@@ -5224,31 +5208,18 @@ class Scheduler:
         self._alone = self.store.suspects()
         for job, outcome in over:
             self._settle(job, outcome)
-        self._rebuild(now)
         self.ready = True
 
-    def _rebuild(self, now):
-        self.store.pull_in(now, max(self.config.downloads.retry_delays))
+    def _wake(self):
         with self._changed:
-            self._heap.clear()
-            self._due.clear()
-        for download_id, due in self.store.due_times():
-            self.push(download_id, due)
-        self._stale = False
+            self._news = True
+            self._changed.notify_all()
 
-    def push(self, download_id, due=0):
-        """It is queued and may start at `due`, epoch seconds; claim verifies that."""
-        with self._changed:
-            self._enter(download_id, due)
+    def push(self, download_id):
+        """It is queued now; claim verifies that."""
+        if not self.paused and not self._must_wait(download_id):  # else the loop comes by itself
+            self._wake()
         self.board.post(download_id)
-
-    def _enter(self, download_id, due):
-        if self._due.get(download_id, math.inf) > due:
-            self._seq += 1
-            self._due[download_id] = due
-            heapq.heappush(self._heap, (due, self._seq, download_id))
-            if self._heap[0][2] == download_id:  # else an earlier one has woken the loop
-                self._changed.notify_all()
 
     def cancel(self, download_id, now):
         """Stop it wherever it is; whether there was something to stop."""
@@ -5273,7 +5244,7 @@ class Scheduler:
             runs = [self._running[key] for key in ids if key in self._running]
             for run in runs:
                 run.stop_reason = run.stop_reason or reason
-            self._changed.notify_all()
+            self._wake()
         for run in runs:
             if run.attempt:
                 run.attempt.stop(reason)
@@ -5281,9 +5252,8 @@ class Scheduler:
 
     def wake_imports(self):
         """An import was started or resumed."""
-        with self._changed:
-            self._import_due, self._importing = -math.inf, True
-            self._changed.notify_all()
+        self._import_due = -math.inf
+        self._wake()
 
     def running(self):
         """How many downloads workers have."""
@@ -5291,13 +5261,13 @@ class Scheduler:
             return len(self._running)
 
     def stop(self, seconds=4.0):
-        """Stop all, leaving them queued; whether everything ended in that time."""
-        self._stopping.set()
+        """Stop all, leaving them queued, as far as they end in that time."""
+        with self._changed:  # a worker that comes later sees it
+            self._stopping.set()
         self._halt(list(self._running), 'stopped')
         end = time.monotonic() + seconds
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
 
     # -- the thread that schedules
 
@@ -5317,42 +5287,41 @@ class Scheduler:
                 log.exception('scheduler: continuing after this')
                 self._stopping.wait(STORE_NAP)
             with self._changed:
-                if not self._stopping.is_set():
-                    self._changed.wait(self._nap(time.time()))
+                self._changed.wait_for(lambda: self._news, self._nap(time.time()))
+                self._news = False
 
     def step(self, now, monotonic):
         """One look at everything: pause, what runs, what is due. `now` is epoch seconds."""
         self.beat = monotonic
         self._watch(monotonic)
-        if monotonic - self._looked >= WATCH_NAP or self._may_take(now):
+        free = not self.paused and not self._must_wait('')
+        if free or monotonic - self._looked >= WATCH_NAP:
             self._looked = monotonic
             self._refresh_pause(monotonic)
-        self._stale |= self._clock.was_set(now, monotonic)
         if not self.ready:
             self._recover(int(now))
-        if self._stale:
-            self._rebuild(int(now))
-        for download_id in self._take_due(now) or self._take_import(now, monotonic):
-            self._employ(download_id)
+        if not self.paused:
+            self._start_due(now, monotonic)
 
     def _employ(self, download_id):
         """Give it to a new worker (idle threads cost memory). Raises what Thread.start does."""
+        with self._changed:
+            if download_id in self._running or self._stopping.is_set():
+                return
+            self._running[download_id] = run = Run()
         try:
-            self._spawn(f'worker-{download_id[:8]}', lambda: self._work(download_id))
+            self._spawn(f'worker-{download_id[:8]}', lambda: self._work(download_id, run))
         except Exception:
             with self._changed:
                 self._running.pop(download_id, None)
-            self.push(download_id, time.time() + STORE_NAP)
             raise
 
     def _nap(self, now):
         """Seconds until there is something to do; under the lock."""
         if self._running or self.paused:
             return WATCH_NAP
-        naps = [MAX_NAP, *[due - now for due, _, _ in self._heap[:1]]]
-        if self._importing:
-            naps.append(max(self._import_due - time.monotonic(), WATCH_NAP))
-        return max(min(naps), 0.0)
+        return max(min(MAX_NAP, self._next_due - now,
+                       max(self._import_due - time.monotonic(), WATCH_NAP)), 0.0)
 
     def _refresh_pause(self, monotonic):
         message = self.preflight()
@@ -5367,47 +5336,31 @@ class Scheduler:
             log.info('queue: resumed')
         self.board.post('')
 
-    def _may_take(self, now):
-        """Whether something is due and a worker free for it."""
+    def _must_wait(self, download_id):
+        """Whether no worker may take it now."""
         with self._changed:
-            if self.paused or self._stopping.is_set() or not self._heap or self._heap[0][0] > now:
-                return False
-            if self._running and self._alone & {self._heap[0][2], *self._running}:
-                return False
-            return len(self._running) < self.config.downloads.max_concurrent
+            return (len(self._running) >= self.config.downloads.max_concurrent
+                    or bool(self._running and self._alone & {download_id, *self._running}))
 
-    def _take_due(self, now):
-        """Pop what is due while a worker is free, and mark it as running."""
-        taken = []
-        with self._changed:
-            while self._may_take(now):
-                due, _, download_id = heapq.heappop(self._heap)
-                if self._due.get(download_id) != due:
-                    continue
-                del self._due[download_id]
-                if download_id in self._running:  # its last worker is just leaving
-                    self._enter(download_id, now + WATCH_NAP)
-                else:
-                    self._running[download_id] = Run()
-                    taken.append(download_id)
-        return taken
-
-    def _take_import(self, now, monotonic):
-        """At the pace of imports, when nothing that was shared is due, one of their posts."""
-        with self._changed:
-            busy = len(self._running) >= self.config.downloads.max_concurrent
-            due = bool(self._heap) and self._heap[0][0] <= now
-            if self.paused or self._alone or busy or due or monotonic < self._import_due:
-                return []
+    def _start_due(self, now, monotonic):
+        """While workers are free, start what is due, then, at the pace of imports, one of their
+        posts."""
+        downloads, self._next_due = self.config.downloads, math.inf
+        for row in self.store.waiting(int(now), max(downloads.retry_delays),
+                                      2 * downloads.max_concurrent):
+            self._next_due = row['due']
+            if row['due'] > now:
+                break
+            if self._must_wait(row['id']):
+                return
+            self._employ(row['id'])
+        if self._alone or self._must_wait('') or monotonic < self._import_due:
+            return
         found = self.store.next_of_imports(int(now))
-        pace = self.config.downloads.import_pace * (0.75 + os.urandom(1)[0] / 510)
-        with self._changed:
-            self._importing = bool(found)
-            self._import_due = monotonic + (pace if found else MAX_NAP)
-            if not found or found in self._running:
-                return []
-            self._running[found] = Run()
-        return [found]
+        self._import_due = monotonic + MAX_NAP
+        if found:
+            self._import_due = monotonic + downloads.import_pace * (0.75 + os.urandom(1)[0] / 510)
+            self._employ(found)
 
     def _watch(self, monotonic):
         """Let each attempt check its limits; one that ignores a stop makes us restart in place."""
@@ -5425,27 +5378,29 @@ class Scheduler:
 
     # -- the threads that download, one each
 
-    def _work(self, download_id):
-        with self._changed:
-            run = self._running[download_id]
+    def _work(self, download_id, run):
         try:
             self._attempt(download_id, run)
         except StoreDown as error:
             log.warning('download %s: waiting for the database: %s', download_id, error)
-            self.push(download_id, time.time() + STORE_NAP)
+            self._stopping.wait(STORE_NAP)
         except Exception:
             log.exception('download %s: failed unexpectedly', download_id)
-            self._settle(run.job, INTERNAL)
+            if run.job:
+                self._settle(run.job, INTERNAL)
+            else:  # its row cannot be read
+                self.store.move('cancel', download_id, int(time.time()), reason='internal',
+                                error_message=INTERNAL.message)
         finally:
             with self._changed:
                 self._running.pop(download_id, None)
-                self._changed.notify_all()
+                self._wake()
             self.board.post(download_id)
 
     def _attempt(self, download_id, run):
         run.job = job = self.store.claim(download_id, int(time.time()))
-        if job is None:
-            self._look_again(download_id)
+        if job is None:  # gone, not due yet, or claimed by a commit that was reported as failed
+            self.store.move('requeue', download_id, int(time.time()))
             return
         log.info('download %s: attempt %d starts: %s', job.id, job.attempt, job.url)
         self.board.post(job.id, Progress(0.0, 'page'))
@@ -5488,20 +5443,8 @@ class Scheduler:
                                    note=record['note'] or '', post=record, shared=record['id'])
         return None
 
-    def _look_again(self, download_id):
-        """It could not be claimed: gone, not due yet, or claimed by a commit that was reported as
-        failed. What still waits keeps its place in the heap."""
-        with suppress(LookupError):
-            record = self.store.get(download_id)
-            if record['status'] == 'downloading':  # by nobody but us: we hold its place in _running
-                self.store.move('requeue', download_id, int(time.time()))
-            if record['status'] in ('queued', 'downloading'):
-                self.push(download_id, record['next_attempt_at'] or 0)
-
     def _settle(self, job, outcome):
         """Store how it ended, however long the database takes; then tell the daemon."""
-        if job is None:
-            return
         while True:
             try:
                 over = self._store_outcome(job, outcome, time.time())
@@ -5524,30 +5467,20 @@ class Scheduler:
                 outcome.reason, outcome.message or ', '.join(file.name for file in outcome.files))
         if step == 'finish':
             over = self.store.finish(job.id, outcome, downloads.output_directory, int(now))
-            if outcome.shared and not over:
-                self._put_back(job, outcome, now)
-            return over
-        if step == 'requeue':
-            self._put_back(job, outcome, now)
+            if over or not outcome.shared:
+                return over
+        if step in ('finish', 'requeue'):  # as before, no attempt counted
+            if outcome.kind == 'pause':
+                self._pause_until = time.monotonic() + PAUSE_SECONDS
+                self._pause_message, self._looked = outcome.message, -math.inf
+            self.store.move('requeue', job.id, int(now))
             return False
         due = int(now + delay) if step == 'retry_later' else None
         outcome = outcome._replace(message=last_words(outcome, job.attempt, step))
         self.store.fail(step, job, outcome, int(now), downloads.output_directory, due)
-        if due and job.imported:  # a site that blocks us is left alone by the import
-            if outcome.reason in FEW_TRIES:
-                self._import_due = time.monotonic() + delay
-        elif due:
-            self.push(job.id, due)  # even if a commit that was reported as failed has stored it
+        if due and job.imported and outcome.reason in FEW_TRIES:
+            self._import_due = time.monotonic() + delay  # a site that blocks us is left alone
         return not due
-
-    def _put_back(self, job, outcome, now):
-        """Stopped, or nothing can be downloaded now: queued again, no attempt counted."""
-        if outcome.kind == 'pause':
-            self._pause_until = time.monotonic() + PAUSE_SECONDS
-            self._pause_message, self._looked = outcome.message, -math.inf
-        self.store.move('requeue', job.id, int(now))
-        if not job.imported:
-            self.push(job.id)
 
 
 # ---------- imports -----------------------------------------------------------------------
@@ -6952,7 +6885,7 @@ def store_links(app, links, window=0):
             stored = results[number] = app.store.add_many([again], now)[0]
         if isinstance(stored, Stored) and stored.status == 'queued':
             # A repeat too: the commit of the first one may have been reported as failed.
-            app.scheduler.push(stored.id, stored.due)
+            app.scheduler.push(stored.id)
     app.board.observe(time.monotonic() - started)
     return results
 
