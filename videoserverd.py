@@ -33,7 +33,7 @@ thread ends the process when no other thread has run for a minute.
 
 Locks, never two at once: Store._tickets, Board._changed, Scheduler._changed, Courier._changed,
 Stopper._changed (sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is imported once),
-NAMES_LOCK (a free name is taken), Pace._lock, App._guard, Server._guard, LogWriter.writing;
+NAMES_LOCK (a free name is taken), Pace._lock, App.guard, Server._guard, LogWriter.writing;
 between processes flock on <database>.lock and <ytdlp_directory>/.lock.
 """
 from __future__ import annotations
@@ -6214,14 +6214,15 @@ LINE_END = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
 CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: "
        "data:{images}; media-src 'self'; connect-src 'self'; manifest-src 'self'; "
        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
-NO_STORE = ('Cache-Control', 'no-store')
-SAME_HEADERS = {
+SAME_HEADERS = {  # unless a reply has its own
     'Server': 'videoserverd', 'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
     'Referrer-Policy': 'no-referrer', 'Cross-Origin-Resource-Policy': 'same-origin',
+    'Cache-Control': 'no-store',
     'Content-Security-Policy': "default-src 'none'; media-src 'self'; img-src 'self'; "
                                "style-src 'unsafe-inline'; sandbox"}
 JSON = 'application/json'
 LOOPBACK = networks('127.0.0.0/8,::1')
+RETRY_SOON = ('Retry-After', '30')
 CODES = {401: 'key_wanted', 404: 'not_found', 411: 'length_required', 413: 'too_large',
          414: 'uri_too_long', 415: 'not_json', 431: 'headers_too_large'}  # else bad_request
 STORED_FIELDS = ('url status filename file_size error_message next_attempt_at client_id created_at '
@@ -6231,11 +6232,10 @@ STORED_FIELDS = ('url status filename file_size error_message next_attempt_at cl
 class HTTPError(Exception):
     """A refusal: status, one sentence a phone can show, stable code, further headers."""
 
-    def __init__(self, status, message, code='', **headers):
+    def __init__(self, status, message, code='', *headers):
         super().__init__(message)
-        self.status, self.message = status, message
+        self.status, self.headers = status, headers
         self.code = code or CODES.get(status, 'bad_request')
-        self.headers = tuple((name.replace('_', '-'), text) for name, text in headers.items())
 
 
 class ClientGone(ConnectionError):
@@ -6248,7 +6248,7 @@ class Reply:
     status: int
     body: bytes = b''
     type: str = JSON
-    headers: tuple[tuple[str, str], ...] = (NO_STORE,)
+    headers: tuple[tuple[str, str], ...] = ()
     file: Any = None
     length: int = 0
 
@@ -6383,19 +6383,18 @@ class Route:
     access: str = 'key'
 
 
-def json_reply(body, status=200, *headers):
+def json_reply(body, status=200):
     text = json.dumps(body, ensure_ascii=False, separators=(',', ':'))
-    return Reply(status, text.encode('utf-8', 'replace'), headers=(NO_STORE, *headers))
+    return Reply(status, text.encode('utf-8', 'replace'))
 
 
-def done_reply(status, message, code=200, **more):
+def done_reply(status, message, http_status=200, **more):
     return json_reply({'status': status, **more, 'message': message,
-                       'timestamp': int(time.time())}, code)
+                       'timestamp': int(time.time())}, http_status)
 
 
-def text_reply(status, sentence, *headers):
-    return Reply(status, sentence.encode('utf-8', 'replace'), 'text/plain; charset=utf-8',
-                 (NO_STORE, *headers))
+def text_reply(status, sentence):
+    return Reply(status, sentence.encode('utf-8', 'replace'), 'text/plain; charset=utf-8')
 
 
 def parse_name(given):
@@ -6436,13 +6435,13 @@ def is_at_home(request):
 
 def match_path(pattern, path):
     """Its parameters, None if it does not match. {id} must look like one of ours."""
-    wanted, found = pattern.split('/'), path.split('/')
-    params = {part: word for part, word in zip(wanted, found) if part.startswith('{')}
-    if [params.get(part, part) for part in wanted] != found:
+    parts = zip(pattern.split('/'), path.split('/'))
+    params = {part.strip('{}'): word for part, word in parts if part.startswith('{')}
+    if pattern.count('/') != path.count('/') or pattern.format(**params) != path:
         return None
-    if '{id}' in params and not UUID_PATTERN.fullmatch(params['{id}']):
+    if 'id' in params and not UUID_PATTERN.fullmatch(params['id']):
         return None
-    return {part.strip('{}'): word for part, word in params.items()}
+    return params
 
 
 def shown_percent(record, progress):
@@ -6487,8 +6486,8 @@ class App:
         self.public = urlsplit(config.server.public_base_url or '')
         self.watchers = threading.Semaphore(WATCHERS)
         self.video_waiters = threading.Semaphore(WATCHERS)
-        self._wrong_keys = {}  # by address: how many, and when
-        self._guard = threading.Lock()  # guards _wrong_keys
+        self.wrong_keys = {}  # by address: how many, and when
+        self.guard = threading.Lock()  # guards wrong_keys
 
     def base(self):
         return public_base(self.config, self.port)
@@ -6535,197 +6534,210 @@ class App:
         except LookupError:
             raise HTTPError(404, 'There is no such download.') from None
 
-    def respond(self, request):
-        started = time.monotonic()
+
+# -- from a request to a reply
+
+def check_client(app, request):
+    forwarded, server = request.field('x-forwarded-for'), app.config.server
+    peer = client = request.peer.address
+    if request.peer.admitted and not forwarded:
+        return
+    for hop in reversed(forwarded.split(',')):
+        if not is_within(client, server.trusted_proxies) or not hop.strip():
+            break
         try:
-            reply = self._pass_gates(request)
-        except ClientGone:
-            raise
-        except Exception as error:
-            reply = self.refuse(request.raw_path, self._as_http_error(request, error))
-        tell = log.info  # for what somebody did, not for a page that polls
-        if reply.status < 400 and request.method in ('GET', 'HEAD'):
-            tell = log.debug
-        tell('%s "%s %s" %d %.1fms%s', request.client, request.method, request.shown_path,
-             reply.status, (time.monotonic() - started) * 1000, request.note)
-        if self.config.api_keys and reply.type == JSON:
-            return reply  # signed links beside the titles of strangers: no BREACH
-        return pack_reply(reply, request.field('accept-encoding'))
-
-    def _as_http_error(self, request, error):
-        if isinstance(error, HTTPError):
-            return error
-        if isinstance(error, Refused):
-            status = 400 + 3 * (error.code == 'domain_not_allowed')
-            return HTTPError(status, error.message, error.code)
-        if isinstance(error, RateLimited):
-            return HTTPError(429, str(error), 'rate_limited', Retry_After=str(error.retry_after))
-        if isinstance(error, StoreDown):
-            return HTTPError(503, error.sentence, 'cannot_store', Retry_After='30')
-        if isinstance(error, OSError):
-            return HTTPError(503, f'The disk reported an error: {error.strerror}.', 'disk_error',
-                             Retry_After='30')
-        log.exception('request: %s %s: failed', request.method, request.shown_path)
-        return HTTPError(500, 'Something went wrong in the server; see its log.', 'internal')
-
-    def _pass_gates(self, request):
-        self._check_client(request)
-        self._check_host(request)
-        request.unread = size = body_length(request.fields)
-        route = self._find_route(request)
-        limit = max(self.config.security.max_request_size, route.limit)
-        if size > limit:
-            raise HTTPError(413, f'The request is over {format_size(limit)}.')
-        if request.field('expect').lower() not in ('', '100-continue'):
-            raise HTTPError(417, 'The header Expect is not supported.')
-        self._check_origin(request)
-        if route.access == 'share':
-            self._check_share(request)
-        if route.access == 'key':
-            self.require_key(request)
-        request.query = self._parse_query(request, route)
-        if not route.body:
-            request.body()  # read and dropped, so that the connection can stay open
-        return route.handler(self, request)
-
-    def _check_client(self, request):
-        forwarded, server = request.field('x-forwarded-for'), self.config.server
-        peer = client = request.peer.address
-        if request.peer.admitted and not forwarded:
-            return
-        for hop in reversed(forwarded.split(',')):
-            if not is_within(client, server.trusted_proxies) or not hop.strip():
-                break
-            try:
-                client = plain_address(hop.strip())
-            except ValueError:
-                raise HTTPError(400, 'X-Forwarded-For has no valid address.') from None
-        request.client = client
-        allowed = self.config.security.allowed_clients
-        by_link = server.host == '::' and allowed == PRIVATE_NETWORKS
-        if not is_within(client, allowed) and not (by_link and is_on_link(client)):
-            raise HTTPError(403, 'This server does not answer your network.', 'client_not_allowed')
-        if not server.tls and not is_within(peer, PRIVATE_NETWORKS):
-            raise HTTPError(403, 'Without TLS this server answers private networks only.',
-                            'client_not_allowed')
-        request.peer.admitted = not forwarded
-
-    def _check_host(self, request):
-        """A Host that is not ours is an attack (DNS rebinding) or a mistake."""
-        hosts = request.fields.get('host', [])
-        match = len(hosts) == 1 and HOST_FIELD.fullmatch(hosts[0])
-        if not match:
-            raise HTTPError(400, 'The request must name one host.')
-        host = match[1].strip('[]').lower().rstrip('.')
-        if host not in self.hosts and host != plain_address(request.peer.sock.getsockname()[0]):
-            raise HTTPError(421, f'This server is not {host}; if that is its name, add it to '
-                            '[server] names.', 'wrong_host')
-
-    def _check_origin(self, request):
-        """Pages of other sites may not change anything: no CORS, and Fetch Metadata if sent."""
-        if request.method in ('GET', 'HEAD'):
-            return
-        origin = request.field('origin').lower()
-        scheme, _, host = origin.partition('://')
-        hosts = request.field('host').lower(), self.public.netloc.lower()
-        ours = scheme in ('https', 'http') and host in hosts
-        site = request.field('sec-fetch-site').lower()
-        if (origin and not ours) or site not in ('', 'same-origin', 'none'):
-            raise HTTPError(403, 'Pages of other sites may not use this server. If this is its own '
-                            'page behind a proxy, set [server] public_base_url.', 'foreign_origin')
-
-    def require_key(self, request):
-        if not self.has_key(request):
-            raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
-
-    def _check_share(self, request):
-        name, signature = request.params['who'], ''
-        signed = SIGNED_NAME.fullmatch(name)
-        if signed:
-            name, signature = signed.groups()
-        name = request.params['who'] = parse_name(name)
-        if not (signature and self.is_signed(name, signature)) and not self.has_key(request):
-            raise HTTPError(401, 'This address is no longer valid. Make a new one on the set-up '
-                            'page.')
-
-    def is_signed(self, name, signature):
-        import hmac
-        sent = signature.encode('utf-8', 'replace')
-        return any([hmac.compare_digest(sign_name(key, name).encode(), sent)
-                    for key in self.config.api_keys])
-
-    def has_key(self, request):
-        """Whether the request has one of the keys; true if none are set."""
-        if not self.config.api_keys:
-            return True
-        import hmac  # it loads every digest of OpenSSL: 0.6 MB
-        sent = request.field('x-api-key').encode('latin-1', 'replace')
-        right = any([hmac.compare_digest(sent, key.encode()) for key in self.config.api_keys])
-        if sent and not right:
-            self._slow_down(request.client)
-        return right
-
-    def _slow_down(self, client):
-        """Who guesses keys waits longer each time; a right key never waits."""
-        if ':' in client:  # a home has 2^64 addresses
-            client = str(ipaddress.ip_network(f'{client}/64', strict=False))
-        now = time.monotonic()
-        with self._guard:
-            times, last = self._wrong_keys.pop(client, (0, now))
-            times *= now - last < 600  # seconds
-            self._wrong_keys[client] = (times + 1, now)
-            if len(self._wrong_keys) > 1000:
-                del self._wrong_keys[next(iter(self._wrong_keys))]
-        time.sleep(min(WRONG_KEY_DELAY * 2 ** min(times, 10), 2.0))
-
-    def _below_base(self, path):
-        """Without the path of public_base_url, which a proxy may have removed."""
-        prefix = self.public.path
-        if path.startswith(prefix + '/'):
-            return path[len(prefix):]
-        return path
-
-    def _find_route(self, request):
-        request.path = self._below_base(decode_path(request.raw_path))
-        method, allowed = request.method.replace('HEAD', 'GET'), []
-        for route in self.routes:
-            params = match_path(route.path, request.path)
-            if params is None:
-                continue
-            if route.method == method:
-                request.params = params
-                return route
-            allowed += [route.method, *['HEAD'] * (route.method == 'GET')]
-        if allowed:
-            raise HTTPError(405, f'Use {" or ".join(allowed)} here.', 'method_not_allowed',
-                            Allow=', '.join(allowed))
-        raise HTTPError(404, 'There is nothing here.')
-
-    def _parse_query(self, request, route):
-        """The known parameters as they are parsed, others as they are."""
-        try:
-            given = dict(parse_qsl(
-                request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
+            client = plain_address(hop.strip())
         except ValueError:
-            raise HTTPError(400, 'The query cannot be read.', 'bad_query') from None
-        for name, parse, default, _ in route.query:
-            try:
-                given[name] = parse(given.get(name, default))
-            except ValueError as error:
-                raise HTTPError(400, f'{name} must be {error}.', 'bad_query') from None
-        return given
+            raise HTTPError(400, 'X-Forwarded-For has no valid address.') from None
+    request.client = client
+    allowed = app.config.security.allowed_clients
+    by_link = server.host == '::' and allowed == PRIVATE_NETWORKS
+    if not is_within(client, allowed) and not (by_link and is_on_link(client)):
+        raise HTTPError(403, 'This server does not answer your network.', 'client_not_allowed')
+    if not server.tls and not is_within(peer, PRIVATE_NETWORKS):
+        raise HTTPError(403, 'Without TLS this server answers private networks only.',
+                        'client_not_allowed')
+    request.peer.admitted = not forwarded
 
-    def refuse(self, raw_path, error):
-        """An error in the dialect of the path; below /share it is one sentence."""
-        path, message = self._below_base(unquote(raw_path)), error.message
-        if (path + '/').startswith('/share/'):
-            return text_reply(error.status, message, *error.headers)
-        if B_PATH.match(path):
-            body = {'errorCode': error.code, 'errorMessage': message}
-            return json_reply(body, 418, *error.headers)
-        body = {'status': 'error', 'error': message, 'message': message, 'code': error.code,
-                'timestamp': int(time.time())}
-        return json_reply(body, error.status, *error.headers)
+
+def check_host_field(app, request):
+    """A Host that is not ours is an attack (DNS rebinding) or a mistake."""
+    hosts = request.fields.get('host', [])
+    match = len(hosts) == 1 and HOST_FIELD.fullmatch(hosts[0])
+    if not match:
+        raise HTTPError(400, 'The request must name one host.')
+    host = match[1].strip('[]').lower().rstrip('.')
+    if host not in app.hosts and host != plain_address(request.peer.sock.getsockname()[0]):
+        raise HTTPError(421, f'This server is not {host}; if that is its name, add it to '
+                        '[server] names.', 'wrong_host')
+
+
+def check_origin(app, request):
+    """Pages of other sites may not change anything: no CORS, and Fetch Metadata if sent."""
+    if request.method in ('GET', 'HEAD'):
+        return
+    origin = request.field('origin').lower()
+    scheme, _, host = origin.partition('://')
+    hosts = request.field('host').lower(), app.public.netloc.lower()
+    ours = scheme in ('https', 'http') and host in hosts
+    site = request.field('sec-fetch-site').lower()
+    if (origin and not ours) or site not in ('', 'same-origin', 'none'):
+        raise HTTPError(403, 'Pages of other sites may not use this server. If this is its own '
+                        'page behind a proxy, set [server] public_base_url.', 'foreign_origin')
+
+
+def is_signed(app, name, signature):
+    import hmac
+    sent = signature.encode('utf-8', 'replace')
+    return any([hmac.compare_digest(sign_name(key, name).encode(), sent)
+                for key in app.config.api_keys])
+
+
+def slow_down(app, client):
+    """Who guesses keys waits longer each time; a right key never waits."""
+    if ':' in client:  # a home has 2^64 addresses
+        client = str(ipaddress.ip_network(f'{client}/64', strict=False))
+    now = time.monotonic()
+    with app.guard:
+        times, last = app.wrong_keys.pop(client, (0, now))
+        times *= now - last < 600  # seconds
+        app.wrong_keys[client] = (times + 1, now)
+        if len(app.wrong_keys) > 1000:
+            del app.wrong_keys[next(iter(app.wrong_keys))]
+    time.sleep(min(WRONG_KEY_DELAY * 2 ** min(times, 10), 2.0))
+
+
+def has_key(app, request):
+    """Whether the request has one of the keys; true if none are set."""
+    if not app.config.api_keys:
+        return True
+    import hmac  # it loads every digest of OpenSSL: 0.6 MB
+    sent = request.field('x-api-key').encode('latin-1', 'replace')
+    right = any([hmac.compare_digest(sent, key.encode()) for key in app.config.api_keys])
+    if sent and not right:
+        slow_down(app, request.client)
+    return right
+
+
+def require_key(app, request):
+    if not has_key(app, request):
+        raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
+
+
+def check_share(app, request):
+    name, signature = request.params['who'], ''
+    signed = SIGNED_NAME.fullmatch(name)
+    if signed:
+        name, signature = signed.groups()
+    name = request.params['who'] = parse_name(name)
+    if not (signature and is_signed(app, name, signature)) and not has_key(app, request):
+        raise HTTPError(401, 'This address is no longer valid. Make a new one on the set-up '
+                        'page.')
+
+
+def below_base(app, path):
+    """Without the path of public_base_url, which a proxy may have removed."""
+    prefix = app.public.path
+    if path.startswith(prefix + '/'):
+        return path[len(prefix):]
+    return path
+
+
+def find_route(app, request):
+    request.path = below_base(app, decode_path(request.raw_path))
+    method, allowed = request.method.replace('HEAD', 'GET'), []
+    for route in app.routes:
+        request.params = match_path(route.path, request.path)
+        if request.params is None:
+            continue
+        if route.method == method:
+            return route
+        allowed += [route.method, *['HEAD'] * (route.method == 'GET')]
+    if allowed:
+        raise HTTPError(405, f'Use {" or ".join(allowed)} here.', 'method_not_allowed',
+                        ('Allow', ', '.join(allowed)))
+    raise HTTPError(404, 'There is nothing here.')
+
+
+def parse_query(app, request, route):
+    """The known parameters as they are parsed, others as they are."""
+    try:
+        given = dict(parse_qsl(
+            request.raw_query, keep_blank_values=True, errors='strict', max_num_fields=50))
+    except ValueError:
+        raise HTTPError(400, 'The query cannot be read.', 'bad_query') from None
+    for name, parse, default, _ in route.query:
+        try:
+            given[name] = parse(given.get(name, default))
+        except ValueError as error:
+            raise HTTPError(400, f'{name} must be {error}.', 'bad_query') from None
+    return given
+
+
+def pass_gates(app, request):
+    check_client(app, request)
+    check_host_field(app, request)
+    request.unread = size = body_length(request.fields)
+    route = find_route(app, request)
+    limit = max(app.config.security.max_request_size, route.limit)
+    if size > limit:
+        raise HTTPError(413, f'The request is over {format_size(limit)}.')
+    if request.field('expect').lower() not in ('', '100-continue'):
+        raise HTTPError(417, 'The header Expect is not supported.')
+    check_origin(app, request)
+    if route.access == 'share':
+        check_share(app, request)
+    if route.access == 'key':
+        require_key(app, request)
+    request.query = parse_query(app, request, route)
+    if not route.body:
+        request.body()  # read and dropped, so that the connection can stay open
+    return route.handler(app, request)
+
+
+def as_http_error(request, error):
+    if isinstance(error, HTTPError):
+        return error
+    if isinstance(error, Refused):
+        return HTTPError(400 + 3 * (error.code == 'domain_not_allowed'), str(error), error.code)
+    if isinstance(error, RateLimited):
+        return HTTPError(429, str(error), 'rate_limited', ('Retry-After', str(error.retry_after)))
+    if isinstance(error, StoreDown):
+        return HTTPError(503, error.sentence, 'cannot_store', RETRY_SOON)
+    if isinstance(error, OSError):
+        return HTTPError(503, f'The disk reported an error: {error.strerror}.', 'disk_error',
+                         RETRY_SOON)
+    log.exception('request: %s %s: failed', request.method, request.shown_path)
+    return HTTPError(500, 'Something went wrong in the server; see its log.', 'internal')
+
+
+def refuse(app, raw_path, error):
+    """An error in the dialect of the path; below /share it is one sentence."""
+    path, message = below_base(app, unquote(raw_path)), str(error)
+    reply = done_reply('error', message, error.status, error=message, code=error.code)
+    if (path + '/').startswith('/share/'):
+        reply = text_reply(error.status, message)
+    if B_PATH.match(path):
+        reply = json_reply({'errorCode': error.code, 'errorMessage': message}, 418)
+    return reply._replace(headers=error.headers)
+
+
+def respond(app, request):
+    started = time.monotonic()
+    try:
+        reply = pass_gates(app, request)
+    except ClientGone:
+        raise
+    except Exception as error:
+        reply = refuse(app, request.raw_path, as_http_error(request, error))
+    tell = log.info  # for what somebody did, not for a page that polls
+    if reply.status < 400 and request.method in ('GET', 'HEAD'):
+        tell = log.debug
+    tell('%s "%s %s" %d %.1fms%s', request.client, request.method, request.shown_path,
+         reply.status, (time.monotonic() - started) * 1000, request.note)
+    if app.config.api_keys and reply.type == JSON:
+        return reply  # signed links beside the titles of strangers: no BREACH
+    return pack_reply(reply, request.field('accept-encoding'))
 
 
 # -- what OpenAPI says
@@ -6991,14 +7003,14 @@ def get_health(app, request):
     facts = app.health()
     storing = facts.pop('storing')
     facts['message'] = ' '.join(facts['problems']) or 'All is well.'
-    if not app.has_key(request):
+    if not has_key(app, request):
         facts = {name: facts[name] for name in ('status', 'version', 'uptime', 'queue_size')}
         facts['message'] = f'The server is {facts["status"]}.'
     if storing:
         return json_reply(facts)
-    refusal = HTTPError(503, 'The server cannot store links at the moment.', 'cannot_store')
-    facts.update(json.loads(app.refuse('', refusal).body))
-    return json_reply(facts, 503, ('Retry-After', '30'))
+    refusal = refuse(app, '', HTTPError(503, 'The server cannot store links at the moment.',
+                                        'cannot_store', RETRY_SOON))
+    return json_reply({**facts, **json.loads(refusal.body)}, 503)._replace(headers=refusal.headers)
 
 
 def post_cancel(app, request):
@@ -7119,7 +7131,7 @@ def get_shortcut(app, request):
     if not data:
         raise HTTPError(404, 'Only a Mac can sign a Shortcut; make it by hand.')
     return Reply(200, data, 'application/octet-stream', (
-        NO_STORE, ('Content-Disposition', content_disposition('Save video.shortcut'))))
+        ('Content-Disposition', content_disposition('Save video.shortcut')),))
 
 
 def get_metrics(app, request):
@@ -7137,37 +7149,37 @@ def get_metrics(app, request):
     return Reply(200, ''.join(lines).encode(), 'text/plain; version=0.0.4; charset=utf-8')
 
 
-def xml_element(name, text='', **attributes):
-    given = ''.join(f' {key}="{html.escape(str(value))}"' for key, value in attributes.items())
-    return f'<{name}{given}>{html.escape(UNSAFE.sub(" ", text))}</{name}>'
+def fill_xml(template, **texts):
+    escaped = {name: html.escape(UNSAFE.sub(' ', str(text))) for name, text in texts.items()}
+    return template.format(**escaped)
 
 
-def feed_head(own_id, title, seconds):
+def feed_head(own_id, title, seconds, rel, url):
     """What a feed and its entries begin with."""
-    updated = time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds))
-    return (xml_element('id', own_id) + xml_element('title', title)
-            + xml_element('updated', updated))
+    return fill_xml('<id>{id}</id><title>{title}</title><updated>{updated}</updated>'
+                    '<link rel="{rel}" href="{url}"/>', id=own_id, title=title, rel=rel, url=url,
+                    updated=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds)))
 
 
 def feed_entry(row):
-    enclosures = [xml_element('link', rel='enclosure', href=file['url'], type=file['type'],
-                              length=file['size']) for file in row['files']]
+    files = [fill_xml('<link rel="enclosure" href="{url}" type="{type}" length="{size}"/>', **file)
+             for file in row['files']]
     head = feed_head(f'urn:uuid:{row["download_id"]}', row['title'] or row['filename'],
-                     row['completed_at'])
-    return f'<entry>{head}{xml_element("link", href=row["url"])}{"".join(enclosures)}</entry>'
+                     row['completed_at'], 'alternate', row['url'])
+    return f'<entry>{head}{"".join(files)}</entry>'
 
 
 def get_feed(app, request):
     """The newest finished downloads as an Atom feed (RFC 4287). Where keys are set, its self link
     is signed, for programs that cannot send a key."""
-    if not app.is_signed('/feed.xml', request.query['signature']):
-        app.require_key(request)
+    if not is_signed(app, '/feed.xml', request.query['signature']):
+        require_key(app, request)
     address = own = app.base() + '/feed.xml'
     for key in app.config.api_keys[:1]:
         own += '?signature=' + sign_name(key, '/feed.xml')
     rows = map(app.describe, app.store.page(FEED_ENTRIES, 0, 'completed')[1])
     feed = ['<?xml version="1.0" encoding="utf-8"?><feed xmlns="http://www.w3.org/2005/Atom">',
-            feed_head(address, 'Videos', time.time()), xml_element('link', rel='self', href=own),
+            feed_head(address, 'Videos', time.time(), 'self', own),
             '<author><name>videoserverd</name></author>',
             *(feed_entry(row) for row in rows if row['files']), '</feed>']
     return Reply(200, '\n'.join(feed).encode(), 'application/atom+xml; charset=utf-8')
@@ -7186,11 +7198,10 @@ def get_asset(app, request):
     if isinstance(content, str):
         content = content.encode()
     csp = CSP.format(images=app.image_origin * is_at_home(request))
-    headers = {'Content-Security-Policy': csp, 'Cache-Control': 'no-cache'}
+    more = ('Cache-Control', 'no-cache')
     if request.path.startswith('/setup/'):  # the picture that the plain page of `phone` asks for
-        headers.update({'Cache-Control': 'no-store',
-                        'Cross-Origin-Resource-Policy': 'cross-origin'})
-    return Reply(200, content, media, tuple(headers.items()))
+        more = ('Cross-Origin-Resource-Policy', 'cross-origin')
+    return Reply(200, content, media, (('Content-Security-Policy', csp), more))
 
 
 # -- handlers, document B
@@ -7301,7 +7312,7 @@ def send_file(request, path, media, headers):
     if start >= size:
         handle.close()
         raise HTTPError(416, 'The file is shorter than that.', 'bad_range',
-                        Content_Range=f'bytes */{size}')
+                        ('Content-Range', f'bytes */{size}'))
     handle.seek(start)
     headers += (('Content-Range', f'bytes {start}-{end}/{size}'),)
     return Reply(206, b'', media, headers, handle, end - start + 1)
@@ -7324,8 +7335,8 @@ def get_file(app, request):
     path = file_path(request.params['id'], request.params['name'])
     signed = check_signature(app.link_secret, path, request.query, time.time())
     if not signed and 'signature' not in request.query:
-        app.require_key(request)
-    elif not signed and not app.has_key(request):
+        require_key(app, request)
+    elif not signed and not has_key(app, request):
         raise HTTPError(403, 'This link has expired or is incomplete; copy it again.', 'bad_link')
     for file in app.record(request)['files']:
         if os.path.basename(file.name) == request.params['name']:  # no link has folders
@@ -7544,11 +7555,11 @@ class Peer:
             head = self.read_head()
             request = Request(head, self)
             self.enter('working')
-            reply = server.app.respond(request)
+            reply = respond(server.app, request)
         except HTTPError as error:
             words = bytes(head or self.buffer)[:LINE_LIMIT].split(b' ')
-            reply = server.app.refuse(b''.join(words[1:2]).decode('latin-1'), error)
-            log.info('%s malformed request: %d %s', self.address, error.status, error.message)
+            reply = refuse(server.app, b''.join(words[1:2]).decode('latin-1'), error)
+            log.info('%s malformed request: %d %s', self.address, error.status, error)
         was_read = request is not None and request.unread == 0  # to its end
         keep = (was_read and request.version == 'HTTP/1.1' and not server.draining
                 and 'close' not in request.field('connection').lower()
