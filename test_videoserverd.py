@@ -11179,8 +11179,8 @@ class TestPage(DaemonTest):
 
     def test_setup_works_without_javascript_and_copies_with_it(self):
         self.visit('/setup#share')
-        self.browser.click('[data-copy]')
-        self.browser.until('[data-copy]', 'textContent.includes("✓")')
+        self.browser.click('#copy')
+        self.browser.until('#copy', 'textContent.includes("✓")')
         self.assertTrue(self.clipboard().endswith('/share/My%20iPhone'))
         self.assertEqual(self.clipboard(), self.browser.get('#address', 'value'))
         self.assertRegex(self.browser.get('#bookmarklet', 'getAttribute("href")'),

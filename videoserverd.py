@@ -8002,15 +8002,18 @@ dialog::backdrop { background: #000b; }
 #way :is(.done, [aria-current]) { border-color: var(--accent); }
 #way a { display: inline-block; padding: .7rem 0; color: inherit; text-decoration: none; }
 #way [aria-current] { font-weight: 700; }
-.shot { width: 100%; max-width: 24rem; align-self: center; fill: none; stroke: var(--soft); }
-.shot text { fill: var(--ink); stroke: none; font-size: 13px; text-anchor: middle; }
-.shot .l { text-anchor: start; }
-.shot .r { text-anchor: end; }
-.shot .do { fill: var(--accent); font-weight: 600; }
-.box { fill: var(--card); stroke: var(--line); }
-.tap { fill: var(--tint); stroke: var(--accent); }
-.on { fill: var(--accent); stroke: none; }
-.knob { fill: #fff; stroke: none; }
+.shot { display: grid; gap: .9rem; width: 100%; max-width: 21rem; align-self: center;
+  font-size: .9375rem; text-align: center; }
+.shot div, .tap { border: 1px solid var(--line); border-radius: .9rem; background: var(--card); }
+.shot p { display: flex; align-items: center; justify-content: space-between; gap: .5rem;
+  min-height: 2.75rem; padding: .35rem .9rem; }
+.shot p + p { border-top: 1px solid var(--line); }
+.shot b { color: var(--accent); }
+.shot .tap { border-color: var(--accent); background: var(--tint); }
+p .tap { padding: .25rem .6rem; }
+.on { padding: .2rem .2rem .2rem 1.4rem; border-radius: 1rem; background: var(--accent); }
+.on::after { content: ''; display: block; width: 1.4rem; height: 1.4rem; border-radius: 50%;
+  background: #fff; }
 dt { font-weight: 600; margin-top: .9rem; }
 dd { color: var(--soft); }
 .go { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; }
@@ -8812,18 +8815,18 @@ addEventListener('fetch', event => {
 });
 '''
 
-# {{NAME}} is a fact, escaped; <!--name-->…<!--/name--> stays only where that fact is not empty.
+# {{name}} is a fact, escaped; <!--name-->…<!--/name--> stays only where that fact is not empty.
 SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 <script type="module" src="setup.js"></script>
 </head>
 <body class="setup">
-<main data-check="{{CHECK}}" data-next="{{BASE_URL}}/setup#share">
+<main data-check="{{check}}" data-next="{{base_url}}/setup#share">
 <div class="lead">
-  <h1>Tap Share on your iPhone, and the video is saved on {{HOST}}.</h1>
+  <h1>Tap Share on your iPhone, and the video is saved on {{host}}.</h1>
   <p>Set it up once, at home, in about five minutes.</p>
   <!--qr_svg--><div class="desk"><p>On a computer? Point the phone’s camera at this, or open
-    <b>{{BASE_URL}}/setup</b> in Safari.</p>
-    <div class="qr" role="img" aria-label="QR code for it">{{QR_SVG}}</div></div><!--/qr_svg-->
+    <b>{{base_url}}/setup</b> in Safari.</p>
+    <div class="qr" role="img" aria-label="QR code for it">{{qr_svg}}</div></div><!--/qr_svg-->
 </div>
 <!--fingerprint-->
 <nav aria-label="Steps"><ol id="way">
@@ -8832,13 +8835,9 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 
 <section class="step" id="profile">
   <h2 tabindex="-1">Get the profile</h2>
-  <svg class="shot" viewBox="0 0 300 124" role="img" aria-label="Safari asks. Tap Allow.">
-    <rect class="box" x="30" y="6" width="240" height="112" rx="18"/>
-    <text x="150" y="34">This website is trying to download</text>
-    <text x="150" y="52">a configuration profile.</text>
-    <path d="M30 72h240M150 72v46"/><text x="90" y="101">Ignore</text>
-    <rect class="tap" x="158" y="78" width="104" height="34" rx="10"/>
-    <text class="do" x="210" y="101">Allow</text></svg>
+  <div class="shot" role="img" aria-label="Safari asks. Tap Allow."><div>
+    <p>This website is trying to download a configuration profile.</p>
+    <p>Ignore <b class="tap">Allow</b></p></div></div>
   <p>Tap the button, then <b>Allow</b>, then <b>Close</b>. Your iPhone can then trust this server.
     The profile is good for your home network only.</p>
   <p class="go"><a id="get" class="button" href="ca.mobileconfig">Get the profile</a>
@@ -8847,38 +8846,31 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 
 <section class="step" id="install">
   <h2 tabindex="-1">Install it</h2>
-  <svg class="shot" viewBox="0 0 300 124" role="img"
+  <div class="shot" role="img"
     aria-label="Settings shows Profile Downloaded near the top. Then tap Install.">
-    <rect class="tap" x="16" y="8" width="268" height="40" rx="12"/>
-    <text class="do l" x="32" y="33">Profile Downloaded</text><path d="M262 22l6 6-6 6"/>
-    <rect class="box" x="16" y="62" width="268" height="54" rx="12"/>
-    <text class="l" x="32" y="94">Install Profile</text>
-    <rect class="tap" x="206" y="72" width="70" height="34" rx="10"/>
-    <text class="do" x="241" y="94">Install</text></svg>
+    <div class="tap"><p><b>Profile Downloaded</b> ›</p></div>
+    <div><p>Install Profile <b class="tap">Install</b></p></div></div>
   <p>Open <b>Settings</b>. Tap <b>Profile Downloaded</b>, near the top, then <b>Install</b>. Enter
     your passcode, and tap <b>Install</b> until it says <b>Done</b>.</p>
   <p class="hint">Not shown? <b>General</b> → <b>VPN &amp; Device Management</b> (iOS 18, 26
     and 27).</p>
   <details><summary>Is it really from your server?</summary><p>Tap <b>More Details</b> before you
     install. The SHA-256 fingerprint of the certificate must be the one in the server’s terminal:
-    <code class="print">{{FINGERPRINT}}</code></p></details>
+    <code class="print">{{fingerprint}}</code></p></details>
   <p class="go"><a class="button" href="#trust">Next</a></p>
 </section>
 
 <section class="step" id="trust">
   <h2 tabindex="-1">Turn on trust</h2>
-  <svg class="shot" viewBox="0 0 300 124" role="img"
+  <div class="shot" role="img"
     aria-label="Certificate Trust Settings, with the switch turned on.">
-    <text class="do" x="150" y="26">Certificate Trust Settings</text>
-    <rect class="box" x="16" y="44" width="268" height="58" rx="12"/>
-    <text class="l" x="32" y="78">videoserverd on {{HOST}}</text>
-    <rect class="on" x="220" y="58" width="50" height="30" rx="15"/>
-    <circle class="knob" cx="255" cy="73" r="12"/></svg>
+    <b>Certificate Trust Settings</b>
+    <div><p>videoserverd on {{host}} <b class="on"></b></p></div></div>
   <p>In <b>Settings</b>: <b>General</b> → <b>About</b> → at the very bottom <b>Certificate Trust
     Settings</b>. Turn on the switch and tap <b>Continue</b>. Then come back here.</p>
   <p id="trusted" role="status">This page moves on by itself as soon as your iPhone trusts the
     server.</p>
-  <p class="go"><a href="{{BASE_URL}}/setup#share">Continue without waiting</a></p>
+  <p class="go"><a href="{{base_url}}/setup#share">Continue without waiting</a></p>
 </section>
 <!--/fingerprint--><!--secure-->
 <!--has_keys--><form class="step" id="unlock">
@@ -8891,26 +8883,18 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 <section class="step" id="share">
   <h2 tabindex="-1">Make the Shortcut</h2>
   <label>Name of this phone <input id="name" value="My iPhone" maxlength="64"></label>
-  <p class="field"><input id="address" readonly value="{{ADDRESS}}" aria-label="Address">
-    <button class="button" data-copy="address" hidden>Copy</button></p>
+  <p class="field"><input id="address" readonly value="{{address}}" aria-label="Address">
+    <button id="copy" class="button" hidden>Copy</button></p>
   <p id="ready" hidden><a id="signed" class="button">Get the Shortcut</a> Then tap <b>Add
     Shortcut</b>. Or make it yourself:</p>
-  <!--shortcut_url--><a class="button" href="{{SHORTCUT_URL}}">Get the Shortcut</a>
+  <!--shortcut_url--><a class="button" href="{{shortcut_url}}">Get the Shortcut</a>
   <p>Tap <b>Add Shortcut</b>. If it asks for the address, paste it. Or make it yourself:</p
   ><!--/shortcut_url-->
-  <svg class="shot" viewBox="0 0 300 196" role="img" aria-label="The Shortcut has two actions.">
-    <rect class="box" x="10" y="6" width="280" height="124" rx="14"/>
-    <text class="l" x="24" y="31">Get contents of</text>
-    <rect class="tap" x="130" y="14" width="80" height="25" rx="7"/>
-    <text class="do" x="170" y="31">address</text><path d="M10 46h280"/>
-    <text class="l" x="24" y="68">Method</text><text class="do r" x="276" y="68">POST</text>
-    <text class="l" x="24" y="93">Request Body</text><text class="do r" x="276" y="93">JSON</text>
-    <text class="l" x="24" y="118">text</text>
-    <text class="do r" x="276" y="118">Shortcut Input</text>
-    <path d="M150 130v16"/><rect class="box" x="10" y="146" width="280" height="44" rx="14"/>
-    <text class="l" x="24" y="173">Show notification</text>
-    <rect class="tap" x="148" y="155" width="128" height="26" rx="7"/>
-    <text class="do" x="212" y="173">Contents of URL</text></svg>
+  <div class="shot" role="img" aria-label="The Shortcut has two actions.">
+    <div><p>Get contents of <b class="tap">address</b></p>
+      <p>Method <b>POST</b></p><p>Request Body <b>JSON</b></p>
+      <p>text <b>Shortcut Input</b></p></div>
+    <div><p>Show notification <b class="tap">Contents of URL</b></p></div></div>
   <ol><li>Copy the address. <a href="shortcuts://create-shortcut">Open a new Shortcut</a>.</li>
     <li>Add <b>Get Contents of URL</b> and paste the address. Tap <b>›</b>. <b>Method</b>:
       <b>POST</b>. <b>Add new field</b> → <b>Text</b>: <b>text</b> is <b>Shortcut Input</b>.</li>
@@ -8924,7 +8908,7 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 <!--/secure-->
 <details><summary>Something is not working</summary><dl>
   <!--fingerprint--><dt>Safari does not offer the profile</dt>
-  <dd>Open <b>{{BASE_URL}}/ca.mobileconfig</b> on a computer, and send the file to the iPhone by
+  <dd>Open <b>{{base_url}}/ca.mobileconfig</b> on a computer, and send the file to the iPhone by
     AirDrop. Or save it to iCloud Drive and tap it in <b>Files</b>. (iOS 27 may take a profile only
     this way, or over https.)</dd>
   <dt>Profile Downloaded is not shown</dt>
@@ -8938,7 +8922,7 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
     <b>Safari</b> and <b>Shortcuts</b>. Turn off the VPN, or let it reach the local network.</dd>
   <dt>The name is not found</dt>
   <dd>Some networks cannot find names that end in <b>.local</b>. Use a numeric address:
-    {{ADDRESSES}}</dd></dl></details>
+    {{addresses}}</dd></dl></details>
 <!--secure--><details><summary>Photos, away from home, other devices</summary><dl>
   <dt>The video straight into Photos</dt>
   <dd>Add <b>/video</b> to the address, and use <b>Save to Photo Album</b> (Recents) instead of
@@ -8949,15 +8933,15 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
     home and open it again.</dd>
   <dt>A browser on a computer</dt>
   <dd>Drag this into its bookmarks: <a id="bookmarklet"
-    href="javascript:void(open('{{BASE_URL}}/?url='+encodeURIComponent(location.href)))">Save
+    href="javascript:void(open('{{base_url}}/?url='+encodeURIComponent(location.href)))">Save
     video</a></dd>
   <dt>Android, Macs and PCs</dt>
   <dd><!--fingerprint-->Install <a href="ca.crt">the certificate</a> (Android: Settings → Security →
-    CA certificate) and trust it for websites. <!--/fingerprint-->Open {{BASE_URL}}. In Chrome on
+    CA certificate) and trust it for websites. <!--/fingerprint-->Open {{base_url}}. In Chrome on
     Android, menu → <b>Add to Home screen</b> puts it into the share sheet.</dd>
   <!--fingerprint-->  <dt>Remove it all</dt>
   <dd><b>Settings</b> → <b>General</b> → <b>VPN &amp; Device Management</b> → <b>videoserverd on
-    {{HOST}}</b> → <b>Remove Profile</b>. Delete the Shortcut and the Home Screen page.</dd
+    {{host}}</b> → <b>Remove Profile</b>. Delete the Shortcut and the Home Screen page.</dd
   ><!--/fingerprint--></dl></details><!--/secure-->
 </main>
 </body>
@@ -9041,15 +9025,13 @@ async function listen() {
   if (heard) $('works').textContent = await answer.text();
   $('works').classList.toggle('good', heard);
 }
-async function copy(button) {
-  await navigator.clipboard.writeText($(button.dataset.copy).value);
-  button.textContent = 'Copied ✓';
-  setTimeout(() => { button.textContent = 'Copy'; }, 2000);
+async function copy() {
+  await navigator.clipboard.writeText($('address').value);
+  $('copy').textContent = 'Copied ✓';
+  setTimeout(() => { $('copy').textContent = 'Copy'; }, 2000);
 }
-for (const button of document.querySelectorAll('[data-copy]')) {
-  button.hidden = !navigator.clipboard;
-  button.onclick = () => copy(button);
-}
+$('copy')?.toggleAttribute('hidden', !navigator.clipboard);
+$('copy')?.addEventListener('click', copy);
 $('get')?.addEventListener('click', () => setTimeout(go, 3000, 'install'));
 $('bookmarklet')?.addEventListener('click', event => event.preventDefault());  // to be dragged
 $('unlock')?.addEventListener('submit', unlock);
@@ -9063,11 +9045,6 @@ probe();
 '''
 
 
-def fact_as_html(name, facts):
-    """A fact, escaped for the page; only qrencode's picture is markup."""
-    return facts[name] if name == 'qr_svg' else html.escape(facts[name])
-
-
 def setup_page(facts):
     """The set-up page, filled in.
 
@@ -9075,16 +9052,16 @@ def setup_page(facts):
     own); host; has_keys; shortcut_url; qr_svg (markup from qrencode); secure ('' over plain HTTP,
     which has no last screen)."""
     base = facts['base_url']
-    places = [base]
-    if facts['secure']:
-        places = [*facts['addresses'].split(), base]
+    places = facts['addresses'].split() * bool(facts['secure']) + [base]
     facts = {**facts, 'check': ' '.join(f'{place}/setup/check.png' for place in places),
              'address': f'{base}/share/My%20iPhone'}
     page = SETUP_HTML
     for name, fact in facts.items():
         kept = r'\1' if fact else ''
         page = re.sub(f'<!--{name}-->(.*?)<!--/{name}-->', kept, page, flags=re.S)
-    return re.sub(r'{{(\w+)}}', lambda mark: fact_as_html(mark[1].lower(), facts), page)
+    shown = {name: html.escape(str(fact)) for name, fact in facts.items()}
+    shown['qr_svg'] = facts['qr_svg']
+    return re.sub(r'{{(\w+)}}', lambda mark: shown[mark[1]], page)
 
 
 # Served as they are; the set-up page is generated for each request.
