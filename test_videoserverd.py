@@ -2868,10 +2868,10 @@ class TestStates(unittest.TestCase):
     """Statuses, what may follow what, and when."""
 
     def test_every_state_is_reached_and_left(self):
-        self.assertEqual({after for _, after in v.TRANSITIONS.values()}, {*v.STATES, ''})  # '': forgotten
-        self.assertEqual({state for before, after in v.TRANSITIONS.values() if after for state in before},
+        self.assertEqual({after for _, after, _ in v.TRANSITIONS.values()}, {*v.STATES, ''})  # '': forgotten
+        self.assertEqual({state for before, after, _ in v.TRANSITIONS.values() if after for state in before},
                          set(v.STATES) - {'completed'})
-        sources = [before for before, after in v.TRANSITIONS.values() if after == 'downloading']
+        sources = [before for before, after, _ in v.TRANSITIONS.values() if after == 'downloading']
         self.assertEqual(sources, [('queued',)])
 
     def test_tried_again_after_1_5_and_15_minutes(self):
@@ -2891,9 +2891,6 @@ class TestStates(unittest.TestCase):
         self.assertEqual([v.next_step(login, attempt, 3, (60,))[0] for attempt in (1, 2)],
                          ['retry_later', 'give_up'])
         self.assertEqual(v.next_step(v.Outcome('retry', tries=9), 1, 0, (60,)), ('give_up', 0))
-        self.assertEqual([v.last_words(login, 2), v.last_words(login, 1),
-                          v.last_words(v.Outcome('give_up', '', 'Gone.'), 2)],
-                         ['Log in. Tried 2 times.', 'Log in.', 'Gone.'])
 
     def test_site_for_display(self):
         self.assertEqual([v.site_of(url) for url in ('https://vm.tiktok.com/x', 'https://www.example.org:8080/',
@@ -4090,6 +4087,17 @@ class TestAccidents(unittest.TestCase):
         self.scheduler._halt([self.download_id], 'cancelled')
         self.scheduler._attempt(self.download_id, run)
         self.assertEqual(stops, ['cancelled'])
+
+    def test_what_is_said_of_one_that_failed(self):
+        job = self.store.claim(self.download_id, 2)
+        login = v.Outcome('retry', 'login', 'Log in.', tries=2)
+        for outcome, attempt, said in ((login, 1, 'Log in.'), (login, 2, 'Log in. Tried 2 times.'),
+                                       (login._replace(tries=1), 1, 'Log in.'),
+                                       (v.Outcome('give_up', 'gone', 'Gone.'), 2, 'Gone.')):
+            self.scheduler._store_outcome(job._replace(attempt=attempt), outcome, 3)
+            self.assertEqual(self.store.get(self.download_id)['error_message'], said)
+            self.store.move('retry', self.download_id, 4)
+            self.store.claim(self.download_id, 5)
 
     def test_a_full_disk_told_by_an_attempt_pauses_the_queue(self):
         job = self.store.claim(self.download_id, 2)

@@ -609,15 +609,20 @@ def load_config(file, env):
 # lock: pure functions of their arguments. Called by all sections below.
 
 STATES = ('queued', 'downloading', 'completed', 'failed')
-TRANSITIONS = {  # verb of the store: (statuses before, status after); nothing else can happen
-    'claim': (('queued',), 'downloading'),
-    'finish': (('downloading',), 'completed'),
-    'retry_later': (('downloading',), 'queued'),
-    'give_up': (('downloading',), 'failed'),
-    'requeue': (('downloading',), 'queued'),  # stopped, paused or crashed: no attempt counted
-    'cancel': (('queued',), 'failed'),  # a running one is stopped first, then given up
-    'retry': (('failed', 'queued'), 'queued'),  # of a queued one: now instead of later
-    'forget': (('queued', 'completed', 'failed'), ''),  # the row is deleted
+FRESH = {'error_message': None, 'reason': None, 'crashes': 0, 'next_attempt_at': None}
+TRANSITIONS = {  # verb of the store: statuses before, status after, and columns that it sets
+    'claim': (('queued',), 'downloading', {'next_attempt_at': None}),
+    'finish': (('downloading',), 'completed', FRESH),
+    'retry_later': (('downloading',), 'queued', {'crashes': 0}),
+    'give_up': (('downloading',), 'failed', {'crashes': 0}),
+    # stopped, paused or crashed: no attempt counted
+    'requeue': (('downloading',), 'queued', {'crashes': 0, 'next_attempt_at': None}),
+    # a running one is stopped first, then given up
+    'cancel': (('queued',), 'failed', {'error_message': 'Cancelled', 'reason': 'cancelled',
+                                       'next_attempt_at': None}),
+    # of a queued one: now instead of later
+    'retry': (('failed', 'queued'), 'queued', {**FRESH, 'retry_count': 0}),
+    'forget': (('queued', 'completed', 'failed'), '', {}),  # the row is deleted
 }
 
 
@@ -694,13 +699,6 @@ def next_step(outcome, attempt, max_retries, delays):
     if attempt >= tries:
         return 'finish' if outcome.files else 'give_up', 0
     return 'retry_later', backoff(attempt, delays)
-
-
-def last_words(outcome, attempt, step='give_up'):
-    """The sentence that stays on a download that failed."""
-    if attempt > 1 and outcome.kind == 'retry' and step == 'give_up':
-        return f'{outcome.message} Tried {attempt} times.'
-    return outcome.message
 
 
 # -- what a phone sends
@@ -1271,10 +1269,6 @@ CREATE INDEX idx_client_id ON downloads(client_id, created_at);
 CREATE INDEX idx_s3_due ON downloads(s3_due) WHERE s3_due IS NOT NULL;
 '''
 POST_SCHEMA = '''
-DROP TRIGGER IF EXISTS tally_insert;  -- counting by the index is as good
-DROP TRIGGER IF EXISTS tally_delete;
-DROP TRIGGER IF EXISTS tally_update;
-DROP TABLE IF EXISTS tally;
 ADD note TEXT;            -- what a completed one lacks, a sentence
 ADD site TEXT;            -- of the post: 'tiktok.com'
 ADD media_id TEXT;        -- the site's id of the post, once known
@@ -1387,21 +1381,16 @@ class RateLimited(Exception):
         self.retry_after = retry_after
 
 
-class Record(dict):
+def record_of(row):
     """A row of `downloads`, by column; `files` decoded."""
-
-    @classmethod
-    def of(cls, row):
-        record = cls(zip(row.keys(), row))
-        record['files'] = tuple(MediaFile(*file) for file in json.loads(record['files'] or '[]'))
-        return record
+    return {**row, 'files': tuple(MediaFile(*file) for file in json.loads(row['files'] or '[]'))}
 
 
 def job_of(row):
     """The next try at this download."""
     options = tuple(map(tuple, json.loads(row['options'] or '[]')))
     return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1,
-               Record.of(row)['files'], row['site'], row['media_id'], row['import_id'])
+               record_of(row)['files'], row['site'], row['media_id'], row['import_id'])
 
 
 def full_sync(file):
@@ -1463,18 +1452,6 @@ def new_id():
     """A random UUID (RFC 9562 section 5.4)."""
     import uuid
     return str(uuid.uuid4())
-
-
-FRESH = {'error_message': None, 'reason': None, 'crashes': 0, 'next_attempt_at': None}
-USUAL = {  # columns that a verb sets, unless told otherwise
-    'claim': {'next_attempt_at': None},
-    'finish': FRESH,
-    'retry_later': {'crashes': 0},
-    'give_up': {'crashes': 0},
-    'requeue': {'crashes': 0, 'next_attempt_at': None},
-    'cancel': {'error_message': 'Cancelled', 'reason': 'cancelled', 'next_attempt_at': None},
-    'retry': {**FRESH, 'retry_count': 0},
-}
 
 
 class Store:
@@ -1613,6 +1590,10 @@ class Store:
             raise ticket.error
         return ticket.result
 
+    def _write_one(self, sql, *args):
+        """How many rows a statement changes."""
+        return self.write(lambda db: db.execute(sql, args).rowcount)
+
     # -- reading
 
     def read(self, sql, args=()):
@@ -1635,7 +1616,7 @@ class Store:
 
     def records(self, where, *args):
         """The downloads that match a WHERE clause."""
-        return [Record.of(row) for row in self.read(f'SELECT * FROM downloads WHERE {where}', args)]
+        return [record_of(row) for row in self.read(f'SELECT * FROM downloads WHERE {where}', args)]
 
     def get(self, download_id):
         """One download. Raises LookupError."""
@@ -1713,9 +1694,8 @@ class Store:
             'ORDER BY due > ? DESC, due, created_at, rowid LIMIT ?', (latest, latest, limit))
         if not rows or rows[0]['due'] <= latest:
             return rows
-        self.write(lambda db: db.execute(
-            'UPDATE downloads SET next_attempt_at = ? WHERE next_attempt_at > ?',
-            (latest, latest)))
+        self._write_one('UPDATE downloads SET next_attempt_at = ? WHERE next_attempt_at > ?',
+                        latest, latest)
         return self.waiting(now, longest, limit)
 
     def unfinished(self):
@@ -1783,8 +1763,7 @@ class Store:
 
     def star(self, download_id, starred):
         """Add or remove its star."""
-        self.write(lambda db: db.execute(
-            'UPDATE downloads SET starred = ? WHERE id = ?', (starred, download_id)))
+        self._write_one('UPDATE downloads SET starred = ? WHERE id = ?', starred, download_id)
 
     def first_of(self, client_id, since):
         """The first link from a phone since then, or None."""
@@ -1796,13 +1775,13 @@ class Store:
 
     def _change(self, db, verb, download_id, now, due=None, **columns):
         """Change the status by TRANSITIONS; whether it did. `due`: only if due by then."""
-        before, after = TRANSITIONS[verb]
+        before, after, usual = TRANSITIONS[verb]
         where = f'WHERE id = ? AND status IN ({", ".join("?" * len(before))})'
         if due is not None:
             where += f' AND coalesce(next_attempt_at, 0) <= {due:d}'
         sql, args = 'DELETE FROM downloads ', ()
         if after:
-            columns = {**USUAL.get(verb, {}), **columns, 'status': after, 'last_updated': now}
+            columns = {**usual, **columns, 'status': after, 'last_updated': now}
             sql = f'UPDATE downloads SET {", ".join(f"{name} = ?" for name in columns)} '
             args = columns.values()
         changed = db.execute(sql + where, (*args, download_id, *before)).rowcount == 1
@@ -1874,8 +1853,7 @@ class Store:
                 return None
             db.execute('DELETE FROM outbox WHERE download_id = ?', (download_id,))
             if copies:
-                db.execute("INSERT INTO outbox (kind, payload, due) VALUES ('delete', ?, 0)",
-                           (json.dumps(copies),))
+                self._send(db, 'delete', json.dumps(copies), 0)
             return self._unshared(db, row)
         return self.write(work)
 
@@ -1885,7 +1863,7 @@ class Store:
             'SELECT files FROM downloads WHERE (site = :site AND media_id = :media_id OR '
             "filename = :filename) AND id <> :id AND reason IS NOT 'room'", dict(row)).fetchall()
         kept = {file[0] for other in others for file in json.loads(other['files'] or '[]')}
-        return tuple(file for file in Record.of(row)['files'] if file.name not in kept)
+        return tuple(file for file in record_of(row)['files'] if file.name not in kept)
 
     # -- room on the disk
 
@@ -1940,9 +1918,8 @@ class Store:
 
     def move_files(self, folder):
         """The files are in this folder now."""
-        self.write(lambda db: db.execute(
-            "UPDATE downloads SET file_path = ? || '/' || filename WHERE filename IS NOT NULL",
-            (str(folder),)))
+        self._write_one("UPDATE downloads SET file_path = ? || '/' || filename "
+                        'WHERE filename IS NOT NULL', str(folder))
 
     def suspects(self):
         """Those that were running when yt-dlp froze, until the culprit is known."""
@@ -1968,16 +1945,14 @@ class Store:
 
     def add_import(self, import_id, name, client_id, groups, now):
         """An export was read and may be started."""
-        self.write(lambda db: db.execute(
-            "INSERT INTO imports VALUES (?, ?, ?, 'ready', ?, NULL, ?)",
-            (import_id, name, client_id, json.dumps(groups), now)))
+        self._write_one("INSERT INTO imports VALUES (?, ?, ?, 'ready', ?, NULL, ?)",
+                        import_id, name, client_id, json.dumps(groups), now)
 
     def move_import(self, verb, import_id, chosen=None):
         """Change the state of an import by IMPORT_STEPS; whether it allowed that."""
         before, after = IMPORT_STEPS[verb]
-        return self.write(lambda db: db.execute(
-            'UPDATE imports SET state = ?, chosen = coalesce(?, chosen) '
-            'WHERE id = ? AND state = ?', (after, chosen, import_id, before)).rowcount == 1)
+        return self._write_one('UPDATE imports SET state = ?, chosen = coalesce(?, chosen) '
+                               'WHERE id = ? AND state = ?', after, chosen, import_id, before) == 1
 
     def fill_import(self, row, urls, now):
         """Queue posts of an import in one commit, without those that are here."""
@@ -2005,8 +1980,7 @@ class Store:
         def work(db):
             db.execute("UPDATE imports SET state = 'done' WHERE id = ?", (import_id,))
             for kind in self.outgoing.get('import', ()):
-                db.execute('INSERT INTO outbox (kind, payload, due) VALUES (?, ?, ?)',
-                           (kind, sentence, now))
+                self._send(db, kind, sentence, now)
         self.write(work)
 
     def cancel_import(self, import_id, now):
@@ -2020,6 +1994,9 @@ class Store:
         return self.write(work)
 
     # -- the outbox
+
+    def _send(self, db, *item):
+        db.execute('INSERT INTO outbox (kind, payload, due) VALUES (?, ?, ?)', item)
 
     def _post(self, db, event, download_id, now):
         for kind in self.outgoing.get(event, ()):  # an import is announced once, when it is done
@@ -2037,8 +2014,8 @@ class Store:
             for name in over:
                 db.execute("DELETE FROM outbox WHERE kind = 'known' AND payload = ?", (name,))
             for name in begun:
-                rows = [('known', name, now), ('notify', new[name], now)]
-                db.executemany('INSERT INTO outbox (kind, payload, due) VALUES (?, ?, ?)', rows)
+                self._send(db, 'known', name, now)
+                self._send(db, 'notify', new[name], now)
         if over or begun:
             self.write(work)
 
@@ -5476,7 +5453,8 @@ class Scheduler:
             self.store.move('requeue', job.id, int(now))
             return False
         due = int(now + delay) if step == 'retry_later' else None
-        outcome = outcome._replace(message=last_words(outcome, job.attempt, step))
+        if step == 'give_up' and outcome.kind == 'retry' and job.attempt > 1:
+            outcome = outcome._replace(message=f'{outcome.message} Tried {job.attempt} times.')
         self.store.fail(step, job, outcome, int(now), downloads.output_directory, due)
         if due and job.imported and outcome.reason in FEW_TRIES:
             self._import_due = time.monotonic() + delay  # a site that blocks us is left alone
