@@ -191,6 +191,14 @@ def trusting(ca: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(ca))
 
 
+def reserved(port: int = 0) -> socket.socket:
+    """Keeps a port of the loopback: nobody listens at it, nobody is given it, a daemon may be told to take it."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(('' if sys.platform == 'darwin' else '127.0.0.1', port))  # there not at the address of the daemon
+    return sock
+
+
 def clean_environment() -> Dict[str, str]:
     """This environment without what configures the daemon, yt-dlp or Python."""
     return {name: text for name, text in os.environ.items() if not name.upper().startswith(OWN_VARIABLES)}
@@ -354,7 +362,9 @@ class Daemon:
 
     def run(self, *words: str, seconds: float = 30, **options: Any) -> Any:
         """Runs a command (`add URL`, `doctor`…) beside it; .returncode, .stdout (both channels)."""
-        return subprocess.run(self.command_line(*words), env=self.env, encoding='utf-8', timeout=fair(seconds), **{
+        script = 'import sys; sys.path[0] = sys.argv.pop(1); sys.exit(__import__("videoserverd").main())'  # no parsing
+        line = [sys.executable, '-c', script, str(self.program.parent), '--config', str(self.file), *words]
+        return subprocess.run([*self.prefix, *line], env=self.env, encoding='utf-8', timeout=fair(seconds), **{
             'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, **options})
 
     def start(self, seconds: float = 20) -> 'Daemon':
@@ -1118,10 +1128,10 @@ class TestCancel(DaemonTest):
         """Cancels; under a second later it has failed, nothing is left and the worker is free."""
         began = time.monotonic()
         status, _, body = daemon.client.post(f'/api/v1/download/{id}/cancel')
-        row = daemon.wait_status(id, 'failed', 5)
+        row = daemon.wait_status(id, 'failed')
         self.assertLess(time.monotonic() - began, fair(1))
         self.assertEqual((status, row['error_message']), (200, 'Cancelled'))
-        daemon.download(self.site.direct() if daemon is self.daemon else self.site.tiktok(), 5)
+        daemon.download(self.site.direct() if daemon is self.daemon else self.site.tiktok())
         self.assertEqual(daemon.status(id)['status'], 'failed')  # it does not rise from the dead
         self.assertEqual(daemon.partials(id), {})
 
@@ -1178,9 +1188,9 @@ class TestCancel(DaemonTest):
         self.assertEqual(daemon.status(id)['phase'], 'merge')
         began = time.monotonic()
         daemon.client.post(f'/api/v1/download/{id}/cancel')
-        self.assertEqual(daemon.wait_status(id, 'failed', 5)['error_message'], 'Cancelled')
+        self.assertEqual(daemon.wait_status(id, 'failed')['error_message'], 'Cancelled')
         self.assertLess(time.monotonic() - began, fair(1))
-        wait_until(lambda: [name for _, name in daemon.processes() if name == 'sleep'] == [], 2, 'ffmpeg is gone')
+        wait_until(lambda: [name for _, name in daemon.processes() if name == 'sleep'] == [], what='ffmpeg is gone')
 
     def sleepy_ffmpeg(self) -> str:
         """A PATH whose ffmpeg tells its version and never ends a merge."""
@@ -1237,8 +1247,11 @@ class TestEndAndResume(DaemonTest):
         daemon = self.new_daemon(downloader={'timeout': 5}, downloads={'max_concurrent': 3, 'max_retries': 0})
         posts = [self.site.tiktok(hold_at=10_000), self.site.tiktok(drip=0.2),
                  self.site.tiktok(page={'fail': ['hang'] * 9})]
+        ids = [daemon.submit(post) for post in posts]
+        for route in (posts[0].media[0], posts[1].media[0], posts[2].page):
+            route.wait_hits()
         began = time.monotonic()
-        for id in [daemon.submit(post) for post in posts]:
+        for id in ids:
             row = daemon.wait_status(id, 'failed')
             self.assertRegex(row['error_message'], 'stopped sending')
         self.assertLess(time.monotonic() - began, fair(9))
@@ -2544,12 +2557,15 @@ def pumps(pattern: 're.Pattern[Any]') -> List[str]:
     return sorted(found - {''} | {a + b for a in ['', *some] for b in some})
 
 
+TOO_SLOW = 60  # times of reading: there one stops
+
+
 def seconds_of(pattern: 're.Pattern[Any]', method: str, text: Any, limit: float) -> float:
     """How long the processor looks at the text; stops near the limit."""
     def late(*_):
         raise TimeoutError
     old = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, 5 * limit)  # a timer of the processor would make its clock coarse
+    signal.setitimer(signal.ITIMER_REAL, 3 * limit)  # a timer of the processor would make its clock coarse
     began = time.thread_time()
     try:
         if method in ('match', 'fullmatch', 'search'):
@@ -2564,24 +2580,36 @@ def seconds_of(pattern: 're.Pattern[Any]', method: str, text: Any, limit: float)
         signal.signal(signal.SIGALRM, old)
 
 
-def times_of_reading(pattern: 're.Pattern[Any]', method: str, pump: str, size: int) -> float:
-    """How long the pattern takes for a text of this size, as a multiple of reading it once in plain Python."""
-    line, worst = 'x' * size, 0.0
+@functools.lru_cache(maxsize=None)
+def seconds_of_reading(size: int) -> float:
+    """How long the processor takes to read a text of this size once in plain Python."""
     began = time.thread_time()
-    sum(letter == 'y' for letter in line)
-    once = time.thread_time() - began + 1e-4
+    sum(letter == 'y' for letter in 'x' * size)
+    return time.thread_time() - began + 1e-4
+
+
+def times_of_reading(pattern: 're.Pattern[Any]', method: str, pump: str, size: int) -> float:
+    """How long the pattern takes for a text of this size, as a multiple of reading it once."""
+    once, worst = seconds_of_reading(size), 0.0
     for begin, end in (('', '\0'), ('x', '!\n')):
         text = begin + pump * ((size - 3) // len(pump)) + end
         if isinstance(pattern.pattern, bytes):
             text = text.encode('latin-1', 'replace')
-        worst = max(worst, min(seconds_of(pattern, method, text, 200 * once) for _ in range(2)) / once)
+        worst = max(worst, min(seconds_of(pattern, method, text, TOO_SLOW * once) for _ in range(2)) / once)
+        if worst >= TOO_SLOW:
+            break
     return worst
 
 
 def slowest(pattern: 're.Pattern[Any]', method: str, size: int) -> Tuple[float, str]:
     """The worst text of this size: times_of_reading, and what it repeats."""
     def rank(some, size):
-        return sorted(((times_of_reading(pattern, method, pump, size), pump) for pump in some), reverse=True)
+        found = []
+        for pump in some:
+            found.append((times_of_reading(pattern, method, pump, size), pump))
+            if found[-1][0] >= TOO_SLOW:
+                break
+        return sorted(found, reverse=True)
     return rank([pump for _, pump in rank(pumps(pattern), min(size, 8192))[:4]], size)[0]
 
 
@@ -3182,7 +3210,7 @@ class TestLog(unittest.TestCase):
             self.say(f'line {number}')
         batches = (time.monotonic() - began) / v.LOG_NAP + 2
         self.assertLessEqual(len(self.writes), batches)
-        wait_until(lambda: b'line 499\n' in b''.join(self.writes), 1)
+        wait_until(lambda: b'line 499\n' in b''.join(self.writes))
         lines = self.file.read_text().splitlines()
         self.assertEqual([line.partition('INFO ')[2] for line in lines], [f'line {number}' for number in range(500)])
         self.assertRegex(lines[0], r'^20\d\d-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO ')
@@ -3311,7 +3339,8 @@ class TestPhone(DaemonTest):
         self.assertEqual((share.status, share.json[:16]), (202, b'Saved. The queue'))
 
     def test_while_the_queue_is_paused_the_message_says_so(self):
-        self.assertIn('paused: The disk is full', self.post(url=tiktok_link(21)).json['message'])
+        links = map(tiktok_link, itertools.count(21_000))  # it has only just started
+        wait_until(lambda: 'paused: The disk is full' in self.post(url=next(links)).json['message'])
         health = self.daemon.client.get('/api/v1/health').json
         self.assertEqual(health['status'], 'degraded')
         self.assertIn('The disk is full', health['paused'])
@@ -3361,7 +3390,7 @@ class TestRepeats(DaemonTest):
         id, ends = self.daemon.client.post('/api/v1/download', link).json['download_id'], []
 
         def send():
-            client = self.daemon.new_client()
+            client = self.daemon.new_client(keep_alive=True)
             for _ in range(500):
                 answer = client.post('/api/v1/download', link)
                 ends.append(answer.status)
@@ -3447,12 +3476,10 @@ class TestTriedKeys(DaemonTest):
                 for number, path in enumerate(paths)]
         self.assertGreater(sum(took), sum(0.02 * 2 ** number for number in range(6)))
         self.assertGreater(self.seconds('192.168.1.5', ''), 0)
-        slow = threading.Thread(target=self.seconds, args=('192.168.1.5', 'wrong'))
-        slow.start()
-        for address in ('192.168.1.5', '192.168.1.6'):
-            self.seconds(address, 'right', '/metrics', 200)
-        self.assertTrue(slow.is_alive())  # for 1.28 s
-        slow.join()
+        with ThreadPoolExecutor(1) as pool:
+            slow = pool.submit(self.seconds, '192.168.1.5', 'wrong')
+            fast = [self.seconds(address, 'right', '/metrics', 200) for address in ('192.168.1.5', '192.168.1.6')]
+        self.assertLess(max(fast), slow.result())  # 1.28 s
         self.assertGreater(self.seconds('fd00::1', 'wrong') + self.seconds('fd00::2', 'wrong'), 0.06)
         self.assertLess(self.seconds('192.168.1.7', 'wrong'), fair(0.2))
 
@@ -3560,9 +3587,8 @@ class TestBadStarts(DaemonTest):
         away = daemon.output.with_name('unplugged')
         daemon.output.rename(away)
         daemon.output.mkdir()  # the mount point
-        wait_until(lambda: daemon.client.get('/api/v1/health').json['paused'], 20)
+        wait_until(lambda: 'disk plugged in' in (daemon.client.get('/api/v1/health').json['paused'] or ''), 20)
         id = daemon.submit(self.site.tiktok())
-        self.assertIn('disk plugged in', daemon.client.get('/api/v1/health').json['paused'])
         self.assertEqual(daemon.files(), [])
         daemon.output.rmdir()
         away.rename(daemon.output)
@@ -3904,7 +3930,9 @@ class TestSignals(DaemonTest):
     def test_a_refused_restart_leaves_nothing_in_the_way_of_the_next_one(self):
         daemon = self.new_daemon()
         fine, text = (daemon.folder / 'certs/server.crt').read_bytes(), daemon.program.read_text(encoding='utf-8')
-        port = free_port()
+        place = reserved()
+        self.addCleanup(place.close)
+        port = place.getsockname()[1]
         daemon.configure(server={'port': str(port)})
         (daemon.folder / 'certs/server.crt').write_text('rubbish')
         daemon.signal(signal.SIGHUP)
@@ -4599,10 +4627,20 @@ class TestPosts(DownloadTest):
         self.assertEqual([pace.turn('a', 2, now) for now in (12, 13, 14)], [1, 0, 1])
         config = self.config(downloader={'page_pace': 'tiktok.com 0.5, instagram.com 0.5'})
         posts = [self.site.tiktok() for _ in range(3)] + [self.site.instagram()]
-        runs = [self.in_background(self.attempt(post, config=config)) for post in posts]
-        self.assertEqual([run.wait().kind for run in runs], ['done'] * 4)
-        times = sorted(post.page.requests[0].time for post in posts[:3])
-        self.assertGreater(min(b - a for a, b in zip(times, times[1:])), 0.48)
+        real, granted = v.Pace.turn, []  # what arrives may have been held up on its way
+
+        def turn(pace, site, gap, now, answered=False):
+            wait = real(pace, site, gap, now, answered)
+            if gap and site == 'tiktok.com' and not wait and not answered:
+                granted.append(now)
+            return wait
+        with unittest.mock.patch.object(v.Pace, 'turn', turn):
+            runs = [self.in_background(self.attempt(post, config=config)) for post in posts]
+            self.assertEqual([run.wait().kind for run in runs], ['done'] * 4)
+        granted.sort()
+        self.assertGreater(min(b - a for a, b in zip(granted, granted[1:])), 0.48)
+        asked = sorted(request.time for post in posts[:3] for request in post.page.requests)
+        self.assertEqual([a >= b for a, b in itertools.zip_longest(asked, granted)], [True] * 3)
         for bad in ('tiktok.com', 'tiktok.com x', '2', 'tiktok.com -1'):
             with self.assertRaises(v.ConfigError):
                 self.config(downloader={'page_pace': bad})
@@ -5539,7 +5577,7 @@ class TestStop(DownloadTest):
                                   stdout=subprocess.PIPE).stdout.split()
         self.assertEqual(len(children), 1)
         process.kill()
-        wait_until(lambda: not Path(f'/proc/{int(children[0])}').exists(), 5, 'ffmpeg gone')
+        wait_until(lambda: not Path(f'/proc/{int(children[0])}').exists(), what='ffmpeg gone')
 
     @unittest.skipUnless(shutil.which('ps'), 'ps is not installed')
     def test_an_ffmpeg_left_over_by_an_earlier_life_is_ended_before_its_files_are_used(self):
@@ -5553,7 +5591,7 @@ class TestStop(DownloadTest):
         self.addCleanup(other.wait)
         self.addCleanup(other.kill)
         folder.open()
-        self.assertEqual(mine.wait(5), -9)
+        self.assertEqual(mine.wait(fair(10)), -9)
         self.assertIsNone(other.poll())
 
     def test_while_the_disk_takes_its_time(self):
@@ -6383,11 +6421,10 @@ class TestVendor(unittest.TestCase):
         self.assertEqual([path for path in self.folder.parent.glob('*evil*')], [])
 
     def test_no_network_is_one_line_that_says_what_to_do(self) -> None:
-        self.index.end()
-        self.addCleanup(setattr, self, 'index', self.index)
-        self.index.end = lambda: None
-        with self.assertRaisesRegex(v.Trouble, r'^[^\n]*refused[^\n]*connect this machine[^\n]*py update$'):
-            self.vendor.install()
+        with reserved() as nobody:
+            self.vendor.index = f'http://127.0.0.1:{nobody.getsockname()[1]}'
+            with self.assertRaisesRegex(v.Trouble, r'^[^\n]*refused[^\n]*connect this machine[^\n]*py update$'):
+                self.vendor.install()
         self.assertEqual(self.vendor.last_checked(), 0)
 
     def test_an_answer_that_is_no_index_is_trouble(self) -> None:
@@ -6660,7 +6697,7 @@ class TestFreshness(unittest.TestCase):
         wait_until(lambda: list(self.vendor.folder.glob('.new/tree/yt_dlp/__pycache__')))
         began = time.monotonic()
         fresh.stop()
-        thread.join(5)
+        thread.join(fair(10))
         self.assertLess(time.monotonic() - began, fair(1))
         self.assertEqual(fresh.trouble, 'the update of yt-dlp was stopped')
 
@@ -6822,12 +6859,10 @@ class TestFreshDaemon(DaemonTest):
 
     def test_a_worker_that_hangs_beyond_cancel_is_ended_by_a_re_execution(self) -> None:
         daemon = self.fresh_daemon(some_files(extractor__tiktok=(
-            "'universal data', display_id", "'universal data', __import__('threading').Event().wait()")),
-            checked=time.time())
-        post = self.site.tiktok()
-        id = daemon.submit(post)
-        post.page.wait_hits()
-        time.sleep(0.2)  # it is read, and then nothing ends it
+            "'universal data', display_id", "'universal data', (__import__('logging').getLogger('videoserverd').error("
+            "'it hangs'), __import__('threading').Event().wait())")), checked=time.time())
+        id = daemon.submit(self.site.tiktok())
+        wait_until(lambda: 'it hangs' in daemon.log(), 20)
         daemon.client.post(f'/api/v1/download/{id}/cancel')
         wait_until(lambda: starts(daemon) == 2, 20)
         row = daemon.wait_status(id, 'failed')
@@ -7231,8 +7266,7 @@ class TestBucket(WithBucket):
 
     def test_wrong_key_missing_bucket_and_server_down_say_what_to_do(self):
         path = self.file()
-        down = socket.socket()
-        down.bind(('127.0.0.1', 0))  # bound but not listening: refuses
+        down = reserved()
         self.addCleanup(down.close)
         for change, said in [
                 ({'secret': 'wrong'}, r'AWS_SECRET_ACCESS_KEY \(403 SignatureDoesNotMatch\)'),
@@ -7557,7 +7591,12 @@ class TestHostileServer(unittest.TestCase):
 
     def test_it_holds_nobody_up(self):
         """Silence, a drip, a flood, an answer that is cut short or is none: an end within the limits."""
-        drip = [b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\nX: '] + [b'.'] * 200
+        drip, answers = [b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\nX: '] + [b'.'] * 200, []
+
+        class Kept(http.client.HTTPResponse):
+            def __init__(self, *args, **more):
+                answers.append(self)
+                super().__init__(*args, **more)
         for blocks, pause, said in (
                 (drip, 0.05, 'timed out'), ([b'', b''], 5, 'timed out'),
                 ([b'HTTP/1.1 100 \r\n\r\n'] * 200, 0.05, 'timed out'),
@@ -7569,11 +7608,13 @@ class TestHostileServer(unittest.TestCase):
                 gone = threading.Event()
                 threading.Thread(target=self.serve, args=(door, blocks, pause, gone), daemon=True).start()
                 begun = time.monotonic()
-                with self.assertRaisesRegex(OSError, said):
+                with self.assertRaisesRegex(OSError, said), \
+                        unittest.mock.patch.object(v.http.client, 'HTTPResponse', Kept):
                     v.HttpClient().call('GET', f'http://127.0.0.1:{door.getsockname()[1]}/',
                                         answer_seconds=0.5, limit=1000)
                 self.assertLess(time.monotonic() - begun, fair(2))
                 gone.set()
+        self.assertEqual([answer.closed for answer in answers], [True] * 6, 'nothing is left to the garbage collector')
 
 
 class Listener(ThreadingHTTPServer):
@@ -7658,17 +7699,14 @@ class TestNotify(DaemonTest):
                                     'download_id': row['download_id'], 'public_url': row['public_url']})
 
     def test_told_though_kill_9_came_and_the_listener_was_away_and_nothing_waited(self):
-        self.listener.server_close()  # refuses: the port is bound by nobody
-        daemon = self.started(self.listener.url)
-        row = daemon.download(self.site.tiktok())
-        daemon.kill()
-        again = Listener()
-        self.addCleanup(again.server_close)
-        self.addCleanup(again.shutdown)
-        daemon.change_env({'VIDEOSERVER_NOTIFY_URL': again.url})
+        with reserved() as nobody:
+            daemon = self.started('http://127.0.0.1:%d' % nobody.getsockname()[1])
+            row = daemon.download(self.site.tiktok())
+            daemon.kill()
+        daemon.change_env({'VIDEOSERVER_NOTIFY_URL': self.listener.url})
         daemon.start()
-        wait_until(lambda: again.told, 70)
-        self.assertEqual(json.loads(again.told[0][2])['download_id'], row['download_id'])
+        wait_until(lambda: self.told, 70)
+        self.assertEqual(json.loads(self.told[0][2])['download_id'], row['download_id'])
 
     def test_only_the_events_that_are_wanted(self):
         store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
@@ -7844,7 +7882,6 @@ def jpeg_size(data: bytes) -> Tuple[int, int]:
     return struct.unpack('>HH', re.search(rb'\xff[\xc0-\xc2]..\x08(.{4})', data, re.S)[1])[::-1]
 
 
-@unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
 def tiktok_export(favorites: Sequence[str] = (), likes: Sequence[str] = (), history: Sequence[str] = (),
                   old: bool = False) -> bytes:
     """TikTok's export as JSON, in its layout of before January 2026 or after."""
@@ -7969,7 +8006,7 @@ class TestImports(DaemonTest):
         daemon = self.new_daemon(downloads={'import_pace': '3600'})
         row = self.send('\n'.join([str(self.site.tiktok()), *shared_links(2000)]).encode(), 'a.txt', daemon).json
         self.change(row, 'start', daemon)
-        wait_until(lambda: daemon.files(), 20, 'the first one arrives')
+        wait_until(lambda: daemon.rows("SELECT 1 FROM downloads WHERE status = 'completed'"), 20, 'the first arrives')
         self.assertEqual(self.change(row, 'cancel', daemon).status, 200)
         self.assertEqual(len(daemon.rows()), 1)
         self.assertEqual(self.change(row, 'resume', daemon).status, 404)
@@ -8168,6 +8205,7 @@ class TestRelocate(DaemonTest):
             self.assertEqual(v.with_output(text, '/n'), wanted)
 
 
+@unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
 class TestThumbnails(unittest.TestCase):
     """A small JPEG of each finished video, made once."""
 
@@ -8662,7 +8700,7 @@ class TestCopies(DaemonTest):
         self.assertEqual((status, headers['Content-Type']), (200, 'video/mp4'))
         self.assertEqual(data, (self.daemon.output / row['filename']).read_bytes())
         self.assertEqual(headers['Content-Disposition'], v.content_disposition(row['filename']))
-        self.assertEqual(self.problems(), '')
+        wait_until(lambda: not self.problems())
         self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{id}').status, 200)
         wait_until(lambda: fetch(body['publicURL'])[0] == 404)
 
@@ -8674,13 +8712,13 @@ class TestCopies(DaemonTest):
         row = self.copied(id, 'failing')
         self.assertEqual((row['status'], row['error_message']), ('completed', None))
         self.assertIn('AWS_SECRET_ACCESS_KEY', row['s3']['error'])
-        self.assertIn('AWS_SECRET_ACCESS_KEY', self.problems())
+        wait_until(lambda: 'AWS_SECRET_ACCESS_KEY' in self.problems())  # which is told after the row
         status, _, body = self.public_url(id)
         self.assertEqual((status, body['errorCode']), (418, 'downloadNotReady'))
         self.daemon.change_env({'AWS_SECRET_ACCESS_KEY': 'testing'})
         self.daemon.restart()
         self.copied(id)
-        self.assertEqual(self.problems(), '')
+        wait_until(lambda: not self.problems())
 
     def test_a_copy_is_deleted_though_the_bucket_was_away_and_kill_9_came(self):
         self.daemon.start()
@@ -9859,14 +9897,6 @@ class NginxClient(Client):
                                            source_address=(self.source, 0))
 
 
-def handed_over() -> socket.socket:
-    """A listening socket that somebody else takes over."""
-    sock = socket.socket()
-    sock.bind(('127.0.0.1', 0))
-    sock.listen(64)
-    return sock
-
-
 @unittest.skipUnless(shutil.which('nginx'), 'nginx is not installed')
 class TestBehindNginx(DaemonTest):
     """Page, both APIs and files under https://…/videodownloader, files served by nginx itself."""
@@ -9875,7 +9905,7 @@ class TestBehindNginx(DaemonTest):
     @classmethod
     def setUpClass(cls) -> None:
         super().setUpClass()
-        with handed_over() as sock:
+        with socket.create_server(('127.0.0.1', 0)) as sock:
             cls.base = f'https://127.0.0.1:{sock.getsockname()[1]}/videodownloader'
             cls.daemon = Daemon(
                 site=cls.site, env={'VIDEOSERVER_API_KEYS': 'key'},
@@ -10005,8 +10035,7 @@ class TestNginxAlone(unittest.TestCase):
     """While the daemon is away, a phone still gets a sentence."""
 
     def test_each_dialect_says_that_the_server_is_not_running(self):
-        with socket.socket() as nobody, handed_over() as sock:
-            nobody.bind(('127.0.0.1', 0))  # does not listen
+        with reserved() as nobody, socket.create_server(('127.0.0.1', 0)) as sock:
             nginx = Nginx(sock, nobody.getsockname()[1], RUN)
             self.addCleanup(nginx.close)
             status, headers, body = nginx.client().post('/videodownloader/api/v1/download', {'url': 'x'})
@@ -10305,7 +10334,7 @@ class TestConnections(unittest.TestCase):
     """The server alone, in this process: what only shows with a hand on both ends of a connection."""
 
     def setUp(self):
-        patch = unittest.mock.patch.dict(v.PEER_STATES, new=(1.0, 0.0), idle=(1.0, 0.0), asking=(1.0, 1.0))
+        patch = unittest.mock.patch.dict(v.PEER_STATES, new=(3.0, 0.0), idle=(1.0, 0.0), closing=(3.0, 0.0))
         patch.start()
         self.addCleanup(patch.stop)
         self.server = v.Server(v.listen('127.0.0.1', 0), v.App(new_config(), routes=v.ROUTES), None)
@@ -10361,6 +10390,7 @@ class TestConnections(unittest.TestCase):
         links = [self.connect() for _ in range(20)]
         for link in links:
             link.sendall(b'BAD\r\n\r\nx')
+        for link in links:
             self.assertIn(b' 400 ', link.recv(4096))
         self.assertEqual(len(self.peers), 20)
         wait_until(lambda: not self.peers, 10)
@@ -10372,7 +10402,6 @@ class TestConnections(unittest.TestCase):
 FAKETIME = next(iter(Path('/usr/lib').glob('*/faketime/libfaketime.so.1')), None)
 
 
-@unittest.skipUnless(shutil.which('strace'), 'strace is not installed')
 class TestAlmostFull(DaemonTest):
     """Links are refused, with a sentence, before the database's disk is full; health says so."""
     hurry = {'LAST_ROOM': 1 << 60}
@@ -10398,6 +10427,7 @@ class TestAlmostFull(DaemonTest):
         self.assertGreaterEqual(written(store.probe), written(store.add_many, [link], 1))
 
 
+@unittest.skipUnless(shutil.which('strace'), 'strace is not installed')
 class TestFailingDisk(DaemonTest):
     """ENOSPC and EIO at any write: 503 or pause, never a false ack, never a dead thread, recovery without a restart."""
     settings = {'downloads': {'max_retries': 9}, 'logging': {'level': 'WARNING'}}
@@ -10697,7 +10727,7 @@ class TestPage(DaemonTest):
         self.assertTrue(self.browser.get('#ready', 'hidden'))
 
     def test_an_export_is_looked_into_and_what_is_ticked_is_queued(self):
-        post, file = self.site.tiktok(), self.daemon.folder / 'export.zip'
+        post, file = self.site.tiktok(hold_at=50_000), self.daemon.folder / 'export.zip'
         export = tiktok_export([str(post)], shared_links(5), shared_links(7))
         file.write_bytes(zipped({'user_data_tiktok.json': export}))
         self.browser.run('document.querySelector("#import-file").closest("details").open = true')
@@ -10709,6 +10739,7 @@ class TestPage(DaemonTest):
         self.browser.click('#imports [value=likes]')
         self.browser.click('#imports .start')
         self.browser.until('#imports [data-state=running] .meta', 'innerText.startsWith("0 of 1")')
+        post.media[0].release()
         self.browser.until('article', 'row.status === "completed"')
         self.assertEqual(len(self.daemon.rows("SELECT id FROM downloads WHERE import_id IS NOT NULL")), 1)
         self.browser.run('window.confirm = () => true')
@@ -11001,6 +11032,7 @@ class TestPage(DaemonTest):
                           '.then(() => Boolean(navigator.serviceWorker.controller))')
         daemon.configure(server={'port': daemon.port})
         daemon.terminate()
+        self.addCleanup(reserved(daemon.port).close)
         self.browser.open(f'https://127.0.0.1:{daemon.port}/')
         self.browser.until('#pulse', 'textContent.startsWith("No connection")')
         link = tiktok_link(8)
@@ -11429,6 +11461,11 @@ class TestShareVideo(DaemonTest):
     """The finished file itself is the answer; or a sentence, when it takes too long."""
     hurry = {'VIDEO_SECONDS': 4.0}
 
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.daemon.download(cls.site.tiktok())  # yt-dlp is imported then
+
     def video(self, post: str, name: str = 'phone') -> Answer:
         return self.daemon.new_client().post(f'/share/{name}/video', post.encode())
 
@@ -11453,7 +11490,7 @@ class TestShareVideo(DaemonTest):
         busy.media[0].wait_held()
         thread = threading.Thread(target=lambda: answers.append(self.video(self.site.tiktok())))
         thread.start()
-        wait_until(lambda: self.daemon.rows()[-1]['status'] == 'queued', 3)
+        wait_until(lambda: self.daemon.rows()[-1]['status'] == 'queued')
         id = self.daemon.rows()[-1]['id']
         self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{id}').status, 200)
         thread.join()
@@ -11462,24 +11499,15 @@ class TestShareVideo(DaemonTest):
 
     def test_eight_wait_and_the_ninth_is_told_at_once(self):
         post = self.site.tiktok(hold_at=20_000)
-        answers: List[Tuple[float, int]] = []
 
-        def ask() -> None:
+        def ask(_) -> float:
             began = time.monotonic()
-            status = self.video(post).status
-            answers.append((time.monotonic() - began, status))
-        threads = [threading.Thread(target=ask) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        post.media[0].wait_held()
-        wait_until(lambda: self.daemon.threads() > 12, 5)
-        ask()
-        self.assertEqual((len(answers), answers[0][1]), (1, 202))
-        self.assertLess(answers[0][0], 3)
-        for thread in threads:
-            thread.join()
-        self.assertEqual([status for _, status in answers], [202] * 9)
-        self.assertTrue(all(3.9 < took < fair(6) for took, _ in answers[1:]), answers)
+            self.assertEqual(self.video(post).status, 202)
+            return time.monotonic() - began
+        with ThreadPoolExecutor(9) as pool:
+            ninth, *eight = sorted(pool.map(ask, range(9)))
+        self.assertLess(ninth, 3)
+        self.assertTrue(all(3.9 < took < fair(6) for took in eight), eight)
         post.media[0].release()
         self.assertEqual(self.video(post).status, 200)
 
@@ -11589,8 +11617,7 @@ class TestIdleIsSmall(unittest.TestCase):
 
 def free_port() -> int:
     """A port for a figure that needs to know it beforehand."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
+    with reserved() as probe:
         return probe.getsockname()[1]
 
 

@@ -274,12 +274,12 @@ class HttpClient:
                 with suppress(ConnectionError):  # a refusing server may hang up before reading all
                     line.request(method, target, body, dict(headers))
                 source = TimedReader(line.sock, time.monotonic() + answer_seconds)
-                answer = http.client.HTTPResponse(source, method=method)
-                answer.begin()
-                received = answer.read(limit + 1)
-                if answer.length or len(received) > limit:
-                    raise ConnectionError('the answer was cut short, or is too long')
-                return answer.status, answer.headers, received
+                with closing(http.client.HTTPResponse(source, method=method)) as answer:
+                    answer.begin()
+                    received = answer.read(limit + 1)
+                    if answer.length or len(received) > limit:
+                        raise ConnectionError('the answer was cut short, or is too long')
+                    return answer.status, answer.headers, received
         except http.client.HTTPException as error:
             raise ConnectionError(f'no HTTP: {error}') from None
         finally:
