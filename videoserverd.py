@@ -4629,7 +4629,7 @@ class Freshness:
 # Called by http (links) and daemon.
 
 MARKER = '.videoserverd'  # in the output folder: the empty folder of an unplugged disk lacks it
-UPLOAD_BLOCK = 256 << 10  # bytes in memory at a time
+BLOCK = 256 << 10  # bytes read and sent at a time: large enough that TLS is the limit
 MULTIPART_ABOVE = 100 << 20  # where AWS advises parts
 PART_SIZE = 16 << 20  # what a lost connection costs at most; S3 takes 10,000
 JOIN_SECONDS = 300.0  # for an answer: joining many parts takes a server long
@@ -4700,12 +4700,10 @@ class Keys:
     service: str = 's3'
 
     def scope(self, stamp):
-        """Where and on which day a signature holds."""
-        return f'{stamp[:8]}/{self.region}/{self.service}/aws4_request'
+            return f'{stamp[:8]}/{self.region}/{self.service}/aws4_request'
 
 
 def amz_date(now):
-    """'20130524T000000Z'."""
     return time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))
 
 
@@ -4776,30 +4774,30 @@ NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may
 
 @named_tuple
 class Body:
-    """A range of an open file, read until halted."""
+    """A range of an open file. Reading it raises OSError."""
     file: Any
     start: int
     size: int
-    halted: threading.Event
 
     def blocks(self):
-        """Its bytes. Raises OSError."""
         self.file.seek(self.start)
         left = self.size
         while left:
-            block = self.file.read(min(left, UPLOAD_BLOCK))
-            if self.halted.is_set() or not block:
-                raise OSError('the upload was stopped' if block else 'the file got shorter')
+            block = self.file.read(min(left, BLOCK))
+            if not block:
+                raise OSError('the file got shorter')
             left -= len(block)
             yield block
 
     def digest(self, kind):
-        """Of its bytes, in hex. Raises OSError."""
         import hashlib
         digest = hashlib.new(kind, usedforsecurity=False)
         for block in self.blocks():
             digest.update(block)
         return digest.hexdigest()
+
+
+NOTHING = Body(io.BytesIO(), 0, 0)
 
 
 def xml_texts(answer, tag):
@@ -4832,12 +4830,11 @@ class Bucket:
         are not sent again. Raises Trouble."""
         try:
             with open(path, 'rb') as file:
-                size, headers = os.fstat(file.fileno()).st_size, [('Content-Type', kind)]
-                body = Body(file, 0, size, self.client.halted)
-                if size > MULTIPART_ABOVE:
-                    self._put_parts(body, key, headers)
+                body = Body(file, 0, os.fstat(file.fileno()).st_size)
+                if body.size > MULTIPART_ABOVE:
+                    self._put_parts(body, key, kind)
                 else:
-                    self._call('PUT', key, (), headers, body)
+                    self._call('PUT', key, (), body, kind)
         except OSError as error:
             raise Trouble(f'{path}: {error.strerror or error}') from None
 
@@ -4857,7 +4854,7 @@ class Bucket:
         pairs = zip(xml_texts(answer, 'Key'), xml_texts(answer, 'UploadId'))
         return [upload for found, upload in pairs if found == key]
 
-    def _put_parts(self, everything, key, headers):
+    def _put_parts(self, everything, key, kind):
         """Existing parts are trusted by their MD5 only: they may be of an older file."""
         stored, listed = {}, ''
         upload = next(iter(self._unfinished(key)), '')
@@ -4865,29 +4862,30 @@ class Bucket:
             _, answer = self._call('GET', key, [('uploadId', upload)])
             stored = dict(zip(xml_texts(answer, 'PartNumber'), xml_texts(answer, 'ETag')))
         else:
-            _, answer = self._call('POST', key, [('uploads', '')], headers)
+            _, answer = self._call('POST', key, [('uploads', '')], kind=kind)
             upload = ''.join(xml_texts(answer, 'UploadId'))
         for number, start in enumerate(range(0, everything.size, PART_SIZE), 1):
             part = everything._replace(start=start, size=min(PART_SIZE, everything.size - start))
             etag = stored.get(str(number), '')
             if not etag or etag.strip('"') != part.digest('md5'):
                 query = [('partNumber', str(number)), ('uploadId', upload)]
-                found, _ = self._call('PUT', key, query, (), part)
+                found, _ = self._call('PUT', key, query, part)
                 etag = found['ETag']
             listed += f'<Part><PartNumber>{number}</PartNumber><ETag>{etag}</ETag></Part>'
         manifest = f'<CompleteMultipartUpload>{listed}</CompleteMultipartUpload>'.encode()
-        body = Body(io.BytesIO(manifest), 0, len(manifest), self.client.halted)
-        self._call('POST', key, [('uploadId', upload)], (), body)
+        self._call('POST', key, [('uploadId', upload)],
+                   Body(io.BytesIO(manifest), 0, len(manifest)))
 
-    def _call(self, method, key, query=(), headers=(), body=None, fine=()):
+    def _call(self, method, key, query=(), body=NOTHING, kind='', fine=()):
         """(headers, body) of S3's answer to one signed request; nothing where its error code is
         `fine`. Raises Trouble."""
         base, path = bucket_address(self.s3.endpoint, self.s3.bucket, key)
         host = base.partition('://')[2]
-        body = body or Body(io.BytesIO(), 0, 0, self.client.halted)
         payload = 'UNSIGNED-PAYLOAD' if base.startswith('https:') else body.digest('sha256')
-        signed = sign_v4(self.keys, time.time(), method, host, path, query,
-                         {**dict(headers), 'X-Amz-Content-Sha256': payload}, payload)
+        headers = {'X-Amz-Content-Sha256': payload}
+        if kind:
+            headers['Content-Type'] = kind
+        signed = sign_v4(self.keys, time.time(), method, host, path, query, headers, payload)
         signed['Content-Length'] = str(body.size)  # not signed: some proxies drop a zero
         url = f'{base}{path}?{canonical_query(query)}'
         try:
@@ -4924,7 +4922,6 @@ class Courier:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self):
-        """Begin."""
         self._thread.start()
 
     def wake(self, forgotten=''):
@@ -4953,7 +4950,7 @@ class Courier:
                 log.warning('%s: waits after this: %s', self._thread.name, error,
                             exc_info=not isinstance(error, StoreDown))
             with self._changed:
-                self._changed.wait_for(lambda: self._woken or self._stopping, nap)
+                self._changed.wait_for(lambda: self._woken, nap)
                 self._woken = False
 
     def step(self, now):
@@ -5088,7 +5085,6 @@ class Notifier(Courier):
         return ()
 
     def _compose(self, event, told, now):
-        """Headers and body."""
         if self.ntfy:
             title, priority, tag = NTFY[event]
             title = f'{title}: {told.get("title") or told.get("url") or ""}'.rstrip(': ')
@@ -5802,15 +5798,6 @@ def machine_names():
     return tuple(filter(HOST_NAME.fullmatch, names))
 
 
-def host_names(config):
-    """The names this machine answers to, `<host>.local` first. Raises Trouble."""
-    words = [*machine_names(), *config.server.names]
-    base = urlsplit(config.server.public_base_url or '').hostname or ''
-    if HOST_NAME.fullmatch(base):
-        words.append(base)
-    return tuple(word for word in host_words(words) if not as_address(word))
-
-
 def host_addresses():
     """All addresses of this machine, loopback first."""
     found = ['127.0.0.1', '::1']
@@ -5827,6 +5814,14 @@ def host_addresses():
             if not int(flags, 16) & 0x29 and not name.startswith('veth'):
                 found.append(str(ipaddress.ip_address(bytes.fromhex(address))))
     return host_words(found)
+
+
+def known_hosts(config):
+    """The names and addresses this machine answers to, `<host>.local` first. Raises Trouble."""
+    words = [*machine_names(), *config.server.names, *host_addresses()]
+    with suppress(Trouble):  # not set, or not as a Host can be
+        words += host_words([urlsplit(config.server.public_base_url or '').hostname or ''])
+    return host_words(words)
 
 
 def may_sign(word, permitted):
@@ -5881,7 +5876,6 @@ def tls_context(*pair):
 
 
 def server_context(config):
-    """The server's own tls_context. Raises Trouble."""
     return tls_context(config.server.cert_file, config.server.key_file)
 
 
@@ -6013,7 +6007,7 @@ def leaf_words(config, asked, given, permitted):
         raise Trouble(advice)
     if refused:
         log.warning('[server] names: %s', advice)
-    words = host_words((*host_names(config), *config.server.names, *host_addresses(), *given))
+    words = host_words((*known_hosts(config), *given))
     return [word for word in words if may_sign(word, permitted)]
 
 
@@ -6149,11 +6143,10 @@ def mobileconfig(config):
 
 
 # ---------- http --------------------------------------------------------------------------
-# Owns the TLS server and its limits, the strict reading of requests, ROUTES (dispatch and
-# OpenAPI come from that one table), both dialects, /share and files. Lock: `Server._guard`
-# guards the table of connections. Handlers validate, call one verb and reply. All of it may raise
-# HTTPError, and what reads from a client ClientGone; App.respond alone turns errors into replies.
-# Called by daemon and `phone`.
+# Owns the TLS server and its limits, the strict reading of requests, ROUTES (for dispatch and
+# OpenAPI), both dialects, /share and files. Locks: `Server._guard`, `App.guard`. Handlers
+# validate, call one verb and reply. All of it may raise HTTPError, and what reads from a client
+# ClientGone; `respond` alone turns errors into replies. Called by daemon and `phone`.
 
 # What a connection is doing: seconds until it is cut off, and seconds after which it may be closed
 # to make room for another.
@@ -6172,10 +6165,8 @@ LINE_LIMIT = 8 << 10  # bytes of a request line
 LARGE_BODY = 1 << 20  # bytes of a list of links, or of a cookies file
 CONNECTIONS = 128  # a thread each
 PER_ADDRESS = 16  # a browser opens 6
-BLOCK = 256 << 10  # bytes read and sent at a time: large enough that TLS is the limit
 WATCHERS = 8  # pages that wait for news, and phones that wait for a video
 VIDEO_SECONDS = 50.0  # for a video; a phone gives up after 60
-FEED_ENTRIES = 50
 SIGNED_NAME = re.compile(r'(.+)\.([A-Za-z0-9_-]{43})', re.S)
 SIGNATURE = re.compile(r'(?:\.|%2e)[\w%-]{40,}', re.I | re.A)  # of a share address, as it is sent
 B_PATH = re.compile(r'/(initiateDownload|listDownloads|getVideoDownloadPublicURL)(/|$)')
@@ -6222,13 +6213,12 @@ class ClientGone(ConnectionError):
 
 @named_tuple
 class Reply:
-    """What goes back: `body`, or the next `length` bytes of an open file."""
+    """What goes back: `body`, or what is in `file`."""
     status: int
     body: bytes = b''
     type: str = JSON
     headers: tuple[tuple[str, str], ...] = ()
     file: Any = None
-    length: int = 0
 
 
 # -- reading a request
@@ -6306,7 +6296,6 @@ class Request:
         return media.strip().lower(), parameters
 
     def blocks(self):
-        """The body, piece by piece."""
         size, self.unread = self.unread or 0, None
         if size and 'expect' in self.fields and self.version == 'HTTP/1.1':
             self.peer.send(b'HTTP/1.1 100 Continue\r\n\r\n')
@@ -6322,7 +6311,6 @@ class Request:
         return b''.join(self.blocks())
 
     def json(self):
-        """The body as a JSON object."""
         if self.content_type()[0] != JSON:
             raise HTTPError(415, 'Send JSON, with the header Content-Type: application/json.')
         fields = None
@@ -6429,7 +6417,6 @@ def shown_percent(record, progress):
 
 
 def status_message(record, percent):
-    """What a phone can show."""
     if record['status'] == 'downloading':
         return f'Downloading: {percent}%.'
     if record['status'] == 'completed':
@@ -6459,7 +6446,7 @@ class App:
     def __init__(self, config, **more):
         self.config = config
         self.port = 0
-        self.hosts = frozenset()  # names and addresses that are ours
+        self.hosts = ()  # names and addresses that are ours
         vars(self).update(more)
         self.public = urlsplit(config.server.public_base_url or '')
         self.watchers = threading.Semaphore(WATCHERS)
@@ -6473,10 +6460,10 @@ class App:
     def link(self, download_id, name):
         """The path of a finished file below our base, signed if keys are set."""
         path = file_path(download_id, name)
-        if not self.config.api_keys:
-            return path
-        expires = int(time.time()) + self.config.s3.url_expiry
-        return path + sign_path(self.link_secret, path, expires)
+        if self.config.api_keys:
+            expires = int(time.time()) + self.config.s3.url_expiry
+            path += sign_path(self.link_secret, path, expires)
+        return path
 
     def progress(self, record):
         running = record['status'] == 'downloading'
@@ -6506,7 +6493,6 @@ class App:
         return row
 
     def record(self, request):
-        """The download that the path names."""
         try:
             return self.store.get(request.params['id'])
         except LookupError:
@@ -6720,8 +6706,7 @@ def respond(app, request):
 
 # -- what OpenAPI says
 
-B_STATUS = {'queued': 'PENDING', 'downloading': 'DOWNLOADING', 'completed': 'COMPLETED',
-            'failed': 'FAILED'}
+B_STATUS = {**{state: state.upper() for state in STATES}, 'queued': 'PENDING'}
 SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required; see schema_of
     'Object': '',
     'Status': {'type': 'string', 'enum': list(STATES)},
@@ -6893,7 +6878,6 @@ def submit(app, request, fields):
 
 
 def queued_message(app, sentence):
-    """Says so if the queue is paused."""
     why = (app.scheduler.paused or '').partition(' Fix:')[0]
     return sentence + f'. The queue is paused: {why}' * bool(why)
 
@@ -7133,7 +7117,6 @@ def fill_xml(template, **texts):
 
 
 def feed_head(own_id, title, seconds, rel, url):
-    """What a feed and its entries begin with."""
     return fill_xml('<id>{id}</id><title>{title}</title><updated>{updated}</updated>'
                     '<link rel="{rel}" href="{url}"/>', id=own_id, title=title, rel=rel, url=url,
                     updated=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds)))
@@ -7155,7 +7138,7 @@ def get_feed(app, request):
     address = own = app.base() + '/feed.xml'
     for key in app.config.api_keys[:1]:
         own += '?signature=' + sign_name(key, '/feed.xml')
-    rows = map(app.describe, app.store.page(FEED_ENTRIES, 0, 'completed')[1])
+    rows = map(app.describe, app.store.page(50, 0, 'completed')[1])
     feed = ['<?xml version="1.0" encoding="utf-8"?><feed xmlns="http://www.w3.org/2005/Atom">',
             feed_head(address, 'Videos', time.time(), 'self', own),
             '<author><name>videoserverd</name></author>',
@@ -7280,20 +7263,20 @@ def send_file(request, path, media, headers):
     modified = formatdate(facts.st_mtime, usegmt=True)
     headers = (*headers, ('Accept-Ranges', 'bytes'), ('ETag', etag), ('Last-Modified', modified))
     if is_unchanged(request, etag, modified):
-        return Reply(304, b'', '', headers, handle)
+        handle.close()
+        return Reply(304, b'', '', headers)
     span = None
     if request.method == 'GET' and request.field('if-range') in ('', etag, modified):
         span = parse_range(request.field('range'), size)
     if span is None:
-        return Reply(200, b'', media, headers, handle, size)
+        return Reply(200, b'', media, headers, Body(handle, 0, size))
     start, end = span
     if start >= size:
         handle.close()
         raise HTTPError(416, 'The file is shorter than that.', 'bad_range',
                         ('Content-Range', f'bytes */{size}'))
-    handle.seek(start)
     headers += (('Content-Range', f'bytes {start}-{end}/{size}'),)
-    return Reply(206, b'', media, headers, handle, end - start + 1)
+    return Reply(206, b'', media, headers, Body(handle, start, end - start + 1))
 
 
 def reply_with_file(app, request, file):
@@ -7482,19 +7465,18 @@ ROUTES = (
 def fixed_head(status, media, headers, keep, now):
     """Status line and header fields without the length; no value can end its line."""
     fields = {'Date': formatdate(now, usegmt=True), **SAME_HEADERS, **dict(headers),
-              'Connection': 'keep-alive' if keep else 'close'}
-    if status != 304:
-        fields['Content-Type'] = media
-    lines = [f'{name}: {LINE_END.sub("", text)}\r\n' for name, text in fields.items()]
+              'Connection': 'keep-alive' if keep else 'close', 'Content-Type': media}
+    lines = [f'{name}: {LINE_END.sub("", text)}\r\n' for name, text in fields.items() if text]
     first = f'HTTP/1.1 {status} {http.client.responses[status]}\r\n'
     return (first + ''.join(lines)).encode('latin-1', 'replace')
 
 
 def format_head(reply, keep):
     head = fixed_head(reply.status, reply.type, reply.headers, keep, int(time.time()))
-    if reply.status == 304:
-        return head + b'\r\n'
-    return head + b'Content-Length: %d\r\n\r\n' % (reply.length or len(reply.body))
+    size = reply.file.size if reply.file else len(reply.body)
+    if reply.status != 304:
+        head += b'Content-Length: %d\r\n' % size
+    return head + b'\r\n'
 
 
 class Peer:
@@ -7566,7 +7548,6 @@ class Peer:
         return data
 
     def read_head(self):
-        """Up to its empty line."""
         while True:
             while self.buffer.startswith(b'\r\n'):  # RFC 9112 section 2.2: skipped
                 del self.buffer[:2]
@@ -7594,17 +7575,12 @@ class Peer:
     def _send_reply(self, reply, keep, whole_reply):
         try:
             self.send(format_head(reply, keep) + reply.body * whole_reply)
-            left = reply.length * whole_reply
-            block = memoryview(bytearray(min(BLOCK, left)))
-            while left:
-                read = reply.file.readinto(block[:left])
-                if not read:
-                    raise ConnectionError('the file became shorter while it was sent')
-                self.send(block[:read])
-                left -= read
+            if reply.file and whole_reply:
+                for block in reply.file.blocks():
+                    self.send(block)
         finally:
             if reply.file:
-                reply.file.close()
+                reply.file.file.close()
 
     def break_off(self, how=socket.SHUT_RDWR):
         """From any thread: its own then finds it closed. Leaves TLS alone."""
@@ -9280,14 +9256,6 @@ def program(config):
     return shlex.join(('python3', str(PROGRAM), *where))
 
 
-def known_hosts(config):
-    """Names and addresses that a Host header may have."""
-    base = urlsplit(config.server.public_base_url or '').hostname
-    return frozenset(name.lower().rstrip('.') for name in (
-        *host_names(config), *host_addresses(), *config.server.names, base,
-        'localhost', '127.0.0.1', '::1') if name)
-
-
 def ca_assets(config):
     """The CA for the iPhone and for others, if it is ours."""
     if not config.server.tls or not config.server.ca_file.exists():
@@ -10256,7 +10224,7 @@ def check_certificate(config):
         return
     if days_left(leaf) < CERTIFICATE_WARNING_DAYS:
         yield f'certificate: {days_left(leaf)} days left', fix
-    missing = {*host_names(config), *host_addresses()} - {*leaf.names}
+    missing = {*known_hosts(config)} - {*leaf.names}
     permitted = remembered_names(config)[1]
     missing = ', '.join(name for name in sorted(missing) if may_sign(name, permitted))
     if missing and not leaf.own:
