@@ -7755,11 +7755,11 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
   </form>
   <ul id="outbox" aria-label="Not sent yet" hidden></ul>
   <div id="imports"></div>
-  <form id="filters" role="search" hidden>
+  <div id="filters" role="search" hidden>
     <div id="states" role="group" aria-label="Show"></div>
     <div class="field"><input id="search" type="search" aria-label="Search" placeholder="Search"
-      autocomplete="off"><button id="pick" type="button" aria-pressed="false">Select</button></div>
-  </form>
+      enterkeyhint="search" autocomplete="off"><button id="pick" aria-pressed="false"
+      >Select</button></div></div>
   <div id="bulk" hidden><b></b> <button value="retry" class="button quiet">Try again</button>
     <button value="clear" class="button quiet">Clear</button>
     <button value="delete" class="button quiet">Delete</button></div>
@@ -7790,8 +7790,14 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
 <section id="notes" aria-label="News"><p id="pulse"></p><p id="note" role="status"></p>
   <button id="offer" hidden></button><button id="hush" aria-label="Close">✕</button></section>
 <dialog id="player" aria-labelledby="player-title"><div class="inside">
-  <div class="top"><h2 id="player-title" dir="auto"></h2><p id="place"></p></div>
-  <div id="screen"></div><div class="acts"></div></div></dialog>
+  <div class="top"><h2 id="player-title" dir="auto"></h2><p id="place"></p>
+    <button value="close">Close</button></div>
+  <div id="screen"></div>
+  <div class="acts"><button id="prev" value="prev">Previous</button>
+    <button id="next" value="next">Next</button>
+    <button id="share" value="share" class="quiet">Share</button>
+    <button value="save" class="quiet">Save</button>
+    <button value="copy">Copy link</button></div></div></dialog>
 <dialog id="door" aria-labelledby="door-title"><form id="key-form" method="dialog" class="inside">
   <h2 id="door-title">This server asks for a key</h2><p id="key-text"></p>
   <input id="key" type="password" required aria-label="Key" autocomplete="off"
@@ -7802,8 +7808,24 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
   <div class="what"><h2 class="title" dir="auto"></h2><p class="meta"></p></div>
   <div class="state"><p class="word"></p><progress class="bar" max="100"></progress
     ><p class="reason" dir="auto"></p></div>
-  <div class="acts"></div><div class="extra"></div>
+  <div class="acts"><button value="play" class="quiet">Play</button>
+    <button value="share" class="quiet">Share</button>
+    <button value="save" class="quiet">Save</button>
+    <button value="retry" class="quiet">Try again</button>
+    <button value="more" aria-expanded="false">More</button>
+    <button value="cancel">Cancel</button>
+    <button value="delete">Delete</button></div>
+  <div class="extra"><button value="copy">Copy link</button>
+    <button value="s3">Copy bucket link</button>
+    <button value="star">Star</button> <button value="unstar">Unstar</button>
+    <button value="again">Download again</button></div>
 </article></template>
+<template id="import"><section><h2></h2><p class="meta"></p>
+  <div class="acts"><button value="start" class="quiet">Start</button>
+    <button value="pause">Pause</button>
+    <button value="resume" class="quiet">Go on</button>
+    <button value="clear">Clear</button>
+    <button value="cancel">Cancel</button></div></section></template>
 </body>
 </html>
 '''
@@ -7841,15 +7863,13 @@ li::marker { color: var(--accent); font-weight: 700; }
 a { color: var(--accent); }
 button, input, textarea, .button, .pick { min-height: 2.75rem; font: inherit; color: inherit; }
 button, .button { display: inline-flex; align-items: center; justify-content: center; gap: .4rem;
-  border: 0; border-radius: .8rem; background: none; text-decoration: none;
+  min-width: 2.75rem; padding: .4rem .55rem; border: 0; border-radius: .8rem; background: none;
+  color: var(--soft); font-weight: 600; font-size: .9375rem; text-decoration: none;
   overflow-wrap: normal; cursor: pointer; }
-.act { min-width: 2.75rem; padding: .4rem .55rem; color: var(--soft); font-weight: 600;
-  font-size: .9375rem; }
 :disabled { opacity: .4; }
 .button { padding: .5rem 1.1rem; background: var(--accent); color: var(--on-accent);
-  font-weight: 600; }
-.quiet, .play, .retry, .share, .save, .start, .resume { background: var(--tint);
-  color: var(--accent); }
+  font-size: 1rem; }
+.quiet { background: var(--tint); color: var(--accent); }
 input, textarea { min-width: 0; padding: .6rem .9rem; border-radius: .8rem;
   border: 1px solid var(--edge); background: var(--card); }
 ::placeholder { color: var(--soft); opacity: 1; }
@@ -7870,23 +7890,24 @@ h1 { font-size: 1.2rem; }
 .lost #pulse::before { background: var(--bad); }
 main { flex: 1; display: flex; flex-direction: column; gap: .6rem; }
 #old { animation: arrive 1s 3s backwards; }
-#health { display: grid; gap: .6rem; padding: .9rem 1.1rem; border: 1px solid var(--warn-line);
-  border-radius: 1rem; background: var(--warn); }
+#health, #imports section { display: grid; gap: .6rem; padding: .9rem 1.1rem;
+  border-radius: 1.1rem; }
+#health { border: 1px solid var(--warn-line); background: var(--warn); }
 #add, #filters, #states, #bulk { display: flex; flex-wrap: wrap; gap: .4rem; }
 #states { gap: 0 .1rem; margin-left: -.45rem; }
 #box { flex: 1 1 7rem; max-height: 40vh; resize: none; field-sizing: content; }
 #refusal { flex: 1 0 100%; color: var(--bad); font-weight: 500; white-space: pre-line; }
 :is(#refusal, .reason, #note):empty, #note:empty ~ button, #outbox:not([hidden]) ~ #empty {
   display: none; }
-#imports section { display: grid; gap: .6rem; padding: .9rem 1.1rem; margin-bottom: .6rem;
-  border-radius: 1.1rem; background: var(--card); }
-#imports label { display: flex; align-items: center; gap: .6rem; min-height: 2.75rem; }
+#imports section { margin-bottom: .6rem; background: var(--card); }
+#imports label { display: none; align-items: center; gap: .6rem; min-height: 2.75rem; }
+#imports [data-state=ready] label { display: flex; }
 #outbox li { display: flex; align-items: center; padding: .4rem .4rem .4rem 1rem;
   margin-bottom: .4rem; border: 1px dashed var(--edge); border-radius: 1rem; }
 #outbox li > span { flex: 1; white-space: pre-line; }
 #search { flex: 1 1 0; }
 #filters .field { flex: 1 1 14rem; flex-wrap: nowrap; min-width: 0; }
-#filters button { padding: .3rem .45rem; color: var(--soft); gap: .3rem; font-size: .875rem; }
+#filters button { padding: .3rem .45rem; gap: .3rem; font-weight: 400; font-size: .875rem; }
 #filters [aria-pressed="true"] { background: var(--card); color: var(--ink);
   box-shadow: inset 0 0 0 1px var(--line); }
 #states b { font-weight: 500; font-variant-numeric: tabular-nums; }
@@ -7917,8 +7938,8 @@ article { display: grid; gap: .4rem .9rem; align-content: start;
 [data-status="failed"] .word { color: var(--bad); font-weight: 600; }
 .bar { width: 100%; accent-color: var(--accent); }
 .acts, .extra { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .1rem .15rem; }
-.acts .cancel:not([hidden]), .acts .delete { margin-left: auto; }
-.acts .cancel:not([hidden]) ~ .delete { margin-left: 0; }
+[value=cancel]:not([hidden]), [value=delete] { margin-left: auto; }
+[value=cancel]:not([hidden]) ~ [value=delete], #bulk button { margin-left: 0; }
 [data-status="downloading"] .state { grid-column: 2; }
 [data-status="downloading"] .acts { grid-column: 3; align-self: end; }
 article:not(.open) .extra { display: none; }
@@ -7994,16 +8015,8 @@ summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--
 '''
 
 PAGE_JS = r'''
-const LABELS = {
-  play: 'Play', share: 'Share', save: 'Save', retry: 'Try again', cancel: 'Cancel', more: 'More',
-  delete: 'Delete', copy: 'Copy link', s3: 'Copy bucket link', star: 'Star', unstar: 'Unstar',
-  again: 'Download again', prev: 'Previous', next: 'Next', close: 'Close', clear: 'Clear',
-  start: 'Start', pause: 'Pause', resume: 'Go on',
-};
 const STATES = {
   '': 'All', failed: 'Failed', queued: 'Waiting', downloading: 'Active', completed: 'Done'};
-const ROW_ACTS = ['play', 'share', 'save', 'retry', 'more', 'cancel', 'delete'];
-const MORE_ACTS = ['copy', 's3', 'star', 'unstar', 'again'];
 const CHUNK = 20;         // rows drawn together
 const MOST_ROWS = 200;    // the server's limit for one answer
 const FRAME = 1;          // seconds between two answers: live enough, and light on a Pi
@@ -8015,7 +8028,8 @@ const FEW = 5;            // from so many videos on there is something to filter
 const PASSING = [0, 401, 408, 429, 500, 502, 503, 504];  // send it later (0: no answer)
 
 const $ = id => document.getElementById(id);
-const part = (node, name) => node.querySelector('.' + name);
+const part = (node, selector) => node.querySelector(selector);
+const copyOf = id => $(id).content.firstElementChild.cloneNode(true);
 const filled = list => list.filter(Boolean);
 const sleep = (ms, signal) => new Promise(done => {
   setTimeout(done, signal?.aborted ? 0 : ms);
@@ -8024,11 +8038,6 @@ const sleep = (ms, signal) => new Promise(done => {
 function element(name, props, ...children) {
   const node = Object.assign(document.createElement(name), props);
   node.append(...children);
-  return node;
-}
-function control(name, onclick = null) {
-  const node = element('button', {className: 'act ' + name, onclick}, LABELS[name]);
-  node.dataset.act = name;
   return node;
 }
 function write(node, text) {
@@ -8082,10 +8091,8 @@ const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
 const keyHeader = () => recall('key') ? {'X-API-Key': octets(recall('key'))} : {};
 
 async function api(method, path, body, signal) {
-  const end = new AbortController(), stop = () => end.abort();
-  const patience = setTimeout(stop, body?.size > PART ? 100 * PATIENCE : PATIENCE);
+  const patience = AbortSignal.timeout(body?.size > PART ? 100 * PATIENCE : PATIENCE);
   const headers = keyHeader();
-  signal?.addEventListener('abort', stop);
   if (body && !(body instanceof Blob)) {
     headers['Content-Type'] = 'application/json';
     body = JSON.stringify(body);
@@ -8093,15 +8100,13 @@ async function api(method, path, body, signal) {
   let response, answer;
   try {
     response = await fetch(path, {
-      method, headers, body, cache: 'no-store', signal: end.signal,
+      method, headers, body, cache: 'no-store', signal: signal ?? patience,
       keepalive: method === 'DELETE'});
     answer = await response.json();
   } catch (error) {
     if (signal?.aborted) throw error;
     connected(false);
     throw Object.assign(Error('The server does not answer.'), {status: 0});
-  } finally {
-    clearTimeout(patience);
   }
   connected(true);
   if (response.status === 401) askForKey();
@@ -8116,7 +8121,7 @@ function connected(now) {
   if (now === online) return;
   const back = now && online === false;
   online = now;
-  document.body.className = now ? 'live' : 'lost';
+  document.body.classList.toggle('lost', !now);
   paintHealth();
   if (back) makeRound();
 }
@@ -8159,7 +8164,7 @@ function paintHealth() {
   $('health').hidden = !preparing && !faults.length;
   write($('health').firstChild, preparing ? 'Getting ready…' : 'Needs your attention');
   $('problems').replaceChildren(...faults.map(text => element('li', {}, ...withCommands(text))));
-  part($('health'), 'bar').hidden = !preparing;
+  part($('health'), '.bar').hidden = !preparing;
   $('update').hidden = !faults.some(text => / update`/.test(text));
   write($('cookies'), cookies?.join('\n') || 'There are no cookies.');
   $('forget-cookies').hidden = !cookies?.length;
@@ -8177,7 +8182,7 @@ function changeOutbox(entries) {
   const state = flushing ? 'Sending' : 'Kept here, sent when the server answers';
   $('outbox').replaceChildren(...entries.map(({text, timestamp}) => element('li', {},
     element('span', {}, text.slice(0, 300), element('small', {}, state)),
-    control('cancel', () => replace(timestamp)))));
+    element('button', {onclick: () => replace(timestamp)}, 'Cancel'))));
 }
 // Sets the links left in that entry; with none it is removed.
 const replace = (timestamp, text) => changeOutbox(filled(outbox().map(
@@ -8220,23 +8225,23 @@ const putIntoBox = text => fill(filled([$('box').value, text]).join('\n'));
 const IMPORT_ACTS = {
   ready: ['start', 'cancel'], running: ['pause', 'cancel'], paused: ['resume', 'cancel'],
   done: ['clear']};
-const cards = new Map();  // by import: its state and its card
 async function lookAtImports() {
   const {imports} = await api('GET', 'api/v1/imports').catch(() => ({}));
   if (imports) $('imports').replaceChildren(...imports.map(importCard));
 }
 function importCard(row) {
-  let card = cards.get(row.import_id);
-  if (card?.dataset.state !== row.state) {
-    const boxes = row.state === 'ready' ? row.groups.map(importGroup) : [];
-    card = element('section', {}, element('h2', {}, row.name), element('p', {className: 'meta'}),
-      ...boxes, element('div', {className: 'acts'}, ...(IMPORT_ACTS[row.state] ?? []).map(
-        name => control(name, () => changeImport(row, name, card)))));
-    card.dataset.state = row.state;
-    cards.set(row.import_id, card);
-  }
+  const card = $(row.import_id) ?? newImport(row), can = IMPORT_ACTS[row.state] ?? [];
   const state = {paused: 'Paused: ', done: 'Done: '}[row.state] ?? '';
-  write(part(card, 'meta'), state + row.message);
+  card.dataset.state = row.state;
+  write(part(card, '.meta'), state + row.message);
+  for (const node of card.querySelectorAll('button')) node.hidden = !can.includes(node.value);
+  return card;
+}
+function newImport({import_id: id, name, groups}) {
+  const card = copyOf('import');
+  card.id = id;
+  write(part(card, 'h2'), name);
+  part(card, '.acts').before(...groups.map(importGroup));
   return card;
 }
 function importGroup({group, name, posts, here}) {
@@ -8244,13 +8249,15 @@ function importGroup({group, name, posts, here}) {
   const count = posts.toLocaleString() + (here ? `, ${here.toLocaleString()} are here` : '');
   return element('label', {}, box, `${name}: ${count}`);
 }
-async function changeImport(row, name, card) {
+async function changeImport({target}) {
+  const card = target.closest('section'), name = target.closest('button')?.value;
+  if (!name) return;
   const only = [...card.querySelectorAll(':checked')].map(box => box.value);
   if (name === 'start' && !only.length) return note('Tick what you want first.');
   const question = 'Stop this import? What has arrived stays.';
-  if (name === 'cancel' && row.state !== 'ready' && !confirm(question)) return;
+  if (name === 'cancel' && card.dataset.state !== 'ready' && !confirm(question)) return;
   const verb = name === 'clear' ? 'cancel' : name;
-  await told('POST', `api/v1/imports/${row.import_id}/${verb}`, name === 'start' && {only});
+  await told('POST', `api/v1/imports/${card.id}/${verb}`, name === 'start' && {only});
 }
 async function bring(file) {
   if (!file) return;
@@ -8260,7 +8267,7 @@ async function bring(file) {
 }
 
 // ---- the list: as tall as all rows together, but only the chunks in view are filled ----
-const chunks = [], near = new Set(), nodes = new Map(), doomed = new Set(), picked = new Set();
+const chunks = $('list').children, doomed = new Set(), picked = new Set();
 const view = {status: '', q: ''};
 let wake = new AbortController(), version = 0;
 
@@ -8270,22 +8277,16 @@ function refresh() {
 }
 const sight = new IntersectionObserver(entries => {
   for (const {target, isIntersecting} of entries) {
-    if (isIntersecting && (target.left || !target.firstChild)) refresh();  // it has missed news
-    near[isIntersecting ? 'add' : 'delete'](target);
-    target.left = !isIntersecting;
+    if (isIntersecting && (target.near === false || !target.firstChild)) refresh();  // news missed
+    target.near = isIntersecting;
   }
 }, {rootMargin: '600px'});
 
 function stretch(total) {
   const wanted = Math.ceil(total / CHUNK) || 1;
-  for (const chunk of chunks.splice(wanted)) {
-    sight.unobserve(chunk);
-    near.delete(chunk);
-    chunk.remove();
-  }
+  while (chunks.length > wanted) $('list').lastChild.remove();
   while (chunks.length < wanted) {
     const chunk = element('div', {className: 'chunk'});
-    chunks.push(chunk);
     $('list').append(chunk);
     sight.observe(chunk);
   }
@@ -8294,7 +8295,7 @@ const asked = more => 'api/v1/history?' + new URLSearchParams(
   Object.entries({...view, ...more}).filter(([, value]) => value !== ''));
 
 async function look() {
-  const seen = [...near].map(chunk => chunks.indexOf(chunk)).sort((a, b) => a - b);
+  const seen = [...chunks].flatMap((chunk, i) => chunk.near ? i : []);
   const first = seen[0] ?? 0, count = (seen.at(-1) ?? 0) - first + 1;
   const place = {offset: first * CHUNK, limit: Math.min(MOST_ROWS, count * CHUNK)};
   if (version) Object.assign(place, {since: version, wait: 25});
@@ -8308,6 +8309,7 @@ async function look() {
 async function watch() {
   for (let gap = FRAME, pause; ; await sleep(1000 * pause, wake.signal)) {
     wake = new AbortController();  // a new one each time: listeners are left on it
+    setTimeout(old => old.abort(), PATIENCE, wake);
     try {
       pause = locked || document.hidden ? 3600 : await look();
       gap = FRAME;
@@ -8319,11 +8321,12 @@ async function watch() {
 }
 function paintList({downloads, total, counts}, offset) {
   stretch(total);
-  for (let at = 0; at < Math.max(1, downloads.length); at += CHUNK) {
+  const wanted = downloads.map(row => $(row.download_id) ?? newRow(row));
+  for (let at = 0; at < Math.max(1, wanted.length); at += CHUNK) {
     const chunk = chunks[(offset + at) / CHUNK];
-    if (chunk) arrange(chunk, downloads.slice(at, at + CHUNK));
+    if (chunk) arrange(chunk, wanted.slice(at, at + CHUNK));
   }
-  for (const [id, node] of nodes) if (!node.isConnected) nodes.delete(id);
+  wanted.forEach((node, i) => paintRow(node, downloads[i]));
   $('list').ariaBusy = 'false';
   $('list').hidden = !total;
   $('empty').hidden = total || view.status || view.q;
@@ -8331,8 +8334,7 @@ function paintList({downloads, total, counts}, offset) {
   paintStates(counts);
 }
 // Rows are moved and repainted, never rebuilt, to keep focus and scroll position.
-function arrange(chunk, rows) {
-  const wanted = rows.map(row => nodes.get(row.download_id) ?? newRow(row));
+function arrange(chunk, wanted) {
   for (const node of [...chunk.children]) {
     if (wanted.includes(node)) continue;
     if (node.contains(document.activeElement)) focusBeside(node);
@@ -8340,7 +8342,6 @@ function arrange(chunk, rows) {
   }
   wanted.forEach((node, i) => {
     if (chunk.children[i] !== node) chunk.insertBefore(node, chunk.children[i] ?? null);
-    paintRow(node, rows[i]);
   });
 }
 const visible = () => [...document.querySelectorAll('article:not([hidden])')];
@@ -8349,13 +8350,8 @@ function focusBeside(node) {
   (rows[at + 1] ?? rows[at - 1] ?? $('box')).focus({preventScroll: true});
 }
 function newRow(row) {
-  const node = $('row').content.firstElementChild.cloneNode(true);
-  part(node, 'title').id = 't-' + row.download_id;
-  node.setAttribute('aria-labelledby', 't-' + row.download_id);
-  part(node, 'acts').append(...ROW_ACTS.map(name => control(name)));
-  part(node, 'extra').append(...MORE_ACTS.map(name => control(name)));
-  part(node, 'more').ariaExpanded = 'false';
-  nodes.set(row.download_id, node);
+  const node = copyOf('row');
+  node.id = row.download_id;
   return node;
 }
 const heading = row => row.title || row.filename || row.url.replace(/^https?:\/\/(www\.)?/, '');
@@ -8366,19 +8362,23 @@ function paintRow(node, row) {
   node.row = row;
   node.hidden = doomed.has(row.download_id);
   node.dataset.status = stateOf(row);
-  write(part(node, 'title'), heading(row));
-  node.querySelector('input').checked = picked.has(row.download_id);
-  paintMeta(part(node, 'meta'), row);
+  node.ariaLabel = heading(row);
+  write(part(node, '.title'), heading(row));
+  part(node, 'input').checked = picked.has(row.download_id);
+  paintMeta(part(node, '.meta'), row);
   paintProgress(node, row);
-  const frame = part(node, 'thumb'), can = actsOf(row);
+  const frame = part(node, '.thumb'), can = actsOf(row);
   if (row.thumbnail && !frame.dataset.path) {
     frame.dataset.path = row.thumbnail;
     pictures.observe(frame);
   }
-  for (const button of node.querySelectorAll('.act')) {
-    button.hidden = !can.includes(button.dataset.act);
-    button.ariaLabel = `${LABELS[button.dataset.act]}: ${heading(row)}`;
+  for (const button of node.querySelectorAll('button')) {
+    button.hidden = !can.includes(button.value);
+    button.ariaLabel = `${button.textContent}: ${heading(row)}`;
   }
+}
+function repaint() {
+  for (const node of document.querySelectorAll('article')) paintRow(node, node.row);
 }
 function actsOf(row) {
   if (row.status === 'downloading') return ['cancel'];
@@ -8389,7 +8389,7 @@ function actsOf(row) {
   return [...files, 'more', star, 'again', 'delete'];
 }
 function paintMeta(node, row) {
-  const files = row.files?.length, link = {href: row.url, target: '_blank', rel: 'noreferrer'};
+  const files = row.files.length, link = {href: row.url, target: '_blank', rel: 'noreferrer'};
   const facts = filled([
     row.starred && '★', row.uploader && element('bdi', {}, row.uploader), length(row.duration),
     element('a', link, row.site), files > 1 && files + ' files',
@@ -8399,12 +8399,12 @@ function paintMeta(node, row) {
   if (node.textContent !== line.textContent) node.replaceChildren(...line.children);
 }
 function paintProgress(node, row) {
-  const bar = part(node, 'bar'), waits = row.status === 'queued' && !row.next_attempt_at;
+  const bar = part(node, '.bar'), waits = row.status === 'queued' && !row.next_attempt_at;
   Object.assign(bar, {hidden: row.status !== 'downloading', value: row.progress});
   if (row.phase === 'page') bar.removeAttribute('value');  // nobody knows how long
   bar.ariaLabel = 'Progress of ' + heading(row);
-  write(part(node, 'word'), words(row, waits).join(' · '));
-  write(part(node, 'reason'), filled([
+  write(part(node, '.word'), words(row, waits).join(' · '));
+  write(part(node, '.reason'), filled([
     stateOf(row) !== 'cancelled' && row.error_message, row.note, waits && health.paused,
     row.s3?.state === 'waiting' && 'Copy to the bucket: waiting', row.s3?.error]).join(' '));
 }
@@ -8457,28 +8457,31 @@ function narrow(change) {
   refresh();
 }
 
-// ---- actions on a row, or on its file number `at` ----
+// ---- actions on a row with its files, or on the one in the player; others are the server's ----
 const DO = {
-  play: row => show(row, 0),
-  share: (row, at) => share(chosen(row, at)),
-  save: (row, at) => save(chosen(row, at)),
-  copy: (row, at = 0) => copy(row.files[at].url),
-  s3: row => copy(bucketLink(row.download_id)),
-  again: row => told('POST', 'api/v1/download', {
-    url: row.url, client_id: clientId(), timestamp: Date.now(), again: true}).then(refresh),
-  delete: doom,
-  more: row => {
-    const node = nodes.get(row.download_id);
-    part(node, 'more').ariaExpanded = String(node.classList.toggle('open'));
+  play: (files, row) => show(row, 0), share, save, copy: ([file]) => copy(file.url),
+  s3: (files, row) => copy(bucketLink(row.download_id)),
+  again: (files, {url}) => told('POST', 'api/v1/download', {
+    url, client_id: clientId(), timestamp: Date.now(), again: true}).then(refresh),
+  delete: (files, row) => doom(row),
+  more: (files, row, button) => {
+    button.ariaExpanded = String($(row.download_id).classList.toggle('open'));
   },
-  prev: () => step(-1),
-  next: () => step(1),
-  close: () => $('player').close(),
+  prev: () => step(-1), next: () => step(1), close: () => $('player').close(),
 };
-for (const name of ['retry', 'cancel', 'star', 'unstar']) {
-  DO[name] = row => order('POST', `${row.download_id}/${name}`);
+function tap({target}) {
+  const node = target.closest('article, dialog'), button = target.closest('button');
+  if (!node) return;
+  const {row, files = row.files} = node, name = button?.value;
+  if (name in DO) DO[name](files, row, button);
+  else if (name) order('POST', `${row.download_id}/${name}`);
+  else if (target === $('player')) target.close();
+  else if (target.closest('.thumb') && files.length) show(row, 0);
+  else if (target.type === 'checkbox') {
+    picked[target.checked ? 'add' : 'delete'](row.download_id);
+    paintBulk();
+  }
 }
-const chosen = (row, at) => at === undefined ? row.files : [row.files[at]];
 const order = (method, path) =>
   api(method, 'api/v1/download/' + path).catch(error => note(error.message)).finally(refresh);
 const bucketLink = id =>
@@ -8486,19 +8489,19 @@ const bucketLink = id =>
     .then(answer => answer.publicURL);
 
 // ---- the player ----
-let showing = null;
+const MISSING = 'The file is missing. Is its disk plugged in?';
 function show(row, at) {
   const file = row.files[at];
   const kind = {audio: 'audio', image: 'img'}[file.type.split('/')[0]] ?? 'video';
   const media = element(kind, {
     src: file.path, controls: true, playsInline: true, alt: heading(row)});
   media.onerror = () => explain(file, media);
-  showing = {row, at};
+  Object.assign($('player'), {row, at, files: [file]});
   write($('player-title'), heading(row));
   write($('place'), row.files.length > 1 ? `${at + 1} of ${row.files.length}` : '');
   $('screen').replaceChildren(media);
-  part($('player'), 'prev').disabled = !beside(-1);
-  part($('player'), 'next').disabled = !beside(1);
+  $('prev').disabled = !beside(-1);
+  $('next').disabled = !beside(1);
   if (!$('player').open) {
     history.pushState('player', '');  // so that Back closes it
     $('player').append($('notes'));   // outside the dialog it could not be tapped
@@ -8508,19 +8511,17 @@ function show(row, at) {
 }
 async function explain(file, media) {
   const there = await fetch(file.path, {method: 'HEAD'}).catch(() => null);
-  media.replaceWith(element('p', {}, there?.ok ? 'This browser cannot play it. Save it instead.'
-    : 'The file is missing. Is its disk plugged in?'));
+  media.replaceWith(element('p', {},
+    there?.ok ? 'This browser cannot play it. Save it instead.' : MISSING));
 }
+// The [row, number of its file] so many files further on.
 function beside(way) {
-  const all = visible().flatMap(({row}) => (row.files ?? []).map((_, at) => ({row, at})));
-  const here = all.findIndex(({row, at}) =>
-    row.download_id === showing.row.download_id && at === showing.at);
+  const all = visible().flatMap(({row}) => row.files.map((_, at) => [row, at]));
+  const here = all.findIndex(([row, at]) =>
+    row.download_id === $('player').row.download_id && at === $('player').at);
   return here < 0 ? null : all[here + way];
 }
-function step(way) {
-  const {row, at} = beside(way);
-  show(row, at);
-}
+const step = way => show(...beside(way));
 function closed() {
   $('screen').replaceChildren();
   document.body.append($('notes'));
@@ -8546,7 +8547,7 @@ async function share(files) {
     give();
   } catch (error) {
     hush();
-    if (!end.signal.aborted) note('The file is missing. Is its disk plugged in?');
+    if (!end.signal.aborted) note(MISSING);
   }
 }
 async function load(files, signal, progress) {
@@ -8582,7 +8583,7 @@ async function copy(link) {
   }
 }
 function doom(row) {
-  const node = nodes.get(row.download_id), files = row.files?.length ? ', with its files' : '';
+  const node = $(row.download_id), files = row.files.length ? ', with its files' : '';
   doomed.add(row.download_id);
   focusBeside(node);
   node.hidden = true;
@@ -8590,8 +8591,8 @@ function doom(row) {
     : `Deleted${files}: ${heading(row)}`, 'Undo', undo, bury);
 }
 function undo() {
-  for (const id of doomed) if (nodes.has(id)) nodes.get(id).hidden = false;
   doomed.clear();
+  repaint();
 }
 async function bury() {
   const ids = [...doomed];
@@ -8608,7 +8609,7 @@ function paintBulk() {
 function pick() {
   $('pick').ariaPressed = String($('list').classList.toggle('picking'));
   picked.clear();
-  nodes.forEach(node => paintRow(node, node.row));
+  repaint();
   paintBulk();
 }
 async function everyId() {
@@ -8677,68 +8678,45 @@ function search() {  // once the typing pauses
   clearTimeout(typing);
   typing = setTimeout(() => narrow({q: $('search').value.trim()}), 250);
 }
-function tap({target}) {
-  const {row} = target.closest('article') ?? {}, act = target.closest('[data-act]')?.dataset.act;
-  if (act) DO[act](row);
-  else if (target.closest('.thumb') && row.files?.length) DO.play(row);
-  else if (target.type === 'checkbox') {
-    picked[target.checked ? 'add' : 'delete'](row.download_id);
-    paintBulk();
-  }
+for (const [value, text] of Object.entries(STATES)) {
+  const props = {value, onclick: () => narrow({status: value})};
+  $('states').append(element('button', props, text + ' ', element('b')));
 }
-function build() {
-  for (const [value, text] of Object.entries(STATES)) {
-    const props = {type: 'button', value, onclick: () => narrow({status: value})};
-    $('states').append(element('button', props, text + ' ', element('b', {})));
-  }
-  for (const name of ['prev', 'next', 'share', 'save', 'copy', 'close']) {
-    const button = control(name, () => DO[name](showing.row, showing.at));
-    button.hidden = name === 'share' && !canShare;
-    part($('player'), name === 'close' ? 'top' : 'acts').append(button);
-  }
-}
-function listen() {
-  const on = (id, event, action) => $(id).addEventListener(event, action);
-  on('add', 'submit', submit);
-  on('box', 'input', () => fill($('box').value));
-  on('box', 'keydown', typed);
-  $('paste').hidden = !navigator.clipboard?.readText;
-  on('paste', 'click', paste);
-  on('filters', 'submit', event => event.preventDefault());
-  on('search', 'input', search);
-  on('pick', 'click', pick);
-  on('bulk', 'click', several);
-  on('show-all', 'click', () => { $('search').value = ''; narrow({status: '', q: ''}); });
-  on('list', 'click', tap);
-  on('hush', 'click', hush);
-  on('player', 'click', event => { if (event.target === $('player')) $('player').close(); });
-  on('player', 'close', closed);
-  on('update', 'click', () => told('POST', 'api/v1/update'));
-  on('cookie-file', 'change', ({target}) =>
-    told('PUT', 'api/v1/cookies', new Blob(target.files, {type: 'text/plain'})));
-  on('import-file', 'change', ({target}) => bring(target.files[0]));
-  addEventListener('dragover', event => event.preventDefault());
-  addEventListener('drop', event => {
-    event.preventDefault();
-    bring(event.dataTransfer.files[0]);
-  });
-  on('forget-cookies', 'click', () => told('DELETE', 'api/v1/cookies'));
-  on('key-form', 'submit', () => useKey($('key').value.trim()));
-  on('door', 'close', () => { if (locked) askForKey(); });
-  on('forget', 'click', () => useKey(''));
-  $('forget').hidden = !recall('key');
-  addEventListener('popstate', () => $('player').close());
-  addEventListener('pagehide', hush);
-  addEventListener('online', refresh);
-  document.addEventListener('visibilitychange', () => { wake.abort(); makeRound(); });
-  setInterval(watchHealth, 1000);
-  setInterval(() => nodes.forEach(node => paintRow(node, node.row)), 20000);  // waits shrink
-  navigator.serviceWorker?.register('sw.js').catch(() => null);  // opens this page away from home
-}
+$('share').hidden = !canShare;
+$('paste').hidden = !navigator.clipboard?.readText;
+$('forget').hidden = !recall('key');
+const taps = {
+  paste, pick, hush, bulk: several, list: tap, player: tap, imports: changeImport,
+  'show-all': () => { $('search').value = ''; narrow({status: '', q: ''}); },
+  update: () => told('POST', 'api/v1/update'),
+  'forget-cookies': () => told('DELETE', 'api/v1/cookies'),
+  forget: () => useKey(''),
+};
+for (const [id, action] of Object.entries(taps)) $(id).onclick = action;
+$('add').onsubmit = submit;
+$('box').oninput = () => fill($('box').value);
+$('box').onkeydown = typed;
+$('search').oninput = search;
+$('player').onclose = closed;
+$('key-form').onsubmit = () => useKey($('key').value.trim());
+$('door').onclose = () => { if (locked) askForKey(); };
+$('cookie-file').onchange = ({target}) =>
+  told('PUT', 'api/v1/cookies', new Blob(target.files, {type: 'text/plain'}));
+$('import-file').onchange = ({target}) => bring(target.files[0]);
+addEventListener('dragover', event => event.preventDefault());
+addEventListener('drop', event => {
+  event.preventDefault();
+  bring(event.dataTransfer.files[0]);
+});
+addEventListener('popstate', () => $('player').close());
+addEventListener('pagehide', hush);
+addEventListener('online', refresh);
+document.addEventListener('visibilitychange', () => { wake.abort(); makeRound(); });
+setInterval(watchHealth, 1000);
+setInterval(repaint, 20000);  // waits shrink
+navigator.serviceWorker?.register('sw.js').catch(() => null);  // opens this page away from home
 
-build();
 prefill();
-listen();
 $('old').remove();
 changeOutbox(outbox());
 await makeRound();
