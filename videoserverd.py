@@ -80,7 +80,6 @@ import threading
 import time
 import weakref
 from collections import deque, namedtuple
-from collections.abc import Callable
 from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
@@ -95,18 +94,15 @@ VERSION = '1.0.0'
 BUILT = 1795219200  # 2026-11-21, epoch seconds: a clock that shows less is wrong
 PROGRAM = Path(__file__).absolute()
 log = logging.getLogger('videoserverd')
-Any = object  # in annotations only; the module typing takes 0.4 MB
 
 
 def named_tuple(cls):
     """A decorator: the annotated fields of the class, with their defaults, become those of a
-    named tuple."""
-    members = dict(vars(cls))
+    named tuple. The module typing, which has one, takes 0.4 MB."""
     fields = list(cls.__annotations__)
-    defaults = [members.pop(field) for field in fields if field in members]
+    defaults = [getattr(cls, field) for field in fields if hasattr(cls, field)]
     base = namedtuple(cls.__name__, fields, defaults=defaults)
-    del members['__dict__'], members['__weakref__']
-    return type(cls.__name__, (base,), {**members, '__slots__': ()})
+    return type(cls.__name__, (base, cls), {})
 
 
 class Trouble(Exception):
@@ -300,7 +296,7 @@ class ConfigError(Trouble):
 class Setting:
     """A key of config.ini. `parse` takes the text and raises ValueError(what is accepted)."""
     default: str
-    parse: Callable[[str], Any]
+    parse: callable
     help: str
 
 
@@ -640,9 +636,9 @@ class Progress:
     percent: float
     phase: str = ''
     downloaded: int = 0
-    total: int | None = None
-    speed: float | None = None
-    eta: int | None = None
+    total: int = None
+    speed: float = None
+    eta: int = None
     title: str = ''
 
 
@@ -652,12 +648,12 @@ class Job:
     `media_id` identify the post, if its link does. `imported`: the import it comes from."""
     id: str
     url: str
-    options: tuple[tuple[str, Any], ...]
+    options: tuple
     attempt: int
-    files: tuple[MediaFile, ...] = ()
-    site: str | None = None
-    media_id: str | None = None
-    imported: str | None = None
+    files: tuple = ()
+    site: str = None
+    media_id: str = None
+    imported: str = None
 
 
 @named_tuple
@@ -672,11 +668,11 @@ class Outcome:
     reason: str = ''
     message: str = ''
     title: str = ''
-    files: tuple[MediaFile, ...] = ()
-    tries: int | None = None
+    files: tuple = ()
+    tries: int = None
     note: str = ''
-    post: dict[str, Any] = {}
-    shared: str | None = None
+    post: dict = {}
+    shared: str = None
 
 
 def backoff(attempt, delays):
@@ -714,12 +710,12 @@ class Refused(Exception):
 
 @named_tuple
 class Submission:
-    """A link to store. `timestamp` is the sender's, of any size; it is only compared. The option
-    `again` asks to download a post again that is already here."""
+    """A link to store. `timestamp` is the sender's, of any size, or None; it is only compared. The
+    option `again` asks to download a post again that is already here."""
     url: str
     client_id: str
-    timestamp: int | None
-    options: tuple[tuple[str, Any], ...]
+    timestamp: int
+    options: tuple
 
 
 UNSAFE = re.compile(  # control characters, line ends, direction marks, lone surrogates
@@ -1358,7 +1354,7 @@ class Stored:
     id: str
     fresh: bool
     status: str = 'queued'
-    files: tuple[str, ...] = ()
+    files: tuple = ()
     same_post: bool = False
 
 
@@ -2416,7 +2412,7 @@ def local_only(args):
 class Here(threading.local):
     """`reach`: of the attempt that this thread works for, None in the program's own threads.
     `line`: the command line that it may run."""
-    unknown: Any = None  # reach of threads of unknown origin
+    unknown = None  # reach of threads of unknown origin
 
     def __init__(self):
         super().__init__()
@@ -4775,7 +4771,7 @@ NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may
 @named_tuple
 class Body:
     """A range of an open file. Reading it raises OSError."""
-    file: Any
+    file: io.BufferedReader
     start: int
     size: int
 
@@ -5767,7 +5763,7 @@ class Certificate:
     `names`: and addresses."""
     own: bool
     not_after: int
-    names: tuple[str, ...]
+    names: tuple
 
 
 def as_address(word):
@@ -6217,8 +6213,8 @@ class Reply:
     status: int
     body: bytes = b''
     type: str = JSON
-    headers: tuple[tuple[str, str], ...] = ()
-    file: Any = None
+    headers: tuple = ()
+    file: object = None
 
 
 # -- reading a request
@@ -6328,7 +6324,7 @@ class Request:
 class Param:
     """Of a query: `parse` raises ValueError(what is accepted)."""
     name: str
-    parse: Callable[[str], Any]
+    parse: callable
     default: str = ''
     type: str = 'string'
 
@@ -6339,11 +6335,11 @@ class Route:
     (or a signature), open. `limit`: bytes of a body, if more than elsewhere."""
     method: str
     path: str
-    handler: Callable[['App', Request], Reply]
+    handler: callable
     answer: str = 'Object'
     body: str = ''
-    query: tuple[Param, ...] = ()
-    errors: tuple[int, ...] = ()
+    query: tuple = ()
+    errors: tuple = ()
     status: int = 200
     limit: int = 0
     access: str = 'key'
