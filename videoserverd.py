@@ -219,7 +219,6 @@ class TimedReader(io.RawIOBase):
         self.connected, self.until = connected, until
 
     def readable(self):
-        """It can be read."""
         return True
 
     def readinto(self, buffer):
@@ -866,10 +865,9 @@ def check_url(text, security):
     except ValueError:
         raise Refused('bad_url', f'This is not a valid web link: {excerpt(text)}') from None
     check_host(host, security)
-    listed = security.allowed_domains != ('*',)
-    if listed and port != DEFAULT_PORTS[scheme]:
-        raise Refused('bad_url', f'Links to port {port} are not accepted.')
-    if listed:
+    if security.allowed_domains != ('*',):
+        if port != DEFAULT_PORTS[scheme]:
+            raise Refused('bad_url', f'Links to port {port} are not accepted.')
         scheme, port = 'https', 443
     if port != DEFAULT_PORTS[scheme]:
         host = f'{host}:{port}'
@@ -908,8 +906,6 @@ HOW = ('--limit-rate', '--retries', '--fragment-retries', '--extractor-retries',
 
 def asked_of(options):
     """What the options ask for, without those on how to fetch it; None: the default."""
-    if not options:
-        return None
     wanted = sorted((pair for pair in options if pair[0] not in HOW), key=lambda pair: pair[0])
     return json.dumps(wanted) if wanted else None
 
@@ -1077,9 +1073,8 @@ def parse_timestamp(fields):
     value = fields.get('timestamp')
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # JSON has one kind of number: 1.7e9 is an integer
-    whole_number = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-    too_long = whole_number and value.bit_length() > 13000  # Python prints 4,300 digits at most
-    if value is not None and (not whole_number or too_long):
+    too_long = 1 << 13000  # Python prints 4,300 digits at most
+    if value is not None and (type(value) is not int or not 0 <= value < too_long):
         raise Refused('bad_field', 'timestamp must be a whole number, not negative.')
     return value
 
@@ -1160,7 +1155,6 @@ MEDIA_TYPES = {  # what a download may consist of, and how it is served
 
 
 def media_type(name):
-    """The MIME type of a file by its extension."""
     return MEDIA_TYPES.get(os.path.splitext(name)[1].lower()[1:], 'application/octet-stream')
 
 
@@ -1611,7 +1605,6 @@ class Store:
         return rows
 
     def records(self, where, *args):
-        """The downloads that match a WHERE clause."""
         return [record_of(row) for row in self.read(f'SELECT * FROM downloads WHERE {where}', args)]
 
     def get(self, download_id):
@@ -1622,7 +1615,6 @@ class Store:
         return found[0]
 
     def counts(self):
-        """Downloads by status."""
         commits = self._commits
         if self._counted[0] != commits:  # it takes 10 ms for 100,000 rows
             found = dict(map(tuple, self.read(
@@ -1758,7 +1750,6 @@ class Store:
         self._repeats[client_id] = began, repeats + 1
 
     def star(self, download_id, starred):
-        """Add or remove its star."""
         self._write_one('UPDATE downloads SET starred = ? WHERE id = ?', starred, download_id)
 
     def first_of(self, client_id, since):
@@ -1888,7 +1879,6 @@ class Store:
         return self.write(work)
 
     def room_made(self, ids):
-        """Their files are deleted."""
         self.write(lambda db: db.executemany('UPDATE downloads SET file_size = NULL WHERE id = ?',
                                              [(download_id,) for download_id in ids]))
 
@@ -1913,7 +1903,6 @@ class Store:
         return over
 
     def move_files(self, folder):
-        """The files are in this folder now."""
         self._write_one("UPDATE downloads SET file_path = ? || '/' || filename "
                         'WHERE filename IS NOT NULL', str(folder))
 
@@ -2139,7 +2128,6 @@ class Lock:
             os.close(fd)
 
     def release(self):
-        """Give it up."""
         if self.fd is not None:
             os.close(self.fd)
             self.fd = None
@@ -5168,7 +5156,6 @@ class Scheduler:
     # -- what others call
 
     def start(self):
-        """Begin, with what the store has."""
         self._spawn('schedule', self._loop)
 
     def _recover(self, now):
@@ -5220,7 +5207,6 @@ class Scheduler:
         return runs
 
     def wake_imports(self):
-        """An import was started or resumed."""
         self._import_due = -math.inf
         self._wake()
 
@@ -9040,7 +9026,6 @@ class LogWriter(logging.Handler):
     def __init__(self, settings):
         super().__init__()
         self.settings, self.file, self.fd = settings, settings.file, -1
-        self.plain = logging.Formatter()
         self.lines = deque(maxlen=10000)  # if stderr blocks, the oldest are dropped
         self.wake = threading.Event()
         self.writing = threading.Lock()  # guards fd and the order of lines
@@ -9059,7 +9044,7 @@ class LogWriter(logging.Handler):
         if not self.by_systemd:
             text = f'{log_time(int(record.created))},{int(record.msecs):03d} {text}'
         if record.exc_info:
-            text += f'{self.plain.formatException(record.exc_info)}\n'
+            text += f'{logging.Formatter().formatException(record.exc_info)}\n'
         return text
 
     def handle(self, record):
@@ -9170,7 +9155,6 @@ done
 
 
 def dump_file(config):
-    """Where the watchdog writes."""
     return Path(f'{config.database.path}.freeze')
 
 
@@ -9290,7 +9274,6 @@ def addresses_at_home():
 
 
 def bases_by_number(port):
-    """The URLs of these addresses."""
     return ' '.join(f'https://{ip}:{port}' for ip in addresses_at_home())
 
 
@@ -9472,7 +9455,6 @@ class Care:
         return ids
 
     def update_now(self):
-        """Look for a newer yt-dlp at once."""
         self.freshness.wanted = True
         self._due.set()
 
@@ -9941,7 +9923,6 @@ def cmd_update(config, options):
 
 
 def cure(linux, mac):
-    """The command for this system."""
     return mac if sys.platform == 'darwin' else linux
 
 
@@ -10525,7 +10506,6 @@ HOMEBREW = ('/opt/homebrew/bin', '/usr/local/bin')  # not in launchd's PATH, nor
 
 
 def main(arguments=None):
-    """Run the command line."""
     if sys.platform == 'darwin':
         os.environ['PATH'] = os.pathsep.join((*os.get_exec_path(), *HOMEBREW))
     parser = make_parser()
