@@ -31,7 +31,7 @@ ones; `request` threads (at most 128) do their own TLS handshake and never wait 
 log; unnamed helpers wait for slow disks and name servers on behalf of an attempt. faulthandler's
 thread ends the process when no other thread has run for a minute.
 
-Locks, never two at once: Store._tickets, Board._changed, Scheduler._changed, Courier._changed,
+Locks, never two at once: Store._tickets, Board._changed, Scheduler._changed, Courier._guard,
 Stopper._changed (sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is imported once),
 NAMES_LOCK (a free name is taken), Pace._lock, App.guard, Server._guard, LogWriter.writing;
 between processes flock on <database>.lock and <ytdlp_directory>/.lock.
@@ -84,7 +84,7 @@ from contextlib import closing, contextmanager, suppress
 from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import parse_qsl, quote, unquote, urljoin, urlsplit
+from urllib.parse import parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 # ---------- tools -------------------------------------------------------------------------
 # Owns what every section uses: the log, the kinds of trouble, sizes, atomic small files, stable
@@ -4609,8 +4609,8 @@ class Freshness:
 # ---------- publish -----------------------------------------------------------------------
 # Owns access to finished files: links and their signatures, the bucket (AWS Signature 4, parts),
 # the threads that empty the store's outbox (`upload`, `notify`), thumbnails. Lock:
-# `Courier._changed` guards what is under way and the naps; never held across the network.
-# Called by http (links) and daemon.
+# `Courier._guard` guards what is under way; never held across the network. Called by http (links)
+# and daemon.
 
 MARKER = '.videoserverd'  # in the output folder: the empty folder of an unplugged disk lacks it
 BLOCK = 256 << 10  # bytes read and sent at a time: large enough that TLS is the limit
@@ -4693,8 +4693,7 @@ def amz_date(now):
 
 def canonical_query(query):
     """`query` encoded and sorted, as it is signed and sent."""
-    encoded = sorted((quote(name, safe=''), quote(value, safe='')) for name, value in query)
-    return '&'.join(f'{name}={value}' for name, value in encoded)
+    return urlencode(sorted(query), quote_via=quote)
 
 
 def signature_v4(keys, stamp, method, path, query, headers, payload):
@@ -4897,32 +4896,32 @@ class Courier:
     `send(item, now)` does it and returns what Store.settle records, or raises Trouble; `fails`
     begins the sentence about its error in health."""
 
-    def __init__(self, name, client, store, delays):
+    def __init__(self, client, store, delays):
         self.error = None  # why it fails at present, a sentence
         self.client, self.store, self.delays = client, store, delays
-        self._changed = threading.Condition()
-        self._current, self._stopping, self._woken = '', False, False
+        self._guard = threading.Lock()
+        self._current, self._stopping = '', False
+        self._woken = threading.Event()
         self._pause_until = 0.0
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread = threading.Thread(target=self._run, name=self.kinds[0], daemon=True)
 
     def start(self):
         self._thread.start()
 
     def wake(self, forgotten=''):
         """There may be something to do; end what is running for the download `forgotten`."""
-        with self._changed:
+        with self._guard:
             if forgotten and self._current == forgotten:
                 self.client.hang_up()
-            self._woken = True
-            self._changed.notify_all()
+        self._woken.set()
 
-    def stop(self, seconds=0.8):
+    def stop(self):
         """End, whatever it is doing; whether it ended in time (a name look-up may take longer)."""
-        with self._changed:
+        with self._guard:
             self._stopping = True
         self.client.hang_up()
         self.wake()
-        self._thread.join(seconds)
+        self._thread.join(0.8)
         return not self._thread.is_alive()
 
     def _run(self):
@@ -4933,9 +4932,8 @@ class Courier:
             except Exception as error:
                 log.warning('%s: waits after this: %s', self._thread.name, error,
                             exc_info=not isinstance(error, StoreDown))
-            with self._changed:
-                self._changed.wait_for(lambda: self._woken, nap)
-                self._woken = False
+            self._woken.wait(nap)
+            self._woken.clear()
 
     def step(self, now):
         """Send one item due at `now`; seconds until there may be another. After a failure comes a
@@ -4947,7 +4945,7 @@ class Courier:
             return COURIER_NAP
         if 0 < item['due'] - now <= LONGEST_DELAY:
             return min(item['due'] - now, COURIER_NAP)
-        with self._changed:
+        with self._guard:
             self._current = item['download_id'] or ''
             if not self._stopping:
                 self.client.halted.clear()
@@ -4988,7 +4986,7 @@ class Uploader(Courier):
     fails = 'Copies to the bucket fail'
 
     def __init__(self, config, bucket, store):
-        super().__init__('upload', bucket.client, store, config.downloads.retry_delays)
+        super().__init__(bucket.client, store, config.downloads.retry_delays)
         self.bucket, self.output = bucket, config.downloads.output_directory
 
     def send(self, item, now):
@@ -5029,7 +5027,7 @@ class Notifier(Courier):
     fails = 'Notifications fail'
 
     def __init__(self, config, store, describe, page, problems):
-        super().__init__('notify', HttpClient(), store, config.downloads.retry_delays)
+        super().__init__(HttpClient(), store, config.downloads.retry_delays)
         self.describe, self.page, self.problems = describe, page, problems
         self.events, self.secret = config.notify.events, config.notify_secret.encode()
         self.url = config.notify.url.replace('ntfy+', '', 1)
@@ -6159,8 +6157,6 @@ FIELD_LINE = re.compile(rf'({TOKEN}):([\t\x20-\x7e\x80-\xff]*)')
 TARGET = re.compile(r'/[\x21\x24-\x3b\x3d\x3f-\x5b\x5d\x5f\x61-\x7a\x7e]*')
 HOST_FIELD = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?')
 BAD_PATH = re.compile(r'%(?![0-9A-Fa-f]{2})|%2f|%5c|%0|%1|%7f|//', re.I)
-DOTS = re.compile(r'(?:^|/)\.\.?(?:/|$)')
-BARE_LINE_END = re.compile(rb'(?<!\r)\n')
 LINE_END = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
 CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: "
        "data:{images}; media-src 'self'; connect-src 'self'; manifest-src 'self'; "
@@ -6225,7 +6221,7 @@ def decode_path(raw):
         path = unquote(raw, errors='strict')
     except UnicodeDecodeError:
         path = '..'
-    if BAD_PATH.search(raw) or DOTS.search(path):
+    if BAD_PATH.search(raw) or {'.', '..'} & {*path.split('/')}:
         raise HTTPError(400, 'This path is not allowed.')
     return path
 
@@ -6605,7 +6601,7 @@ def find_route(app, request):
     raise HTTPError(404, 'There is nothing here.')
 
 
-def parse_query(app, request, route):
+def parse_query(request, route):
     """The known parameters as they are parsed, others as they are."""
     try:
         given = dict(parse_qsl(
@@ -6635,7 +6631,7 @@ def pass_gates(app, request):
         check_share(app, request)
     if route.access == 'key':
         require_key(app, request)
-    request.query = parse_query(app, request, route)
+    request.query = parse_query(request, route)
     if not route.body:
         request.body()  # read and dropped, so that the connection can stay open
     return route.handler(app, request)
@@ -6689,6 +6685,7 @@ def respond(app, request):
 # -- what OpenAPI says
 
 B_STATUS = {**{state: state.upper() for state in STATES}, 'queued': 'PENDING'}
+KINDS = {'': 'string', 'int': 'integer', 'float': 'number', 'bool': 'boolean', 'object': 'object'}
 SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required; see schema_of
     'Object': '',
     'Status': {'type': 'string', 'enum': list(STATES)},
@@ -6698,43 +6695,38 @@ SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required;
     'Options': {'type': ['array', 'string', 'null'], 'items': {'type': 'string'},
                 'description': 'options of yt-dlp, as on its command line; an allowlist'},
     'Counts': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
-    'Error': 'status:=error! error! message! code! timestamp:integer!',
+    'Error': 'status:=error! error! message! code! timestamp:int!',
     'ErrorB': 'errorCode! errorMessage!',
-    'Submission': 'url! client_id:string? timestamp:Timestamp ytdlp_cli_parameters:Options '
-                  'again:boolean?',
+    'Submission': 'url! client_id:? timestamp:Timestamp ytdlp_cli_parameters:Options again:bool?',
     'Name': 'name!',
-    'Address': 'address! message! signs:boolean!',
+    'Address': 'address! message! signs:bool!',
     'Shared': 'text url',
-    'Batch': 'text! client_id:string? timestamp:Timestamp again:boolean?',
-    'Queued': 'status:Status! download_id! message! timestamp:integer!',
+    'Batch': 'text! client_id:? timestamp:Timestamp again:bool?',
+    'Queued': 'status:Status! download_id! message! timestamp:int!',
     'BatchRow': 'url! download_id error',
-    'BatchAnswer': 'status:=queued! message! downloads:[BatchRow! keep! timestamp:integer!',
-    'Done': 'status! message! timestamp:integer! download_id',
-    'File': 'name! size:integer! type! url! path!',
-    'Download': 'download_id! status:Status! url! progress:integer! message! '
-                'error_message:string?! completed_at:integer?! title:string? site note:string? '
-                'filename:string? files:[File file_size:integer? phase:string? '
-                'downloaded:integer? speed:number? eta:integer? retry_count:integer '
-                'next_attempt_at:integer? client_id created_at:integer started_at:integer? '
-                'uploader:string? duration:number? description:string? upload_date:string? '
-                'starred:boolean public_url:string? '
-                'thumbnail:string? s3:object?',
-    'History': 'total:integer! message! downloads:[Download! version:integer! counts:Counts! '
-               'poll_after:integer!',
-    'Health': 'status! version! uptime:integer! queue_size:integer! message! problems:[string '
-              'paused:string? free_disk:integer? ytdlp_version:string? '
-              'certificate_days:integer? s3:boolean keys:boolean preparing:boolean '
-              'cookies:[string',
-    'Group': 'group! name! posts:integer! here:integer!',
-    'Import': 'import_id! name! state! message! left:integer! completed:integer! failed:integer! '
-              'groups:[Group! created_at:integer! pace:integer!',
+    'BatchAnswer': 'status:=queued! message! downloads:[BatchRow! keep! timestamp:int!',
+    'Done': 'status! message! timestamp:int! download_id',
+    'File': 'name! size:int! type! url! path!',
+    'Download': 'download_id! status:Status! url! progress:int! message! error_message:?! '
+                'completed_at:int?! title:? site note:? filename:? files:[File file_size:int? '
+                'phase:? downloaded:int? speed:float? eta:int? retry_count:int '
+                'next_attempt_at:int? client_id created_at:int started_at:int? uploader:? '
+                'duration:float? description:? upload_date:? starred:bool public_url:? '
+                'thumbnail:? s3:object?',
+    'History': 'total:int! message! downloads:[Download! version:int! counts:Counts! '
+               'poll_after:int!',
+    'Health': 'status! version! uptime:int! queue_size:int! message! problems:[ paused:? '
+              'free_disk:int? ytdlp_version:? certificate_days:int? s3:bool keys:bool '
+              'preparing:bool cookies:[',
+    'Group': 'group! name! posts:int! here:int!',
+    'Import': 'import_id! name! state! message! left:int! completed:int! failed:int! '
+              'groups:[Group! created_at:int! pace:int!',
     'Imports': 'imports:[Import! message!',
     'ImportStart': {'type': 'object', 'properties': {'only': {
         'type': ['array', 'null'], 'items': {'enum': list(GROUP_NAMES)}}}},
-    'Initiate': 'videoURL! ytdlpCLIParameters:Options again:boolean?',
+    'Initiate': 'videoURL! ytdlpCLIParameters:Options again:bool?',
     'Initiated': 'downloadUUID!',
-    'Listed': 'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:integer '
-              'progress:integer',
+    'Listed': 'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:int progress:int',
     'Listing': 'downloads:[Listed!',
     'PublicURL': 'publicURL!',
 }
@@ -6742,16 +6734,16 @@ COMMON_ERRORS = {400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503}
 
 
 def schema_of(kind):
-    """A JSON schema of integer, integer? (or null), Name, [Name (a list), =constant."""
+    """A JSON schema of int, int? (or null), Name, [Name (a list), =constant; see KINDS."""
     if kind.startswith('='):
         return {'const': kind[1:]}
     if kind.startswith('['):
         return {'type': 'array', 'items': schema_of(kind[1:])}
-    if kind[0].isupper():
+    if kind[:1].isupper():
         return {'$ref': f'#/components/schemas/{kind}'}
     if kind.endswith('?'):
-        return {'type': [kind[:-1], 'null']}
-    return {'type': kind}
+        return {'type': [KINDS[kind[:-1]], 'null']}
+    return {'type': KINDS[kind]}
 
 
 def object_schema(words):
@@ -6760,7 +6752,7 @@ def object_schema(words):
     properties, required = {}, []
     for word in words.split():
         name, _, kind = word.rstrip('!').partition(':')
-        properties[name] = schema_of(kind or 'string')
+        properties[name] = schema_of(kind)
         if word.endswith('!'):
             required.append(name)
     return {'type': 'object', 'properties': properties, 'required': required}
@@ -6799,7 +6791,7 @@ def operation_of(route, keys):
     parameters += [{'name': param.name, 'in': 'query', 'schema': {'type': param.type}}
                    for param in route.query]
     found = {
-        'summary': ' '.join((route.handler.__doc__ or '').split()),
+        'summary': ' '.join(route.handler.__doc__.split()),
         'operationId': re.sub(r'\W+', '_', f'{route.method.lower()}{route.path}').strip('_'),
         'parameters': parameters, 'responses': responses_of(route, keys)}
     if route.body:
@@ -7195,10 +7187,10 @@ def get_public_url(app, request):
         raise HTTPError(409, why or 'The download failed.', 'downloadFailed')
     if state not in ('completed', 'stored'):
         raise HTTPError(409, why or 'It is not finished yet.', 'downloadNotReady')
-    if not in_bucket:
-        return json_reply({'publicURL': app.describe(record)['public_url']})
-    key = app.bucket.key(record['id'], record['filename'])
-    url = app.bucket.presign(key, record['filename'], app.config.s3.url_expiry, time.time())
+    url, name = app.describe(record)['public_url'], record['filename']
+    if in_bucket:
+        key = app.bucket.key(record['id'], name)
+        url = app.bucket.presign(key, name, app.config.s3.url_expiry, time.time())
     return json_reply({'publicURL': url})
 
 
@@ -7319,22 +7311,8 @@ def read_shared_text(request):
     return found
 
 
-def tell_shared(app, saved, wanted):
-    """The sentence for the phone, and 202 if anything is new."""
-    sentence = 'Saved'
-    if len(saved) > 1:
-        sentence = f'{len(saved)} videos saved'
-    if wanted > len(saved):
-        sentence += f', {wanted - len(saved)} refused'
-    if any(stored.fresh for stored in saved):
-        return text_reply(202, queued_message(app, sentence) + '.')
-    if wanted == 1 and saved[0].status != 'failed':
-        sentence = SAID_BEFORE[saved[0].status]
-    return text_reply(200, sentence + '.')
-
-
 def store_shared(app, request):
-    """Store what was shared: the first link's id, and what the phone is told."""
+    """Store what was shared: the first link's id, and what the phone is told; 202 for a new one."""
     fields = {'text': read_shared_text(request), 'client_id': request.params['who']}
     rows, _ = store_every_link(app, request, fields, REPEAT_SECONDS)
     saved = [item for _, item in rows if isinstance(item, Stored)]
@@ -7342,7 +7320,16 @@ def store_shared(app, request):
         if stored.status == 'failed':
             app.store.move('retry', stored.id, int(time.time()))
             app.scheduler.push(stored.id)
-    return saved[0].id, tell_shared(app, saved, len(rows))
+    code, sentence = 200, 'Saved'
+    if len(saved) > 1:
+        sentence = f'{len(saved)} videos saved'
+    if len(rows) > len(saved):
+        sentence += f', {len(rows) - len(saved)} refused'
+    if any(stored.fresh for stored in saved):
+        code, sentence = 202, queued_message(app, sentence)
+    elif len(rows) == 1 and saved[0].status != 'failed':
+        sentence = SAID_BEFORE[saved[0].status]
+    return saved[0].id, text_reply(code, sentence + '.')
 
 
 def post_share(app, request):
@@ -7396,7 +7383,7 @@ ROUTES = (
     Route('GET', '/api/v1/history', get_history, 'History', query=(
         Param('limit', whole(1, 200), '50', 'integer'),
         Param('offset', whole(0, 999999999), '0', 'integer'), Param('q', lambda q: q[:200]),
-        Param('status', optional(one_of({state: state for state in STATES}))),
+        Param('status', optional(one_of(dict(zip(STATES, STATES))))),
         Param('since', optional(whole(0, 999999999)), '', 'integer'),
         Param('wait', whole(0, 25), '25', 'integer'))),
     Route('GET', '/api/v1/health', get_health, 'Health', access='open'),
@@ -7543,7 +7530,7 @@ class Peer:
                 raise HTTPError(431, 'The headers are over 16 KB.')
             if line_end and not first.endswith((b' HTTP/1.1\r', b' HTTP/1.0\r')):
                 raise HTTPError(400, 'The first line is not valid HTTP/1.1.')
-            if BARE_LINE_END.search(self.buffer):
+            if self.buffer.count(b'\n') > self.buffer.count(b'\r\n'):
                 raise HTTPError(400, 'The request has a bare line break.')
             self.read_more()
 
