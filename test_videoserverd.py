@@ -4079,7 +4079,7 @@ class TestAccidents(unittest.TestCase):
                  for n in (2, 3)]
         ids = [self.store.add_many([link], 4)[0].id for link in links]
         self.assertEqual([tuple(row) for row in self.store.waiting(5, 60, 9)],
-                         [(ids[0], 0), (ids[1], 0), (self.download_id, 50)])
+                         [(ids[0], 0, False), (ids[1], 0, False), (self.download_id, 50, False)])
 
     def test_a_retry_is_awaited_to_the_second_and_other_news_at_once(self):
         self.scheduler.config.downloads.max_concurrent = 2
@@ -4092,10 +4092,28 @@ class TestAccidents(unittest.TestCase):
         self.scheduler.push('x')
         self.assertTrue(self.scheduler._news)
 
+    def test_what_ran_when_yt_dlp_froze_runs_alone(self):
+        self.scheduler.config.downloads.max_concurrent = 3
+        links = [v.parse_submission({'url': f'https://www.tiktok.com/@a/video/{n}'}, self.config.security)
+                 for n in (2, 3)]
+        ids = [self.download_id, *(stored.id for stored in self.store.add_many(links, 2))]
+        for id in ids[1:]:
+            self.store.claim(id, 3)
+        self.assertEqual(self.store.recover(4, frozen=True), [])
+        started: List[str] = []
+        self.scheduler._spawn = lambda name, target: started.append(name)
+        self.scheduler.ready = True
+        for id in ids:
+            self.scheduler.step(5, 5)
+            self.assertEqual(started, [f'worker-{id[:8]}'])
+            started.clear()
+            self.scheduler._running.clear()
+            self.store.move('cancel', id, 6)
+
     def test_a_clock_that_was_ahead_holds_up_nothing_for_longer_than_the_longest_delay(self):
         job = self.store.claim(self.download_id, 2)
         self.store.fail('retry_later', job, v.Outcome('retry'), 3, Path(), 1 << 40)
-        self.assertEqual([tuple(row) for row in self.store.waiting(5, 60, 2)], [(self.download_id, 65)])
+        self.assertEqual([tuple(row) for row in self.store.waiting(5, 60, 2)], [(self.download_id, 65, False)])
         self.assertEqual(self.store.get(self.download_id)['next_attempt_at'], 65)
 
     def test_one_whose_row_cannot_be_read_fails_and_does_not_hold_up_others(self):
@@ -9298,8 +9316,8 @@ class TestDailyCare(unittest.TestCase):
         self.addCleanup(daemon.store.close)
         fine = 'healthy' if sys.version_info >= (3, 11) else 'degraded'  # an older Python holds yt-dlp back
         for problems, status in (({}, fine), ({'ytdlp': 'It cannot be fetched.'}, 'degraded')):
-            daemon.care.problems = problems
-            report = daemon.health.report()
+            daemon.care.failures = problems
+            report = daemon.care.report()
             self.assertEqual((report['preparing'], report['status']), (not problems, status), report)
             self.assertIn('yt-dlp is', report['paused'])
 
@@ -9324,7 +9342,7 @@ class TestDailyCare(unittest.TestCase):
         daemon = v.Daemon(new_config())
         for days, count in ((13.5, 1), (15.5, 0)):
             daemon.care.certificate = SimpleNamespace(not_after=time.time() + days * v.DAY)
-            self.assertEqual(str(daemon.health.problems(None)).count('certificate expires in 13 days. Fix: '), count)
+            self.assertEqual(str(daemon.care.problems(None)).count('certificate expires in 13 days. Fix: '), count)
 
 
 class TestStopAtTheStart(DaemonTest):

@@ -1671,14 +1671,14 @@ class Store:
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
     def waiting(self, now, longest, limit):
-        """(id, due) of the first that may start; not those of imports. After a clock that was ahead
-        none waits for more than `longest` seconds. One whose claim was reported as failed may be
-        'downloading'."""
+        """(id, due, alone) of the first that may start; not those of imports. `alone`: it was
+        running when yt-dlp froze. After a clock that was ahead none waits for more than `longest`
+        seconds. One whose claim was reported as failed may be 'downloading'."""
         latest = now + longest
         rows = self.read(
-            'SELECT id, coalesce(next_attempt_at, 0) AS due FROM downloads '
-            "WHERE status IN ('queued', 'downloading') AND created_at > 0 AND (import_id IS NULL "
-            "OR reason = 'freeze' OR status = 'downloading' OR next_attempt_at > ?) "
+            "SELECT id, coalesce(next_attempt_at, 0) AS due, reason IS 'freeze' AS alone "
+            "FROM downloads WHERE status IN ('queued', 'downloading') AND created_at > 0 "
+            "AND (import_id IS NULL OR alone OR status = 'downloading' OR next_attempt_at > ?) "
             'ORDER BY due > ? DESC, due, created_at, rowid LIMIT ?', (latest, latest, limit))
         if not rows or rows[0]['due'] <= latest:
             return rows
@@ -1905,11 +1905,6 @@ class Store:
     def move_files(self, folder):
         self._write_one("UPDATE downloads SET file_path = ? || '/' || filename "
                         'WHERE filename IS NOT NULL', str(folder))
-
-    def suspects(self):
-        """Those that were running when yt-dlp froze, until the culprit is known."""
-        return {row['id'] for row in self.read(
-            "SELECT id FROM downloads WHERE status = 'queued' AND reason = 'freeze'")}
 
     # -- imports
 
@@ -5116,9 +5111,11 @@ STORE_NAP = 2.0  # seconds before storing an outcome is tried again
 
 
 class Run:
-    """A download that a worker has; `attempt` and `job` are None until it is claimed."""
+    """A download that a worker has; `attempt` and `job` are None until it is claimed. `alone`:
+    nothing else may run."""
 
-    def __init__(self):
+    def __init__(self, alone=False):
+        self.alone = alone
         self.attempt = None
         self.stop_reason = None
         self.hung = False
@@ -5146,7 +5143,6 @@ class Scheduler:
         self._news = False  # whether something changed since the loop last looked
         self._next_due = math.inf  # epoch seconds
         self._running = {}
-        self._alone = set()  # those that must run alone
         self._import_due = -math.inf  # monotonic, when the next post of an import may start
         self._stopping = threading.Event()
         self._threads = []
@@ -5159,7 +5155,6 @@ class Scheduler:
     def _recover(self, now):
         over = self.store.recover(now, self.frozen)
         self.frozen = False
-        self._alone = self.store.suspects()
         for job, outcome in over:
             self._settle(job, outcome)
         self.ready = True
@@ -5171,7 +5166,7 @@ class Scheduler:
 
     def push(self, download_id):
         """It is queued now; claim verifies that."""
-        if not self.paused and not self._must_wait(download_id):  # else the loop comes by itself
+        if not self.paused and not self._must_wait():  # else the loop comes by itself
             self._wake()
         self.board.post(download_id)
 
@@ -5247,8 +5242,8 @@ class Scheduler:
         """One look at everything: pause, what runs, what is due. `now` is epoch seconds."""
         self.beat = monotonic
         self._watch(monotonic)
-        free = not self.paused and not self._must_wait('')
-        if free or monotonic - self._looked >= WATCH_NAP:
+        idle = not self.paused and not self._must_wait()
+        if idle or monotonic - self._looked >= WATCH_NAP:
             self._looked = monotonic
             self._refresh_pause(monotonic)
         if not self.ready:
@@ -5256,12 +5251,12 @@ class Scheduler:
         if not self.paused:
             self._start_due(now, monotonic)
 
-    def _employ(self, download_id):
+    def _employ(self, download_id, alone=False):
         """Give it to a new worker (idle threads cost memory). Raises what Thread.start does."""
         with self._changed:
             if download_id in self._running or self._stopping.is_set():
                 return
-            self._running[download_id] = run = Run()
+            self._running[download_id] = run = Run(alone)
         try:
             self._spawn(f'worker-{download_id[:8]}', lambda: self._work(download_id, run))
         except Exception:
@@ -5289,11 +5284,12 @@ class Scheduler:
             log.info('queue: resumed')
         self.board.post('')
 
-    def _must_wait(self, download_id):
-        """Whether no worker may take it now."""
+    def _must_wait(self, alone=False):
+        """Whether no worker may take one more, or one that must run alone."""
         with self._changed:
-            return (len(self._running) >= self.config.downloads.max_concurrent
-                    or bool(self._running and self._alone & {download_id, *self._running}))
+            runs = list(self._running.values())
+        return (len(runs) >= self.config.downloads.max_concurrent
+                or any(alone or run.alone for run in runs))
 
     def _start_due(self, now, monotonic):
         """While workers are free, start what is due, then, at the pace of imports, one of their
@@ -5304,10 +5300,10 @@ class Scheduler:
             self._next_due = row['due']
             if row['due'] > now:
                 break
-            if self._must_wait(row['id']):
+            if self._must_wait(row['alone']):
                 return
-            self._employ(row['id'])
-        if self._alone or self._must_wait('') or monotonic < self._import_due:
+            self._employ(row['id'], row['alone'])
+        if self._must_wait() or monotonic < self._import_due:
             return
         found = self.store.next_of_imports(int(now))
         self._import_due = monotonic + MAX_NAP
@@ -5406,9 +5402,6 @@ class Scheduler:
                 log.error('download %s: its end cannot be stored yet: %s', job.id, error)
                 if self._stopping.wait(STORE_NAP):
                     return  # the next start finds it 'downloading', with its files
-        if outcome.kind not in ('stopped', 'pause'):
-            with self._changed:
-                self._alone.discard(job.id)
         self.on_outcome(job, outcome, over)
 
     def _store_outcome(self, job, outcome, now):
@@ -8980,9 +8973,9 @@ ASSETS = {
 PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
 
 # ---------- daemon ------------------------------------------------------------------------
-# Owns three classes: Daemon (wiring, start and stop, signals, sd_notify, re-execution), Care (the
-# thread `care`) and Health (what pauses the queue, problems, metrics). No lock: main waits on the
-# pipe `_wishes`. Called by commands only.
+# Owns two classes: Daemon (wiring, start and stop, signals, sd_notify, re-execution) and Care (the
+# thread `care`, what pauses the queue, problems, metrics). No lock: main waits on the pipe
+# `_wishes`. Called by commands only.
 
 INSTALLED = '/opt/videoserver/videoserverd.py'  # where install.sh puts this file
 AS_SERVICE = '/usr/local/bin/videoserverd'  # its command: that file, as its user, with its config
@@ -9304,8 +9297,11 @@ def days_left(certificate):
     return int((certificate.not_after - time.time()) // DAY)
 
 
+GETTING_READY = 'Getting ready: yt-dlp is being fetched.'  # the first minute; no fault
+
+
 class Care:
-    """The thread `care`: minutely and daily chores. `problems` has what goes wrong there."""
+    """The thread `care`: minutely and daily chores; what pauses the queue and what is wrong."""
 
     def __init__(self, config, store, board, restart):
         self.config, self.store, self.board, self.restart = config, store, board, restart
@@ -9314,7 +9310,9 @@ class Care:
         self.ytdlp = None  # the folder new attempts import from
         self.certificate = self.scheduler = self.server = None
         self.thumbs = config.database.path.parent / 'thumbs'
-        self.problems = {}
+        self.failures = {}  # of chores, by their names: sentences
+        self.couriers = []
+        self.started = time.time()
         self.restart_when_idle = False
         self._due = threading.Event()  # something may be due now
         self._tidy = False
@@ -9343,14 +9341,14 @@ class Care:
             for name, task in tasks.items():
                 try:
                     task(time.time())
-                    self.problems.pop(name, None)
+                    self.failures.pop(name, None)
                 except (Trouble, StoreDown, OSError) as error:
-                    if self.problems.get(name) != str(error):
+                    if self.failures.get(name) != str(error):
                         log.warning('%s: %s', name, error)
-                    self.problems[name] = str(error)
+                    self.failures[name] = str(error)
                 except Exception as error:
                     log.exception('care: %s failed unexpectedly', name)
-                    self.problems[name] = f'{name}: {error}; see the log'
+                    self.failures[name] = f'{name}: {error}; see the log'
             self._due.wait(CARE_SECONDS)
             self._due.clear()
 
@@ -9448,7 +9446,7 @@ class Care:
     def update_ytdlp(self, now):
         """Fetch yt-dlp if missing or due. An imported one is replaced by a restart."""
         changed = self.freshness.step(now)
-        self.restart_when_idle = changed and 'restart' not in self.problems
+        self.restart_when_idle = changed and 'restart' not in self.failures
         if not changed:
             self.ytdlp = self.vendor.current()
         elif self.restart_when_idle and not self.scheduler.running():
@@ -9456,17 +9454,7 @@ class Care:
         if self.freshness.trouble:
             raise Trouble(self.freshness.trouble)
 
-
-GETTING_READY = 'Getting ready: yt-dlp is being fetched.'  # the first minute; no fault
-
-
-class Health:
-    """What pauses the queue, what is wrong, and the figures for /metrics."""
-
-    def __init__(self, config, store, board, care, couriers):
-        self.config, self.store, self.board, self.care = config, store, board, care
-        self.couriers = couriers
-        self.started = time.time()
+    # -- health
 
     def preflight(self, make=True):
         """Why no download may start, or None; `make`: create the output folder if it is new."""
@@ -9477,11 +9465,11 @@ class Health:
         if free is not None and free < least:
             return (f'The disk is full: {format_size(free)} free, {format_size(least)} needed. '
                     'Fix: delete videos, or lower [downloads] min_free_space.')
-        if self.care.restart_when_idle:
+        if self.restart_when_idle:
             return 'The server is about to switch to a new yt-dlp.'
-        if self.care.ytdlp:
+        if self.ytdlp:
             return None
-        if 'ytdlp' in self.care.problems:
+        if 'ytdlp' in self.failures:
             return f'yt-dlp is missing. Fix: `{program(self.config)} update`'
         return GETTING_READY
 
@@ -9491,12 +9479,12 @@ class Health:
 
     def certificate_days(self):
         """None without one."""
-        return self.care.certificate and days_left(self.care.certificate)
+        return self.certificate and days_left(self.certificate)
 
     def problems(self, paused):
         """What is wrong: sentences, each with its fix."""
         days = self.certificate_days()
-        found = [paused, *self.care.problems.values(), self.care.vendor.held_back()]
+        found = [paused, *self.failures.values(), self.vendor.held_back()]
         if self.store.error:
             found.append(f'Links cannot be stored: {self.store.error}. '
                          f'Fix: check the disk of {self.config.database.path}')
@@ -9526,7 +9514,7 @@ class Health:
             'uptime': max(0, int(time.time() - self.started)), 'queue_size': size,
             'problems': problems, 'paused': paused, 'preparing': paused == GETTING_READY,
             'free_disk': free_output(self.config),
-            'ytdlp_version': self.care.vendor.version(),
+            'ytdlp_version': self.vendor.version(),
             'certificate_days': self.certificate_days(), 's3': bool(self.config.s3.endpoint),
             'keys': bool(self.config.api_keys), 'storing': not self.store.error,
             'cookies': [told for _, told in Cookies(self.config).report(time.time())]}
@@ -9538,7 +9526,7 @@ class Health:
             ('free_disk_bytes', free_output(self.config)), ('paused', float(paused)),
             ('certificate_days', self.certificate_days()),
             ('uptime_seconds', time.time() - self.started),
-            (f'ytdlp_info{{version="{self.care.vendor.version() or ""}"}}', 1.0)]
+            (f'ytdlp_info{{version="{self.vendor.version() or ""}"}}', 1.0)]
         rows = [(f'videoserverd_{name}', value) for name, value in figures if value is not None]
         return [*rows, *sorted(self.board.counters.items()), *self.board.acks()]
 
@@ -9552,12 +9540,10 @@ class Daemon:
         self.board = Board(int(time.time()) % 10 ** 8)
         restart = functools.partial(self._ask, 'restart')
         self.care = Care(config, self.store, self.board, restart)
-        self.couriers = []
-        self.health = Health(config, self.store, self.board, self.care, self.couriers)
         self.scheduler = Scheduler(
             config, self.store, self.board,
             lambda job, *hooks: Attempt(job, config, self.care.ytdlp, *hooks),
-            self.health.preflight, self._on_outcome, restart)
+            self.care.preflight, self._on_outcome, restart)
         self.care.scheduler = self.scheduler
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.lock = Lock(config.database.path)
@@ -9649,17 +9635,17 @@ class Daemon:
         notify, outgoing = self.config.notify, self.store.outgoing
         if self.bucket:
             outgoing['finish'] = ['upload']
-            self.couriers.append(Uploader(self.config, self.bucket, self.store))
+            self.care.couriers.append(Uploader(self.config, self.bucket, self.store))
         if notify.url:
             for verb, event in {'finish': 'completed', 'give_up': 'failed',
                                 'import': 'attention'}.items():
                 if event in notify.events:
                     outgoing.setdefault(verb, []).append('notify')
-            self.couriers.append(Notifier(
+            self.care.couriers.append(Notifier(
                 self.config, self.store, app.describe, public_base(self.config, app.port),
-                lambda: self.health.problems(
-                    not self.care.restart_when_idle and self.health.preflight() or None)))
-        for courier in self.couriers:
+                lambda: self.care.problems(
+                    not self.care.restart_when_idle and self.care.preflight() or None)))
+        for courier in self.care.couriers:
             courier.start()
 
     def make_app(self, port):
@@ -9672,11 +9658,11 @@ class Daemon:
         # Of the picture by which the set-up page sees that it is trusted.
         origins = f' {public_base(config, port)} {bases_by_number(port)}'
         app = App(config, store=self.store, board=self.board, scheduler=self.scheduler,
-                  assets=assets, routes=(*ROUTES, *routes), health=self.health.report,
+                  assets=assets, routes=(*ROUTES, *routes), health=self.care.report,
                   forget=self._forget,
                   bucket=self.bucket, thumbs=self.care.thumbs, image_origin=origins,
                   update=self.care.update_now, imports=self.care.imports, shortcut=signed_shortcut,
-                  gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
+                  gauges=lambda: self.care.gauges(bool(self.scheduler.paused)),
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
         return app
@@ -9688,7 +9674,7 @@ class Daemon:
                         'terminal': sys.stdin.isatty()})
         sd_notify(f'READY=1\nSTATUS=Listening on port {port}\nMAINPID={os.getpid()}')
         log.info('videoserverd %s: listening on %s port %d, %d in the queue', VERSION,
-                 server.host, port, self.health.queue_size())
+                 server.host, port, self.care.queue_size())
         print(welcome(self.config, port, self.care.vendor.version()), flush=True)
 
     # -- signals, waiting, stopping
@@ -9746,7 +9732,7 @@ class Daemon:
             return True
         except (Trouble, OSError, SyntaxError, ValueError) as error:
             log.error('restart refused, running on as before: %s', error)
-            self.care.problems['restart'] = (
+            self.care.failures['restart'] = (
                 f'A restart was refused: {error}. Fix that, then restart by hand.')
             return False
 
@@ -9762,7 +9748,7 @@ class Daemon:
         if not restart:
             self.server.server_close()
         stopper.join(5)
-        for courier in self.couriers:
+        for courier in self.care.couriers:
             courier.stop()
         self.care.freshness.stop()
         self.store.close()
@@ -9802,7 +9788,7 @@ class Daemon:
         if over:  # a carousel tells its files with each attempt
             count('videoserverd_downloaded_bytes_total', sum(file.size for file in outcome.files))
             forget_files(self.config, job.id, ())
-        for courier in self.couriers * over:
+        for courier in self.care.couriers * over:
             courier.wake()
         self.care.heard(job, outcome)
 
@@ -9818,7 +9804,7 @@ class Daemon:
         forget_files(self.config, download_id, [file.name for file in files if not keep])
         with suppress(OSError):
             (self.care.thumbs / f'{download_id}.jpg').unlink()
-        for courier in self.couriers:
+        for courier in self.care.couriers:
             courier.wake(download_id)
         self.board.post(download_id)
         return True
@@ -10113,7 +10099,7 @@ def check_server(config):
                                    f'sudo lsof -nP -iTCP:{port} -sTCP:LISTEN')
         daemon = Daemon(config)
         daemon.care.ytdlp = daemon.care.vendor.current()
-        problems = daemon.health.problems(daemon.health.preflight(make=False))
+        problems = daemon.care.problems(daemon.care.preflight(make=False))
     for problem in problems:
         fault, _, fix = problem.partition(' Fix: ')
         yield fault, fix or 'see the log for details'
