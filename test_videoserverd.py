@@ -532,13 +532,13 @@ class Daemon:
         """The files under .incomplete (of one download) and their sizes."""
         return {path: size for path, size in files_below(self.output / '.incomplete').items() if id in str(path)}
 
-    def half_way(self, post: Any, held: int = 1, seconds: float = 10) -> str:
+    def half_way(self, post: Any) -> str:
         """Submits a post that stops at hold_at, and waits until it stands there and a good part is on disk."""
         id, route = self.submit(post), post.media[0]
-        route.wait_held(held)
+        route.wait_held()  # of a direct link that yt-dlp looks at first, perhaps only then
         some = route.hold_at // 3  # yt-dlp reads ever larger blocks: the last one is not on disk
-        wait_until(lambda: max(self.partials(id).values(), default=0) >= some, seconds,
-                   lambda: f'some of it is on disk, there is {self.partials(id)}')
+        wait_until(lambda: max(self.partials(id).values(), default=0) >= some,
+                   what=lambda: f'some of it is on disk, there is {self.partials(id)}')
         return id
 
     def log(self) -> str:
@@ -1151,10 +1151,7 @@ class TestCancel(DaemonTest):
         self.cancel(self.daemon, id)
 
     def test_cancel_while_the_media_stalls(self):
-        post = self.site.direct(size=300_000, hold_at=100_000)
-        id = self.daemon.submit(post)
-        post.page.wait_held(2)
-        self.cancel(self.daemon, id)
+        self.cancel(self.daemon, self.daemon.half_way(self.site.direct(size=300_000, hold_at=100_000)))
 
     def test_cancel_while_the_server_drips_a_byte_a_second(self):
         post = self.site.direct('hls', page={'drip': 1.0})
@@ -1227,7 +1224,7 @@ class TestEndAndResume(DaemonTest):
     def test_resumes_from_the_partial_file_after_kill_9(self):
         daemon = self.new_daemon(downloader={'proxy': ''}, security=ANYWHERE)
         post = self.site.direct(size=3_000_000, hold_at=2_000_000)
-        id = daemon.half_way(post, 2)
+        id = daemon.half_way(post)
         daemon.kill()
         self.assertEqual(self.finish(daemon, post, id)['retry_count'], 0)
         self.assertRegex(post.page.ranges_asked[-1], r'^bytes=\d{6,}-')
@@ -1459,7 +1456,7 @@ class SiteRoute:
         wait_until(lambda: self.hits >= number, seconds, lambda: f'{number} requests, got {self.hits}')
 
     def wait_held(self, number: int = 1, seconds: float = 20) -> None:
-        """Waits for the n-th transfer to stand at hold_at (a direct link: 2, as yt-dlp looks at it first)."""
+        """Waits for the n-th transfer to stand at hold_at; the first look at a direct link may break off before."""
         wait_until(lambda: self.held >= number, seconds, lambda: f'{number} transfers held, got {self.held}')
 
     def release(self) -> None:
@@ -5360,7 +5357,7 @@ class TestResume(DownloadTest):
         held = post.media[6 if kind == 'hls' else 0].set(hold_at=50_000 if kind == 'hls' else 500_000)
         attempt = self.attempt(post, 'broken', config=config)
         run = self.in_background(attempt)
-        held.wait_held(2 if kind == 'mp4' else 1)
+        held.wait_held()
         wait_until(lambda: attempt.folder.size()[0] > 250_000)
         attempt.stop('stopped')
         run.wait()
@@ -5421,7 +5418,8 @@ class TestResume(DownloadTest):
                 last = post.media[-1].set(hold_at=len(post.media[-1].body) - 1000)  # however slow this machine is
                 for _ in range(2):
                     process = self.driver(f'attempt({str(post)!r}, {post.id!r}).run()', config)
-                    goal = self.on_disk(post) + len(whole) // 4 + random.randrange(len(whole) // 20)
+                    # Far from the end: a block that reaches into what is held back is not on disk for 20 s.
+                    goal = self.on_disk(post) + len(whole) // 10 + random.randrange(len(whole) // 20)
                     wait_until(lambda post=post, goal=goal: self.on_disk(post) > goal, 20)
                     process.kill()
                     process.wait()
@@ -10683,9 +10681,8 @@ class OtherSite(OpenBucket):
         self.wfile.write(b'HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<body>')
 
 
-@unittest.skipUnless(CHROMIUM and shutil.which('chromedriver'), 'chromium and chromedriver are not installed')
-class TestPage(DaemonTest):
-    """Every action of the page against the real daemon; nothing on the console, nothing asked of other hosts."""
+class PageTest(DaemonTest):
+    """A page of the real daemon in a browser: nothing on the console, nothing asked of other hosts."""
     settings = {'downloads': {'max_concurrent': 2, 'retry_delays': '240'}}
 
     @classmethod
@@ -10732,6 +10729,28 @@ class TestPage(DaemonTest):
         """The row as the page shows it, as soon as `happens` holds for it."""
         return self.browser.wait(ONE_ROW, f'row.download_id === "{id}" && ({happens})')
 
+    def press(self, id: str, action: str) -> None:
+        """Clicks a button of a row."""
+        self.browser.run('for (const node of document.querySelectorAll("article"))'
+                         '  node.classList.toggle("pressed", node.row.download_id === arguments[0])', id)
+        if action in ('copy', 's3', 'star', 'unstar', 'again'):
+            self.browser.run('const row = document.querySelector(".pressed");'
+                             'if (!row.matches(".open")) row.querySelector("[value=more]").click()')
+        self.browser.click(f'.pressed [value={action}]:not([hidden])')
+
+    def newest(self) -> Any:
+        """The newest row of the database, None without one."""
+        return (self.daemon.rows('SELECT * FROM downloads ORDER BY rowid DESC LIMIT 1') or [None])[0]
+
+    def clipboard(self) -> str:
+        """What was copied."""
+        return self.browser.run('return navigator.clipboard.readText()')
+
+
+@unittest.skipUnless(CHROMIUM and shutil.which('chromedriver'), 'chromium and chromedriver are not installed')
+class TestPage(PageTest):
+    """Every action of the page."""
+
     def test_a_mac_offers_its_signed_shortcut_on_the_setup_page(self):
         tools = Path(tempfile.mkdtemp(dir=RUN))
         (tools / 'shortcuts').write_text('#!/bin/sh\ncat "$5" >"$7"\n')
@@ -10764,23 +10783,6 @@ class TestPage(DaemonTest):
         self.browser.until('#imports .meta', 'innerText === "Done: 1 of 1"')
         self.browser.click('#imports [value=clear]')
         self.browser.wait('return !imports.children.length')
-
-    def press(self, id: str, action: str) -> None:
-        """Clicks a button of a row."""
-        self.browser.run('for (const node of document.querySelectorAll("article"))'
-                         '  node.classList.toggle("pressed", node.row.download_id === arguments[0])', id)
-        if action in ('copy', 's3', 'star', 'unstar', 'again'):
-            self.browser.run('const row = document.querySelector(".pressed");'
-                             'if (!row.matches(".open")) row.querySelector("[value=more]").click()')
-        self.browser.click(f'.pressed [value={action}]:not([hidden])')
-
-    def newest(self) -> Any:
-        """The newest row of the database, None without one."""
-        return (self.daemon.rows('SELECT * FROM downloads ORDER BY rowid DESC LIMIT 1') or [None])[0]
-
-    def clipboard(self) -> str:
-        """What was copied."""
-        return self.browser.run('return navigator.clipboard.readText()')
 
     def test_a_link_is_at_once_on_top_and_becomes_a_video_that_plays_and_seeks(self):
         post = self.site.tiktok(title='A cat jumps over the moon', size=300_000)
@@ -10949,6 +10951,16 @@ class TestPage(DaemonTest):
             self.browser.wait('return window.rounds > arguments[0]', number)
         self.assertLessEqual(self.browser.run('return window.most'), 2)
 
+
+@unittest.skipUnless(CHROMIUM and shutil.which('chromedriver'), 'chromium and chromedriver are not installed')
+class TestPageAtLarge(PageTest):
+    """The page with many videos, of every width, without a server, without a key, before there is anything."""
+
+    def before_each_page(self, script: str) -> None:
+        """Runs `script` in each page of this test before the page's own."""
+        made = self.browser.devtools('Page.addScriptToEvaluateOnNewDocument', source=script)
+        self.addCleanup(self.browser.devtools, 'Page.removeScriptToEvaluateOnNewDocument', **made)
+
     def test_search_filter_and_several_at_once(self):
         failed = "SELECT * FROM downloads WHERE status = 'failed'"
         for row in self.daemon.rows(failed):  # of other tests
@@ -11017,11 +11029,6 @@ class TestPage(DaemonTest):
         daemon.client.post('/api/v1/download', {'url': str(self.site.tiktok())})
         self.browser.until('#health', 'innerText.includes("is its disk plugged in")')
         self.assertLess(time.monotonic() - began, 15)  # by itself the page looks every 30 s
-
-    def before_each_page(self, script: str) -> None:
-        """Runs `script` in each page of this test before the page's own."""
-        made = self.browser.devtools('Page.addScriptToEvaluateOnNewDocument', source=script)
-        self.addCleanup(self.browser.devtools, 'Page.removeScriptToEvaluateOnNewDocument', **made)
 
     def test_share_hands_over_the_file_itself_also_without_what_ios_16_lacks(self):
         self.before_each_page("""
@@ -11137,6 +11144,7 @@ class TestPage(DaemonTest):
         subprocess.run(['ffmpeg', '-nostdin', '-v', 'error', '-f', 'lavfi', '-i',
                         'mandelbrot=size=540x960:rate=2:start_scale=0.3', '-t', '2', '-vf', 'noise=alls=12',
                         str(video)], check=True)
+        thumbs.mkdir()
         self.assertTrue(v.make_thumbnail(video, thumbs / 'one.jpg'))
         for number in range(40):
             submission = v.Submission(f'https://www.tiktok.com/@somebody/video/{7300000000000000000 + number}', 'phone',
@@ -11196,8 +11204,9 @@ class TestPage(DaemonTest):
             for width, height, letters in ((320, 640, 1), (320, 640, 2), (390, 844, 1), (430, 932, 2), (844, 390, 2),
                                            (768, 1024, 1), (1440, 900, 1), (2560, 1440, 1)):
                 self.browser.screen(width, height)
-                self.browser.open('about:blank')
-                self.visit(path)
+                if (width, letters) in ((320, 1), (844, 2)):  # of a phone, of a desk; others are turned or pulled
+                    self.browser.open('about:blank')
+                    self.visit(path)
                 self.browser.run('document.documentElement.style.fontSize = arguments[0] + "%"', 100 * letters)
                 beyond, small = self.browser.run("""
                     const nodes = [...document.querySelectorAll('body *')].filter(node => node.checkVisibility());
@@ -11649,8 +11658,9 @@ def free_port() -> int:
 # runs as ever, in this process.
 
 AT_ONCE = 2 * (os.cpu_count() or 1)  # classes: with fewer a core is often idle, as they wait for one thing or another
-LONGEST_FIRST = ('downloads', 'TestPage', 'buckets', 'TestFreshDaemon', 'TestVendor', 'TestBadStarts',
-                 'TestKillAndFullDisk', 'TestEndAndResume', 'TestCrowd', 'TestMainJob')  # or the last would run alone
+LONGEST_FIRST = ('downloads', 'TestPageAtLarge', 'TestFreshDaemon', 'TestVendor', 'buckets', 'TestCommands', 'TestPage',
+                 'TestBadStarts', 'TestKillAndFullDisk', 'TestPatterns', 'TestPhone', 'TestFreshness', 'TestFreeze',
+                 'TestCrowd', 'TestEndAndResume', 'TestWallClock', 'TestImports')  # or the last would run alone
 
 
 class Record(unittest.TestResult):
