@@ -388,6 +388,11 @@ CLIENTS = {  # RFC 1918, 6598 (Tailscale), 3927, 4193, loopback
 PRIVATE_NETWORKS = networks(CLIENTS['private'])
 
 
+def is_within(address, wanted):
+    ip = ipaddress.ip_address(address)
+    return any(ip in network for network in wanted)
+
+
 def clients(text):
     """The networks whose clients may connect."""
     if not word_list(text):
@@ -772,9 +777,8 @@ PRIVATE_NAMES = ('localhost', 'local', 'lan', 'internal', 'home.arpa')
 WRAPPED_IPV4 = (  # IPv6 networks that contain an IPv4 address, and its offset in bits
     (ipaddress.IPv6Network('::ffff:0:0/96'), 96), (ipaddress.IPv6Network('::/96'), 96),
     (ipaddress.IPv6Network('64:ff9b::/96'), 96), (ipaddress.IPv6Network('2002::/16'), 16))
-NEVER_PUBLIC = tuple(ipaddress.ip_network(text) for text in (  # some versions call these global
-    '192.0.0.0/24', '192.88.99.0/24', '240.0.0.0/4', '64:ff9b:1::/48', '100::/64', '2001::/23',
-    'fec0::/10'))
+NEVER_PUBLIC = networks(  # some versions call these global
+    '192.0.0.0/24,192.88.99.0/24,240.0.0.0/4,64:ff9b:1::/48,100::/64,2001::/23,fec0::/10')
 
 
 def unwrap_address(address):
@@ -789,8 +793,7 @@ def unwrap_address(address):
 def is_public(address):
     """Is the address on the Internet? Raises ValueError."""
     ip = unwrap_address(address)
-    reserved = any(ip in network for network in NEVER_PUBLIC)
-    return ip.is_global and not ip.is_multicast and not reserved
+    return ip.is_global and not ip.is_multicast and not is_within(ip, NEVER_PUBLIC)
 
 
 @functools.lru_cache(maxsize=32)  # nearly all links lead to the same few hosts
@@ -2323,7 +2326,7 @@ class Stopper:
 
 LARGEST_PAGE = 8 << 20  # bytes, unpacked; pages, manifests and keys are held in memory
 LARGEST_FRAGMENT = 128 << 20  # bytes; also of HLS and DASH
-FAKE = tuple(map(ipaddress.ip_network, ('0.0.0.0/32', '198.18.0.0/15')))  # what filters answer with
+FAKE = networks('0.0.0.0/32,198.18.0.0/15')  # what filters answer with
 PROGRAMS = ('ffmpeg', 'ffprobe', 'openssl', 'deno')  # deno gets no permission from yt-dlp
 LOCAL_FILES = (  # demuxers by name: a playlist posing as a video is not followed
     '-protocol_whitelist', 'file,crypto,data', '-format_whitelist',
@@ -2430,7 +2433,7 @@ class Reach:
             ip = unwrap_address(address)
         except ValueError:  # a name, not resolved yet
             return False
-        return is_public(address) and not any(ip in network for network in own_networks())
+        return is_public(address) and not is_within(ip, own_networks())
 
     def look_up(self, real, host, port, *args, **more):
         """socket.getaddrinfo, up to a stop: addresses that we may connect to. Raises Ending if
@@ -2443,7 +2446,7 @@ class Reach:
             return allowed or found
         address, reason = found[0][4][0], 'refused_address'
         if address != host and (is_under(host, (*SITES, *self.security.allowed_domains))
-                                or any(unwrap_address(address) in net for net in FAKE)):
+                                or is_within(unwrap_address(address), FAKE)):
             reason = 'filtered'
         raise Ending(reason, f'{host} is {address}')
 
@@ -5801,7 +5804,7 @@ def may_sign(word, permitted):
     """May our CA, made to permit `permitted` too, sign for this name or address?"""
     address = as_address(word)
     if address:
-        return word in permitted or any(address in network for network in PRIVATE_NETWORKS)
+        return word in permitted or is_within(address, PRIVATE_NETWORKS)
     return any(f'.{word}'.endswith(f'.{name}') for name in (*PERMITTED_NAMES, *permitted))
 
 
@@ -6043,6 +6046,7 @@ def ensure_locked(config, now, asked, force, fresh):
                           'and is left alone: move it and its key away to have one made')
         if old.own:
             return old, False
+    must = demanded or not usable
     new_ca = fresh or not server.ca_file.exists()
     known, permitted = remembered_names(config)
     given = host_words((*known, *asked))
@@ -6050,14 +6054,14 @@ def ensure_locked(config, now, asked, force, fresh):
         own = (name for name in machine_names() if name not in TOP_LEVEL_NAMES)
         permitted = host_words((*own, *server.names, *given))
     words = leaf_words(config, asked, given, permitted)
-    if usable and not demanded:  # a name that went away can stay: containers come and go
+    if not must:  # a name that went away can stay: containers come and go
         if {*words} <= {*old.names} and RENEW_DAYS <= (old.not_after - now) / DAY <= LEAF_DAYS:
             return old, False
     try:
         notes = {'given': given, 'permitted': permitted}
         make_certificate(config, now, words, notes, new_ca, fresh)
     except (Trouble, OSError) as error:
-        if demanded or not usable:
+        if must:
             raise
         log.warning('the certificate stays as it is until it can be renewed: %s', error)
         return old, False
@@ -6119,7 +6123,8 @@ def mobileconfig(config):
 # Owns the TLS server and its limits, the strict reading of requests, ROUTES (for dispatch and
 # OpenAPI), both dialects, /share and files. Locks: `Server._guard`, `App.guard`. Handlers
 # validate, call one verb and reply. All of it may raise HTTPError, and what reads from a client
-# ClientGone; `respond` alone turns errors into replies. Called by daemon and `phone`.
+# ConnectionError when that has left; `respond` alone turns errors into replies. Called by daemon
+# and `phone`.
 
 # What a connection is doing: seconds until it is cut off, and seconds after which it may be closed
 # to make room for another.
@@ -6176,10 +6181,6 @@ class HTTPError(Exception):
         super().__init__(message)
         self.status, self.headers = status, headers
         self.code = code or CODES.get(status, 'bad_request')
-
-
-class ClientGone(ConnectionError):
-    """The client left before its request was complete: nobody to answer."""
 
 
 @named_tuple
@@ -6306,8 +6307,9 @@ class Param:
 
 @named_tuple
 class Route:
-    """The docstring of `handler` is its summary. `access`: key (where keys are on), link or share
-    (or a signature), open. `limit`: bytes of a body, if more than elsewhere."""
+    """`handler` returns a Reply, or a dict to be sent as JSON with `status`; its docstring is the
+    summary. `access`: key (where keys are on), link or share (or a signature), open. `limit`:
+    bytes of a body, if more than elsewhere."""
     method: str
     path: str
     handler: callable
@@ -6325,9 +6327,8 @@ def json_reply(body, status=200):
     return Reply(status, text.encode('utf-8', 'replace'))
 
 
-def done_reply(status, message, http_status=200, **more):
-    return json_reply({'status': status, **more, 'message': message,
-                       'timestamp': int(time.time())}, http_status)
+def brief(status, message, **more):
+    return {'status': status, **more, 'message': message, 'timestamp': int(time.time())}
 
 
 def text_reply(status, sentence):
@@ -6358,11 +6359,6 @@ def plain_address(text):
     """IPv4 inside IPv6 (::ffff:1.2.3.4) as IPv4. Raises ValueError."""
     address = ipaddress.ip_address(text.split('%')[0])
     return str(getattr(address, 'ipv4_mapped', None) or address)
-
-
-def is_within(address, wanted):
-    ip = ipaddress.ip_address(address)
-    return any(ip in network for network in wanted)
 
 
 def is_at_home(request):
@@ -6627,7 +6623,8 @@ def pass_gates(app, request):
     request.query = parse_query(request, route)
     if not route.body:
         request.body()  # read and dropped, so that the connection can stay open
-    return route.handler(app, request)
+    reply = route.handler(app, request)
+    return json_reply(reply, route.status) if isinstance(reply, dict) else reply
 
 
 def as_http_error(request, error):
@@ -6649,7 +6646,7 @@ def as_http_error(request, error):
 def refuse(app, raw_path, error):
     """An error in the dialect of the path; below /share it is one sentence."""
     path, message = below_base(app, unquote(raw_path)), str(error)
-    reply = done_reply('error', message, error.status, error=message, code=error.code)
+    reply = json_reply(brief('error', message, error=message, code=error.code), error.status)
     if (path + '/').startswith('/share/'):
         reply = text_reply(error.status, message)
     if B_PATH.match(path):
@@ -6661,7 +6658,7 @@ def respond(app, request):
     started = time.monotonic()
     try:
         reply = pass_gates(app, request)
-    except ClientGone:
+    except ConnectionError:  # nobody to answer
         raise
     except Exception as error:
         reply = refuse(app, request.raw_path, as_http_error(request, error))
@@ -6859,7 +6856,7 @@ def post_download(app, request):
     code, message = 202, queued_message(app, 'Video queued for download')
     if not stored.fresh:
         code, message = 200, SAID_BEFORE[stored.status]
-    return done_reply(stored.status, message, code, download_id=stored.id)
+    return json_reply(brief(stored.status, message, download_id=stored.id), code)
 
 
 def store_every_link(app, request, fields, window=0):
@@ -6892,12 +6889,12 @@ def post_downloads(app, request):
         limited += [written] * isinstance(item, RateLimited)
     queued = sum('download_id' in row for row in rows)
     message = queued_message(app, f'{queued} queued, {len(rows) - queued} refused')
-    return done_reply('queued', message, 202, downloads=rows, keep='\n'.join(limited + keep))
+    return brief('queued', message, downloads=rows, keep='\n'.join(limited + keep))
 
 
 def get_status(app, request):
     """One download."""
-    return json_reply(app.describe(app.record(request)))
+    return app.describe(app.record(request))
 
 
 @contextmanager
@@ -6921,10 +6918,9 @@ def get_history(app, request):
     version = app.board.version
     total, records = app.store.page(
         query['limit'], query['offset'], query['status'] or '', query['q'])
-    return json_reply({
-        'total': total, 'message': f'{total} downloads', 'version': version,
-        'downloads': list(map(app.describe, records)),
-        'counts': app.store.counts(), 'poll_after': poll_after})
+    return {'total': total, 'message': f'{total} downloads', 'version': version,
+            'downloads': list(map(app.describe, records)), 'counts': app.store.counts(),
+            'poll_after': poll_after}
 
 
 def get_health(app, request):
@@ -6936,7 +6932,7 @@ def get_health(app, request):
         facts = {name: facts[name] for name in ('status', 'version', 'uptime', 'queue_size')}
         facts['message'] = f'The server is {facts["status"]}.'
     if storing:
-        return json_reply(facts)
+        return facts
     refusal = refuse(app, '', HTTPError(503, 'The server cannot store links at the moment.',
                                         'cannot_store', RETRY_SOON))
     return json_reply({**facts, **json.loads(refusal.body)}, 503)._replace(headers=refusal.headers)
@@ -6975,7 +6971,7 @@ def delete_download(app, request):
         record = app.record(request)
     if not app.forget(record, request.query['files']):
         raise HTTPError(409, 'It cannot be stopped at the moment; try again.', 'still_running')
-    return done_reply('deleted', 'Deleted', download_id=record['id'])
+    return brief('deleted', 'Deleted', download_id=record['id'])
 
 
 def get_thumbnail(app, request):
@@ -6991,24 +6987,24 @@ def put_cookies(app, request):
     """Store a browser's cookies for the allowed sites; used if cookies_file is empty."""
     cookies = Cookies(app.config)
     cookies.save(request.body())
-    return done_reply('stored', '\n'.join(told for _, told in cookies.report(time.time())))
+    return brief('stored', '\n'.join(told for _, told in cookies.report(time.time())))
 
 
 def delete_cookies(app, request):
     """Remove the stored cookies."""
     Cookies(app.config).remove()
-    return done_reply('deleted', 'The cookies are removed.')
+    return brief('deleted', 'The cookies are removed.')
 
 
 def post_update(app, request):
     """Look for a newer yt-dlp now."""
     app.update()
-    return done_reply('updating', 'The newest yt-dlp is being fetched.', 202)
+    return brief('updating', 'The newest yt-dlp is being fetched.')
 
 
 def import_reply(app, import_id):
     try:
-        return json_reply(app.imports.get(import_id))
+        return app.imports.get(import_id)
     except LookupError:
         raise HTTPError(404, 'There is no such import.') from None
 
@@ -7022,7 +7018,7 @@ def post_import(app, request):
 def get_imports(app, request):
     """All imports."""
     found = app.imports.all()
-    return json_reply({'imports': found, 'message': f'{len(found)} imports'})
+    return {'imports': found, 'message': f'{len(found)} imports'}
 
 
 def change_import(app, request):
@@ -7035,7 +7031,7 @@ def change_import(app, request):
     if not app.imports.change(request.params['id'], verb, only):
         raise HTTPError(409, f'This import cannot {verb} now.', 'wrong_state')
     if verb == 'cancel':
-        return done_reply('cancelled', 'The import is removed; what has arrived stays.')
+        return brief('cancelled', 'The import is removed; what has arrived stays.')
     return import_reply(app, request.params['id'])
 
 
@@ -7050,8 +7046,8 @@ def share_address(app, name):
 def post_share_address(app, request):
     """The share address for a phone of that name."""
     name = parse_name(request.json().get('name'))
-    return json_reply({'address': share_address(app, name), 'signs': bool(which('shortcuts')),
-                       'message': f'The address for {name}'})
+    return {'address': share_address(app, name), 'signs': bool(which('shortcuts')),
+            'message': f'The address for {name}'}
 
 
 def get_shortcut(app, request):
@@ -7115,7 +7111,7 @@ def get_feed(app, request):
 
 def get_openapi(app, request):
     """This description."""
-    return json_reply(describe_api(app.routes, bool(app.config.api_keys), app.base()))
+    return describe_api(app.routes, bool(app.config.api_keys), app.base())
 
 
 def get_asset(app, request):
@@ -7142,7 +7138,7 @@ def initiate_download(app, request):
         raise HTTPError(400, 'videoURL is missing.', 'bad_field')
     fields.update(url=fields['videourl'], client_id=None, timestamp=None,
                   ytdlp_cli_parameters=fields.get('ytdlpcliparameters'))
-    return json_reply({'downloadUUID': submit(app, request, fields).id})
+    return {'downloadUUID': submit(app, request, fields).id}
 
 
 def describe_in_b(app, record):
@@ -7161,7 +7157,7 @@ def list_downloads(app, request):
     """Downloads of the last minutes."""
     since = int(time.time()) - 60 * request.query['overLastPeriodDurationInMinutes']
     records = app.store.since(since, request.query['onlyShowOngoingDownloads'])
-    return json_reply({'downloads': [describe_in_b(app, record) for record in records]})
+    return {'downloads': [describe_in_b(app, record) for record in records]}
 
 
 def get_public_url(app, request):
@@ -7184,7 +7180,7 @@ def get_public_url(app, request):
     if in_bucket:
         key = app.bucket.key(record['id'], name)
         url = app.bucket.presign(key, name, app.config.s3.url_expiry, time.time())
-    return json_reply({'publicURL': url})
+    return {'publicURL': url}
 
 
 # -- finished files
@@ -7495,11 +7491,11 @@ class Peer:
         try:
             data = self.sock.recv(HEAD_LIMIT)
         except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
-            raise ClientGone(str(error)) from None
+            raise ConnectionError(str(error)) from None
         if not data and self.state == 'asking' and self.deadline < time.monotonic():
             raise HTTPError(408, 'The request came too slowly.', 'timeout')
         if not data:
-            raise ClientGone('the client left')
+            raise ConnectionError('the client left')
         self.buffer += data
 
     def read(self, size):
@@ -7608,8 +7604,10 @@ class Server(ThreadingHTTPServer):
         if len(addresses) >= CONNECTIONS and not self._evict(''):
             return False
         full = addresses.count(address) >= PER_ADDRESS
-        if full and not is_within(address, (*LOOPBACK, *proxies)):
-            return self._evict(address)
+        if full and not is_within(address, (*LOOPBACK, *proxies)) and not self._evict(address):
+            return False
+        with self._guard:
+            self._peers.add(request)
         return True
 
     def _evict(self, address):
@@ -7623,11 +7621,6 @@ class Server(ThreadingHTTPServer):
                 self._peers.remove(oldest)
                 oldest.break_off()
         return bool(idle)
-
-    def process_request(self, request, client_address):
-        with self._guard:
-            self._peers.add(request)
-        super().process_request(request, client_address)
 
     def shutdown_request(self, request):
         request.part()
