@@ -8041,18 +8041,14 @@ class TestImports(DaemonTest):
     def test_leftovers_go_and_what_is_just_being_received_stays(self):
         store = unittest.mock.Mock(imports=lambda: [{'id': 'there', 'state': 'paused', 'created_at': 0}])
         config = v.load_config(None, {'VIDEOSERVER_DATABASE_PATH': tempfile.mkdtemp(dir=RUN) + '/d.db'})
+        folder = config.database.path.parent / 'imports'
+        folder.mkdir()
+        for name in ('there', 'left'):
+            (folder / name).touch()
         imports = v.Imports(config, store)
-        imports.folder.mkdir()
-        for name in ('there', 'coming', 'left'):
-            (imports.folder / name).touch()
-        imports._receiving.add('coming')
-
-        def arrives():
-            imports._receiving.discard('coming')
-            return [{'id': name, 'state': 'paused', 'created_at': 0} for name in ('there', 'coming')]
-        store.imports = arrives
+        (folder / 'coming').touch()
         imports.tidy(1)
-        self.assertEqual(sorted(os.listdir(imports.folder)), ['coming', 'there'])
+        self.assertEqual(sorted(os.listdir(folder)), ['coming', 'there'])
 
     def test_a_full_disk_takes_no_export(self):
         daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})

@@ -5557,14 +5557,13 @@ class Imports:
     def __init__(self, config, store, on_change=lambda: None):
         self.config, self.store, self.on_change = config, store, on_change
         self.folder = config.database.path.parent / 'imports'
-        self._receiving = set()  # ids of those that are being received
+        self._found = list(self.folder.glob('*'))  # what a kill left is among these
         self._reading = threading.Semaphore()  # one is read at a time, for the memory
 
     def receive(self, name, client_id, blocks):
         """Store an export and look into it; nothing is queued yet. Its id. Raises Refused,
         StoreDown, OSError, and what `blocks` raises."""
         import_id = new_id()
-        self._receiving.add(import_id)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             file = self.folder / import_id
@@ -5580,8 +5579,6 @@ class Imports:
         except BaseException:
             self._remove(import_id)
             raise
-        finally:
-            self._receiving.discard(import_id)
 
     def _remove(self, import_id):
         with suppress(FileNotFoundError):
@@ -5636,10 +5633,10 @@ class Imports:
             if done:
                 self._remove(import_id)
             return done
-        chosen = {}
+        chosen = None
         if verb == 'start':
-            chosen['chosen'] = ','.join(only or [name for name in GROUP_NAMES if name != 'history'])
-        if not self.store.move_import(verb, import_id, **chosen):
+            chosen = ','.join(only or [name for name in GROUP_NAMES if name != 'history'])
+        if not self.store.move_import(verb, import_id, chosen):
             return False
         if verb == 'start':
             self._fill(import_id)
@@ -5650,26 +5647,20 @@ class Imports:
         """Queue the chosen posts in commits of a thousand, without those that are here. May be
         done again after a kill."""
         with self._reading:
-            rows = [row for row in self.store.imports()
-                    if row['id'] == import_id and row['state'] == 'filling']
-            if not rows:  # done meanwhile
+            row = next((row for row in self.store.imports()
+                        if row['id'] == import_id and row['state'] == 'filling'), None)
+            if not row:  # done meanwhile, or cancelled
                 return
-            row = rows[0]
-            chosen, urls, now = row['chosen'].split(','), [], int(time.time())
-            for group, url in posts_in(self.folder / import_id, self.config.security):
-                if group in chosen:
-                    urls.append(url)
-                if len(urls) == 1000:
-                    self.store.fill_import(row, urls, now)
-                    urls.clear()
-            self.store.fill_import(row, urls, now)
+            chosen = row['chosen'].split(',')
+            urls = (url for group, url in posts_in(self.folder / import_id, self.config.security)
+                    if group in chosen)
+            for some in iter(lambda: list(itertools.islice(urls, 1000)), []):
+                self.store.fill_import(row, some, int(time.time()))
             self.store.move_import('filled', import_id)
         self._remove(import_id)
 
     def tidy(self, now):
         """Go on with what a kill interrupted, end what is done, and drop what nobody started."""
-        files = list(self.folder.glob('*'))
-        wanted = set(self._receiving)  # asked before the store, which has the others
         rows = self.store.imports()
         for row in rows:
             if row['state'] == 'filling':
@@ -5680,8 +5671,9 @@ class Imports:
                                       + self.describe(row)['message'])
             elif row['state'] in ('ready', 'done') and now - row['created_at'] > IMPORT_DAYS * DAY:
                 self.change(row['id'], 'cancel')
-        for file in files:
-            if file.name not in wanted.union(row['id'] for row in rows):
+        known = {row['id'] for row in rows}
+        for file in self._found:
+            if file.name not in known:
                 file.unlink(missing_ok=True)
 
 
@@ -7770,7 +7762,7 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
     <button value="more" aria-expanded="false">More</button>
     <button value="cancel">Cancel</button>
     <button value="delete">Delete</button></div>
-  <div class="extra"><button value="copy">Copy link</button>
+  <div class="acts"><button value="copy">Copy link</button>
     <button value="s3">Copy bucket link</button>
     <button value="star">Star</button> <button value="unstar">Unstar</button>
     <button value="again">Download again</button></div>
@@ -7789,14 +7781,13 @@ PAGE_CSS = r'''
 /* Sizes in rem follow the reader's own. */
 :root {
   color-scheme: light dark; --gap: 1rem; --paper: #f5f5f1; --card: #fff; --ink: #1a1d1a;
-  --soft: #5a605a; --line: #e1e2db; --edge: #858b84; --accent: #0b6e5f; --on-accent: #fff;
-  --tint: #e2f0ec; --bad: #b3261e; --warn: #fdf1d3; --warn-line: #e2c77d;
+  --soft: #5a605a; --line: #8883; --edge: #808780; --accent: #0b6e5f; --on-accent: #fff;
+  --tint: #e2f0ec; --bad: #b3261e;
 }
 @media (prefers-color-scheme: dark) {
   :root {
-    --paper: #111412; --card: #1b1f1c; --ink: #edf0ec; --soft: #a5aca5; --line: #2c322e;
-    --edge: #7a827b; --accent: #62cdb5; --on-accent: #04231d; --tint: #17362f; --bad: #ff9389;
-    --warn: #352b12; --warn-line: #6b5722;
+    --paper: #111412; --card: #1b1f1c; --ink: #edf0ec; --soft: #a5aca5; --accent: #62cdb5;
+    --on-accent: #04231d; --tint: #17362f; --bad: #ff9389;
   }
 }
 *, ::before, ::after { box-sizing: border-box; }
@@ -7808,12 +7799,17 @@ body {
     max(var(--gap), env(safe-area-inset-right)) env(safe-area-inset-bottom)
     max(var(--gap), env(safe-area-inset-left));
   font: 1rem/1.45 system-ui, -apple-system, 'Segoe UI', sans-serif; color: var(--ink);
-  overflow-wrap: anywhere;
+  overflow-wrap: anywhere; font-variant-numeric: tabular-nums;
 }
 h1, h2, p, ul, ol, dl, dd { margin: 0; padding: 0; }
-h1, h2 { line-height: 1.25; }
+h1, h2 { line-height: 1.25; font-size: 1rem; }
 ul { list-style: none; }
-ol { display: grid; gap: .7rem; padding-left: 1.4rem; text-align: left; }
+ol, section, form.step, .lead, .shot, .inside { display: grid; gap: .8rem; }
+header, #add, #filters, #states, #bulk, #way, .acts, .go { display: flex; flex-wrap: wrap;
+  gap: .4rem; }
+#outbox li, #imports label, #notes, .top, .shot p { display: flex; align-items: center;
+  gap: .6rem; }
+ol { padding-left: 1.4rem; text-align: left; }
 li::marker { color: var(--accent); font-weight: 700; }
 a { color: var(--accent); }
 button, input, textarea, .button, .pick { min-height: 2.75rem; font: inherit; color: inherit; }
@@ -7833,110 +7829,96 @@ article:focus-visible { outline-offset: -3px; }
 code { padding: .1em .35em; border-radius: .35em; background: #8882;
   font: .875em ui-monospace, Menlo, monospace; }
 small { display: block; }
-small, #pulse, .hint { color: var(--soft); font-size: .8125rem; }
+small, .hint, .meta, .word, .reason, #place, #pulse { color: var(--soft); font-size: .875rem; }
 
-header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem; padding: .5rem 0;
-  overflow-wrap: normal; }
-header .button { margin-left: auto; }
+header { align-items: center; padding: .5rem 0; overflow-wrap: normal; }
 .mark { border-radius: 22%; }
-h1 { font-size: 1.2rem; }
+h1 { flex: 1; font-size: 1.2rem; }
 #pulse::before { content: ''; display: inline-block; width: .5rem; height: .5rem;
   margin-right: .4rem; border-radius: 50%; background: var(--accent); }
 .lost #pulse::before { background: var(--bad); }
 main { flex: 1; display: flex; flex-direction: column; gap: .6rem; }
 #old { animation: arrive 1s 3s backwards; }
-#health, #imports section { display: grid; gap: .6rem; padding: .9rem 1.1rem;
-  border-radius: 1.1rem; }
-#health { border: 1px solid var(--warn-line); background: var(--warn); }
-#add, #filters, #states, #bulk { display: flex; flex-wrap: wrap; gap: .4rem; }
+#health, #imports section { padding: .9rem 1.1rem; border-radius: 1.1rem; }
+#health { border: 1px solid #c906; background: #fc02; }
 #states { gap: 0 .1rem; margin-left: -.45rem; }
 #box { flex: 1 1 7rem; max-height: 40vh; resize: none; field-sizing: content; }
 #refusal { flex: 1 0 100%; color: var(--bad); font-weight: 500; white-space: pre-line; }
 :is(#refusal, .reason, #note):empty, #note:empty ~ button, #outbox:not([hidden]) ~ #empty {
   display: none; }
 #imports section { margin-bottom: .6rem; background: var(--card); }
-#imports label { display: none; align-items: center; gap: .6rem; min-height: 2.75rem; }
-#imports [data-state=ready] label { display: flex; }
-#outbox li { display: flex; align-items: center; padding: .4rem .4rem .4rem 1rem;
-  margin-bottom: .4rem; border: 1px dashed var(--edge); border-radius: 1rem; }
-#outbox li > span { flex: 1; white-space: pre-line; }
-#search { flex: 1 1 0; }
-#filters .field { flex: 1 1 14rem; flex-wrap: nowrap; min-width: 0; }
+#imports label { min-height: 2.75rem; }
+#imports :not([data-state=ready]) > label { display: none; }
+#outbox li { padding: .4rem .4rem .4rem 1rem; margin-bottom: .4rem; border: 1px dashed var(--edge);
+  border-radius: 1rem; }
+#outbox span { flex: 1; white-space: pre-line; }
 #filters button { padding: .3rem .45rem; gap: .3rem; font-weight: 400; font-size: .875rem; }
 #filters [aria-pressed="true"] { background: var(--card); color: var(--ink);
   box-shadow: inset 0 0 0 1px var(--line); }
-#states b { font-weight: 500; font-variant-numeric: tabular-nums; }
+#states b { font-weight: 500; }
 #states [value=failed] b { color: var(--bad); }
-#empty, #nothing { display: grid; gap: .9rem; justify-items: center; margin: 1rem auto 3rem; }
+#empty, #nothing { justify-items: center; margin: 1rem auto 3rem; }
 
 .chunk { content-visibility: auto; contain-intrinsic-size: auto 2800px; }
 .chunk:empty { min-height: 2800px; }
 article { display: grid; gap: .4rem .9rem; align-content: start;
   grid-template-columns: 3.75rem minmax(0, 1fr) auto;
   margin-bottom: .75rem; padding: .9rem; border-radius: 1.1rem; background: var(--card); }
-.pick, .picking .acts, .picking .extra { display: none; }
+.pick, .picking .acts { display: none; }
 .picking .pick { grid-column: 1 / -1; display: grid; align-items: center; width: 2.75rem; }
 [type=checkbox] { width: 1.4rem; height: 1.4rem; min-height: 0; accent-color: var(--accent); }
 .thumb { grid-row: span 2; width: 3.75rem; height: 5rem; border-radius: .65rem; overflow: hidden;
   background: var(--tint); }
 .thumb img { width: 100%; height: 100%; object-fit: cover; }
-.what { align-self: center; grid-column: 2 / -1; }
-.state { grid-column: 2 / -1; }
-.title { font-size: 1rem; text-align: left; display: -webkit-box; -webkit-box-orient: vertical;
+.what, .state { grid-column: 2 / -1; }
+.what { align-self: center; }
+.title { display: -webkit-box; -webkit-box-orient: vertical;
   -webkit-line-clamp: 2; overflow: hidden; }
-.meta, .word, .reason, #place { color: var(--soft); font-size: .875rem;
-  font-variant-numeric: tabular-nums; }
 .meta span:not(:last-child)::after { content: '\a0·\a0'; display: inline-block; }
 .meta a { padding: .3rem 0; color: inherit; text-decoration-color: var(--edge); }
 [data-status="completed"] :is(.word, .state:has(.reason:empty)) { display: none; }
 [data-status="downloading"] .word { color: var(--accent); }
 [data-status="failed"] .word { color: var(--bad); font-weight: 600; }
 .bar { width: 100%; accent-color: var(--accent); }
-.acts, .extra { grid-column: 1 / -1; display: flex; flex-wrap: wrap; gap: .1rem .15rem; }
+.acts { grid-column: 1 / -1; gap: .1rem .15rem; }
 [value=cancel]:not([hidden]), [value=delete] { margin-left: auto; }
 [value=cancel]:not([hidden]) ~ [value=delete], #bulk button { margin-left: 0; }
 [data-status="downloading"] .state { grid-column: 2; }
 [data-status="downloading"] .acts { grid-column: 3; align-self: end; }
-article:not(.open) .extra { display: none; }
+article:not(.open) .acts + .acts { display: none; }
 
 footer { padding: 1.5rem 0 5rem; }
 #cookies { white-space: pre-line; }
 [type=file] { position: absolute; width: 1px; min-height: 0; opacity: 0; }
-#notes { position: fixed; z-index: 3; inset: auto 0 0; display: flex; align-items: center;
-  gap: .5rem; min-height: 3.5rem; border-top: 1px solid var(--line); background: var(--card);
-  padding: 0 var(--gap) env(safe-area-inset-bottom); }
+#notes { position: fixed; z-index: 3; inset: auto 0 0; min-height: 3.5rem;
+  padding: 0 var(--gap) env(safe-area-inset-bottom); border-top: 1px solid var(--line);
+  background: var(--card); }
 #note { flex: 1; max-height: 2.9em; overflow: auto; }
 #notes:has(#note:not(:empty)) #pulse { display: none; }
 #offer { color: var(--accent); font-weight: 700; }
 dialog { width: min(56rem, calc(100% - 1rem)); max-width: none; max-height: calc(100% - 7.5rem);
   padding: 0; border: 0; border-radius: 1.25rem; background: var(--card); color: var(--ink); }
 dialog::backdrop { background: #000b; }
-.inside { display: grid; gap: .75rem; padding: 1rem; }
-:is(dialog, #health, #imports) h2 { font-size: 1rem; }
-.top { display: flex; align-items: center; gap: 1rem; }
+.inside { padding: 1rem; }
 .top h2 { flex: 1; max-height: 2.5em; overflow: hidden; }
 #screen > * { display: block; width: 100%; max-height: calc(100vh - 17rem); border-radius: .75rem;
   object-fit: contain; }
 #door { max-width: 26rem; }
 
 .setup main { gap: 1rem; max-width: 34rem; width: 100%; margin: 0 auto; padding: 1.5rem 0 3rem; }
-.lead, .step { display: flex; flex-direction: column; gap: 1rem; }
-.setup :is(h1, h2) { font-size: 1.5rem; }
+.setup :is(h1, h2), #empty h2 { font-size: 1.5rem; }
 .setup h2:focus { outline: 0; }
-#way { display: flex; flex-wrap: wrap; gap: 0 .5rem; padding: 0; list-style: none;
-  counter-reset: step;
-  font-size: .875rem; }
+#way { padding: 0; list-style: none; counter-reset: step; font-size: .875rem; }
 #way li { flex: 1 0 auto; border-top: 4px solid var(--line); counter-increment: step; }
 #way li::before { content: counter(step) '\a0'; color: var(--soft); }
 #way .done::before { content: '✓\a0'; color: var(--accent); }
 #way :is(.done, [aria-current]) { border-color: var(--accent); }
 #way a { display: inline-block; padding: .7rem 0; color: inherit; text-decoration: none; }
 #way [aria-current] { font-weight: 700; }
-.shot { display: grid; gap: .9rem; width: 100%; max-width: 21rem; align-self: center;
-  font-size: .9375rem; text-align: center; }
+.shot { width: 100%; max-width: 21rem; justify-self: center; font-size: .9375rem;
+  text-align: center; }
 .shot div, .tap { border: 1px solid var(--line); border-radius: .9rem; background: var(--card); }
-.shot p { display: flex; align-items: center; justify-content: space-between; gap: .5rem;
-  min-height: 2.75rem; padding: .35rem .9rem; }
+.shot p { justify-content: space-between; min-height: 2.75rem; padding: .35rem .9rem; }
 .shot p + p { border-top: 1px solid var(--line); }
 .shot b { color: var(--accent); }
 .shot .tap { border-color: var(--accent); background: var(--tint); }
@@ -7946,12 +7928,12 @@ p .tap { padding: .25rem .6rem; }
   background: #fff; }
 dt { font-weight: 600; margin-top: .9rem; }
 dd { color: var(--soft); }
-.go { display: flex; flex-wrap: wrap; gap: .5rem 1.25rem; align-items: center; }
+.go { column-gap: 1.25rem; align-items: center; }
 .go a:not(.button), .step li a { padding: .7rem 0; }
 .qr svg { width: 12rem; height: 12rem; padding: .5rem; border-radius: .8rem; background: #fff; }
 .print { display: block; margin-top: .4rem; padding: .6rem .8rem; }
-.field { display: flex; flex-wrap: wrap; gap: .5rem; }
-.field input { flex: 1 1 12rem; }
+.field { flex: 1 1 14rem; display: flex; gap: .5rem; min-width: 0; }
+.field input { flex: 1; }
 .step label { display: grid; gap: .3rem; font-weight: 600; }
 details { border-top: 1px solid var(--line); }
 summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--accent); }
