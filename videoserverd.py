@@ -1447,6 +1447,13 @@ def new_id():
     return str(uuid.uuid4())
 
 
+def committed(verb):
+    """A decorator: the verb, with a connection, is part of the next transaction."""
+    def call(self, *args, **more):
+        return self.write(lambda db: verb(self, db, *args, **more))
+    return call
+
+
 class Store:
     """The queue on stable storage. Each verb returns after the commit; raises StoreDown."""
 
@@ -1583,10 +1590,6 @@ class Store:
             raise ticket.error
         return ticket.result
 
-    def _write_one(self, sql, *args):
-        """How many rows a statement changes."""
-        return self.write(lambda db: db.execute(sql, args).rowcount)
-
     # -- reading
 
     def read(self, sql, args=()):
@@ -1685,8 +1688,8 @@ class Store:
             'ORDER BY due > ? DESC, due, created_at, rowid LIMIT ?', (latest, latest, limit))
         if not rows or rows[0]['due'] <= latest:
             return rows
-        self._write_one('UPDATE downloads SET next_attempt_at = ? WHERE next_attempt_at > ?',
-                        latest, latest)
+        self.write(lambda db: db.execute(
+            'UPDATE downloads SET next_attempt_at = ? WHERE next_attempt_at > ?', (latest,) * 2))
         return self.waiting(now, longest, limit)
 
     def unfinished(self):
@@ -1752,8 +1755,9 @@ class Store:
             self._repeats.clear()
         self._repeats[client_id] = began, repeats + 1
 
-    def star(self, download_id, starred):
-        self._write_one('UPDATE downloads SET starred = ? WHERE id = ?', starred, download_id)
+    @committed
+    def star(self, db, download_id, starred):
+        db.execute('UPDATE downloads SET starred = ? WHERE id = ?', (starred, download_id))
 
     def first_of(self, client_id, since):
         """The first link from a phone since then, or None."""
@@ -1779,21 +1783,21 @@ class Store:
             self._post(db, verb, download_id, now)
         return changed
 
-    def move(self, verb, download_id, now, **columns):
+    @committed
+    def move(self, db, verb, download_id, now, **columns):
         """Requeue, cancel or retry it; whether its status allowed that."""
-        return self.write(lambda db: self._change(db, verb, download_id, now, **columns))
+        return self._change(db, verb, download_id, now, **columns)
 
-    def claim(self, download_id, now):
+    @committed
+    def claim(self, db, download_id, now):
         """Take a queued download to work on; None if it is not queued, or not due yet."""
-        def work(db):  # what cannot be read stays queued
-            row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
-            job = row and job_of(row)
-            if not self._change(db, 'claim', download_id, now, due=now, started_at=now):
-                return None
-            db.execute('UPDATE downloads SET created_at = ? WHERE id = ? AND created_at = 0',
-                       (now, download_id))
-            return job
-        return self.write(work)
+        row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
+        job = row and job_of(row)  # what cannot be read stays queued
+        if not self._change(db, 'claim', download_id, now, due=now, started_at=now):
+            return None
+        db.execute('UPDATE downloads SET created_at = ? WHERE id = ? AND created_at = 0',
+                   (now, download_id))
+        return job
 
     def finish(self, download_id, outcome, folder, now):
         """Completed: the files are on disk and synced. False if they were a deleted download's."""
@@ -1834,18 +1838,17 @@ class Store:
                          next_attempt_at=due, reason=outcome.reason,
                          error_message=excerpt(outcome.message, 500), **columns)
 
-    def forget(self, download_id, copies=()):
+    @committed
+    def forget(self, db, download_id, copies=()):
         """Delete the row, and later its `copies` in the bucket: the files that no other download
         has. None if it is downloading."""
-        def work(db):
-            row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
-            if not row or not self._change(db, 'forget', download_id, 0):
-                return None
-            db.execute('DELETE FROM outbox WHERE download_id = ?', (download_id,))
-            if copies:
-                self._send(db, 'delete', json.dumps(copies), 0)
-            return self._unshared(db, row)
-        return self.write(work)
+        row = db.execute('SELECT * FROM downloads WHERE id = ?', (download_id,)).fetchone()
+        if not row or not self._change(db, 'forget', download_id, 0):
+            return None
+        db.execute('DELETE FROM outbox WHERE download_id = ?', (download_id,))
+        if copies:
+            self._send(db, 'delete', json.dumps(copies), 0)
+        return self._unshared(db, row)
 
     def _unshared(self, db, row):
         """The files of a download that no other one has; a name may have been free again."""
@@ -1868,46 +1871,44 @@ class Store:
         return self.read('SELECT coalesce(sum(size), 0) FROM (SELECT max(file_size) AS size '
                          f'FROM downloads WHERE {HAS_FILES} GROUP BY file_path)')[0][0]
 
-    def make_room(self, ids, now):
+    @committed
+    def make_room(self, db, ids, now):
         """Give up the files of these downloads, unless starred by now: (id, files to delete) of
         all whose files may still exist, including those left by a kill."""
-        def work(db):
-            db.executemany(
-                "UPDATE downloads SET reason = 'room', note = 'Deleted to make room.', "
-                f'last_updated = ? WHERE id = ? AND {HAS_FILES} AND starred = 0',
-                [(now, download_id) for download_id in ids])
-            rows = db.execute("SELECT * FROM downloads WHERE status = 'completed' AND "
-                              "reason = 'room' AND file_size IS NOT NULL").fetchall()
-            return [(row['id'], self._unshared(db, row)) for row in rows]
-        return self.write(work)
+        db.executemany(
+            "UPDATE downloads SET reason = 'room', note = 'Deleted to make room.', "
+            f'last_updated = ? WHERE id = ? AND {HAS_FILES} AND starred = 0',
+            [(now, download_id) for download_id in ids])
+        rows = db.execute("SELECT * FROM downloads WHERE status = 'completed' AND "
+                          "reason = 'room' AND file_size IS NOT NULL").fetchall()
+        return [(row['id'], self._unshared(db, row)) for row in rows]
 
-    def room_made(self, ids):
-        self.write(lambda db: db.executemany('UPDATE downloads SET file_size = NULL WHERE id = ?',
-                                             [(download_id,) for download_id in ids]))
+    @committed
+    def room_made(self, db, ids):
+        db.executemany('UPDATE downloads SET file_size = NULL WHERE id = ?',
+                       [(download_id,) for download_id in ids])
 
-    def recover(self, now, frozen):
+    @committed
+    def recover(self, db, now, frozen):
         """After a start: queue again what was being downloaded, except those returned with their
         outcome: CRASH_LIMIT unclean ends in a row, or the only one when yt-dlp froze (`frozen`)."""
         over = []
-
-        def work(db):
-            rows = db.execute("SELECT * FROM downloads WHERE status = 'downloading'").fetchall()
-            for row in rows:
-                if frozen and len(rows) == 1:
-                    over.append((job_of(row), Outcome('give_up', 'freeze', FROZE)))
-                elif frozen:
-                    self._change(db, 'requeue', row['id'], now, reason='freeze',
-                                 error_message=SUSPECT)
-                elif row['crashes'] + 1 < CRASH_LIMIT:
-                    self._change(db, 'requeue', row['id'], now, crashes=row['crashes'] + 1)
-                else:
-                    over.append((job_of(row), Outcome('retry', 'crash', CRASHED)))
-        self.write(work)
+        rows = db.execute("SELECT * FROM downloads WHERE status = 'downloading'").fetchall()
+        for row in rows:
+            if frozen and len(rows) == 1:
+                over.append((job_of(row), Outcome('give_up', 'freeze', FROZE)))
+            elif frozen:
+                self._change(db, 'requeue', row['id'], now, reason='freeze', error_message=SUSPECT)
+            elif row['crashes'] + 1 < CRASH_LIMIT:
+                self._change(db, 'requeue', row['id'], now, crashes=row['crashes'] + 1)
+            else:
+                over.append((job_of(row), Outcome('retry', 'crash', CRASHED)))
         return over
 
-    def move_files(self, folder):
-        self._write_one("UPDATE downloads SET file_path = ? || '/' || filename "
-                        'WHERE filename IS NOT NULL', str(folder))
+    @committed
+    def move_files(self, db, folder):
+        db.execute("UPDATE downloads SET file_path = ? || '/' || filename WHERE filename <> ''",
+                   (str(folder),))
 
     # -- imports
 
@@ -1926,16 +1927,19 @@ class Store:
                          'ON import_id = imports.id GROUP BY imports.id '
                          'ORDER BY imports.created_at DESC, imports.rowid DESC')
 
-    def add_import(self, import_id, name, client_id, groups, now):
+    @committed
+    def add_import(self, db, import_id, name, client_id, groups, now):
         """An export was read and may be started."""
-        self._write_one("INSERT INTO imports VALUES (?, ?, ?, 'ready', ?, NULL, ?)",
-                        import_id, name, client_id, json.dumps(groups), now)
+        db.execute("INSERT INTO imports VALUES (?, ?, ?, 'ready', ?, NULL, ?)",
+                   (import_id, name, client_id, json.dumps(groups), now))
 
-    def move_import(self, verb, import_id, chosen=None):
+    @committed
+    def move_import(self, db, verb, import_id, chosen=None):
         """Change the state of an import by IMPORT_STEPS; whether it allowed that."""
         before, after = IMPORT_STEPS[verb]
-        return self._write_one('UPDATE imports SET state = ?, chosen = coalesce(?, chosen) '
-                               'WHERE id = ? AND state = ?', after, chosen, import_id, before) == 1
+        return db.execute('UPDATE imports SET state = ?, chosen = coalesce(?, chosen) '
+                          'WHERE id = ? AND state = ?',
+                          (after, chosen, import_id, before)).rowcount == 1
 
     def fill_import(self, row, urls, now):
         """Queue posts of an import in one commit, without those that are here."""
@@ -1958,23 +1962,21 @@ class Store:
             'ORDER BY next_attempt_at IS NULL, downloads.rowid LIMIT 1', (now,))
         return rows[0]['id'] if rows else None
 
-    def end_import(self, import_id, now, sentence):
+    @committed
+    def end_import(self, db, import_id, now, sentence):
         """All its posts are done: announce it."""
-        def work(db):
-            db.execute("UPDATE imports SET state = 'done' WHERE id = ?", (import_id,))
-            for kind in self.outgoing.get('import', ()):
-                self._send(db, kind, sentence, now)
-        self.write(work)
+        db.execute("UPDATE imports SET state = 'done' WHERE id = ?", (import_id,))
+        for kind in self.outgoing.get('import', ()):
+            self._send(db, kind, sentence, now)
 
-    def cancel_import(self, import_id, now):
+    @committed
+    def cancel_import(self, db, import_id, now):
         """Forget it and its posts that have not arrived; whether it was there."""
-        def work(db):
-            rows = db.execute("SELECT id, files FROM downloads WHERE import_id = ? AND status = "
-                              "'queued'", (import_id,)).fetchall()
-            for row in rows:
-                self._change(db, 'cancel' if row['files'] else 'forget', row['id'], now)
-            return db.execute('DELETE FROM imports WHERE id = ?', (import_id,)).rowcount == 1
-        return self.write(work)
+        rows = db.execute("SELECT id, files FROM downloads WHERE import_id = ? AND status = "
+                          "'queued'", (import_id,)).fetchall()
+        for row in rows:
+            self._change(db, 'cancel' if row['files'] else 'forget', row['id'], now)
+        return db.execute('DELETE FROM imports WHERE id = ?', (import_id,)).rowcount == 1
 
     # -- the outbox
 
@@ -2010,19 +2012,18 @@ class Store:
                          'ORDER BY due > ? DESC, due, id LIMIT 1', (*kinds, latest))
         return rows[0] if rows else None
 
-    def settle(self, item, now, due, state='', error=None):
+    @committed
+    def settle(self, db, item, now, due, state='', error=None):
         """It was sent (`due` None), or will be tried again then; an upload's row records `state`
         and `error`. Whether it was still wanted."""
-        def work(db):
-            found = db.execute('UPDATE outbox SET attempts = attempts + 1, due = ? WHERE id = ?',
-                               (due or 0, item['id'])).rowcount
-            if due is None:
-                db.execute('DELETE FROM outbox WHERE id = ?', (item['id'],))
-            if found and item['kind'] == 'upload':
-                db.execute('UPDATE downloads SET s3_state = ?, s3_error = ?, last_updated = ? '
-                           'WHERE id = ?', (state, error, now, item['download_id']))
-            return found == 1
-        return self.write(work)
+        found = db.execute('UPDATE outbox SET attempts = attempts + 1, due = ? WHERE id = ?',
+                           (due or 0, item['id'])).rowcount
+        if due is None:
+            db.execute('DELETE FROM outbox WHERE id = ?', (item['id'],))
+        if found and item['kind'] == 'upload':
+            db.execute('UPDATE downloads SET s3_state = ?, s3_error = ?, last_updated = ? '
+                       'WHERE id = ?', (state, error, now, item['download_id']))
+        return found == 1
 
     # -- copies of the database
 
