@@ -7501,7 +7501,8 @@ class TestUploader(WithBucket):
         self.uploader.wake()
         wait_until(lambda: self.copy(later) == 'stored')
         self.assertEqual(self.due(), [])
-        self.assertTrue(self.uploader.stop())
+        self.uploader.stop()
+        self.assertFalse(self.uploader._thread.is_alive())
 
     def test_a_failure_waits_for_the_schedulers_delays_then_doubling_up_to_six_hours(self):
         self.relay.limit = 0
@@ -7534,7 +7535,8 @@ class TestUploader(WithBucket):
         self.uploader.start()
         self.assertTrue(self.relay.stalled.wait(fair(10)))
         begun = time.monotonic()
-        self.assertTrue(self.uploader.stop())
+        self.uploader.stop()
+        self.assertFalse(self.uploader._thread.is_alive())
         self.assertLess(time.monotonic() - begun, fair(0.8))
         self.uploader.step(time.time())
         self.assertEqual((self.copy(id), self.due(), self.uploader.error), ('waiting', [('upload', 0, 0)], None))

@@ -4789,7 +4789,8 @@ def xml_texts(answer, tag):
 
 
 class Bucket:
-    """The bucket of [s3]; one request at a time. `presign` from any thread."""
+    """The bucket of [s3]; one request at a time, which may raise Trouble. `presign` from any
+    thread."""
 
     def __init__(self, config):
         self.s3 = config.s3
@@ -4809,7 +4810,7 @@ class Bucket:
 
     def put(self, path, key, kind):
         """Store the file as `key`. A large one goes in parts; those that an earlier try has sent
-        are not sent again. Raises Trouble."""
+        are not sent again."""
         try:
             with open(path, 'rb') as file:
                 body = Body(file, 0, os.fstat(file.fileno()).st_size)
@@ -4821,12 +4822,12 @@ class Bucket:
             raise Trouble(f'{path}: {error.strerror or error}') from None
 
     def delete(self, key):
-        """Remove an object and its unfinished uploads. Raises Trouble."""
+        """Remove an object and its unfinished uploads."""
         self.abort(key)
         self._call('DELETE', key, fine=('NoSuchKey',))
 
     def abort(self, key):
-        """Remove an object's unfinished uploads: their parts cost money. Raises Trouble."""
+        """Remove an object's unfinished uploads: their parts cost money."""
         for upload in self._unfinished(key):
             self._call('DELETE', key, [('uploadId', upload)], fine=('NoSuchUpload',))
 
@@ -4860,7 +4861,7 @@ class Bucket:
 
     def _call(self, method, key, query=(), body=NOTHING, kind='', fine=()):
         """(headers, body) of S3's answer to one signed request; nothing where its error code is
-        `fine`. Raises Trouble."""
+        `fine`."""
         base, path = bucket_address(self.s3.endpoint, self.s3.bucket, key)
         host = base.partition('://')[2]
         payload = 'UNSIGNED-PAYLOAD' if base.startswith('https:') else body.digest('sha256')
@@ -4915,13 +4916,12 @@ class Courier:
         self._woken.set()
 
     def stop(self):
-        """End, whatever it is doing; whether it ended in time (a name look-up may take longer)."""
+        """End, whatever it is doing; a name look-up may take longer."""
         with self._guard:
             self._stopping = True
         self.client.hang_up()
         self.wake()
         self._thread.join(0.8)
-        return not self._thread.is_alive()
 
     def _run(self):
         while not self._stopping:
@@ -4989,7 +4989,7 @@ class Uploader(Courier):
         self.bucket, self.output = bucket, config.downloads.output_directory
 
     def send(self, item, now):
-        """Its copy is stored, or deleted. Raises Trouble."""
+        """Its copy is stored, or deleted."""
         if item['kind'] == 'delete':
             for key in json.loads(item['payload']):
                 self.bucket.delete(key)
@@ -5045,7 +5045,7 @@ class Notifier(Courier):
         return super().step(now)
 
     def send(self, item, now):
-        """Send a notification, unless its download was deleted. Raises Trouble."""
+        """Send a notification, unless its download was deleted."""
         if item['attempts'] >= MOST_NOTICES:
             log.warning('notify %s: given up', item['download_id'])
             return ()
@@ -5682,7 +5682,8 @@ class Imports:
 # Owns ca.crt, ca.key, names.json, and the server's certificate and key: a name-constrained CA
 # that a phone trusts once, and a leaf renewed from it with no phone touched. The openssl command
 # makes them; a handshake with ourselves checks them, so a start with a good certificate runs no
-# other program. Lock: flock on the CA's folder, across processes. Called by daemon, http, commands.
+# other program. Lock: flock on the CA's folder, across processes. All of it may raise Trouble, and
+# what makes files OSError. Called by daemon, http, commands.
 
 LEAF_DAYS = 397  # iOS takes up to 825 from a private CA; 397 passes everywhere
 CA_DAYS = 3652  # a new CA must be installed on each phone
@@ -5748,7 +5749,7 @@ def as_address(word):
 
 
 def host_words(given):
-    """Host names and IP addresses in their usual form, each once. Raises Trouble."""
+    """Host names and IP addresses in their usual form, each once."""
     found = {}
     for word in given:
         text = word.strip('[] ').lower().partition('%')[0].rstrip('.')
@@ -5786,7 +5787,7 @@ def host_addresses():
 
 
 def known_hosts(config):
-    """The names and addresses this machine answers to, `<host>.local` first. Raises Trouble."""
+    """The names and addresses this machine answers to, `<host>.local` first."""
     words = [*machine_names(), *config.server.names, *host_addresses()]
     with suppress(Trouble):  # not set, or not as a Host can be
         words += host_words([urlsplit(config.server.public_base_url or '').hostname or ''])
@@ -5822,8 +5823,7 @@ def remembered_names(config):
 
 
 def tls_context(*pair):
-    """TLS 1.2 (forward secrecy and AEAD only) and 1.3 with a certificate and its key.
-    Raises Trouble."""
+    """TLS 1.2 (forward secrecy and AEAD only) and 1.3 with a certificate and its key."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers('ECDHE+AESGCM:ECDHE+CHACHA20')
@@ -5876,7 +5876,7 @@ def seen_by_client(context, trusted, leaf):
 
 
 def look_at_certificate(config):
-    """The server's certificate: ours if it comes from the CA, else the owner's. Raises Trouble."""
+    """The server's certificate: ours if it comes from the CA, else the owner's."""
     context, leaf = server_context(config), config.server.cert_file
     for own, trusted in ((False, config.server.ca_file), (True, leaf)):
         try:
@@ -5892,7 +5892,7 @@ def look_at_certificate(config):
 
 
 def read_ca(file):
-    """The CA that a phone has to trust, in DER and as fields. Raises Trouble."""
+    """The CA that a phone has to trust, in DER and as fields."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(file)
@@ -5902,7 +5902,7 @@ def read_ca(file):
 
 
 def run_openssl(folder, *arguments):
-    """Runs openssl in `folder`, without a terminal for prompts. Raises Trouble."""
+    """Runs openssl in `folder`, without a terminal for prompts."""
     import subprocess
     try:
         done = subprocess.run(
@@ -5919,8 +5919,8 @@ def run_openssl(folder, *arguments):
 
 
 def make_key(new, old, fresh):
-    """The old P-256 key if there is one, unless `fresh`; else a new one. Raises Trouble.
-    A renewal keeps the key, so that it only changes one file, atomically."""
+    """The old P-256 key if there is one, unless `fresh`; else a new one. A renewal keeps the key,
+    so that it only changes one file, atomically."""
     if old.exists() and not fresh:
         return old
     run_openssl(new.parent, 'ecparam', '-name', 'prime256v1', '-genkey', '-noout',
@@ -5929,8 +5929,8 @@ def make_key(new, old, fresh):
 
 
 def sign_certificate(out, key, subject, words, start, end, *signer):
-    """Makes a certificate, of OPENSSL_CONFIG's section of its name. Raises Trouble, OSError.
-    Of openssl's commands only `ca` can back-date in every release."""
+    """Makes a certificate, of OPENSSL_CONFIG's section of its name. Of openssl's commands only
+    `ca` can back-date in every release."""
     folder, listed = out.parent, '\n'.join(word % at for at, word in enumerate(words))
     for name, text in (('config', OPENSSL_CONFIG % listed), ('index', '')):
         (folder / name).write_text(text)
@@ -5945,7 +5945,7 @@ def sign_certificate(out, key, subject, words, start, end, *signer):
 def put_in_place(config, folder):
     """Moves the new files into place. A kill leaves a good pair, or none and what the next start
     needs to make one: keys come first, certificates last, a new CA only after the old certificates
-    are gone. Raises OSError."""
+    are gone."""
     files = {folder / name: target for name, target in certificate_files(config).items()
              if (folder / name).exists()}
     for file, target in files.items():
@@ -5965,8 +5965,7 @@ def put_in_place(config, folder):
 
 
 def leaf_words(config, asked, given, permitted):
-    """The names and addresses for the leaf; `asked` for now, `given` ever. Raises Trouble if the CA
-    may not sign for what is asked."""
+    """The names and addresses for the leaf; `asked` for now, `given` ever."""
     wanted = host_words((*asked, *config.server.names))
     refused = [word for word in wanted if not may_sign(word, permitted)]
     advice = ', '.join(refused) + (
@@ -5981,7 +5980,7 @@ def leaf_words(config, asked, given, permitted):
 
 
 def make_ca(out, key, permitted, start):
-    """Makes a CA that may sign for `permitted`, too. Raises Trouble, OSError."""
+    """Makes a CA that may sign for `permitted`, too."""
     words = []
     for word in (*PRIVATE_NETWORKS, *PERMITTED_NAMES, *permitted):
         try:
@@ -5993,7 +5992,7 @@ def make_ca(out, key, permitted, start):
 
 
 def make_certificate(config, now, words, notes, new_ca, fresh):
-    """Makes a leaf, before it a CA if `new_ca`; new keys if `fresh`. Raises Trouble, OSError."""
+    """Makes a leaf, before it a CA if `new_ca`; new keys if `fresh`."""
     import tempfile
     if now < BUILT:
         today = time.strftime('%Y-%m-%d', time.gmtime(now))
@@ -6085,13 +6084,13 @@ def ensure_certificate(config, now, names=(), force=False, new_ca=False):
 
 
 def ca_fingerprint(config):
-    """SHA-256 of the CA as phones and browsers show it: 'AB:CD:…'. Raises Trouble."""
+    """SHA-256 of the CA as phones and browsers show it: 'AB:CD:…'."""
     import hashlib
     return hashlib.sha256(read_ca(config.server.ca_file)[0]).digest().hex(':').upper()
 
 
 def mobileconfig(config):
-    """The CA as an iPhone's profile; it replaces one of the same identifier. Raises Trouble."""
+    """The CA as an iPhone's profile; it replaces one of the same identifier."""
     import plistlib
     import uuid
     der, fields = read_ca(config.server.ca_file)
@@ -6115,9 +6114,9 @@ def mobileconfig(config):
 # ---------- http --------------------------------------------------------------------------
 # Owns the TLS server and its limits, the strict reading of requests, ROUTES (for dispatch and
 # OpenAPI), both dialects, /share and files. Locks: `Server._guard`, `App.guard`. Handlers
-# validate, call one verb and reply. All of it may raise HTTPError, and what reads from a client
-# ConnectionError when that has left; `respond` alone turns errors into replies. Called by daemon
-# and `phone`.
+# validate, call one verb and reply. All of it may raise HTTPError, Refused, RateLimited, StoreDown,
+# and what reads from a client ConnectionError when that has left; `respond` alone turns errors into
+# replies. Called by daemon and `phone`.
 
 # What a connection is doing: seconds until it is cut off, and seconds after which it may be closed
 # to make room for another.
@@ -6138,7 +6137,7 @@ CONNECTIONS = 128  # a thread each
 PER_ADDRESS = 16  # a browser opens 6
 WATCHERS = 8  # pages that wait for news, and phones that wait for a video
 VIDEO_SECONDS = 50.0  # for a video; a phone gives up after 60
-SIGNED_NAME = re.compile(r'(.+)\.([A-Za-z0-9_-]{43})', re.S)
+SIGNED_NAME = re.compile(r'(.*?)(?:\.([A-Za-z0-9_-]{43}))?', re.S)
 SIGNATURE = re.compile(r'(?:\.|%2e)[\w%-]{40,}', re.I | re.A)  # of a share address, as it is sent
 B_PATH = re.compile(r'/(initiateDownload|listDownloads|getVideoDownloadPublicURL)(/|$)')
 UUID_PATTERN = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
@@ -6256,9 +6255,8 @@ class Request:
         return ', '.join(self.fields.get(name, ()))
 
     def content_type(self):
-        """The media type in lower case, and its parameters as written."""
-        media, _, parameters = self.field('content-type').partition(';')
-        return media.strip().lower(), parameters
+        """In lower case, without parameters."""
+        return self.field('content-type').partition(';')[0].strip().lower()
 
     def blocks(self):
         size, self.unread = self.unread or 0, None
@@ -6276,7 +6274,7 @@ class Request:
         return b''.join(self.blocks())
 
     def json(self):
-        if self.content_type()[0] != JSON:
+        if self.content_type() != JSON:
             raise HTTPError(415, 'Send JSON, with the header Content-Type: application/json.')
         fields = None
         with suppress(ValueError, RecursionError):
@@ -6315,7 +6313,7 @@ class Route:
     access: str = 'key'
 
 
-def json_reply(body, status=200):
+def json_reply(body, status):
     text = json.dumps(body, ensure_ascii=False, separators=(',', ':'))
     return Reply(status, text.encode('utf-8', 'replace'))
 
@@ -6329,7 +6327,7 @@ def text_reply(status, sentence):
 
 
 def parse_name(given):
-    """The name of a phone, composed (NFC). Raises Refused."""
+    """The name of a phone, composed (NFC)."""
     import unicodedata
     name = ''
     if isinstance(given, str) and len(given) <= 256:
@@ -6405,8 +6403,7 @@ class App:
 
     def __init__(self, config, **more):
         self.config = config
-        self.port = 0
-        self.hosts = ()  # names and addresses that are ours
+        self.port, self.hosts = 0, ()  # names and addresses that are ours
         vars(self).update(more)
         self.public = urlsplit(config.server.public_base_url or '')
         self.watchers = threading.Semaphore(WATCHERS)
@@ -6549,10 +6546,7 @@ def require_key(app, request):
 
 
 def check_share(app, request):
-    name, signature = request.params['who'], ''
-    signed = SIGNED_NAME.fullmatch(name)
-    if signed:
-        name, signature = signed.groups()
+    name, signature = SIGNED_NAME.fullmatch(request.params['who']).groups()
     name = request.params['who'] = parse_name(name)
     if not (signature and is_signed(app, name, signature)) and not has_key(app, request):
         raise HTTPError(401, 'This address is no longer valid. Make a new one on the set-up '
@@ -6805,7 +6799,7 @@ def describe_api(routes, keys, base):
 
 def store_links(app, links, window=0):
     """Store in one commit and queue: for each a Stored or RateLimited. A post whose files are gone
-    is fetched again. Raises StoreDown."""
+    is fetched again."""
     now, started = int(time.time()), time.monotonic()
     folder = app.config.downloads.output_directory
     results = app.store.add_many(links, now, window)
@@ -6823,7 +6817,6 @@ def store_links(app, links, window=0):
 
 
 def submit(app, request, fields):
-    """Store one link. Raises Refused, RateLimited, StoreDown."""
     request.note = f' client_id={str(fields.get("client_id"))[:80]!r} refused'
     fields = {'again': request.query['again'], **fields}
     submission = parse_submission(fields, app.config.security)
@@ -6854,7 +6847,7 @@ def post_download(app, request):
 
 def store_every_link(app, request, fields, window=0):
     """Store every link in a text: each as written, with its Stored or its refusal; and the links
-    beyond MOST_LINKS. Raises Refused or RateLimited if none is stored."""
+    beyond MOST_LINKS. Raises the first refusal if none is stored."""
     fields = {'again': request.query['again'], **fields}
     items, rest = parse_batch(fields, app.config.security)
     links = [item for _, item in items if isinstance(item, Submission)]
@@ -7180,12 +7173,13 @@ def get_public_url(app, request):
 
 
 def open_regular(path):
-    """Open a regular file, never through a link."""
+    """A regular file, never through a link, and its os.stat_result."""
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     with suppress(OSError):  # gone, a link or a folder: all the same to the client
         handle = open(os.open(path, flags), 'rb', buffering=0)
-        if stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
-            return handle
+        facts = os.fstat(handle.fileno())
+        if stat.S_ISREG(facts.st_mode):
+            return handle, facts
         handle.close()
     raise HTTPError(404, 'The file is no longer in the output folder.', 'file_gone')
 
@@ -7213,8 +7207,7 @@ def is_unchanged(request, etag, modified):
 
 def send_file(request, path, media, headers):
     """All of it, a part, or 304 Not Modified."""
-    handle = open_regular(path)
-    facts = os.fstat(handle.fileno())
+    handle, facts = open_regular(path)
     size, etag = facts.st_size, f'"{facts.st_size:x}-{facts.st_mtime_ns:x}-{facts.st_ino:x}"'
     modified = formatdate(facts.st_mtime, usegmt=True)
     headers = (*headers, ('Accept-Ranges', 'bytes'), ('ETag', etag), ('Last-Modified', modified))
@@ -7224,7 +7217,7 @@ def send_file(request, path, media, headers):
     span = None
     if request.method == 'GET' and request.field('if-range') in ('', etag, modified):
         span = parse_range(request.field('range'), size)
-    if span is None:
+    if not span:
         return Reply(200, b'', media, headers, Body(handle, 0, size))
     start, end = span
     if start >= size:
@@ -7277,11 +7270,12 @@ def form_fields(body, boundary):
 
 def read_shared_text(request):
     """What a phone sends: JSON or a form with the field text or url, else plain text."""
-    media, parameters = request.content_type()
+    media = request.content_type()
     if media == JSON:
         fields = request.json()
     elif media == 'multipart/form-data':
-        fields = form_fields(request.body(), parameters.partition('boundary=')[2])
+        boundary = request.field('content-type').partition('boundary=')[2]
+        fields = form_fields(request.body(), boundary)
     else:
         fields = {'text': request.body().decode('utf-8', 'replace')}
     if media == 'application/x-www-form-urlencoded':
