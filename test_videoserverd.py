@@ -139,6 +139,21 @@ def vendored() -> str:
 
 
 @functools.lru_cache(maxsize=None)
+def vendored_curl() -> Path:
+    """The folder of curl_cffi beside it, fetched from the index if there is none yet."""
+    if sys.version_info < (3, 10):
+        raise unittest.SkipTest('Python 3.9 has no curl_cffi that yt-dlp takes')
+    vendored()
+    vendor = v.Vendor(HERE / 'vendor', impersonate=True)
+    with vendor.locked():
+        try:
+            vendor.curl() or vendor.take_curl()
+        except v.BrokenRelease as error:
+            raise unittest.SkipTest(str(error)) from None
+    return vendor.curl()
+
+
+@functools.lru_cache(maxsize=None)
 def certificates() -> Path:
     """A folder with a CA and a leaf as the program makes them, made once per run and copied to each daemon."""
     folder = RUN / 'certificates'
@@ -704,7 +719,7 @@ class TestLaw(unittest.TestCase):
         known = getattr(sys, 'stdlib_module_names', None)
         if not known:
             self.skipTest('Python 3.9 cannot tell')
-        self.assertEqual([where for where in imported(TREE) if where[0] not in known | {'yt_dlp'}], [])
+        self.assertEqual([where for where in imported(TREE) if where[0] not in known | {'yt_dlp', 'curl_cffi'}], [])
 
     def test_yt_dlp_is_imported_only_inside_functions_of_section_download(self):
         begin, lines = banners(SOURCE), sorted(banners(SOURCE).values()) + [SOURCE.count('\n') + 1]
@@ -1554,9 +1569,11 @@ class SiteHandler(BaseHTTPRequestHandler):
         if not self.site.knows(self.tunnel):
             return self.send_error(502, 'no such host')
         self.wfile.write(b'HTTP/1.1 200 Connection established\r\n\r\n')
+        self.close_connection = False
+        if self.path.endswith(':80'):
+            return
         self.connection = self.request = self.site.tls.wrap_socket(self.connection, server_side=True)
         self.rfile, self.wfile = self.connection.makefile('rb'), SiteWriter(self.connection)
-        self.close_connection = False
 
     def read_request(self) -> SiteRequest:
         """The request, its host taken from the tunnel, the absolute URL or the Host header."""
@@ -2474,7 +2491,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
          'host_addresses machine_names mobileconfig operation_of icloud_url '
          'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delay_list domain_list '
          'http_url proxy_url notify_url location ROWS retention HOST_NAME',
-    128: 'parse_name UNSAFE whole', 255: 'group_name Store forget_files content_disposition file_name',
+    128: 'parse_name UNSAFE whole', 255: 'wheel_fits group_name Store forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
     2000: 'PATTERNS judge_error Notifier runs_here version_key',
     4096: 'parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
@@ -2483,7 +2500,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     16 << 10: 'B_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
               'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END BARE_LINE_END body_length check_signature '
               'parse_range',
-    64 << 10: 'MARK wanted_members JobFolder unpack Reach local_only xml_texts',
+    64 << 10: 'MARK wanted_members JobFolder YTDLP CURL Reach local_only xml_texts',
     1 << 20: 'LINK make_cookie COOKIE_FIELDS',
 }
 ASSIGNED = (ast.Assign, ast.AnnAssign)
@@ -4354,6 +4371,7 @@ def full_disk(free: int) -> Any:
 class DownloadTest(unittest.TestCase):
     """A stand-in for the class, a folder for each test."""
     together = 'downloads'  # one import of yt-dlp
+    number = 1  # of the attempt
     site: Any
 
     @classmethod
@@ -4392,7 +4410,7 @@ class DownloadTest(unittest.TestCase):
 
     def attempt(self, url: str, id: str = '', options: Sequence[str] = (), config: Any = None) -> Any:
         """An Attempt at `url`; progress goes to self.told."""
-        job = v.Job(id or f'job{next(self.numbers)}', str(url), v.parse_options(list(options)), 1)
+        job = v.Job(id or f'job{next(self.numbers)}', str(url), v.parse_options(list(options)), self.number)
         return v.Attempt(job, config or self.config(), ytdlp_folder(), self.told.append)
 
     def fetch(self, url: str, *args: Any, **more: Any) -> Any:
@@ -4621,9 +4639,8 @@ class TestPosts(DownloadTest):
     def test_one_browser_name_for_a_whole_download_and_another_for_the_next_try(self):
         families = []
         for number in (1, 2, 3):
-            post = self.site.tiktok()
+            self.number, post = number, self.site.tiktok()
             attempt = self.attempt(post)
-            attempt.job = attempt.job._replace(attempt=number)
             with self.assertLogs(v.log, 'INFO') as logs:
                 self.assertEqual(attempt.run().kind, 'done')
             agents = {request.headers['User-Agent'] for request in post.page.requests + post.media[0].requests}
@@ -6019,6 +6036,142 @@ MEMORY = """
                 return int(Path('/proc/self/status').read_text().split(field + ':')[1].split()[0]) / 1024"""
 
 
+class TestGuardImpersonated(TestGuard):
+    """The same with impersonate=on, where curl_cffi asks for all pages: nothing is reached but by the door."""
+    together = 'impersonated'  # curl_cffi is imported once
+    number = 3
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        vendored_curl()
+        super().setUpClass()
+        v.import_ytdlp(ytdlp_folder(), True)
+        if not v.IMPORTED.get('curl'):
+            raise unittest.SkipTest('yt-dlp was imported without curl_cffi: run this class alone')
+
+    def config(self, proxy: bool = True, **sections: Dict[str, Any]) -> Any:
+        sections['downloader'] = {'impersonate': 'on', **sections.get('downloader', {})}
+        return super().config(proxy, **sections)
+
+    def by_curl(self) -> List[bool]:
+        """Whether each request so far came from curl_cffi."""
+        return [request.headers.get('Sec-Ch-Ua', '').startswith('"') for request in self.site.requests]
+
+    def test_pages_are_asked_for_as_a_browser_does_and_files_as_ever(self):
+        for post in (self.site.tiktok(), self.site.instagram()):
+            for number in (1, 2, 3):
+                with self.subTest(post=post, number=number):
+                    self.number = number
+                    self.site.requests.clear()
+                    self.assertEqual(self.fetch(post).kind, 'done')
+                    found = self.by_curl()
+                    self.assertEqual(any(found), number != 2)
+                    self.assertFalse(found[-1])
+                    agents = {request.headers['User-Agent'] for request in self.site.requests}
+                    self.assertEqual(any('Firefox' in agent for agent in agents), number == 2)
+
+    def test_each_proxy_is_passed_through(self):
+        post = self.site.tiktok()
+        self.site.requests.clear()
+        self.assertEqual(self.fetch(post).kind, 'done')
+        self.assertTrue(self.by_curl()[0])
+        self.assertIn('www.tiktok.com:443', self.site.connects)
+        self.assertEqual({port for _, port in self.connected}, {int(self.site.proxy.rpartition(':')[2])})
+
+    def test_the_door_speaks_to_each_kind_of_proxy(self):
+        host = b'www.example.com'
+        for scheme, talk, login in (
+                ('http', ((b'Proxy-Authorization: Basic dTpwQHM=\r\n', b'HTTP/1.1 200 OK\r\n\r\n'),), 'u:p%40s@'),
+                ('socks5h', ((b'\5\1\0', b'\5\0'), (host + b'\1\xbb', b'\5\0\0\1\0\0\0\0\0\0')), ''),
+                ('socks4a', ((b'\0\0\0\xff\0' + host, b'\0\x5a\0\0\0\0\0\0'),), '')):
+            with self.subTest(scheme), socket.create_server(('127.0.0.1', 0)) as proxy:
+                proxy.settimeout(20)
+                url = f'{scheme}://{login}127.0.0.1:{proxy.getsockname()[1]}'
+                reach = self.attempt(tiktok_link(1), config=self.config(downloader={'proxy': url})).reach
+
+                def answer(talk=talk, proxy=proxy):
+                    sock = proxy.accept()[0]
+                    heard = []
+                    for _, reply in talk:
+                        heard.append(sock.recv(4096))
+                        sock.sendall(reply)
+                    with sock:
+                        sock.sendall(sock.recv(7))
+                        return heard
+                heard = ThreadPoolExecutor(1).submit(answer)
+                with v.within(reach), v.tunnel(reach, host.decode(), 443) as link:
+                    link.sendall(b'through')
+                    self.assertEqual(link.recv(7), b'through')
+                for said, (wanted, _) in zip(heard.result(20), talk):
+                    self.assertIn(wanted, said)
+                with v.within(reach), self.assertRaises(v.Ending):
+                    v.tunnel(reach, '127.0.0.1', 443)
+
+    def test_a_stop_ends_what_curl_waits_for(self):
+        for where in ({'fail': ['hang'] * 9}, {'body': HTML * 100, 'drip': 1}):
+            post = self.site.direct(host='www.example.com', page=where)
+            attempt = self.attempt(post, config=self.config(security={'allowed_domains': '*'}))
+            run = self.in_background(attempt)
+            post.page.wait_hits()
+            began = time.monotonic()
+            attempt.stop('cancelled')
+            self.assertEqual(run.wait().reason, 'cancelled')
+            self.assertLess(time.monotonic() - began, fair(1))
+
+    def test_a_large_page_does_not_fill_the_memory(self):
+        page = b'<html>' * (v.LARGEST_PAGE // 5)
+        for body, headers in ((page, {}), (gzip.compress(page * 8), {'Content-Encoding': 'gzip'})):
+            self.site.add('www.example.com', '/large', body, headers=headers)
+            outcome = self.fetch('https://www.example.com/large', config=self.config(security={'allowed_domains': '*'}))
+            self.assert_ends(outcome, 'give_up', 'unsupported')
+            self.assertIn('a page has more than 8', outcome.message)
+
+    def test_the_door_opens_only_to_an_attempt_that_runs(self):
+        port, reach = v.open_door(), self.attempt(tiktok_link(1), config=self.open_config).reach
+        secret = base64.b64encode(f'x:{reach.secret}'.encode()).decode()
+        with self.resolve('127.0.0.1'), self.trust('127.0.0.1'), socket.create_server(('127.0.0.1', 0)) as site:
+            here = f'a.example.com:{site.getsockname()[1]}'
+            for method, where, login, status in (
+                    ('CONNECT', here, f'Basic {secret}', 200), ('CONNECT', here, '', 407),
+                    ('CONNECT', here, 'Basic eDp5', 407), ('CONNECT', here, 'Basic \xe9', 407),
+                    ('CONNECT', 'x:99999', f'Basic {secret}', 407), ('GET', f'http://{here}/', f'Basic {secret}', 501)):
+                link = http.client.HTTPConnection('127.0.0.1', port, timeout=10)
+                with self.subTest(method=method, login=login), contextlib.closing(link):
+                    link.putrequest(method, where, skip_host=True)
+                    link.putheader('Proxy-Authorization', login)
+                    link.endheaders()
+                    self.assertEqual(http.client.HTTPResponse(link.sock, method=method).begin() or status, status)
+            reach.stopper.stop('cancelled')
+
+
+class TestImpersonate(DaemonTest):
+    """A page that answers only to a browser's fingerprint; curl_cffi has one."""
+    settings = {'downloader': {'impersonate': 'on'}, 'security': {'allowed_domains': '*'}}
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        vendored_curl()
+        super().setUpClass()
+
+    def test_with_it_the_third_attempt_is_a_browsers_and_completes(self):
+        post = self.site.direct(host='www.example.com')
+        video, fine = post.page.body, (200, {'Content-Type': 'video/mp4'})
+        page = self.site.add('www.example.com', '/post', lambda request: (
+            (*fine, HTML.replace(b'Something', f'<video src="{post}"></video>'.encode()))
+            if 'Sec-Ch-Ua' in request.headers else (403, {}, HTML)))
+        fine[1]['Content-Type'] = 'text/html'
+        row = self.daemon.download('https://www.example.com/post')
+        self.assertEqual((row['retry_count'], page.hits), (2, 3))
+        self.assertEqual([file['size'] for file in row['files']], [len(video)])
+        self.assertIn(b'way="impersonated",outcome="done"', self.daemon.client.get('/metrics').json)
+
+    def test_without_it_the_sentence_and_doctor_name_it(self):
+        daemon = self.new_daemon()
+        row = daemon.fails(self.site.tiktok(state='login'))
+        self.assertIn(', or set impersonate=on. Tried 2 times.', row['error_message'])
+        self.assertRegex(daemon.run('doctor').stdout, 'BAD .* turned 1 downloads? away .*\n.*impersonate=on')
+
+
 class TestAlone(DownloadTest):
     """yt-dlp in a process of its own: what is imported, and what it costs."""
 
@@ -6081,6 +6234,7 @@ class TestAlone(DownloadTest):
 
 # ---------- vendor: a package index of our own --------------------------------------------
 
+CURL_PARTS = (('curl-cffi', '0.17.0', 'curl_cffi/__init__.py'), ('cffi', '2.1.1', '_cffi_backend.so'))
 STUB = {'__init__.py': ''}  # for tests of what happens around a yt-dlp; LENIENT takes it for one
 BROKEN = {'__init__.py': 'import a_module_that_is_not_there\n'}
 LENIENT = '''
@@ -6088,6 +6242,8 @@ import os, sys
 assert 'VIDEOSERVER_API_KEYS' not in os.environ, 'our secrets are no business of a helper process'
 sys.path.insert(0, sys.argv[3])
 from yt_dlp.version import __version__
+if sys.argv[5:6] > [''] and 'broken' in open(sys.argv[5] + '/curl_cffi/__init__.py').read():
+    sys.exit('the door is passed by')
 print(__version__)
 '''
 
@@ -6141,7 +6297,9 @@ def make_wheel(version: str, files: Dict[str, str], more: Sequence[Any] = ()) ->
                      files.get('version.py', '__version__ = 0'))
         for name, text in {**files, 'version.py': own}.items():
             archive.writestr(f'yt_dlp/{name}', text)
-        archive.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: yt-dlp\nVersion: {version}\n')
+        archive.writestr(f'{info}/METADATA', f'Metadata-Version: 2.1\nName: yt-dlp\nVersion: {version}\n' + ''.join(
+            f"Requires-Dist: {name}=={pinned}; (implementation_name == 'cpython') and extra == 'pin-curl-cffi'\n"
+            for name, pinned, _ in CURL_PARTS))
         archive.writestr(f'{info}/WHEEL', 'Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n')
         for name, text in more:
             archive.writestr(name, text)
@@ -6179,6 +6337,7 @@ class Index(ThreadingHTTPServer):
         self.url = f'http://127.0.0.1:{self.server_address[1]}'
         self.wheels: Dict[str, bytes] = {}   # by file name
         self.files: Dict[str, List[Dict[str, Any]]] = {}  # by version, as in the JSON
+        self.packages = {'yt-dlp': self.files}
         self.asked: List[Tuple[str, str]] = []  # (path, first word of the User-Agent)
         self.json_is_there = True
         self.stall = threading.Event()  # set: wheels are let through
@@ -6193,6 +6352,23 @@ class Index(ThreadingHTTPServer):
         self.wheels[name] = wheel + b'\0' if wrong_hash else wheel
         self.files[version] = [{'filename': name, 'url': f'../../wheels/{name}', 'requires_python': requires,
                                 'yanked': yanked, 'digests': {'sha256': digest}}]
+
+    def add_curl(self, tags: str = '', text: str = '', wrong_hash: bool = False) -> None:
+        """Puts curl_cffi and cffi on the index, as wheels for this Python and machine or these tags."""
+        system, version, name = v.machine()
+        python = f'cp3{sys.version_info[1]}'
+        for package, release, file in CURL_PARTS:
+            names = f'{package.replace("-", "_")}-{release}'
+            stream = io.BytesIO()
+            with zipfile.ZipFile(stream, 'w') as archive:
+                for entry in (file, f'{names}.dist-info/METADATA', 'elsewhere/x.py'):
+                    archive.writestr(entry, text)
+            wheel = f'{names}-{tags or f"{python}-{python}-{system}_{version.replace(chr(46), chr(95))}_{name}"}.whl'
+            self.wheels[wheel] = stream.getvalue() + b'\0' * wrong_hash
+            self.packages[package] = {release: [
+                {'filename': name, 'url': f'../../wheels/{name}', 'requires_python': '', 'yanked': False,
+                 'digests': {'sha256': hashlib.sha256(stream.getvalue()).hexdigest()}}
+                for name in (f'{names}.tar.gz', wheel)]}
 
     def fetched(self, version: str) -> List[str]:
         """The User-Agents that have fetched the wheel of `version`."""
@@ -6220,8 +6396,9 @@ class IndexHandler(BaseHTTPRequestHandler):
 
     def body(self) -> bytes:
         server = self.server
-        if self.path == '/pypi/yt-dlp/json' and server.json_is_there:
-            return json.dumps({'releases': server.files}).encode()
+        name = re.sub('^/pypi/(.*)/json$', r'\1', self.path)
+        if name in server.packages and server.json_is_there:
+            return json.dumps({'releases': server.packages[name]}).encode()
         if self.path == '/simple/yt-dlp/':
             return ''.join(f'<a href="/wheels/{file["filename"]}#sha256={file["digests"]["sha256"]}" '
                            f'data-requires-python="{file["requires_python"].replace(">", "&gt;")}">'
@@ -6258,7 +6435,7 @@ class TestVendor(unittest.TestCase):
 
     def child(self) -> 'subprocess.Popen[bytes]':
         """Another process that installs into the same folder."""
-        line = v.bare_python(v.INSTALL, str(self.folder), self.index.url, '600', 'stable')
+        line = v.bare_python(v.INSTALL, str(self.folder), self.index.url, '600', 'stable', 'False')
         return subprocess.Popen(line, stderr=subprocess.DEVNULL)
 
     def leftovers(self) -> List[str]:
@@ -6546,6 +6723,96 @@ class TestVendor(unittest.TestCase):
                 self.assertTrue(why in found if why else not found, found)
             file.write_text(before, 'utf-8')
 
+    def test_curl_cffi_is_fetched_where_it_is_wanted_and_only_what_belongs_to_it(self) -> None:
+        self.index.add('9999.1.1')
+        self.index.add_curl()
+        self.vendor.install()
+        self.assertFalse(self.vendor.lacks_curl())
+        self.assertEqual([path for path, _ in self.index.asked if 'cffi' in path], [])
+        self.vendor.impersonate = True
+        self.assertTrue(self.vendor.lacks_curl())
+        self.vendor.install()
+        self.assertFalse(self.vendor.lacks_curl())
+        self.assertIsNone(self.vendor.held_back())
+        self.assertEqual(self.vendor.curl(), self.folder / '9999.1.1' / f'curl-{v.PYTHON}')
+        files = [str(path.relative_to(self.vendor.curl())) for path in files_below(self.vendor.curl())
+                 if '__pycache__' not in str(path)]
+        self.assertEqual(sorted(files), ['_cffi_backend.so', 'curl_cffi-0.17.0.dist-info/METADATA',
+                                         'curl_cffi/__init__.py'])
+        self.assertEqual(self.leftovers(), ['9999.1.1'])
+
+    def test_without_a_curl_cffi_for_this_machine_all_else_works_and_the_reason_is_told_once(self) -> None:
+        self.vendor.impersonate = True
+        elsewhere = {'tags': 'cp310-abi3-manylinux_2_99_x86_64'}
+        for version, more, why in (('9999.1.1', elsewhere, 'there is no curl-cffi 0.17.0'),
+                                   ('9999.1.2', {'text': 'broken'}, 'does not work here (the door is passed by)')):
+            self.index.add(version)
+            self.index.add_curl(**more)
+            self.assertEqual(self.vendor.install(), version)
+            self.assertIsNone(self.vendor.curl())
+            self.assertIn(f'impersonate=on has no effect: {why}', self.vendor.held_back().replace(
+                'curl-cffi 0.17.0 does', 'does'))
+            self.index.asked.clear()
+            self.vendor.install()
+            self.assertEqual([path for path, _ in self.index.asked if 'cffi' in path], [])
+        self.vendor.impersonate = False
+        self.assertIsNone(self.vendor.held_back())
+
+    def test_without_any_yt_dlp_nothing_is_asked_for_beside_it(self) -> None:
+        self.vendor.impersonate = True
+        self.assertFalse(self.vendor.lacks_curl())
+        with self.assertRaisesRegex(v.Trouble, 'has no yt-dlp'):
+            self.vendor.install()
+
+    def test_a_curl_cffi_that_is_not_the_published_one_is_not_used(self) -> None:
+        self.vendor.impersonate = True
+        self.index.add('9999.1.1')
+        self.index.add_curl(wrong_hash=True)
+        with self.assertRaisesRegex(v.Trouble, 'curl-cffi 0.17.0 does not have the SHA-256'):
+            self.vendor.install()
+        self.assertEqual((self.vendor.version(), self.vendor.curl()), ('9999.1.1', None))
+        self.assertTrue(self.vendor.lacks_curl())
+
+    def test_which_wheels_this_machine_takes(self) -> None:
+        minor = sys.version_info[1]
+        for tags, machine, fits in (
+                (f'cp3{minor}-cp3{minor}-manylinux1_i686.manylinux_2_5_i686', ('manylinux', '2.36', 'i686'), True),
+                ('cp39-abi3-manylinux_2_17_aarch64.manylinux2014_aarch64', ('manylinux', '2.17', 'aarch64'), True),
+                ('cp39-abi3-manylinux_2_28_armv7l.manylinux_2_31_armv7l', ('manylinux', '2.28', 'armv7l'), True),
+                ('cp39-abi3-manylinux_2_31_armv7l', ('manylinux', '2.28', 'armv7l'), False),
+                ('cp39-abi3-manylinux_2_17_x86_64', ('manylinux', '2.36', 'armv6l'), False),
+                ('cp39-abi3-musllinux_1_2_x86_64', ('manylinux', '2.36', 'x86_64'), False),
+                ('cp39-abi3-manylinux_2_17_x86_64', ('', '', 'x86_64'), False),
+                ('cp39-abi3-macosx_11_0_arm64', ('macosx', '14.5', 'arm64'), True),
+                ('cp39-abi3-macosx_11_0_universal2', ('macosx', '11.0', 'x86_64'), True),
+                ('cp39-abi3-macosx_15_0_arm64', ('macosx', '14.5', 'arm64'), False),
+                (f'cp3{minor + 1}-abi3-manylinux_2_17_x86_64', ('manylinux', '2.36', 'x86_64'), False),
+                (f'cp3{minor}-cp3{minor}t-manylinux_2_17_x86_64', ('manylinux', '2.36', 'x86_64'), False),
+                ('cp39-abi3-win_amd64', ('manylinux', '2.36', 'x86_64'), False)):
+            with self.subTest(tags=tags, machine=machine), unittest.mock.patch.object(
+                    v, 'machine', unittest.mock.Mock(return_value=machine)):
+                self.assertEqual(v.wheel_fits(f'curl_cffi-0.17.0-{tags}.whl'), fits)
+        self.assertFalse(v.wheel_fits('curl_cffi-0.17.0.tar.gz'))
+
+    def test_a_curl_cffi_with_which_the_door_does_not_hold_is_refused(self) -> None:
+        real, root = vendored_curl(), self.folder / 'curl'
+        shutil.copytree(real, root, ignore=shutil.ignore_patterns('*.so'))
+        for library in real.rglob('*.so'):
+            (root / library.relative_to(real)).symlink_to(library)
+        with unittest.mock.patch.object(v, 'TRY_OUT', REAL_TRY_OUT):
+            for name, there, then, why in (
+                    ('session', 'c.perform()', 'type(c).perform.__wrapped__(c)', '/http.mp4 ends with network'),
+                    ('utils', 'c.setopt(CurlOpt.WRITEFUNCTION, qput)',
+                     'type(c).setopt.__wrapped__(c, CurlOpt.WRITEFUNCTION, qput)', '/page ends with'),
+                    ('utils', '', '', '')):
+                file = root / 'curl_cffi/requests' / f'{name}.py'
+                before = file.read_text('utf-8')
+                self.assertIn(there, before)
+                file.write_text(before.replace(there, then), 'utf-8')
+                found = v.try_out(ytdlp_folder(), vendored(), root)
+                self.assertTrue(why in found if why else not found, found)
+                file.write_text(before, 'utf-8')
+
     def test_what_this_machine_lacks_is_no_fault_of_a_release(self) -> None:
         root, version = self.folder / 'copy', '9999.1.1'
         unpack_compiled(version, some_files(), root)
@@ -6584,6 +6851,16 @@ class TestFreshness(unittest.TestCase):
             self.vendor.install()
         self.loaded = self.vendor.current()
         return self.freshness(channel=channel)
+
+    def test_curl_cffi_is_fetched_soon_where_it_is_switched_on_and_then_loaded(self) -> None:
+        fresh, now = self.installed('9999.1.1'), time.time()
+        self.assertFalse(fresh.step(now))
+        self.index.add_curl()
+        self.vendor.impersonate = True
+        self.assertTrue(fresh.step(now))
+        self.assertIsNotNone(self.vendor.curl())
+        with unittest.mock.patch.dict(v.IMPORTED, curl=True):
+            self.assertFalse(fresh.step(now))
 
     def test_hourly_when_a_site_changed_and_weekly_otherwise(self) -> None:
         hour, now = 3600, 1.8e9

@@ -52,7 +52,7 @@ try:
     import shlex
     import sqlite3
     import ssl
-    from http.server import ThreadingHTTPServer
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 except ImportError as no_module:
     sys.exit('videoserverd needs all of Python, and this one has no %s (%s). Fix: sudo apt-get '
              'install python3 (a Mac: brew install python)' % (no_module.name, sys.executable))
@@ -491,6 +491,7 @@ ROWS = {  # section: {key: (default, parser, help)}
         'timeout': ('300', whole(5, 86400), 'seconds in which 64 KB must arrive'),
         'cookies_file': ('', optional(file_setting), 'cookies for posts that need a login'),
         'proxy': ('', optional(proxy_url), 'proxy for all downloads'),
+        'impersonate': ('off', on_off, 'ask for pages as a real browser does, by curl_cffi'),
     },
     'security': {
         'allowed_domains': ('tiktok.com,instagram.com', domain_list, '* = any public site'),
@@ -2250,6 +2251,7 @@ class Ending(BaseException):
         if reason == 'cancelled':
             message = text  # document A's word
         tries = 2 if reason in FEW_TRIES else None
+        self.what = reason, detail
         self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
         super().__init__(message)
 
@@ -2261,18 +2263,18 @@ class Stopper:
     abandoned, sockets shut down, child processes killed."""
 
     def __init__(self):
-        self.reason = ''  # of the first stop
+        self.reason, self.detail = '', ''  # of the first stop
         self.stopped_at = None  # monotonic
         self.children = []
         self._sockets = weakref.WeakSet()
         self._changed = threading.Condition()
 
-    def stop(self, reason):
+    def stop(self, reason, detail=''):
         """End everything; the first reason stays. From any thread."""
         with self._changed:
             if self.reason:
                 return
-            self.reason, self.stopped_at = reason, time.monotonic()
+            self.reason, self.detail, self.stopped_at = reason, detail, time.monotonic()
             for sock in list(self._sockets):
                 with suppress(OSError):
                     socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's drops its state first
@@ -2283,7 +2285,7 @@ class Stopper:
     def go_on(self):
         """Raise Ending if it was stopped."""
         if self.reason:
-            raise Ending(self.reason)
+            raise Ending(self.reason, self.detail)
 
     def nap(self, seconds):
         """Sleep, but not beyond a stop. Raises Ending."""
@@ -2410,6 +2412,9 @@ class Here(threading.local):
 here = Here()
 
 
+REACHES = weakref.WeakValueDictionary()  # by secret
+
+
 class Reach:
     """What the threads of one attempt may connect to, run and write. The hook calls may_…, which
     raise Ending or OSError."""
@@ -2418,11 +2423,15 @@ class Reach:
         self.security, self.stopper = config.security, stopper
         self.folder = os.path.abspath(folder)  # nothing is written outside of it
         self.largest = LARGEST_FRAGMENT  # bytes of one answer
-        proxy = urlsplit(config.downloader.proxy or '')
+        self.overrun = False  # whether curl_cffi was cut off in a large page
+        self.proxy_url = config.downloader.proxy or ''
+        proxy = urlsplit(self.proxy_url)
         self.proxy = proxy.hostname  # everything goes through it
         self._ports = (proxy.port,) if proxy.port else (80, 443, 1080)
         self._names_are_ours = not self.proxy or proxy.scheme == 'socks4'  # to resolve
         self._doors = set()  # addresses of the proxy
+        self.secret = os.urandom(16).hex()  # opens Door
+        REACHES[self.secret] = self
 
     def allows(self, address, port):
         """May we connect to it? Only to what is on the Internet; with a proxy, only to that."""
@@ -2552,10 +2561,15 @@ def for_attempts(owner, name, guarded):
     replace(owner, name, make)
 
 
+def large_page():
+    """Why a page is refused: it could fill the memory."""
+    return 'unsupported', f'a page has more than {format_size(LARGEST_PAGE)}'
+
+
 def small_page(page):
-    """The page, if it is not too large for memory. Raises Ending."""
+    """The page, if it is not too large. Raises Ending."""
     if len(page) > LARGEST_PAGE:
-        raise Ending('unsupported', f'a page has more than {format_size(LARGEST_PAGE)}')
+        raise Ending(*large_page())
     return page
 
 
@@ -2858,7 +2872,8 @@ def without_formats(formats, got, lacking):
 
 LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
 IMPORT_LOCK = threading.Lock()
-IMPORTED = {}  # 'Session': the class made below, once yt-dlp is imported
+IMPORTED = {}  # 'Session': the class made below, once yt-dlp is imported; 'curl': if that works
+CURL_FOLDER = 'curl-%d.%d' % sys.version_info[:2]  # beside yt_dlp: it is for one Python
 
 
 def openssl_decrypt(data, key, iv):
@@ -2914,13 +2929,139 @@ def adapt_ytdlp():
         openssl_decrypt(*args) or decrypt(*args)))
 
 
+# -- curl_cffi, which no hook sees
+
+CONNECT_SECONDS = 20
+
+
+def tunnel(reach, host, port):
+    """A connection to it, by the proxy if there is one. Raises OSError, Ending."""
+    reach.may_request(f'https://{host}:{port}/')
+    proxy = urlsplit(reach.proxy_url)
+    if not reach.proxy:
+        return socket.create_connection((host, port), CONNECT_SECONDS)
+    if proxy.scheme == 'http':
+        link = http.client.HTTPConnection(reach.proxy, proxy.port, timeout=CONNECT_SECONDS)
+        login = unquote(proxy.netloc.rpartition('@')[0]).encode()
+        coded = binascii.b2a_base64(login, newline=False).decode()
+        link.set_tunnel(host, port, {'Proxy-Authorization': f'Basic {coded}'} if login else {})
+        link.connect()
+        return link.sock
+    from yt_dlp.networking import _helper
+    options = _helper.make_socks_proxy_opts(reach.proxy_url)
+    found = socket.getaddrinfo(options['addr'], options['port'], 0, socket.SOCK_STREAM)
+    return _helper.create_socks_proxy_socket(
+        (host, port), options, found[0], CONNECT_SECONDS, None)
+
+
+def relay(*sides):
+    """Pass on what either side sends, until one ends."""
+    for side in sides:
+        side.settimeout(None)  # the attempt's own limits end it
+    while True:
+        for side in select.select(sides, (), ())[0]:
+            data = side.recv(65536)
+            if not data:
+                return
+            sides[side is sides[0]].sendall(data)
+
+
+class Door(BaseHTTPRequestHandler):
+    """A proxy on loopback for CONNECT (RFC 9110 section 9.3.6): what C code asks for passes here,
+    so the same rules and stops hold for it. TLS stays end to end."""
+    timeout = CONNECT_SECONDS  # for the request
+
+    def do_CONNECT(self):
+        login = self.headers.get('Proxy-Authorization', '')[:99].partition(' ')[2]
+        try:
+            reach = REACHES[binascii.a2b_base64(login).decode().partition(':')[2]]
+            where = urlsplit(f'//{self.path}')
+            host, port = where.hostname or '', where.port or 443
+        except (KeyError, ValueError):
+            return self.send_error(407)
+        with within(reach):
+            try:
+                reach.stopper.hold(self.connection)
+                with tunnel(reach, host, port) as other:
+                    self.send_response_only(200)
+                    self.end_headers()
+                    relay(self.connection, other)
+            except Ending as ending:
+                reach.stopper.stop(*ending.what)
+            except OSError as error:
+                log.debug('%s: %s', host, error)
+
+    def log_message(self, *_):
+        pass
+
+
+def open_door():
+    """The port of Door."""
+    listener = socket.create_server(('127.0.0.1', 0))
+
+    def answer(sock):
+        with sock, suppress(OSError):
+            Door(sock, None, None)
+
+    def keep():
+        while True:
+            try:
+                threading.Thread(target=answer, args=listener.accept()[:1], daemon=True).start()
+            except OSError:  # no descriptor is free
+                time.sleep(1)
+    threading.Thread(target=keep, daemon=True).start()
+    return listener.getsockname()[1]
+
+
+def ca_file():
+    """The system's CAs in one file, instead of the package certifi."""
+    bundles = ssl.get_default_verify_paths().cafile, '/etc/ssl/certs/ca-certificates.crt'
+    return next(filter(os.path.exists, filter(None, bundles)), '/etc/ssl/cert.pem')
+
+
+def adapt_curl():
+    """Send curl_cffi through Door and limit what it brings. Raises AttributeError, ImportError."""
+    from curl_cffi.curl import CURL_WRITEFUNC_ERROR, Curl, CurlOpt
+    port = open_door()
+
+    def perform(reach, real, curl, *args):
+        for name, value in (
+                ('PROXY', f'http://x:{reach.secret}@127.0.0.1:{port}'), ('NOPROXY', ''),
+                ('HTTPPROXYTUNNEL', 1), ('PROTOCOLS_STR', 'http,https'),
+                ('REDIR_PROTOCOLS_STR', 'http,https'), ('CAINFO', ca_file())):
+            curl.setopt(CurlOpt[name], value)
+        real(curl, *args)
+
+    def setopt(reach, real, curl, name, value):
+        brought = 0
+
+        def write(data):
+            nonlocal brought
+            brought += len(data)
+            if brought > LARGEST_PAGE:
+                reach.overrun = True  # an exception cannot pass through C
+            return value(data) if brought <= LARGEST_PAGE else CURL_WRITEFUNC_ERROR
+        return real(curl, name, write if name == CurlOpt.WRITEFUNCTION else value)
+    for_attempts(Curl, 'perform', perform)
+    for_attempts(Curl, 'setopt', setopt)
+
+
+# -- the session
+
 def session_class(base):
     """A YoutubeDL that asks its attempt before it fetches, follows or writes anything."""
+    from yt_dlp.networking import Request
+
     class Session(base):
         """The creator sets `attempt`."""
 
         def urlopen(self, req):
+            if isinstance(req, str):
+                req = Request(req)
             return self.attempt.fetch(super().urlopen, req)
+
+        def _impersonate_target_available(self, target):
+            return self.attempt.impersonates and super()._impersonate_target_available(target)
 
         def extract_info(self, url, *args, **more):
             url = post_url(url)
@@ -2959,15 +3100,42 @@ def only_python():
             del sys.modules[name]
 
 
-def import_ytdlp(folder):
+def forget_package(package):
+    """Leave nothing of it in memory."""
+    for name in [name for name in sys.modules if name.partition('.')[0] == package]:
+        del sys.modules[name]
+
+
+def import_curl(folder):
+    """Guard curl_cffi before yt-dlp finds it, once. Raises whatever a damaged copy raises."""
+    if 'curl' in IMPORTED:
+        return
+    IMPORTED['curl'] = False
+    sys.path.append(str(folder))
+    sys.modules['certifi'] = SimpleNamespace(where=ca_file)
+    try:
+        adapt_curl()
+    except BaseException:
+        sys.path.remove(str(folder))
+        forget_package('curl_cffi')
+        raise
+    IMPORTED['curl'] = True
+
+
+def import_ytdlp(folder, impersonate=False):
     """The class Session over the yt-dlp in `folder`, imported and guarded once per process.
 
     Raises whatever a damaged copy raises, and leaves nothing of it: another one can be tried."""
     with IMPORT_LOCK, within(None):  # so that compiled files can be written
-        if not IMPORTED:
+        if 'Session' not in IMPORTED:
             os.environ['YTDLP_NO_PLUGINS'] = '1'
             only_python()
             sys.path.insert(0, str(folder))
+            if impersonate and (folder / CURL_FOLDER).is_dir():
+                try:
+                    import_curl(folder / CURL_FOLDER)
+                except Exception:  # yt-dlp works without it
+                    log.exception('impersonate=on has no effect')
             try:
                 import yt_dlp.extractor.instagram
                 import yt_dlp.extractor.tiktok
@@ -2975,8 +3143,7 @@ def import_ytdlp(folder):
                 IMPORTED['Session'] = session_class(yt_dlp.YoutubeDL)
                 gc.freeze()  # all this stays; a collection then takes a millisecond
             except BaseException:
-                for name in [name for name in sys.modules if name.partition('.')[0] == 'yt_dlp']:
-                    del sys.modules[name]
+                forget_package('yt_dlp')
                 raise
         return IMPORTED['Session']
 
@@ -2992,10 +3159,13 @@ NO_PAGES = ('/', '/api/v1/web/get_ruling_for_content/')  # requested before an I
 
 
 def way_of(job, config):
-    """Which browser this attempt poses as."""
+    """Which browser this attempt poses as; 'impersonated': curl_cffi asks for all pages."""
     if not config.downloader.user_agent_rotation or '--user-agent' in dict(job.options):
         return 'own'
-    return list(WAYS)[(job.attempt - 1) % len(WAYS)]
+    ways = list(WAYS)
+    if config.downloader.impersonate:
+        ways.insert(2, 'impersonated')
+    return ways[(job.attempt - 1) % len(ways)]
 
 
 class Pace:
@@ -3460,7 +3630,7 @@ DEFAULTS = {  # options that the caller may change
 FORCED = {
     'quiet': True, 'noprogress': True, 'color': 'never', 'progress_delta': 1, 'cachedir': False,
     'skip_unavailable_fragments': False, 'hls_prefer_native': True, 'overwrites': False,
-    'nopart': False,
+    'nopart': False, 'compat_opts': {'no-certifi'},
     'outtmpl': {'default': '%(playlist_index|0)s-%(id).60B.%(ext)s'}}
 
 
@@ -3655,6 +3825,7 @@ class Attempt:
         self.folder = JobFolder(self.output / '.incomplete' / job.id)
         self.meter = Meter(on_progress)
         self.session = None  # yt-dlp at work
+        self.way = way_of(job, config)
         self.agent = ''  # one browser name for the whole attempt: a CDN's cookie is tied to it
         self.jar = None  # cookies, once the site has asked for a login
         self.failures = {}  # by item: what it is, how it ended
@@ -3663,6 +3834,10 @@ class Attempt:
         self.reach = Reach(config, self.folder.path, self.stopper)
         self._identified = False  # whether on_identity has been asked
         self._mark = (0.0, 0, 0.0, -1)  # when there was last progress; bytes, last write, steps
+
+    @property
+    def impersonates(self):
+        return IMPORTED.get('curl') and not WAYS.get(self.way)
 
     def check(self, now):
         """Stop if the disk is full or nothing came for too long. `now`: time.monotonic()."""
@@ -3682,7 +3857,12 @@ class Attempt:
     def fetch(self, urlopen, request):
         """The answer to `request`; the whole file if a range would be of another file."""
         self.stopper.go_on()
-        site, gap = self._pace_of(getattr(request, 'url', request), getattr(request, 'method', ''))
+        if self.folder.current:  # curl_cffi holds all in memory that comes faster than it is read
+            request.extensions.pop('impersonate', None)
+        elif self.way == 'impersonated' and self.impersonates:
+            from yt_dlp.networking.impersonate import ImpersonateTarget
+            request.extensions['impersonate'] = ImpersonateTarget()
+        site, gap = self._pace_of(request.url, request.method)
         wait = gap and PACE.turn(site, gap, time.monotonic())
         while wait:
             self.stopper.nap(wait)
@@ -3736,6 +3916,7 @@ class Attempt:
         self.stopper.go_on()
         self.folder.begin(os.path.basename(name), info)
         self.meter.begin()
+        self.reach.overrun = False  # the page was good enough
 
     def _on_media(self, told):
         self.stopper.go_on()  # before a file cut off by a stop is taken as complete
@@ -3935,6 +4116,11 @@ class Attempt:
             cookies.judge(self.job.url, outcome.reason != 'login')
             if outcome.reason == 'login':
                 outcome = Ending('session').outcome
+        if outcome.reason in ('blocked', 'login'):
+            changes = {'message': f'{outcome.message[:-1]}, or set impersonate=on.'}
+            if self.config.downloader.impersonate:
+                changes = {'tries': 3}  # the third is impersonated
+            outcome = outcome._replace(**changes)
         endless = self.folder.size()[0] > FEWEST_BYTES and not all(
             part.get('size') or part.get('total') for part in self.folder.parts.values())
         fills_disk = outcome[:2] == ('pause', 'disk') and endless
@@ -3952,11 +4138,13 @@ class Attempt:
         if isinstance(error, Ending):
             return error.outcome
         if self.stopper.reason:
-            return Ending(self.stopper.reason).outcome
+            return Ending(self.stopper.reason, self.stopper.detail).outcome
         if isinstance(error, OSError) and self.meter.phase in ('', 'file'):  # only the disk works
             outcome = Ending(system_reason(error, self.output) or 'output').outcome
         else:
             outcome = judge_error(error, self.output, self.meter.phase == 'page').outcome
+            if outcome.reason == 'network' and self.reach.overrun:
+                outcome = Ending(*large_page()).outcome
         error.__suppress_context__ = True  # yt-dlp's last error is enough for the log
         level = logging.ERROR if outcome.reason == 'internal' else logging.WARNING
         log.log(level, 'download %s: %s', self.job.id, outcome.message, exc_info=error)
@@ -4039,7 +4227,7 @@ class Attempt:
 
     def _download(self, items):
         try:
-            Session = import_ytdlp(self.ytdlp)
+            Session = import_ytdlp(self.ytdlp, self.config.downloader.impersonate)
         except Exception:
             log.exception('yt-dlp in %s cannot be used', self.ytdlp)
             raise Ending('ytdlp') from None
@@ -4097,11 +4285,10 @@ class Attempt:
                   'playlistend': 100,  # a carousel has 20 at most; a channel has thousands
                   **caller_params(options)}
         rates = filter(None, (params.get('ratelimit'), own.rate_limit))
-        way = way_of(self.job, self.config)
-        log.info('download %s: asks as %s', self.job.id, way)
-        if way != 'own':
+        log.info('download %s: asks as %s', self.job.id, self.way)
+        if self.way in WAYS and not self.impersonates:  # else the name must be that of its TLS
             from yt_dlp.utils.networking import random_user_agent
-            self.agent = self.agent or WAYS[way] or random_user_agent()
+            self.agent = self.agent or WAYS[self.way] or random_user_agent()
             params['http_headers'] = {
                 **params.get('http_headers', {}), 'User-Agent': self.agent}
 
@@ -4188,11 +4375,41 @@ def run_helper(*command):
     return done
 
 
-def unpack(wheel, folder):
-    """Put yt_dlp/ and its dist-info into `folder`, nothing else. Raises BrokenRelease."""
+def machine():
+    """The system's tag and version, and the machine, that a wheel must be for."""
+    name = os.uname().machine
+    if sys.maxsize < 1 << 32:  # a Python of 32 bits on a kernel of 64
+        name = {'aarch64': 'armv7l', 'x86_64': 'i686'}.get(name, name)
+    if sys.platform == 'darwin':
+        import platform
+        return 'macosx', platform.mac_ver()[0], name
+    try:
+        return 'manylinux', os.confstr('CS_GNU_LIBC_VERSION').partition(' ')[2], name
+    except (ValueError, AttributeError):  # musl
+        return '', '', name
+
+
+def wheel_fits(filename):
+    """Does this Python on this machine take the wheel? By its tags
+    (packaging.python.org/specifications/platform-compatibility-tags)."""
+    match = re.fullmatch(r'.*-cp3(\d{1,3})-(\w+)-([\w.]+)\.whl', filename[-200:], re.A)
+    ours = sys.version_info[1]
+    if not match or match[2] != f'cp3{ours}' and (match[2] != 'abi3' or int(match[1]) > ours):
+        return False
+    system, version, name = machine()
+    return any(kind == system and version_key(least.replace('_', '.')) <= version_key(version)
+               and arch in (name, 'universal2') for kind, least, arch in
+               re.findall(r'(manylinux|macosx)_(\d+_\d+)_(\w+)', match[3]))
+
+
+YTDLP = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
+CURL = re.compile(r'(curl_cffi[/-]|_cffi_backend)[\w./+-]+', re.A)  # of two wheels
+
+
+def unpack(wheel, folder, wanted=YTDLP):
+    """Put the files that match into `folder`, nothing else. Raises BrokenRelease."""
     import zipfile
     import zlib
-    wanted = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
     try:
         with zipfile.ZipFile(wheel) as archive:
             for entry in archive.infolist():
@@ -4209,11 +4426,13 @@ def version_in(folder):
 
 # Uses a release as the daemon does, without a network: it must find the sites' extractors and use
 # the proxy that it is given (nobody listens there). A site on 127.0.0.1, here counted as the
-# Internet, then sets a trap for each guard; forbidden addresses are on 127.0.0.2.
+# Internet, then sets a trap for each guard; forbidden addresses are on 127.0.0.2. With curl_cffi,
+# whose connections no hook sees, all that come to the site must have passed Door.
 TRY_OUT = '''
 import gzip, http.server, threading
-folder, output, public = pathlib.Path(sys.argv[3]), sys.argv[4], v.is_public
-reached, heard = set(), set()
+folder, output, curl = pathlib.Path(sys.argv[3]), sys.argv[4], sys.argv[5]
+public, tunnel = v.is_public, v.tunnel
+reached, heard, came, passed = set(), set(), set(), set()
 v.own_networks, v.is_public = list, lambda ip: ip == '127.0.0.1' or public(ip)
 v.LARGEST_PAGE = 100_000
 v.DEFAULTS.update(retries=1, fragment_retries=1)
@@ -4225,8 +4444,16 @@ if v.which('openssl'):
 for name, owner in ours.items():
     v.replace(owner, name, lambda real, name=name: lambda *args: (heard.add(name), real(*args))[1])
 
+def pass_on(*args):
+    sock = tunnel(*args)
+    passed.add(sock.getsockname()[1])
+    return sock
+
+v.tunnel = pass_on
+
 class Site(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
+        came.add(self.client_address[1])
         name, here = self.path[1:].partition('.')[0], f'http://{self.headers["Host"]}'
         self.send_response({'http': 302, 'ftp': 302, 'busy': 503}.get(name, 200))
         self.send_header('Location', f'{name}://127.0.0.2/x.mp4')
@@ -4247,8 +4474,10 @@ def ends(url, reason, proxy=''):
     config = v.load_config(None, {
         'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(output),
         'VIDEOSERVER_DOWNLOADS_MIN_FREE_SPACE': '0', 'VIDEOSERVER_DOWNLOADER_PROXY': proxy,
-        'VIDEOSERVER_SECURITY_ALLOWED_DOMAINS': '*'})
-    attempt = v.Attempt(v.Job('try', url, (), 1), config, folder, lambda progress: None)
+        'VIDEOSERVER_SECURITY_ALLOWED_DOMAINS': '*',
+        'VIDEOSERVER_DOWNLOADER_IMPERSONATE': 'on' if curl else 'off'})
+    job = v.Job('try', url, (), 3 if curl else 1)  # the third is impersonated
+    attempt = v.Attempt(job, config, folder, lambda progress: None)
     outcome = attempt.run()
     if outcome.reason in ('disk', 'output', 'read_only'):
         sys.exit(v.os.EX_IOERR)
@@ -4256,19 +4485,25 @@ def ends(url, reason, proxy=''):
         sys.exit(f'{url} ends with {outcome.reason}: {outcome.message}')
     return attempt
 
+if curl:
+    v.import_curl(pathlib.Path(curl))
 for site in 'tiktok.com/@a/video/1', 'instagram.com/p/a/':
     ends(f'https://www.{site}', 'network', 'http://127.0.0.1:1')
 server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 for path, reason in (('http.mp4', 'refused_address'), ('segment.m3u8', 'refused_address'),
-                     ('key.m3u8', 'refused_address'), ('ftp.mp4', 'unsupported'),
-                     ('page', 'a page has'), ('packed', 'a page has'), ('aes.m3u8', 'http')):
+                     ('key.m3u8', 'refused_address'),
+                     ('ftp.mp4', 'network' if curl else 'unsupported'),
+                     ('aes.m3u8', 'http'), ('page', 'a page has'), ('packed', 'a page has')):
+    came.clear()
     attempt = ends(f'http://127.0.0.1:{server.server_port}/{path}', reason)
 from yt_dlp.utils import Popen
 from yt_dlp.version import __version__
 with v.within(attempt.reach), v.suppress(FileNotFoundError):
     Popen(['sh', '-c', 'true'])
     sys.exit('it runs any program')
+if curl and not came <= passed:
+    sys.exit('curl_cffi passes the door by, or is not used')
 if reached != {'127.0.0.1'} or heard != set(ours):
     sys.exit(f'a guard does not hold: {reached} {set(ours) - heard}')
 print(__version__)
@@ -4286,12 +4521,12 @@ def bare_python(script, *words):
     return (sys.executable, *ALONE, '-c', begin + script, *place, *words)
 
 
-def try_out(folder, version):
-    """Compile and try the yt-dlp in `folder`: why it does not work, '' if it does."""
+def try_out(folder, version, curl=''):
+    """Compile and try a yt-dlp, maybe with curl_cffi: why it does not work, '' if it does."""
     import tempfile
-    run_helper(sys.executable, '-m', 'compileall', '-q', str(folder / 'yt_dlp'))
+    run_helper(sys.executable, '-m', 'compileall', '-q', str(curl or folder / 'yt_dlp'))
     with tempfile.TemporaryDirectory() as output:
-        done = run_helper(*bare_python(TRY_OUT, str(folder), output))
+        done = run_helper(*bare_python(TRY_OUT, str(folder), output, str(curl)))
     if done.returncode == os.EX_IOERR:
         raise Trouble(f'yt-dlp cannot be tried: make room in {tempfile.gettempdir()}')
     said = done.stdout.strip()
@@ -4303,8 +4538,8 @@ def try_out(folder, version):
 class Vendor:
     """The yt-dlp beside the program."""
 
-    def __init__(self, folder, index=INDEX):
-        self.folder, self.index = folder, index
+    def __init__(self, folder, index=INDEX, impersonate=False):
+        self.folder, self.index, self.impersonate = folder, index, impersonate
         self.pointer = folder / f'current-{PYTHON}'
 
     def state(self, pointer=None):
@@ -4366,6 +4601,16 @@ class Vendor:
         """The version of `current`."""
         return version_in(self.current() or Path(os.devnull)) or None
 
+    def curl(self):
+        """The folder of curl_cffi beside `current`; None if there is none."""
+        folder = (self.current() or Path(os.devnull)) / CURL_FOLDER
+        return folder if folder.is_dir() else None
+
+    def lacks_curl(self):
+        """Should curl_cffi be fetched? Not again for a release that has none for this machine."""
+        release, _ = self.state().get('no_curl') or ('', '')
+        return self.impersonate and not self.curl() and self.version() not in (None, release)
+
     def last_checked(self, channel='stable'):
         """When the index last answered, in epoch seconds; 0: never."""
         return float(self.state().get('searched' if channel == 'auto' else 'checked', 0))
@@ -4373,30 +4618,34 @@ class Vendor:
     def held_back(self):
         """A sentence if newer releases do not run on this Python."""
         newest, requires = self.state().get('newest') or ('now', NEEDS)
+        why = self.state().get('no_curl')
         if runs_here(requires):
-            return None
+            return why[1] if self.impersonate and why and not self.curl() else None
         return (f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads '
                 'will break as the sites change. Fix: start the server with a newer Python')
 
+    def files(self, name):
+        """(file name, its release) for all that the index has of a package. Raises Trouble."""
+        base = f'{self.index}/pypi/{name}/json'
+        try:
+            return [(file['filename'], Release(version, file['requires_python'] or '',
+                                               file['digests']['sha256'],
+                                               urljoin(base, file['url'])))
+                    for version, files in json.loads(fetch_url(base))['releases'].items()
+                    for file in files if version_key(version) and not file['yanked']]
+        except (Trouble, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise Trouble(f'{name} cannot be fetched: {error}; connect this machine to the '
+                          'internet, then run: python3 videoserverd.py update') from None
+
     def catalogue(self):
         """The releases with a pure wheel on the index, newest first. Raises Trouble."""
-        base, found = f'{self.index}/pypi/yt-dlp/json', []
-        try:
-            for version, files in json.loads(fetch_url(base))['releases'].items():
-                for file in files if version_key(version) else ():
-                    if file['filename'].endswith('-py3-none-any.whl') and not file['yanked']:
-                        address = urljoin(base, file['url'])
-                        found.append(Release(version, file['requires_python'] or '',
-                                             file['digests']['sha256'], address))
-        except (Trouble, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise Trouble(f'yt-dlp cannot be fetched: {error}; connect this machine to the '
-                          'internet, then run: python3 videoserverd.py update') from None
+        found = [release for file, release in self.files('yt-dlp')
+                 if file.endswith('-py3-none-any.whl')]
         return sorted(found, key=lambda release: version_key(release.version), reverse=True)
 
     def fetch(self, release, folder):
         """The wheel of `release`, by pip where there is one. Raises Trouble."""
-        import hashlib
-        pinned, wheel = folder / 'requirements.txt', folder / 'yt_dlp.whl'
+        pinned, wheel = folder / 'requirements.txt', folder / 'yt-dlp.whl'
         pinned.write_text(f'yt-dlp=={release.version} --hash=sha256:{release.sha256}\n')
         pip = run_helper(
             sys.executable, '-m', 'pip', 'download', '--quiet', '--no-input', '--retries', '1',
@@ -4407,10 +4656,40 @@ class Vendor:
             os.replace(next(folder.glob('*-py3-none-any.whl')), wheel)
         else:
             wheel.write_bytes(fetch_url(release.url))
+        return self.check(wheel, release)
+
+    def check(self, wheel, release):
+        """The wheel, if it is the published one. Raises Trouble."""
+        import hashlib
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != release.sha256:
-            raise Trouble(f'yt-dlp {release.version} does not have the SHA-256 that the index '
-                          'names and was discarded: try later, or check the proxy or mirror')
+            raise Trouble(f'{wheel.stem} {release.version} does not have the SHA-256 that the '
+                          'index names and was discarded: try later, or check the proxy or mirror')
         return wheel
+
+    def take_curl(self):
+        """Try the curl_cffi that yt-dlp names and put it beside that. Raises BrokenRelease if none
+        works here, Trouble, OSError."""
+        current, fresh = self.current(), self.folder / '.new'
+        pins = {}
+        for about in current.glob('yt_dlp-*.dist-info/METADATA'):
+            pins.update(re.findall(r'^Requires-Dist: (curl-cffi|cffi)==([\w.]+);.*pin-curl',
+                                   about.read_text(encoding='utf-8'), re.M))
+        remove_folder(fresh)
+        fresh.mkdir()
+        for name in ('curl-cffi', 'cffi'):
+            found = [release for file, release in self.files(name) if name in pins
+                     and release.version == pins[name] and wheel_fits(file)]
+            if not found:
+                missing = f'{name} {pins.get(name, "wheel")}'
+                raise BrokenRelease(f'there is no {missing} for Python {PYTHON} on this machine')
+            wheel = fresh / f'{name}.whl'
+            wheel.write_bytes(fetch_url(found[0].url))
+            unpack(self.check(wheel, found[0]), fresh / CURL_FOLDER, CURL)
+        why = try_out(current, self.version(), fresh / CURL_FOLDER)
+        if why:
+            raise BrokenRelease(f'curl-cffi {pins["curl-cffi"]} does not work here ({why})')
+        os.sync()
+        os.replace(fresh / CURL_FOLDER, current / CURL_FOLDER)
 
     def take(self, release):
         """Make `release` the current one; fetch it, try it and put it in place atomically unless
@@ -4473,6 +4752,12 @@ class Vendor:
                 except BrokenRelease as error:
                     log.warning('%s; it is not used', error)
                     self.mark_bad(release.version)
+            if self.lacks_curl():
+                try:
+                    self.take_curl()
+                except BrokenRelease as error:
+                    why = f'impersonate=on has no effect: {error}'
+                    self.remember(no_curl=[self.version(), why])
             self.clean()
             self.remember(checked=now)
         version = self.version()
@@ -4492,6 +4777,11 @@ class Vendor:
         return self.version()
 
 
+def own_vendor(config):
+    own = config.downloader
+    return Vendor(own.ytdlp_directory, impersonate=own.impersonate)
+
+
 # -- the daemon's side
 
 HOUR, DAY = 3600, 86400  # seconds
@@ -4499,7 +4789,7 @@ RETRY_GAPS = (60, 300, 900, 3600)  # seconds after a failed check; the last repe
 INSTALL = '''
 v.signal.alarm(int(sys.argv[5]))  # whatever it waits for, an index that drips or a lock
 try:
-    v.Vendor(pathlib.Path(sys.argv[3]), sys.argv[4]).install(sys.argv[6])
+    v.Vendor(pathlib.Path(sys.argv[3]), sys.argv[4], sys.argv[7] == 'True').install(sys.argv[6])
 except v.Trouble as error:
     sys.exit(str(error))
 '''
@@ -4552,14 +4842,16 @@ class Freshness:
         channel = self.settings.channel
         if channel == 'auto' and not self.site_changed:
             channel = 'stable'
-        if current and not self.unusable:
+        lacking = not current or self.vendor.lacks_curl()
+        if not lacking and not self.unusable:
             checked = self.vendor.last_checked(channel)
-        if self.wanted or (self.settings.auto_update or not current) and update_due(
+        if self.wanted or (self.settings.auto_update or lacking) and update_due(
                 now, checked, self.site_changed, self.failures, self.last_tried):
             self.wanted = False
             self.look(now, channel)
         current = self.vendor.current()
-        return None not in (loaded, current) and loaded != current
+        new_curl = self.vendor.impersonate and self.vendor.curl() and 'curl' not in IMPORTED
+        return None not in (loaded, current) and (loaded != current or bool(new_curl))
 
     def judge(self):
         """A release is trusted once a download worked. Until then it is rolled back if two sites
@@ -4581,7 +4873,7 @@ class Freshness:
         import subprocess
         self.failures, self.last_tried = self.failures + 1, now
         line = bare_python(INSTALL, str(self.vendor.folder), self.vendor.index,
-                           str(4 * HELPER_TIMEOUT), channel)
+                           str(4 * HELPER_TIMEOUT), channel, str(self.vendor.impersonate))
         with subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                               stderr=subprocess.PIPE, encoding='utf-8', errors='replace',
                               start_new_session=True) as self.child:
@@ -9275,7 +9567,7 @@ class Care:
 
     def __init__(self, config, store, board, restart):
         self.config, self.store, self.board, self.restart = config, store, board, restart
-        self.vendor = Vendor(config.downloader.ytdlp_directory)
+        self.vendor = own_vendor(config)
         self.freshness = Freshness(self.vendor, config.downloader)
         self.ytdlp = None  # the folder new attempts import from
         self.certificate = self.scheduler = self.server = None
@@ -9819,7 +10111,7 @@ def server_at_hand(config):
 
 def cmd_setup(config, options):
     """make directories, database, certificate and yt-dlp, then exit"""
-    vendor = Vendor(config.downloader.ytdlp_directory)
+    vendor = own_vendor(config)
     with server_at_hand(config):
         print(f'database     {config.database.path}')
     if config.server.tls:
@@ -9828,7 +10120,7 @@ def cmd_setup(config, options):
         print(f'certificate  {config.server.cert_file} ({done}; {days_left(certificate)} days)')
     fault = usable_output(config)
     print(f'videos       {fault or config.downloads.output_directory}')
-    if vendor.current() is None:
+    if vendor.current() is None or vendor.lacks_curl():
         print('yt-dlp       being fetched …', flush=True)
         vendor.install()
     print(f'yt-dlp       {vendor.version()} in {vendor.folder}')
@@ -9854,7 +10146,7 @@ def cmd_cert(config, options):
 
 def cmd_update(config, options):
     """fetch the newest yt-dlp that this Python can run"""
-    vendor = Vendor(config.downloader.ytdlp_directory)
+    vendor = own_vendor(config)
     before = vendor.version()
     after = vendor.install(config.downloader.channel.replace('auto', 'stable'))
     print(f'yt-dlp is now {after}; it was {before or "missing"} before.')
@@ -10143,7 +10435,15 @@ def check_downloads(config):
     if ignored and not config.downloader.proxy:
         yield (f'proxy: downloads ignore {ignored} in the environment',
                'set [downloader] proxy if they should use one, else unset it')
-    if time.time() - Vendor(config.downloader.ytdlp_directory).last_checked() > 30 * DAY:
+    with suppress(sqlite3.Error), closing(sqlite3.connect(
+            f'{config.database.path.as_uri()}?mode=ro', uri=True)) as db:
+        turned_away, = db.execute(
+            "SELECT count(*) FROM downloads WHERE reason IN ('login', 'blocked') "
+            'AND last_updated > ?', (time.time() - 7 * DAY,)).fetchone()
+        if turned_away and not config.downloader.impersonate:
+            yield (f'the sites turned {turned_away} downloads away this week',
+                   'set [downloader] impersonate=on, or add cookies')
+    if time.time() - own_vendor(config).last_checked() > 30 * DAY:
         yield 'yt-dlp: no check for a newer one in a month', f'{program(config)} update'
 
 

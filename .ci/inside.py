@@ -164,9 +164,20 @@ def check_command():
     say('ok: videoserverd list, doctor (nothing is wrong), backup')
 
 
+def check_impersonation():
+    """impersonate=on and a restart: curl_cffi is fetched, tried and put beside yt-dlp."""
+    configure(downloader={'impersonate': 'on'})
+    run('systemctl', 'restart', 'videoserver')
+    answers()
+    t.wait_until(lambda: list((STATE / 'vendor').glob('2*/curl-*')) or health()['problems'], 180)
+    assert not health()['problems'], health()
+    say('ok: impersonate=on fetches curl_cffi')
+
+
 def check_downloads(site):
-    """A post, and a film whose halves ffmpeg has to merge, inside the sandbox."""
+    """A post, asked for as a browser does, and a film whose halves ffmpeg has to merge, inside the sandbox."""
     post_row, = completed(post(site.tiktok(title='First light')))
+    assert any('Sec-Ch-Ua' in request.headers for request in site.requests)
     check_film(STATE / 'videos' / post_row['filename'])
     configure(security={'allowed_domains': '*', 'allow_private_targets': 'on'})
     before = show('MainPID')
@@ -229,6 +240,7 @@ def check_upgrade():
 def first_boot():
     check_fresh_install()
     check_command()
+    check_impersonation()
     with t.Standin() as site:
         let_in(site)
         check_downloads(site)
