@@ -206,6 +206,39 @@ def trusting(ca: Path) -> ssl.SSLContext:
     return ssl.create_default_context(cafile=str(ca))
 
 
+def new_folder() -> Path:
+    """An empty folder, which goes with RUN."""
+    return Path(tempfile.mkdtemp(dir=RUN))
+
+
+def new_program(file: Path, text: str) -> Path:
+    """A shell script that can be run."""
+    file.write_text(f'#!/bin/sh\n{text}\n')
+    file.chmod(0o755)
+    return file
+
+
+def patched(test: Any, patch: Any) -> None:
+    """Patches until the end of the test, or of the class."""
+    patch.start()
+    (test.addClassCleanup if isinstance(test, type) else test.addCleanup)(patch.stop)
+
+
+def open_store(test: unittest.TestCase, file: Optional[Path] = None, **outgoing: List[str]) -> Any:
+    """A Store until the end of the test."""
+    store = v.Store(file or new_folder() / 'd.db')
+    store.outgoing.update(outgoing)
+    store.open()
+    test.addCleanup(store.close)
+    return store
+
+
+def change_database(file: Path, statement: str, rows: Sequence[Sequence[Any]] = ((),)) -> None:
+    """Executes and commits, past the program."""
+    with contextlib.closing(sqlite3.connect(str(file))) as db, db:
+        db.executemany(statement, rows)
+
+
 def reserved(port: int = 0) -> socket.socket:
     """Keeps a port of the loopback: nobody listens at it, nobody is given it, a daemon may be told to take it."""
     sock = socket.socket()
@@ -229,6 +262,36 @@ def files_below(folder: Path) -> Dict[Path, int]:
     return dict(sorted(found.items()))
 
 
+class LocalServer(ThreadingHTTPServer):
+    """A server on 127.0.0.1 that runs as soon as it is made."""
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, handler: Any, test: Optional[unittest.TestCase] = None):
+        super().__init__(('127.0.0.1', 0), handler)
+        self.url = f'http://127.0.0.1:{self.server_port}'
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        if test:
+            test.addCleanup(self.end)
+
+    def end(self) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    def log_message(self, *args: Any) -> None:
+        """Says nothing."""
+
+    def reply(self, status: int, body: bytes = b'', kind: str = 'text/html') -> None:
+        self.send_response(status)
+        self.send_header('Content-Type', kind)
+        self.send_header('Content-Length', str(len(body)))
+        self.end_headers()
+        with contextlib.suppress(OSError):  # a client that was killed
+            self.wfile.write(body)
+
+
 class Answer(NamedTuple):
     """An answer; `json` is the parsed body, or the bytes of one that is not JSON."""
     status: int
@@ -246,7 +309,6 @@ class Client:
         self.kept: Any = None
 
     def connection(self) -> Any:
-        """A new connection, of http.client."""
         if not self.context:
             return http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
         return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=self.context)
@@ -274,15 +336,12 @@ class Client:
         return Answer(reply.status, reply.headers, json.loads(data) if is_json else data)
 
     def get(self, path: str, **headers: str) -> Answer:
-        """GET."""
         return self.request('GET', path, None, **headers)
 
     def post(self, path: str, body: Any = None, **headers: str) -> Answer:
-        """POST of JSON, of bytes, or of nothing."""
         return self.request('POST', path, body, **headers)
 
     def delete(self, path: str, **headers: str) -> Answer:
-        """DELETE."""
         return self.request('DELETE', path, None, **headers)
 
     def socket(self) -> socket.socket:
@@ -304,7 +363,6 @@ class Client:
         return answer
 
     def close(self) -> None:
-        """Ends the kept connection."""
         if self.kept:
             self.kept.close()
             self.kept = None
@@ -349,7 +407,6 @@ class Daemon:
 
     @property
     def file(self) -> Path:
-        """Its config.ini."""
         return self.folder / 'config.ini'
 
     def configure(self, **settings: Dict[str, Any]) -> None:
@@ -416,15 +473,12 @@ class Daemon:
         return True
 
     def new_client(self, **options: Any) -> Client:
-        """A further client; options as Client has them."""
         return Client(self.port, self.folder / 'certs/ca.crt' if self.config.server.tls else None, **options)
 
     def running(self) -> bool:
-        """Is the process there?"""
         return bool(self.process) and self.process.poll() is None
 
     def wait_exit(self, seconds: float = 10) -> int:
-        """Its exit code, once it has ended."""
         try:
             self.exit_code = self.process.wait(fair(seconds))
         except subprocess.TimeoutExpired:
@@ -432,7 +486,6 @@ class Daemon:
         return self.exit_code
 
     def signal(self, number: int) -> None:
-        """Sends it a signal."""
         os.kill(self.pid if self.port else self.process.pid, number)
 
     def kill(self) -> None:
@@ -448,13 +501,11 @@ class Daemon:
         return time.monotonic() - began
 
     def restart(self) -> 'Daemon':
-        """Stops it as a service manager does, and starts it anew (on another port)."""
         if self.running():
             self.terminate()
         return self.start()
 
     def close(self) -> None:
-        """Kills it and all it started; removes its folder."""
         Daemon.alive.discard(self)
         if self.poller:
             self.poller.close()
@@ -474,7 +525,6 @@ class Daemon:
         return body['download_id']
 
     def status(self, id: str) -> Dict[str, Any]:
-        """The status row of a download."""
         try:
             status, _, body = self.poller.get(f'/api/v1/status/{id}')
         except (OSError, http.client.HTTPException):  # a kept connection may end at any time
@@ -515,11 +565,9 @@ class Daemon:
         return row
 
     def download(self, url: str, seconds: float = 30, **fields: Any) -> Dict[str, Any]:
-        """Submits, waits, and returns the completed row."""
         return self.wait_status(self.submit(url, **fields), 'completed', seconds)
 
     def fails(self, url: str, seconds: float = 30, **fields: Any) -> Dict[str, Any]:
-        """Submits, waits, and returns the failed row."""
         return self.wait_status(self.submit(url, **fields), 'failed', seconds)
 
     def clear(self) -> None:
@@ -536,7 +584,6 @@ class Daemon:
             return [dict(row) for row in database.execute(query, values)]
 
     def row(self, id: str) -> Dict[str, Any]:
-        """The database's row of a download."""
         return self.rows('SELECT * FROM downloads WHERE id = ?', id)[0]
 
     def files(self) -> List[str]:
@@ -557,7 +604,6 @@ class Daemon:
         return id
 
     def log(self) -> str:
-        """All it has logged and printed."""
         found = []
         for path in (self.folder / 'console.txt', self.folder / 'logs/server.log'):
             with contextlib.suppress(FileNotFoundError):  # not begun yet, or just being moved aside
@@ -565,7 +611,6 @@ class Daemon:
         return '\n'.join(found)
 
     def tail(self, lines: int = 40) -> str:
-        """The last lines of its log."""
         return '\n'.join(self.log().splitlines()[-lines:])
 
     def rss(self) -> float:
@@ -576,11 +621,9 @@ class Daemon:
             return int(subprocess.check_output(['ps', '-o', 'rss=', '-p', str(self.pid)])) / 1024
 
     def threads(self) -> int:
-        """How many threads it has."""
         return len(os.listdir(f'/proc/{self.pid}/task'))
 
     def descriptors(self) -> List[str]:
-        """What its open file descriptors point to."""
         found = []
         for path in Path(f'/proc/{self.pid}/fd').iterdir():
             with contextlib.suppress(OSError):
@@ -600,7 +643,6 @@ class Daemon:
 
 @atexit.register
 def kill_the_living() -> None:
-    """What an interrupted run has left."""
     for daemon in list(Daemon.alive):
         daemon.close()
 
@@ -684,7 +726,6 @@ def global_uses(code: Any) -> List[Tuple[str, int, str]]:
 
 
 def functions(tree: ast.AST) -> List[Any]:
-    """All functions and methods, nested ones too."""
     return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
 
 
@@ -700,7 +741,6 @@ def imported(tree: ast.AST) -> List[Tuple[str, int]]:
 
 
 def banners(source: str) -> Dict[str, int]:
-    """Line of each section's banner."""
     return {found[1]: source.count('\n', 0, found.start()) + 1
             for found in re.finditer(r'^# -{10} (\w+) -+$', source, re.M)}
 
@@ -742,7 +782,7 @@ class TestLaw(unittest.TestCase):
             self.assertRegex(done.stderr, said)
 
     def test_files_beside_the_program_are_not_taken_for_pythons_own(self):
-        folder = Path(tempfile.mkdtemp(dir=RUN))
+        folder = new_folder()
         for name in ('email', 'calendar', 'http', 'json', 'ssl', 'argparse', 'configparser'):
             (folder / f'{name}.py').write_text('raise SystemExit("taken")')
         shutil.copy(HERE / 'videoserverd.py', folder)
@@ -1009,7 +1049,6 @@ class TestSamePost(DaemonTest):
     settings = {'downloads': {'max_concurrent': 2}}
 
     def get(self, link: Any, **fields: Any) -> Answer:
-        """Post a link; the answer, once the download has ended."""
         told = self.daemon.client.post('/api/v1/download', {'url': str(link), **fields})
         self.daemon.wait_status(told.json['download_id'], 'completed')
         return told
@@ -1206,10 +1245,9 @@ class TestCancel(DaemonTest):
 
     def sleepy_ffmpeg(self) -> str:
         """A PATH whose ffmpeg tells its version and never ends a merge."""
-        folder = Path(tempfile.mkdtemp(dir=RUN))
-        script = f'#!/bin/sh\ncase "$*" in *-c*copy*) exec sleep 60;; esac\nexec {shutil.which("ffmpeg")} "$@"\n'
-        (folder / 'ffmpeg').write_text(script)
-        (folder / 'ffmpeg').chmod(0o755)
+        folder = new_folder()
+        new_program(folder / 'ffmpeg',
+                    f'case "$*" in *-c*copy*) exec sleep 60;; esac\nexec {shutil.which("ffmpeg")} "$@"')
         (folder / 'ffprobe').symlink_to(shutil.which('ffprobe'))
         return f'{folder}{os.pathsep}{os.environ["PATH"]}'
 
@@ -1337,7 +1375,7 @@ def ffmpeg_made(suffix: str, *options: str) -> bytes:
     """What ffmpeg makes of TINY_MP4 with `options`; TINY_MP4 itself where there is none or it cannot."""
     if not shutil.which('ffmpeg'):
         return TINY_MP4
-    folder = Path(tempfile.mkdtemp(dir=RUN))
+    folder = new_folder()
     source, target = folder / 'tiny.mp4', folder / f'made{suffix}'
     source.write_bytes(TINY_MP4)
     done = subprocess.run(['ffmpeg', '-v', 'error', '-nostdin', '-i', str(source), *options, str(target)],
@@ -1356,7 +1394,6 @@ def movie(size: int = 0, seed: Any = 0, codec: str = 'h264') -> bytes:
 
 
 def sound(size: int = 0, seed: Any = 0) -> bytes:
-    """A playable m4a of `size` bytes."""
     return padded_mp4(ffmpeg_made('.m4a', '-vn', '-c:a', 'copy'), size, seed)
 
 
@@ -1371,7 +1408,6 @@ def fragments(stream: str, number: int) -> Tuple[bytes, List[bytes]]:
 
 
 def run_openssl(*args: Any, data: bytes = b'') -> bytes:
-    """What the openssl command prints."""
     return subprocess.run([judge(), *map(str, args)], input=data, check=True,
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
 
@@ -1457,7 +1493,6 @@ class SiteRoute:
 
     @property
     def hits(self) -> int:
-        """Requests so far."""
         return len(self.requests)
 
     @property
@@ -1466,7 +1501,6 @@ class SiteRoute:
         return [request.headers.get('Range', '') for request in self.requests]
 
     def wait_hits(self, number: int = 1, seconds: float = 20) -> None:
-        """Waits for the n-th request."""
         wait_until(lambda: self.hits >= number, seconds, lambda: f'{number} requests, got {self.hits}')
 
     def wait_held(self, number: int = 1, seconds: float = 20) -> None:
@@ -1474,7 +1508,6 @@ class SiteRoute:
         wait_until(lambda: self.held >= number, seconds, lambda: f'{number} transfers held, got {self.held}')
 
     def release(self) -> None:
-        """Lets held transfers go on, and later ones pass."""
         self.hold_at = None
         self.gate.set()
 
@@ -1483,7 +1516,6 @@ class SiteRoute:
         return '"%08x"' % zlib.crc32(body)
 
     def reply(self, request: SiteRequest) -> SiteReply:
-        """The answer when nothing misbehaves."""
         if self.cookie and self.cookie not in request.headers.get('Cookie', ''):
             return 403, {}, b'no cookie'
         if self.redirect:
@@ -1536,11 +1568,10 @@ class SiteWriter:
         """Nothing is buffered."""
 
     def close(self) -> None:
-        """The connection is closed elsewhere."""
         self.closed = True
 
 
-class SiteHandler(BaseHTTPRequestHandler):
+class SiteHandler(QuietHandler):
     """Answers for all hosts: as a proxy (CONNECT or an absolute URL) or as the origin itself."""
     protocol_version = 'HTTP/1.1'
     timeout = 60
@@ -1558,9 +1589,6 @@ class SiteHandler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):
             self.connection.shutdown(socket.SHUT_WR)
         self.connection.close()
-
-    def log_message(self, *args: Any) -> None:
-        """Says nothing."""
 
     def do_CONNECT(self) -> None:
         self.tunnel = self.path.rpartition(':')[0].strip('[]').lower()
@@ -1594,7 +1622,6 @@ class SiteHandler(BaseHTTPRequestHandler):
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
 
     def answer(self, request: SiteRequest, route: SiteRoute, trouble: Any) -> None:
-        """Sends the answer, or what `trouble` makes of it."""
         if trouble in ('reset', 'hang'):
             return self.cut(trouble)
         status, headers, body = route.reply(request)
@@ -1655,15 +1682,12 @@ class SiteHandler(BaseHTTPRequestHandler):
         return bool(readable) or self.site.closing
 
 
-class SiteServer(ThreadingHTTPServer):
+class SiteServer(LocalServer):
     """A listener of the stand-in; `encrypted`: TLS from the first byte."""
-    daemon_threads = True
-    request_queue_size = 128
 
     def __init__(self, site: 'Standin', encrypted: bool):
-        super().__init__(('127.0.0.1', 0), SiteHandler)
         self.site, self.encrypted = site, encrypted
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        super().__init__(SiteHandler)
 
     def handle_error(self, *args: Any) -> None:
         """Clients go away: that is what they are made to do here."""
@@ -1675,7 +1699,6 @@ def script_json(value: Any) -> str:
 
 
 def html_page(*inside: str) -> bytes:
-    """A page with `inside` in its body."""
     return ('<!DOCTYPE html><html><head><title>x</title></head><body>' + '\n'.join(inside) + '</body></html>').encode()
 
 
@@ -1713,11 +1736,9 @@ class Standin:
         self.furniture()
 
     def close(self) -> None:
-        """Ends all transfers and listeners."""
         self.closing = True
         for server in self.servers:
-            server.shutdown()
-            server.server_close()
+            server.end()
 
     def __enter__(self) -> 'Standin':
         return self
@@ -1742,7 +1763,6 @@ class Standin:
         return self.routes[key]
 
     def knows(self, host: str) -> bool:
-        """Is there anything at `host`?"""
         return any(host == known for known, _ in self.routes) or bool(re.fullmatch(r'[\d.]+|[\da-f:]+', host))
 
     def asked(self, host: str = '', path: str = '') -> List[SiteRequest]:
@@ -1750,7 +1770,6 @@ class Standin:
         return [r for r in list(self.requests) if r.host.endswith(host) and r.path.startswith(path)]
 
     def furniture(self) -> None:
-        """What the sites have besides posts."""
         self.add('www.tiktok.com', '/login', html_page('Log in'))
         for host in ('vm.tiktok.com', 'vt.tiktok.com', 'm.tiktok.com', 'instagram.com'):
             self.add(host, '/', html_page())
@@ -1764,7 +1783,6 @@ class Standin:
         self.instagram_posts: Dict[str, Dict[str, Any]] = {}
 
     def number(self) -> int:
-        """A media number of its own, as long as the sites' are."""
         return self.numbers.randrange(7 * 10 ** 18, 75 * 10 ** 17)
 
     # -- TikTok
@@ -1810,14 +1828,12 @@ class Standin:
         return {**routes, 'music': music}, {'images': images, 'cover': images[0], 'title': ''}
 
     def tiktok_media(self, id: str, form: str, size: int, codecs: bool, behaviour: Dict[str, Any]) -> SiteRoute:
-        """The CDN's route of one format."""
         codec = 'h265' if codecs and form.startswith('bytevc1') else 'h264'
         body = behaviour.get('body') or movie(size, (id, form), codec)
         return self.add('v16-webapp-prime.us.tiktok.com', f'/video/tos/{id}/{form}/', type='video/mp4',
                         **{'cookie': 'tt_chain_token=chain', **behaviour, 'body': body})
 
     def tiktok_item(self, id: str, title: str, user: str, routes: Dict[str, SiteRoute], known_size: bool) -> Any:
-        """The itemStruct of a post."""
         base = f'https://v16-webapp-prime.us.tiktok.com/video/tos/{id}/'
         rates = [{'GearName': form, 'Bitrate': 900_000 + at, 'CodecType': form.split('_')[0], 'PlayAddr': {
             'Uri': id, 'UrlKey': f'v12044gd0000_{form}_{900_000 + at}',
@@ -1836,7 +1852,6 @@ class Standin:
             'stats': {'diggCount': 1, 'shareCount': 2, 'commentCount': 3, 'playCount': 4}}
 
     def tiktok_page(self, detail: Dict[str, Any], state: str) -> Callable[[SiteRequest], SiteReply]:
-        """The function that answers for a post's page."""
         data = script_json({'__DEFAULT_SCOPE__': {'webapp.video-detail': detail}})
         fine = html_page(f'<script id="__UNIVERSAL_DATA_FOR_REHYDRATION__" type="application/json">{data}</script>')
         digest = base64.b64encode(hashlib.sha256(b'salt' + b'77').digest()).decode()
@@ -2069,7 +2084,6 @@ def dash_manifest(sets: Sequence[Tuple[str, str, str, int, str]]) -> str:
 # Pure functions, judged by others: a browser's idea of a URL (WHATWG), yt-dlp's own parser.
 
 def security(domains: Sequence[str] = ('tiktok.com', 'instagram.com'), private: bool = False) -> Any:
-    """A [security] section."""
     return v.SimpleNamespace(allowed_domains=tuple(domains), allow_private_targets=private, max_url_length=2048)
 
 
@@ -2977,12 +2991,8 @@ class TestStoredBeforeAcknowledged(DaemonTest):
 
     def test_requests_that_arrive_during_a_commit_share_the_next(self):
         with Strace(self.daemon, 'fdatasync:delay_enter=500000') as trace:
-            threads = [threading.Thread(target=self.daemon.submit, args=(tiktok_link(1000 + number),))
-                       for number in range(24)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
+            with ThreadPoolExecutor(24) as pool:
+                list(pool.map(self.daemon.submit, map(tiktok_link, range(1000, 1024))))
         syncs = sum(bool(re.match(r'fdatasync\(\d+<[^>]*-wal>', line)) for line in trace.lines())
         self.assertEqual(sum('HTTP/1.1 202' in line for line in trace.lines()), 24)
         self.assertLessEqual(syncs, 6)
@@ -2999,9 +3009,7 @@ class TestStoredBeforeAcknowledged(DaemonTest):
                 self.daemon.submit(tiktok_link(6), timestamp=time.monotonic_ns())
 
     def test_a_commit_of_nothing_does_not_say_that_the_disk_works_again(self):
-        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
-        store.open()
-        self.addCleanup(store.close)
+        store = open_store(self)
         store.error = 'disk I/O error'
         store.write(lambda db: db.execute('DELETE FROM downloads'))
         self.assertEqual(store.error, 'disk I/O error')
@@ -3120,14 +3128,12 @@ class KillTally:
         """So many lives of the daemon, each ended by kill -9 at a random moment under load."""
         for _ in range(number):
             end = threading.Event()
-            posters = [threading.Thread(target=self.post, args=(end,)) for _ in range(3)]
-            for poster in posters:
-                poster.start()
-            time.sleep(self.chance.uniform(0.0, 0.7))
-            self.daemon.kill()
-            end.set()
-            for poster in posters:
-                poster.join()
+            with ThreadPoolExecutor(3) as pool:
+                for _ in range(3):
+                    pool.submit(self.post, end)
+                time.sleep(self.chance.uniform(0.0, 0.7))
+                self.daemon.kill()
+                end.set()
             self.daemon.start()
 
     def post(self, end: threading.Event) -> None:
@@ -3160,7 +3166,7 @@ class TestLog(unittest.TestCase):
     """One writer: lines cost a request no system call, and what matters is on disk before anything may end."""
 
     def setUp(self):
-        folder = Path(tempfile.mkdtemp(dir=RUN))
+        folder = new_folder()
         self.file = folder / 'logs/server.log'
         self.writer = v.LogWriter(SimpleNamespace(file=self.file, max_size=0, backup_count=0))
         self.addCleanup(self.writer.close)
@@ -3170,9 +3176,7 @@ class TestLog(unittest.TestCase):
             if fd == self.writer.fd:
                 self.writes.append(data)
             return real(fd, data)
-        patch = unittest.mock.patch.object(os, 'write', write)
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched(self, unittest.mock.patch.object(os, 'write', write))
 
     def say(self, message, level=logging.INFO):
         self.writer.handle(logging.LogRecord('x', level, '', 0, message, (), None))
@@ -3254,16 +3258,10 @@ class TestPhone(DaemonTest):
             self.assertNotIn(again['downloadUUID'], ids)
 
     def test_same_one_when_both_arrive_at_once(self):
-        ids = []
-        threads = [threading.Thread(target=lambda: ids.append(self.daemon.new_client().post(
-            '/api/v1/download', {'url': tiktok_link(2), 'client_id': 'a', 'timestamp': 1}).json['download_id']))
-            for _ in range(12)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        self.assertEqual(len(ids), 12)
-        self.assertEqual(len(set(ids)), 1)
+        wanted = {'url': tiktok_link(2), 'client_id': 'a', 'timestamp': 1}
+        with ThreadPoolExecutor(12) as pool:
+            answers = [pool.submit(self.daemon.new_client().post, '/api/v1/download', wanted) for _ in range(12)]
+        self.assertEqual(len({answer.result().json['download_id'] for answer in answers}), 1)
 
     def test_a_timestamp_of_any_size_is_only_compared(self):
         huge = 10 ** 60
@@ -3660,9 +3658,7 @@ class TestCommands(DaemonTest):
                 self.assertIn(f'[{section}] {key} = {row.default}\n    {row.help}', settings)
 
     def test_where_a_service_is_installed_commands_by_hand_are_the_services(self):
-        command = Path(tempfile.mkdtemp(dir=RUN)) / 'videoserverd'
-        command.write_text('#!/bin/sh\necho "the service: $*"\n')
-        command.chmod(0o755)
+        command = new_program(new_folder() / 'videoserverd', 'echo "the service: $*"')
         daemon = self.new_daemon(start=False, hurry={'INSTALLED': str(command), 'AS_SERVICE': str(command)})
         for words in (['phone', '--port', '0'], ['list'], ['setup'], []):
             shown = subprocess.check_output([sys.executable, str(daemon.program), *words], encoding='utf-8')
@@ -3943,18 +3939,15 @@ class TestAccidents(unittest.TestCase):
     """Whatever goes wrong, a link is stored and gets its turn."""
 
     def setUp(self):
-        folder = Path(tempfile.mkdtemp(dir=RUN))
+        folder = new_folder()
         self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(folder),
                                            'VIDEOSERVER_DATABASE_PATH': str(folder / 'd.db')})
-        self.store = v.Store(folder / 'd.db')
-        self.store.open()
-        self.addCleanup(self.store.close)
+        self.store = open_store(self, folder / 'd.db')
         self.scheduler = v.Scheduler(self.config, self.store, v.Board(), None, lambda: None, lambda *_: None, None)
         submission = v.parse_submission({'url': 'https://www.tiktok.com/@a/video/1'}, self.config.security)
         self.download_id = self.store.add_many([submission], 1)[0].id
 
     def is_waiting(self, now: int = 5) -> bool:
-        """Whether it is the next, now or in a minute."""
         return [row['id'] for row in self.store.waiting(now, 60, 2)] == [self.download_id]
 
     def test_half_an_emoji_in_a_title_is_stored(self):
@@ -3994,9 +3987,7 @@ class TestAccidents(unittest.TestCase):
         file = v.MediaFile('a.mp4', 1, 'video/mp4')
         self.store.finish(self.download_id, v.Outcome('done', title='Larks', files=(file,)), Path('/tmp'), 6)
         self.store.close()
-        self.store = v.Store(self.config.database.path)
-        self.store.open()
-        self.addCleanup(self.store.close)
+        self.store = open_store(self, self.config.database.path)
         self.assertEqual((self.store.page(9, q='lark')[0], self.store.indexed), (1, False))
         self.assertEqual((self.store.index_some(), self.store.index_some()), (True, False))
         self.assertEqual(self.searched('lark'), 1)
@@ -4007,13 +3998,10 @@ class TestAccidents(unittest.TestCase):
 
     def test_an_sqlite_without_fts5_stores_and_searches_all_the_same(self):
         self.store.close()
-        with contextlib.closing(sqlite3.connect(str(self.config.database.path))) as db:
+        with contextlib.closing(sqlite3.connect(str(self.config.database.path))) as db, db:
             db.execute('PRAGMA writable_schema = ON')
             db.execute("UPDATE sqlite_master SET sql = replace(sql, 'fts5', 'nofts') WHERE name = 'search'")
-            db.commit()
-        self.store = v.Store(self.config.database.path)
-        self.store.open()
-        self.addCleanup(self.store.close)
+        self.store = open_store(self, self.config.database.path)
         self.assertEqual((self.store.searches, self.store.index_some()), (False, False))
         self.store.claim(self.download_id, 2)
         self.store.move('give_up', self.download_id, 3, error_message='x')
@@ -4022,7 +4010,7 @@ class TestAccidents(unittest.TestCase):
     def test_what_cannot_lock_or_sync_is_not_called_damaged(self):
         for said, word in (('disk I/O error', 'local disk'), ('database is locked', 'local disk'),
                            ('database disk image is malformed', 'damaged')):
-            store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'new.db')
+            store = v.Store(new_folder() / 'new.db')
             store._writer = unittest.mock.Mock()
             store._writer.execute.side_effect = sqlite3.OperationalError(said)
             with unittest.mock.patch.object(store, '_connect_writer'), self.assertRaisesRegex(v.Trouble, word):
@@ -4207,25 +4195,24 @@ class TestAccidents(unittest.TestCase):
         def look():
             while not done.is_set():
                 v.Lock(path).running()
-        looking = [threading.Thread(target=look) for _ in range(2)]
-        for thread in looking:
-            thread.start()
-        try:
-            for _ in range(50):
-                lock = v.Lock(path)
-                lock.take()
-                lock.release()
-        finally:
-            done.set()
-            for thread in looking:
-                thread.join()
+        with ThreadPoolExecutor(2) as pool:
+            self.addCleanup(done.set)
+            looking = [pool.submit(look) for _ in range(2)]
+            try:
+                for _ in range(50):
+                    lock = v.Lock(path)
+                    lock.take()
+                    lock.release()
+            finally:
+                done.set()
+        self.assertEqual([look.result() for look in looking], [None] * 2)
 
 
 class TestLeftovers(unittest.TestCase):
     """What nobody waits for any more goes; nothing else does."""
 
     def setUp(self):
-        folder = Path(tempfile.mkdtemp(dir=RUN))
+        folder = new_folder()
         self.output = folder / 'Müller'
         self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(self.output),
                                            'VIDEOSERVER_DATABASE_PATH': str(folder / 'data/d.db'),
@@ -4323,7 +4310,6 @@ def ytdlp_folder() -> Path:
 
 
 def full_disk(free: int) -> Any:
-    """Patches free_space to tell of so many bytes."""
     return unittest.mock.patch.object(v, 'free_space', lambda folder: free)
 
 
@@ -4337,9 +4323,7 @@ class DownloadTest(unittest.TestCase):
     def setUpClass(cls) -> None:
         cls.site = Standin()
         cls.addClassCleanup(cls.site.close)
-        patch = unittest.mock.patch.dict(os.environ, {'SSL_CERT_FILE': cls.site.ca_bundle})
-        patch.start()
-        cls.addClassCleanup(patch.stop)
+        patched(cls, unittest.mock.patch.dict(os.environ, {'SSL_CERT_FILE': cls.site.ca_bundle}))
         logging.getLogger('videoserverd').setLevel(logging.CRITICAL)
         cls.addClassCleanup(logging.getLogger('videoserverd').setLevel, logging.NOTSET)
         quiet = warnings.catch_warnings()
@@ -4349,7 +4333,7 @@ class DownloadTest(unittest.TestCase):
 
     def setUp(self) -> None:
         warnings.simplefilter('ignore', ResourceWarning)  # yt-dlp leaves files open when it is stopped
-        self.folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.folder = new_folder()
         self.output = self.folder / 'out'
         self.output.mkdir()
         self.told: List[Any] = []
@@ -4373,11 +4357,9 @@ class DownloadTest(unittest.TestCase):
         return v.Attempt(job, config or self.config(), ytdlp_folder(), self.told.append)
 
     def fetch(self, url: str, *args: Any, **more: Any) -> Any:
-        """The Outcome of an Attempt."""
         return self.attempt(url, *args, **more).run()
 
     def direct_config(self, **sections: Any) -> Any:
-        """For direct links to 127.0.0.1."""
         return self.config(proxy=False, **{'security': ANYWHERE, **sections})
 
     def in_background(self, attempt: Any) -> Any:
@@ -4431,7 +4413,6 @@ class DownloadTest(unittest.TestCase):
 
 
 def gap(progress: Sequence[Any]) -> float:
-    """The largest fall of the percentage."""
     percents = [told.percent for told in progress]
     return max([a - b for a, b in zip(percents, percents[1:])], default=0)
 
@@ -4454,7 +4435,6 @@ class TestPosts(DownloadTest):
         self.assertEqual(os.listdir(self.output / '.incomplete'), [])
 
     def names(self, post: Any, *kinds: str, title: str = 'A caption') -> List[str]:
-        """How the files of a post of several are called."""
         return [f'{title}_{post.id}_{at}.{kind}' for at, kind in enumerate(kinds, 1)]
 
     def test_a_carousel_gives_all_its_videos_and_pictures_in_their_order(self):
@@ -4719,7 +4699,7 @@ class TestCookies(unittest.TestCase):
     """cookies.txt as people have it; what is said of it; nothing of its values is ever said."""
 
     def setUp(self):
-        self.folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.folder = new_folder()
         self.file = self.folder / 'mine.txt'
         self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADER_COOKIES_FILE': str(self.file),
                                            'VIDEOSERVER_DATABASE_PATH': str(self.folder / 'd.db')})
@@ -5218,7 +5198,6 @@ class TestResume(DownloadTest):
     """A partial file is continued if it is the same format and size, and never spliced with another."""
 
     def begin(self, post: Any, at: int = 500_000, **more: Any) -> None:
-        """An attempt that is stopped after `at` bytes."""
         media = post.media[0].set(hold_at=at)
         attempt = self.attempt(post, 'resumed', **more)
         run = self.in_background(attempt)
@@ -5382,9 +5361,7 @@ class TestResume(DownloadTest):
                         self.broken_off(kind, change)
 
     def test_kill_9_at_any_moment_never_leads_to_a_wrong_file(self):
-        patch = unittest.mock.patch.dict(os.environ, {'PATH': path_without_ffmpeg()})  # it would change the bytes
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched(self, unittest.mock.patch.dict(os.environ, {'PATH': path_without_ffmpeg()}))  # it changes bytes
         plain = self.site.tiktok(size=2_000_000, speed=2_000_000)
         pieces = self.site.direct('hls', size=2_000_000, parts=50, speed=2_000_000)
         for make_config, post in ((self.config, plain), (self.direct_config, pieces)):
@@ -5406,7 +5383,6 @@ class TestResume(DownloadTest):
                 self.assertLess(again, len(whole) // 10)
 
     def on_disk(self, post: Any) -> int:
-        """How much of a download is in its folder."""
         return sum(size for path, size in files_below(self.output / '.incomplete' / post.id).items()
                    if path.suffix not in ('.json', '.ytdl', '.new'))
 
@@ -5449,9 +5425,7 @@ class TestResume(DownloadTest):
         self.assertTrue((self.folder / 'outside').exists())
 
 
-SLEEPER = """#!/bin/sh
-case "$*" in *-bsfs*) echo "ffmpeg version 6.0";; *) echo "$*" > "$0.args"; exec sleep 60;; esac
-"""
+SLEEPER = 'case "$*" in *-bsfs*) echo "ffmpeg version 6.0";; *) echo "$*" > "$0.args"; exec sleep 60;; esac'
 
 
 class TestStop(DownloadTest):
@@ -5552,11 +5526,8 @@ class TestStop(DownloadTest):
 
     def fake_ffmpeg(self) -> Path:
         """A program that passes for ffmpeg and takes its time."""
-        fake = self.folder / 'bin' / 'ffmpeg'
-        fake.parent.mkdir()
-        fake.write_text(SLEEPER)
-        fake.chmod(0o755)
-        return fake
+        (self.folder / 'bin').mkdir()
+        return new_program(self.folder / 'bin/ffmpeg', SLEEPER)
 
     @unittest.skipUnless(sys.platform.startswith('linux'), 'elsewhere the next attempt does it')
     def test_kill_9_takes_ffmpeg_along(self):
@@ -5688,7 +5659,6 @@ class TestHostileSites(DownloadTest):
     """What a site sends to use up memory or time ends this one download."""
 
     def direct(self, path: str, body: bytes, type: str = 'text/html', **more: Any) -> Any:
-        """The outcome of a direct link to these bytes."""
         self.site.add('127.0.0.1', path, body, type, **more)
         return self.fetch(self.site.http + path, config=self.direct_config())
 
@@ -6130,7 +6100,6 @@ class TestAlone(DownloadTest):
     """yt-dlp in a process of its own: what is imported, and what it costs."""
 
     def said(self, code: str, env: Optional[Dict[str, str]] = None) -> List[str]:
-        """What a driver prints."""
         process = self.driver(code, env=env)
         text, _ = process.communicate(timeout=60)
         self.assertEqual(process.returncode, 0)
@@ -6215,9 +6184,7 @@ def be_lenient(test: unittest.TestCase) -> None:
             if script is LENIENT else line
     install = v.INSTALL.replace('try:', f'v.TRY_OUT = {LENIENT!r}\ntry:')
     for name, value in (('TRY_OUT', LENIENT), ('INSTALL', install), ('bare_python', apart)):
-        patch = unittest.mock.patch.object(v, name, value)
-        patch.start()
-        test.addCleanup(patch.stop)
+        patched(test, unittest.mock.patch.object(v, name, value))
 
 
 @functools.lru_cache(maxsize=None)
@@ -6277,18 +6244,15 @@ def unpack_compiled(version: str, files: Dict[str, str], folder: Path) -> None:
 @functools.lru_cache(maxsize=None)
 def no_pip() -> Path:
     """A PYTHONPATH with which `python -m pip` fails as it does on a Python without it."""
-    folder = Path(tempfile.mkdtemp(dir=RUN))
+    folder = new_folder()
     (folder / 'pip.py').write_text('raise SystemExit("No module named pip")\n')
     return folder
 
 
-class Index(ThreadingHTTPServer):
+class Index(LocalServer):
     """PyPI on 127.0.0.1, as far as yt-dlp is concerned: the JSON, the simple page, the wheels."""
-    daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(('127.0.0.1', 0), IndexHandler)
-        self.url = f'http://127.0.0.1:{self.server_address[1]}'
         self.wheels: Dict[str, bytes] = {}   # by file name
         self.files: Dict[str, List[Dict[str, Any]]] = {}  # by version, as in the JSON
         self.packages = {'yt-dlp': self.files}
@@ -6296,11 +6260,10 @@ class Index(ThreadingHTTPServer):
         self.json_is_there = True
         self.stall = threading.Event()  # set: wheels are let through
         self.stall.set()
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        super().__init__(IndexHandler)
 
     def add(self, version: str, files: Dict[str, str] = STUB, requires: str = '>=3.9', yanked: bool = False,
             more: Sequence[Any] = (), wrong_hash: bool = False) -> None:
-        """Puts a release on the index."""
         name, wheel = f'yt_dlp-{version}-py3-none-any.whl', make_wheel(version, files, more)
         digest = hashlib.sha256(wheel).hexdigest()
         self.wheels[name] = wheel + b'\0' if wrong_hash else wheel
@@ -6325,28 +6288,18 @@ class Index(ThreadingHTTPServer):
                 for name in (f'{names}.tar.gz', wheel)]}
 
     def fetched(self, version: str) -> List[str]:
-        """The User-Agents that have fetched the wheel of `version`."""
         return [agent for path, agent in self.asked if path.startswith(f'/wheels/yt_dlp-{version}-')]
 
     def end(self) -> None:
-        """Stops listening."""
         self.stall.set()
-        self.shutdown()
-        self.server_close()
+        super().end()
 
 
-class IndexHandler(BaseHTTPRequestHandler):
-    """Answers for Index."""
-
+class IndexHandler(QuietHandler):
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers.get('User-Agent', '').split('/')[0]))
         body = self.body()
-        self.send_response(200 if body else 404)
-        self.send_header('Content-Type', 'text/html')
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        with contextlib.suppress(OSError):  # a client that was killed
-            self.wfile.write(body)
+        self.reply(200 if body else 404, body)
 
     def body(self) -> bytes:
         server = self.server
@@ -6362,9 +6315,6 @@ class IndexHandler(BaseHTTPRequestHandler):
             return server.wheels.get(self.path[len('/wheels/'):], b'')
         return b''
 
-    def log_message(self, *_: Any) -> None:
-        pass
-
 
 class TestVendor(unittest.TestCase):
     """yt-dlp stays fresh: fetched, checked, tried out, switched, rolled back; against a fake index."""
@@ -6372,15 +6322,13 @@ class TestVendor(unittest.TestCase):
     def setUp(self) -> None:
         self.index = Index()
         self.addCleanup(self.index.end)
-        self.folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.folder = new_folder()
         self.vendor = v.Vendor(self.folder, self.index.url)
         be_lenient(self)
         self.environment(PYTHONPATH=str(no_pip()), VIDEOSERVER_API_KEYS='secret')
 
     def environment(self, **names: str) -> None:
-        patch = unittest.mock.patch.dict(os.environ, names)
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched(self, unittest.mock.patch.dict(os.environ, names))
 
     def with_pip(self) -> None:
         if importlib.util.find_spec('pip') is None:
@@ -6426,7 +6374,7 @@ class TestVendor(unittest.TestCase):
         self.assertEqual(self.index.fetched('9999.1.1'), ['pip'])
 
     def test_a_pip_that_lies_where_somebody_called_us_is_not_run(self) -> None:
-        folder = Path(tempfile.mkdtemp(dir=RUN))
+        folder = new_folder()
         for name in ('pip', 'compileall'):
             (folder / f'{name}.py').write_text(f'open({str(folder / "ran")!r}, "a").write({name!r})')
         self.with_pip()
@@ -6784,12 +6732,10 @@ class TestFreshness(unittest.TestCase):
     def setUp(self) -> None:
         self.index = Index()
         self.addCleanup(self.index.end)
-        self.vendor = v.Vendor(Path(tempfile.mkdtemp(dir=RUN)), self.index.url)
+        self.vendor = v.Vendor(new_folder(), self.index.url)
         self.loaded: Optional[Path] = None
         be_lenient(self)
-        hidden = unittest.mock.patch.dict(os.environ, PYTHONPATH=str(no_pip()))
-        hidden.start()
-        self.addCleanup(hidden.stop)
+        patched(self, unittest.mock.patch.dict(os.environ, PYTHONPATH=str(no_pip())))
 
     def freshness(self, automatic: bool = True, channel: str = 'stable') -> Any:
         settings = SimpleNamespace(auto_update=automatic, channel=channel)
@@ -6968,18 +6914,15 @@ class FreshDaemon(Daemon):
         self.start()
 
     def put(self, version: str, files: Dict[str, str], **state: Any) -> None:
-        """Installs `files` as `version` by hand."""
         unpack_compiled(version, files, self.vendor.folder / version)
         with self.vendor.locked():  # the server may be writing the note about what it uses
             self.vendor.remember(version=version, **state)
 
     def health(self) -> Dict[str, Any]:
-        """What health says."""
         return self.client.get('/api/v1/health').json
 
 
 def starts(daemon: Daemon) -> int:
-    """How often the process has begun anew, the first time included."""
     return daemon.log().count(': listening on ')
 
 
@@ -7180,7 +7123,7 @@ HARD_NAMES = [
 
 def publish_config(**s3) -> v.Config:
     """A configuration with an own output folder and these values in [s3]."""
-    folder = Path(tempfile.mkdtemp(dir=RUN))
+    folder = new_folder()
     (folder / 'out').mkdir()
     values = {'endpoint': 'http://127.0.0.1:1', 'bucket': 'videos', **s3}
     env = {f'VIDEOSERVER_S3_{key.upper()}': value for key, value in values.items()}
@@ -7192,7 +7135,6 @@ def publish_config(**s3) -> v.Config:
 
 
 def given(query: str) -> Dict[str, str]:
-    """The parameters of a query."""
     return {name: values[0] for name, values in parse_qs(query).items()}
 
 
@@ -7241,7 +7183,7 @@ class TestLinks(unittest.TestCase):
         self.assertFalse(v.check_signature(b'another secret', path, given(good), 1))
 
     def test_the_secret_is_made_once_and_is_the_owners_alone(self):
-        file = Path(tempfile.mkdtemp(dir=RUN)) / 'link.key'
+        file = new_folder() / 'link.key'
         first = v.link_secret(file)
         self.assertEqual((len(first), file.stat().st_mode & 0o777), (64, 0o600))
         self.assertEqual(v.link_secret(file), first)
@@ -7376,7 +7318,7 @@ def swift() -> Swift:
     """The one of this run, with a bucket `videos`."""
     if not Swift.installed:
         raise unittest.SkipTest('OpenStack Swift is not installed')
-    one = Swift(Path(tempfile.mkdtemp(dir=RUN)))
+    one = Swift(new_folder())
     atexit.register(one.kill)
     v.Bucket(publish_config(endpoint=one.url))._call('PUT', '')
     return one
@@ -7394,7 +7336,6 @@ def own_certificate(folder: Path) -> Tuple[Path, ssl.SSLContext]:
 
 
 def fetch(url: str) -> Tuple[int, Any, bytes]:
-    """(status, headers, body) of a GET."""
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=20)
     connection.request('GET', f'{parts.path}?{parts.query}')
@@ -7418,9 +7359,7 @@ class WithBucket(unittest.TestCase):
         v.log.setLevel('CRITICAL')  # it warns of each failure, and most of these tests are failures
 
     def setUp(self):
-        small = unittest.mock.patch.multiple(v, MULTIPART_ABOVE=2 * PART, PART_SIZE=PART)
-        small.start()
-        self.addCleanup(small.stop)
+        patched(self, unittest.mock.patch.multiple(v, MULTIPART_ABOVE=2 * PART, PART_SIZE=PART))
         self.relay = self.new_relay()
         self.config = self.new_config()
         self.output = self.config.downloads.output_directory
@@ -7488,7 +7427,6 @@ class TestBucket(WithBucket):
         self.assertEqual(fetch(self.bucket.presign(self.key(path), path.name, 60, now).replace('cat', 'dog'))[0], 403)
 
     def test_presigned_for_the_public_endpoint(self):
-        """`public_endpoint` is what a phone reaches; it is signed for, though files go to the inner one."""
         outer = self.new_relay()
         self.bucket = self.new_bucket(public_endpoint=outer.url)
         path = self.file()
@@ -7540,15 +7478,11 @@ class TestBucket(WithBucket):
         self.assertRegex(str(error), 'SSH-2.0')
 
     def test_what_swift_never_says(self):
-        """Answers of AWS and MinIO that Swift does not know, as sentences."""
         answers = []
 
-        class Canned(BaseHTTPRequestHandler):
+        class Canned(QuietHandler):
             def do_GET(self):
-                self.send_response(answers[0])
-                self.send_header('Content-Length', str(len(answers[1])))
-                self.end_headers()
-                self.wfile.write(answers[1])
+                self.reply(*answers)
 
             def do_PUT(self):  # as nginx does with a body that is too large: it does not read it
                 self.do_GET()
@@ -7556,14 +7490,7 @@ class TestBucket(WithBucket):
                     self.connection.shutdown(socket.SHUT_WR)
                     self.rfile.read(1 << 20)
                 self.close_connection = True
-
-            def log_message(self, *args):
-                pass
-        server = ThreadingHTTPServer(('127.0.0.1', 0), Canned)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.addCleanup(server.server_close)
-        self.addCleanup(server.shutdown)
-        bucket_config = publish_config(endpoint=f'http://127.0.0.1:{server.server_port}')
+        bucket_config = publish_config(endpoint=LocalServer(Canned, self).url)
         bucket = v.Bucket(bucket_config)
         for status, answer, said in [
                 (403, b'<Error><Code>InvalidAccessKeyId</Code></Error>', 'check AWS_ACCESS_KEY_ID'),
@@ -7580,7 +7507,6 @@ class TestBucket(WithBucket):
 
     @unittest.skipUnless(shutil.which('openssl'), 'openssl is not installed')
     def test_https_with_a_private_ca(self):
-        """https with a private CA that SSL_CERT_FILE names; without it the certificate is not trusted."""
         ca, context = own_certificate(self.config.folder)
         path, relay = self.file(size=3 * PART), self.new_relay(context)
         bucket = self.new_bucket(endpoint=relay.url)
@@ -7693,10 +7619,7 @@ class TestUploader(WithBucket):
 
     def setUp(self):
         super().setUp()
-        self.store = v.Store(self.config.folder / 'd.db')
-        self.store.outgoing['finish'] = ['upload']
-        self.store.open()
-        self.addCleanup(self.store.close)
+        self.store = open_store(self, finish=['upload'])
         self.uploader = self.new_uploader()
 
     def new_uploader(self):
@@ -7839,7 +7762,6 @@ class TestHostileServer(unittest.TestCase):
                 gone.wait(pause)
 
     def test_it_holds_nobody_up(self):
-        """Silence, a drip, a flood, an answer that is cut short or is none: an end within the limits."""
         drip, answers = [b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\nX: '] + [b'.'] * 200, []
 
         class Kept(http.client.HTTPResponse):
@@ -7866,29 +7788,19 @@ class TestHostileServer(unittest.TestCase):
         self.assertEqual([answer.closed for answer in answers], [True] * 6, 'nothing is left to the garbage collector')
 
 
-class Listener(ThreadingHTTPServer):
+class Listener(LocalServer):
     """Who is notified: keeps what is POSTed, answers with the statuses in `answers`, then 200."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(QuietHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers['Content-Length']))
             self.server.told.append((self.path, self.headers, body))
-            self.send_response(self.server.answers.pop(0) if self.server.answers else 200)
-            self.end_headers()
+            self.reply(self.server.answers.pop(0) if self.server.answers else 200)
 
-        def log_message(self, *args: Any) -> None:
-            """Says nothing."""
-
-    def __init__(self):
-        super().__init__(('127.0.0.1', 0), self.Handler)
+    def __init__(self, test: unittest.TestCase):
         self.told: List[Any] = []
         self.answers: List[int] = []
-        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
-
-    @property
-    def url(self) -> str:
-        """Its address."""
-        return f'http://127.0.0.1:{self.server_port}'
+        super().__init__(self.Handler, test)
 
 
 class TestNotify(DaemonTest):
@@ -7897,9 +7809,7 @@ class TestNotify(DaemonTest):
     together = 'notify'
 
     def setUp(self) -> None:
-        self.listener = Listener()
-        self.addCleanup(self.listener.server_close)
-        self.addCleanup(self.listener.shutdown)
+        self.listener = Listener(self)
         self.told = self.listener.told
 
     def started(self, url: str, hurry: Any = None, **env: str) -> Daemon:
@@ -7958,10 +7868,7 @@ class TestNotify(DaemonTest):
         self.assertEqual(json.loads(self.told[0][2])['download_id'], row['download_id'])
 
     def test_only_the_events_that_are_wanted(self):
-        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
-        store.outgoing.update(finish=['upload', 'notify'])
-        store.open()
-        self.addCleanup(store.close)
+        store = open_store(self, finish=['upload', 'notify'])
         outcome = v.Outcome('done', title='a', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),))
         for number, end in enumerate(('finish', 'give_up')):
             item = v.parse_submission({'url': tiktok_link(number)}, v.load_config(None, {}).security)
@@ -7978,10 +7885,7 @@ class TestNotify(DaemonTest):
 
     def test_what_cannot_be_told_holds_up_nothing_else(self):
         config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
-        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
-        store.outgoing['give_up'] = ['notify']
-        store.open()
-        self.addCleanup(store.close)
+        store = open_store(self, give_up=['notify'])
         id = store.add_many([v.parse_submission({'url': tiktok_link(1)}, config.security)], 0)[0].id
         store.fail('give_up', store.claim(id, 0), v.Outcome('give_up'), 0, Path('/'))
         store.note_problems(['x'], {'x': 'The disk is full.'}, 1)
@@ -7992,9 +7896,7 @@ class TestNotify(DaemonTest):
         self.assertEqual([json.loads(body)['message'] for _, _, body in self.told], ['The disk is full.'])
 
     def test_a_mistake_does_not_end_the_thread(self):
-        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
-        store.open()
-        self.addCleanup(store.close)
+        store = open_store(self)
         looks = unittest.mock.Mock(side_effect=[ZeroDivisionError, []])
         config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
         notifier = v.Notifier(config, store, None, '', looks)
@@ -8005,9 +7907,7 @@ class TestNotify(DaemonTest):
 
     def test_a_problem_that_lasts_is_told_once_also_across_restarts(self):
         config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
-        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'd.db')
-        store.open()
-        self.addCleanup(store.close)
+        store = open_store(self)
         problems: List[str] = []
 
         def looks(*found: List[str]) -> List[str]:
@@ -8029,15 +7929,13 @@ class TestKeep(unittest.TestCase):
 
     def make(self, keep: str) -> None:
         """Six downloads of 100 bytes, finished on day 0, 1, ...; the second one has a star."""
-        folder = Path(tempfile.mkdtemp(dir=RUN))
+        folder = new_folder()
         self.output = folder / 'out'
         self.output.mkdir()
         self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(self.output),
                                            'VIDEOSERVER_DATABASE_PATH': str(folder / 'd.db'),
                                            'VIDEOSERVER_DOWNLOADS_KEEP': keep})
-        self.store = v.Store(self.config.database.path)
-        self.store.open()
-        self.addCleanup(self.store.close)
+        self.store = open_store(self, self.config.database.path)
         self.care = v.Care(self.config, self.store, v.Board(), lambda: None)
         self.ids = [self.finish(day, f'{day}.mp4') for day in range(6)]
         self.store.write(lambda db: db.execute('UPDATE downloads SET starred = 1 WHERE id = ?', (self.ids[1],)))
@@ -8127,7 +8025,6 @@ class TestKeep(unittest.TestCase):
 
 
 def jpeg_size(data: bytes) -> Tuple[int, int]:
-    """(width, height) from the start-of-frame marker."""
     return struct.unpack('>HH', re.search(rb'\xff[\xc0-\xc2]..\x08(.{4})', data, re.S)[1])[::-1]
 
 
@@ -8146,7 +8043,6 @@ def tiktok_export(favorites: Sequence[str] = (), likes: Sequence[str] = (), hist
 
 
 def zipped(files: Dict[str, bytes]) -> bytes:
-    """A zip file of these."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, 'w', zipfile.ZIP_DEFLATED) as archive:
         for name, data in files.items():
@@ -8164,7 +8060,6 @@ class TestImports(DaemonTest):
     settings = {'downloads': {'import_pace': '0', 'max_retries': '0'}, 'security': {'requests_per_hour': '5'}}
 
     def send(self, data: bytes, name: str = 'export.zip', daemon: Any = None) -> Answer:
-        """Sends an export, to be looked into."""
         return (daemon or self.daemon).client.post(f'/api/v1/imports?name={name}', data,
                                                    Content_Type='application/octet-stream')
 
@@ -8177,7 +8072,6 @@ class TestImports(DaemonTest):
         return {group['group']: group['posts'] for group in body['groups']}
 
     def change(self, row: Dict[str, Any], verb: str, daemon: Any = None, **fields: Any) -> Answer:
-        """start, pause, resume or cancel."""
         answer = (daemon or self.daemon).client.post(f'/api/v1/imports/{row["import_id"]}/{verb}', fields)
         self.assertTrue(answer.json['message'], answer)
         return answer
@@ -8264,9 +8158,7 @@ class TestImports(DaemonTest):
         daemon = self.new_daemon(downloads={'import_pace': '3600'})
         row = self.send('\n'.join(shared_links(2500)).encode(), 'a.txt', daemon).json
         daemon.kill()
-        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
-            db.execute("UPDATE imports SET state = 'filling', chosen = 'links'")
-            db.commit()
+        change_database(daemon.database, "UPDATE imports SET state = 'filling', chosen = 'links'")
         daemon.start()
         wait_until(lambda: daemon.rows('SELECT state FROM imports')[0]['state'] == 'running', 20)
         self.assertEqual(len(daemon.rows('SELECT id FROM downloads WHERE import_id = ?', row['import_id'])), 2500)
@@ -8293,15 +8185,12 @@ class TestImports(DaemonTest):
         posts = [self.site.tiktok() for _ in range(3)]
         row = self.send('\n'.join(map(str, posts)).encode(), 'a.txt', daemon).json
         daemon.terminate()
-        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
-            db.execute("UPDATE imports SET state = 'filling', chosen = 'links'")
-            db.commit()
+        change_database(daemon.database, "UPDATE imports SET state = 'filling', chosen = 'links'")
         daemon.start()
         wait_until(lambda: daemon.rows('SELECT id FROM downloads'), 10, 'it is filled')
         daemon.kill()
-        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
-            db.execute("UPDATE downloads SET status = 'queued', reason = 'freeze', created_at = 9, files = NULL")
-            db.commit()
+        change_database(daemon.database, "UPDATE downloads SET status = 'queued', reason = 'freeze', created_at = 9, "
+                                         'files = NULL')
         daemon.start()
         self.assertEqual(self.wait_done(row, daemon)['completed'], 3)
 
@@ -8455,7 +8344,7 @@ class TestThumbnails(unittest.TestCase):
     """A small JPEG of each finished video, made once."""
 
     def setUp(self):
-        self.folder = Path(tempfile.mkdtemp(dir=RUN))
+        self.folder = new_folder()
         self.picture = self.folder / '7f.jpg'
 
     def video(self, name, source):
@@ -8667,7 +8556,6 @@ class TestFiles(FilesTest):
         self.assertNotEqual(self.get().headers['ETag'], etag)
 
     def test_any_name(self):
-        """Content-Disposition by RFC 6266 with the real name, found by its percent-encoded path."""
         for name in HARD_NAMES[1:]:
             with self.subTest(name):
                 status, headers, body = self.get(v.file_path(self.names, name))
@@ -8679,7 +8567,6 @@ class TestFiles(FilesTest):
         self.assertEqual((status, headers['Content-Length'], body), (200, '0', b''))
 
     def test_html_is_harmless(self):
-        """No script of a file ever runs with the rights of our page."""
         _, headers, _ = self.get(self.path('html'))
         self.assertEqual(headers['X-Content-Type-Options'], 'nosniff')
         self.assertRegex(headers['Content-Security-Policy'], r"default-src 'none'.*sandbox(;|$)")
@@ -8746,16 +8633,14 @@ class TestDeleted(FilesTest):
     def test_a_file_in_a_folder_is_served_by_the_link_that_is_told(self):
         (self.daemon.output / 'cats').mkdir()
         self.daemon.output.joinpath(self.kinds['empty']).rename(self.daemon.output / 'cats/a.mp4')
-        with contextlib.closing(sqlite3.connect(self.daemon.database)) as db, db:
-            db.execute('UPDATE downloads SET files = ? WHERE id = ?',
-                       (json.dumps([['cats/a.mp4', 0, 'video/mp4']]), self.ids['empty']))
+        change_database(self.daemon.database, 'UPDATE downloads SET files = ? WHERE id = ?',
+                        [(json.dumps([['cats/a.mp4', 0, 'video/mp4']]), self.ids['empty'])])
         file, = self.get(f'/api/v1/status/{self.ids["empty"]}').json['files']
         self.assertEqual(self.get('/' + file['path']).status, 200)
 
     def test_document_b_is_told_that_a_file_was_deleted_to_make_room(self):
-        with contextlib.closing(sqlite3.connect(self.daemon.database)) as db, db:
-            db.execute("UPDATE downloads SET reason = 'room', note = 'Deleted to make room.' WHERE id = ?",
-                       (self.ids['html'],))
+        change_database(self.daemon.database, "UPDATE downloads SET reason = 'room', note = 'Deleted to make room.' "
+                                              'WHERE id = ?', [(self.ids['html'],)])
         path = f'/getVideoDownloadPublicURL?URLTypeEnum=HTTPS&videoDownloadUUID={self.ids["html"]}'
         self.assertEqual((self.get(path).status, self.get(path).json), (
             418, {'errorCode': 'downloadFailed', 'errorMessage': 'Deleted to make room.'}))
@@ -9116,7 +9001,7 @@ def fields(file: Path) -> Dict[str, Any]:
 
 def sign_by_hand(config: Any, subject: str, names: str) -> Path:
     """A leaf for `names` (as openssl writes them) signed by the CA with no regard to its constraints."""
-    folder = Path(tempfile.mkdtemp(dir=RUN))
+    folder = new_folder()
     openssl('req', '-new', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-subj', f'/CN={subject}',
             '-keyout', folder / 'key', '-out', folder / 'request')
     (folder / 'extensions').write_text(
@@ -9143,7 +9028,6 @@ def own_pair(config: Any, days: int = 20) -> None:
 
 
 def contents(config: Any) -> Dict[str, bytes]:
-    """All files of the certificates' folder."""
     return {file.name: file.read_bytes() for file in config.server.ca_file.parent.iterdir()}
 
 
@@ -9273,7 +9157,6 @@ class TestCertificateForAnIPhone(unittest.TestCase):
 
 
 def last_of(found: Dict[str, Any]) -> int:
-    """Not After in epoch seconds."""
     return int(ssl.cert_time_to_seconds(found['Not After']))
 
 
@@ -9734,7 +9617,7 @@ while not os.waitpid(child, os.WNOHANG)[0]:
 
     @unittest.skipUnless(os.geteuid() == 0, 'only root can mount a small disk')
     def test_a_full_disk_leaves_the_old_pair(self):
-        folder = Path(tempfile.mkdtemp(dir=RUN))
+        folder = new_folder()
         mount = ['mount', '-t', 'tmpfs', '-o', 'size=120k', 'tmpfs', str(folder)]
         if subprocess.run(mount, stderr=subprocess.PIPE).returncode:
             self.skipTest('no mounting here')
@@ -9846,7 +9729,6 @@ SHELL_FILES = ('install.sh', 'gen_cert.sh', '.ci/run', '.ci/nspawn', '.ci/sid', 
 
 
 def values_of(config: Any) -> Dict[str, Any]:
-    """The settings of a Config, without where they come from."""
     return {section: vars(getattr(config, section)) for section in v.SETTINGS}
 
 
@@ -9861,7 +9743,6 @@ class TestConfigFile(unittest.TestCase):
                 self.assertIn(f'# {row.help}\n{key} = {row.default}'.rstrip() + '\n', body)
 
     def test_what_is_accepted(self):
-        """Each kind of value, as the environment gives it, and texts that are refused."""
         for name, fine, values, bad in (
                 ('SERVER_HOST', ['::', '127.0.0.1'], ['::', '127.0.0.1'], ['224.0.0.1', 'pi.local', '']),
                 ('SERVER_ACCEL_REDIRECT', ['', '/a/b-c/'], ['', '/a/b-c/'], ['/a', 'a/', '/ /']),
@@ -9895,10 +9776,9 @@ class TestInstallScript(unittest.TestCase):
 
     def install(self, *words: str, system: str = '') -> Any:
         """What `install.sh WORDS` says and its exit code; `system`: what uname claims."""
-        folder = Path(tempfile.mkdtemp(dir=RUN))
+        folder = new_folder()
         if system:
-            (folder / 'uname').write_text(f'#!/bin/sh\necho {system}\n')
-            (folder / 'uname').chmod(0o755)
+            new_program(folder / 'uname', f'echo {system}')
         env = {**clean_environment(), 'PATH': f'{folder}:{os.environ["PATH"]}', 'SUDO_USER': 'nobody', 'LC_ALL': 'C'}
         return subprocess.run(['sh', str(HERE / 'install.sh'), *words], env=env, cwd=str(folder), encoding='utf-8',
                               stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
@@ -9933,9 +9813,8 @@ class TestInstallScript(unittest.TestCase):
     @unittest.skipUnless(sys.platform == 'linux', 'Linux')
     def test_a_reduced_python_is_no_python(self):
         text = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
-        folder = Path(tempfile.mkdtemp(dir=RUN))
-        (folder / 'python3').write_text('#!/bin/sh\ncase $* in *shlex*) exit 1;; esac\n')  # as python3-minimal
-        (folder / 'python3').chmod(0o755)
+        folder = new_folder()
+        new_program(folder / 'python3', 'case $* in *shlex*) exit 1;; esac')  # as python3-minimal
         env = {**os.environ, 'PATH': f'{folder}:{os.environ["PATH"]}'}
         for step, said in (('missing_packages', 'python3 '), ('python=python3 dry=y; python_serves 9 || say no', 'no')):
             found = subprocess.check_output(['sh', '-c', text + step], env=env, encoding='utf-8')
@@ -10006,7 +9885,7 @@ class TestServiceFiles(unittest.TestCase):
 
     def unit(self) -> Path:
         """The unit with the Python that is here, since systemd-analyze looks for it."""
-        file = Path(tempfile.mkdtemp(dir=RUN)) / 'videoserver.service'
+        file = new_folder() / 'videoserver.service'
         file.write_text((HERE / 'videoserver.service').read_text().replace('/usr/bin/python3', sys.executable))
         return file
 
@@ -10128,7 +10007,6 @@ class Nginx:
         return client
 
     def close(self) -> None:
-        """Ends it."""
         self.process.terminate()
         self.process.wait(10)
 
@@ -10296,7 +10174,6 @@ class TestNginxAlone(unittest.TestCase):
 # What a phone never sends, but a television, a guest or a web page might.
 
 def http_answers(data: bytes) -> List[int]:
-    """The status codes in what came back."""
     return [int(code) for code in re.findall(rb'(?:^|\r\n\r\n|[}>\n])HTTP/1\.1 (\d{3}) ', data)]
 
 
@@ -10500,17 +10377,15 @@ class TestCrowd(DaemonTest):
     def test_eight_pages_wait_for_news_the_ninth_is_told_when_to_come_again(self):
         daemon = self.new_daemon()
         version = daemon.client.get('/api/v1/history').json['version']
-        path, answers = f'/api/v1/history?since={version}&wait=', []
-        threads = [threading.Thread(target=lambda: answers.append(daemon.new_client().get(path + '20').json))
-                   for _ in range(v.WATCHERS)]
-        for thread in threads:
-            thread.start()
-        wait_until(lambda: daemon.client.get(path + '0').json['poll_after'] == 3, 10)
-        self.assertEqual(answers, [])
-        daemon.submit(self.site.tiktok())
-        for thread in threads:
-            thread.join(fair(5))
-        self.assertEqual([answer['poll_after'] for answer in answers], [0] * v.WATCHERS)
+        path = f'/api/v1/history?since={version}&wait='
+        with ThreadPoolExecutor(v.WATCHERS) as pool:
+            answers = [pool.submit(daemon.new_client().get, path + '20') for _ in range(v.WATCHERS)]
+            wait_until(lambda: daemon.client.get(path + '0').json['poll_after'] == 3)
+            self.assertFalse(any(answer.done() for answer in answers))
+            began = time.monotonic()
+            daemon.submit(self.site.tiktok())
+        self.assertLess(time.monotonic() - began, fair(5))
+        self.assertEqual([answer.result().json['poll_after'] for answer in answers], [0] * v.WATCHERS)
 
     def test_slow_headers(self):
         with contextlib.ExitStack() as stack:
@@ -10560,13 +10435,11 @@ class TestCrowd(DaemonTest):
 
     @staticmethod
     def cpu(pid: int) -> float:
-        """Seconds of processor that a process has used."""
         fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
     @staticmethod
     def works(daemon: Daemon) -> bool:
-        """Does it take a link?"""
         try:
             return daemon.client.post('/api/v1/download', {'url': tiktok_link(1)}).status in (200, 202)
         except OSError:
@@ -10577,9 +10450,7 @@ class TestConnections(unittest.TestCase):
     """The server alone, in this process: what only shows with a hand on both ends of a connection."""
 
     def setUp(self):
-        patch = unittest.mock.patch.dict(v.PEER_STATES, new=(3.0, 0.0), idle=(1.0, 0.0), closing=(3.0, 0.0))
-        patch.start()
-        self.addCleanup(patch.stop)
+        patched(self, unittest.mock.patch.dict(v.PEER_STATES, new=(3.0, 0.0), idle=(1.0, 0.0), closing=(3.0, 0.0)))
         self.server = v.Server(v.listen('127.0.0.1', 0), v.App(new_config(), routes=v.ROUTES), None)
         self.server.app.hosts = frozenset(['localhost'])
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -10588,7 +10459,6 @@ class TestConnections(unittest.TestCase):
         self.peers = self.server._peers
 
     def connect(self) -> socket.socket:
-        """A client of it."""
         link = socket.create_connection(self.server.server_address[:2], fair(10))
         self.addCleanup(link.close)
         return link
@@ -10658,9 +10528,7 @@ class TestAlmostFull(DaemonTest):
         self.assertEqual(self.daemon.rows('SELECT count(*) AS n FROM downloads')[0]['n'], 0)
 
     def test_the_probe_writes_as_much_as_a_link(self):
-        store = v.Store(Path(tempfile.mkdtemp(dir=RUN)) / 'full.db')
-        store.open()
-        self.addCleanup(store.close)
+        store = open_store(self)
 
         def written(work, *args):
             before = Path(f'{store.path}-wal').stat().st_size
@@ -10748,11 +10616,9 @@ class TestLittleOfEverything(DaemonTest):
     def test_ten_thousand_queued_links(self):
         daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})
         daemon.terminate()
-        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db:
-            db.executemany("INSERT INTO downloads (id, url, client_id, status, created_at, last_updated) "
-                           "VALUES (?, ?, 'many', 'queued', 5, 5)",
-                           ((str(uuid.uuid4()), tiktok_link(number)) for number in range(10_000)))
-            db.commit()
+        change_database(daemon.database, "INSERT INTO downloads (id, url, client_id, status, created_at, last_updated) "
+                                         "VALUES (?, ?, 'many', 'queued', 5, 5)",
+                        [(str(uuid.uuid4()), tiktok_link(number)) for number in range(10_000)])
         daemon.start()
         self.assertEqual(daemon.client.get('/api/v1/health').json['queue_size'], 10_000)
         daemon.submit(tiktok_link(77))
@@ -10806,7 +10672,6 @@ class Browser:
         return value
 
     def close(self) -> None:
-        """Ends the browser and its driver."""
         with contextlib.suppress(Exception):
             self.call('DELETE', '')
         self.driver.terminate()
@@ -10814,7 +10679,6 @@ class Browser:
         self.driver.stdout.close()
 
     def open(self, address: str) -> None:
-        """Goes there."""
         self.call('POST', '/url', {'url': address})
 
     def run(self, script: str, *arguments: Any) -> Any:
@@ -10841,15 +10705,12 @@ class Browser:
         return '/element/' + next(iter(found.values()))
 
     def click(self, selector: str) -> None:
-        """A real click."""
         self.call('POST', self.find(selector) + '/click')
 
     def type(self, selector: str, text: str) -> None:
-        """Real keys."""
         self.call('POST', self.find(selector) + '/value', {'text': text})
 
     def devtools(self, command: str, **parameters: Any) -> Any:
-        """A command of the DevTools protocol."""
         return self.call('POST', '/goog/cdp/execute', {'cmd': command, 'params': parameters})
 
     def screen(self, width: int, height: int, dark: bool = False, scale: float = 1) -> None:
@@ -10861,16 +10722,13 @@ class Browser:
             {'name': 'prefers-' + name, 'value': wish} for name, wish in wishes.items()])
 
     def offline(self, off: bool) -> None:
-        """The network is gone, or back."""
         self.devtools('Network.emulateNetworkConditions', offline=off, latency=0, downloadThroughput=-1,
                       uploadThroughput=-1)
 
     def log(self, kind: str) -> List[str]:
-        """What was logged since the last call: 'browser' is the console, 'performance' the DevTools events."""
         return [entry['message'] for entry in self.call('POST', '/se/log', {'type': kind})]
 
     def events(self) -> Dict[str, List[Dict[str, Any]]]:
-        """What the network has seen since the last call, by kind, as DevTools describes it."""
         found: Dict[str, List[Dict[str, Any]]] = collections.defaultdict(list)
         for line in self.log('performance'):
             event = json.loads(line)['message']
@@ -10878,34 +10736,25 @@ class Browser:
         return found
 
     def requests(self) -> List[Dict[str, Any]]:
-        """The requests since the last call."""
         return [event['request'] for event in self.events()['requestWillBeSent']]
 
 
-class OpenBucket(BaseHTTPRequestHandler):
+class OpenBucket(QuietHandler):
     """Object storage that has nothing and takes whatever is put."""
 
     def do_PUT(self) -> None:
-        """Read and forgotten; a GET finds nothing."""
         self.rfile.read(int(self.headers['Content-Length'] or 0))
-        body = b'' if self.command == 'PUT' else b'<Error><Code>NoSuchKey</Code></Error>'
-        self.send_response(404 if body else 200)
-        self.send_header('Content-Length', str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.reply(200)
 
-    do_GET = do_PUT
-
-    def log_message(self, *args: Any) -> None:
-        """Says nothing."""
+    def do_GET(self) -> None:
+        self.reply(404, b'<Error><Code>NoSuchKey</Code></Error>')
 
 
-class OtherSite(OpenBucket):
+class OtherSite(QuietHandler):
     """A page of another site, which may do all that a browser lets it."""
 
     def do_GET(self) -> None:
-        """An empty page."""
-        self.wfile.write(b'HTTP/1.0 200 OK\r\nContent-Type: text/html\r\n\r\n<body>')
+        self.reply(200, b'<body>')
 
 
 class PageTest(DaemonTest):
@@ -10948,7 +10797,6 @@ class PageTest(DaemonTest):
             self.browser.wait('return document.querySelector("#door").open || list.ariaBusy === "false"')
 
     def send(self, text: str) -> None:
-        """Puts links into the box and sends them."""
         self.browser.run('box.value = arguments[0]', text)
         self.browser.click('#send')
 
@@ -10966,11 +10814,9 @@ class PageTest(DaemonTest):
         self.browser.click(f'.pressed [value={action}]:not([hidden])')
 
     def newest(self) -> Any:
-        """The newest row of the database, None without one."""
         return (self.daemon.rows('SELECT * FROM downloads ORDER BY rowid DESC LIMIT 1') or [None])[0]
 
     def clipboard(self) -> str:
-        """What was copied."""
         return self.browser.run('return navigator.clipboard.readText()')
 
 
@@ -10979,9 +10825,7 @@ class TestPage(PageTest):
     """Every action of the page."""
 
     def test_a_mac_offers_its_signed_shortcut_on_the_setup_page(self):
-        tools = Path(tempfile.mkdtemp(dir=RUN))
-        (tools / 'shortcuts').write_text('#!/bin/sh\ncat "$5" >"$7"\n')
-        (tools / 'shortcuts').chmod(0o755)
+        tools = new_program(new_folder() / 'shortcuts', 'cat "$5" >"$7"').parent
         daemon = self.new_daemon(env={'PATH': f'{tools}:{os.environ["PATH"]}'})
         self.visit('/setup#share', daemon)
         self.browser.until('#signed', 'checkVisibility()')
@@ -11042,11 +10886,7 @@ class TestPage(PageTest):
         self.assertEqual(self.clipboard(), self.daemon.status(id)['public_url'])
 
     def test_copy_link_to_the_bucket_where_there_is_one(self):
-        bucket = ThreadingHTTPServer(('127.0.0.1', 0), OpenBucket)
-        threading.Thread(target=bucket.serve_forever, args=(0.05,), daemon=True).start()
-        self.addCleanup(bucket.server_close)
-        self.addCleanup(bucket.shutdown)
-        endpoint = f'http://127.0.0.1:{bucket.server_port}'
+        endpoint = LocalServer(OpenBucket, self).url
         stored = self.new_daemon(env={'VIDEOSERVER_S3_ENDPOINT': endpoint, 'VIDEOSERVER_S3_BUCKET': 'videos',
                                       'AWS_ACCESS_KEY_ID': 'a', 'AWS_SECRET_ACCESS_KEY': 'b'})
         stored.submit(str(self.site.tiktok()))
@@ -11184,7 +11024,6 @@ class TestPageAtLarge(PageTest):
     """The page with many videos, of every width, without a server, without a key, before there is anything."""
 
     def before_each_page(self, script: str) -> None:
-        """Runs `script` in each page of this test before the page's own."""
         made = self.browser.devtools('Page.addScriptToEvaluateOnNewDocument', source=script)
         self.addCleanup(self.browser.devtools, 'Page.removeScriptToEvaluateOnNewDocument', **made)
 
@@ -11410,11 +11249,11 @@ class TestPageAtLarge(PageTest):
         store = v.Store(many.database)
         store.open()
         store.close()
-        with contextlib.closing(sqlite3.connect(many.database)) as database, database:
-            database.executemany(
-                'INSERT INTO downloads (id, url, client_id, status, title, error_message, created_at, last_updated) '
-                "VALUES (?, 'https://www.tiktok.com/@a/video/1', 'x', 'failed', ?, 'It is gone.', ?, 0)",
-                [(str(uuid.UUID(int=n)), f'Number {n}', 1_700_000_000 + n) for n in range(10_000)])
+        change_database(
+            many.database,
+            'INSERT INTO downloads (id, url, client_id, status, title, error_message, created_at, last_updated) '
+            "VALUES (?, 'https://www.tiktok.com/@a/video/1', 'x', 'failed', ?, 'It is gone.', ?, 0)",
+            [(str(uuid.UUID(int=n)), f'Number {n}', 1_700_000_000 + n) for n in range(10_000)])
         self.visit(daemon=many.start())
         problems = many.client.get('/api/v1/health').json['problems']
         said, told = (re.sub(r'[\d.]+ GB free|`', '', text)  # others write to the disk meanwhile
@@ -11564,7 +11403,7 @@ class TestShare(DaemonTest):
         return status, said.decode()
 
     def test_a_mac_gives_a_signed_shortcut_with_the_address_in_it_and_only_where_the_signing_works(self):
-        tools = Path(tempfile.mkdtemp(dir=RUN))
+        tools = new_folder()
         daemon = self.new_daemon(env={**self.env, 'PATH': f'{tools}:{os.environ["PATH"]}'}, **self.settings)
         body = {'name': 'Mia’s iPhone'}
 
@@ -11574,11 +11413,10 @@ class TestShare(DaemonTest):
             return answer, daemon.client.get(path)
         for script, signs in ((None, False), ('exit 1', True)):
             if script:
-                (tools / 'shortcuts').write_text(f'#!/bin/sh\n{script}\n')
-                (tools / 'shortcuts').chmod(0o755)
+                new_program(tools / 'shortcuts', script)
             answer, (status, fields, said) = ask()
             self.assertEqual((answer['signs'], status, fields.get_content_type()), (signs, 404, 'text/plain'))
-        (tools / 'shortcuts').write_text('#!/bin/sh\n(printf signed:; cat "$5") >"$7"\n')
+        new_program(tools / 'shortcuts', '(printf signed:; cat "$5") >"$7"')
         body['name'] = 'another'
         answer, (status, fields, said) = ask()
         self.assertEqual((status, said[:7]), (200, b'signed:'))
@@ -11670,8 +11508,7 @@ class TestShare(DaemonTest):
         self.assertEqual(daemon.row(first)['status'], 'failed')
         self.assertEqual((self.share(short)[0], daemon.row(first)['status']), (200, 'queued'))
         daemon.terminate()
-        with contextlib.closing(sqlite3.connect(str(daemon.database))) as db, db:
-            db.execute('UPDATE downloads SET created_at = created_at - 601')
+        change_database(daemon.database, 'UPDATE downloads SET created_at = created_at - 601')
         daemon.start()
         asked = [daemon.client.get(self.address('another') + f'?within={seconds}').status for seconds in (600, 900)]
         self.assertEqual(asked, [202, 200])
@@ -11691,10 +11528,7 @@ class TestShare(DaemonTest):
     @unittest.skipUnless(CHROMIUM and shutil.which('chromedriver'), 'chromium and chromedriver are not installed')
     def test_a_browser_on_another_site_shares_nothing(self):
         here, before = f'https://127.0.0.1:{self.daemon.port}', len(self.daemon.rows())
-        other, browser = ThreadingHTTPServer(('127.0.0.1', 0), OtherSite), Browser()
-        threading.Thread(target=other.serve_forever, daemon=True).start()
-        self.addCleanup(other.server_close)
-        self.addCleanup(other.shutdown)
+        other, browser = LocalServer(OtherSite, self), Browser()
         self.addCleanup(browser.close)
         target = here + self.address('browser')
         form = ('const form = document.createElement("form"); form.method = "POST"; form.enctype = arguments[1];'
@@ -12050,7 +11884,6 @@ class Classes(unittest.TestSuite):
 
 
 def flat(tests: Any) -> List[unittest.TestCase]:
-    """The tests in a suite and the suites inside it."""
     return [test for inner in tests for test in flat(inner)] if isinstance(tests, unittest.TestSuite) else [tests]
 
 
@@ -12062,7 +11895,6 @@ def prepare() -> None:
 
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: Optional[str]) -> unittest.TestSuite:
-    """What unittest runs when the whole file is asked for."""
     return Classes(tests)
 
 
