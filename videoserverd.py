@@ -6454,8 +6454,6 @@ LOOPBACK = networks('127.0.0.0/8,::1')
 RETRY_SOON = ('Retry-After', '30')
 CODES = {401: 'key_wanted', 404: 'not_found', 411: 'length_required', 413: 'too_large',
          414: 'uri_too_long', 415: 'not_json', 431: 'headers_too_large'}  # else bad_request
-STORED_FIELDS = ('url status filename file_size error_message next_attempt_at client_id created_at '
-                 'started_at completed_at note uploader duration description upload_date').split()
 
 
 class HTTPError(Exception):
@@ -6690,6 +6688,87 @@ def pack_reply(reply, accepted):
     return reply._replace(headers=headers, body=body)
 
 
+# -- what is in a body
+
+B_STATUS = {**{state: state.upper() for state in STATES}, 'queued': 'PENDING'}
+KINDS = {'': 'string', 'int': 'integer', 'float': 'number', 'bool': 'boolean', 'object': 'object'}
+SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required; see schema_of
+    'Object': '',
+    'Status': {'type': 'string', 'enum': list(STATES)},
+    'StatusB': {'type': 'string', 'enum': list(B_STATUS.values())},
+    'Timestamp': {'type': ['integer', 'null'], 'minimum': 0,
+                  'description': 'only compared: a repeat with the same one is the same link'},
+    'Options': {'type': ['array', 'string', 'null'], 'items': {'type': 'string'},
+                'description': 'options of yt-dlp, as on its command line; an allowlist'},
+    'Counts': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
+    'Error': 'status:=error! error! message! code! timestamp:int!',
+    'ErrorB': 'errorCode! errorMessage!',
+    'Submission': 'url! client_id:? timestamp:Timestamp ytdlp_cli_parameters:Options again:bool?',
+    'Name': 'name!',
+    'Address': 'address! message! signs:bool!',
+    'Shared': 'text url',
+    'Batch': 'text! client_id:? timestamp:Timestamp again:bool?',
+    'Queued': 'status:Status! download_id! message! timestamp:int!',
+    'BatchRow': 'url! download_id error',
+    'BatchAnswer': 'status:=queued! message! downloads:[BatchRow! keep! timestamp:int!',
+    'Done': 'status! message! timestamp:int! download_id',
+    'File': 'name! size:int! type! url! path!',
+    'Download': 'download_id! status:Status! url! progress:int! message! error_message:?! '
+                'completed_at:int?! title:? site note:? filename:? files:[File file_size:int? '
+                'phase:? downloaded:int? speed:float? eta:int? retry_count:int '
+                'next_attempt_at:int? client_id created_at:int started_at:int? uploader:? '
+                'duration:float? description:? upload_date:? starred:bool public_url:? '
+                'thumbnail:? s3:object?',
+    'History': 'total:int! message! downloads:[Download! version:int! counts:Counts! '
+               'poll_after:int!',
+    'Health': 'status! version! uptime:int! queue_size:int! message! problems:[ paused:? '
+              'free_disk:int? ytdlp_version:? certificate_days:int? s3:bool keys:bool '
+              'preparing:bool cookies:[',
+    'Group': 'group! name! posts:int! here:int!',
+    'Import': 'import_id! name! state! message! left:int! completed:int! failed:int! '
+              'groups:[Group! created_at:int! pace:int!',
+    'Imports': 'imports:[Import! message!',
+    'ImportStart': {'type': 'object', 'properties': {'only': {
+        'type': ['array', 'null'], 'items': {'enum': list(GROUP_NAMES)}}}},
+    'Initiate': 'videoURL! ytdlpCLIParameters:Options again:bool?',
+    'Initiated': 'downloadUUID!',
+    'Listed': 'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:int progress:int',
+    'Listing': 'downloads:[Listed!',
+    'PublicURL': 'publicURL!',
+}
+
+
+def schema_of(kind):
+    """A JSON schema of int, int? (or null), Name, [Name (a list), =constant; see KINDS."""
+    if kind.startswith('='):
+        return {'const': kind[1:]}
+    if kind.startswith('['):
+        return {'type': 'array', 'items': schema_of(kind[1:])}
+    if kind[:1].isupper():
+        return {'$ref': f'#/components/schemas/{kind}'}
+    if kind.endswith('?'):
+        return {'type': [KINDS[kind[:-1]], 'null']}
+    return {'type': KINDS[kind]}
+
+
+def object_schema(words):
+    if not isinstance(words, str):
+        return words
+    properties, required = {}, []
+    for word in words.split():
+        name, _, kind = word.rstrip('!').partition(':')
+        properties[name] = schema_of(kind)
+        if word.endswith('!'):
+            required.append(name)
+    return {'type': 'object', 'properties': properties, 'required': required}
+
+
+DOWNLOAD_FIELDS = tuple(object_schema(SCHEMAS['Download'])['properties'])
+
+
+# -- from a request to a reply
+
+
 class App:
     """All that handlers need; `more` is the daemon's: routes, assets, health, forget, thumbs..."""
 
@@ -6725,14 +6804,12 @@ class App:
             path = self.link(record['id'], file.name)
             files.append({**file._asdict(), 'url': self.base() + path, 'path': path.lstrip('/')})
         percent = shown_percent(record, progress)
-        row = {name: record[name] for name in STORED_FIELDS}
-        for name in ('phase', 'downloaded', 'speed', 'eta'):
-            row[name] = getattr(progress, name, None)
+        row = {name: record.get(name, getattr(progress, name, None)) for name in DOWNLOAD_FIELDS}
         row.update(
             download_id=record['id'], files=files, site=site_of(record['url']), progress=percent,
             title=record['title'] or getattr(progress, 'title', None) or None,
             message=status_message(record, percent), retry_count=record['retry_count'] or 0,
-            starred=bool(record['starred']), public_url=None, thumbnail=None, s3=None)
+            starred=bool(record['starred']))
         if files:
             row['public_url'] = files[0]['url']
             if (self.thumbs / f'{record["id"]}.jpg').exists():
@@ -6747,8 +6824,6 @@ class App:
         except LookupError:
             raise HTTPError(404, 'There is no such download.') from None
 
-
-# -- from a request to a reply
 
 def check_client(app, request):
     forwarded, server = request.field('x-forwarded-for'), app.config.server
@@ -6953,78 +7028,7 @@ def respond(app, request):
 
 # -- what OpenAPI says
 
-B_STATUS = {**{state: state.upper() for state in STATES}, 'queued': 'PENDING'}
-KINDS = {'': 'string', 'int': 'integer', 'float': 'number', 'bool': 'boolean', 'object': 'object'}
-SCHEMAS = {  # objects as words 'name' (a string) or 'name:kind'; ! is required; see schema_of
-    'Object': '',
-    'Status': {'type': 'string', 'enum': list(STATES)},
-    'StatusB': {'type': 'string', 'enum': list(B_STATUS.values())},
-    'Timestamp': {'type': ['integer', 'null'], 'minimum': 0,
-                  'description': 'only compared: a repeat with the same one is the same link'},
-    'Options': {'type': ['array', 'string', 'null'], 'items': {'type': 'string'},
-                'description': 'options of yt-dlp, as on its command line; an allowlist'},
-    'Counts': {'type': 'object', 'additionalProperties': {'type': 'integer'}},
-    'Error': 'status:=error! error! message! code! timestamp:int!',
-    'ErrorB': 'errorCode! errorMessage!',
-    'Submission': 'url! client_id:? timestamp:Timestamp ytdlp_cli_parameters:Options again:bool?',
-    'Name': 'name!',
-    'Address': 'address! message! signs:bool!',
-    'Shared': 'text url',
-    'Batch': 'text! client_id:? timestamp:Timestamp again:bool?',
-    'Queued': 'status:Status! download_id! message! timestamp:int!',
-    'BatchRow': 'url! download_id error',
-    'BatchAnswer': 'status:=queued! message! downloads:[BatchRow! keep! timestamp:int!',
-    'Done': 'status! message! timestamp:int! download_id',
-    'File': 'name! size:int! type! url! path!',
-    'Download': 'download_id! status:Status! url! progress:int! message! error_message:?! '
-                'completed_at:int?! title:? site note:? filename:? files:[File file_size:int? '
-                'phase:? downloaded:int? speed:float? eta:int? retry_count:int '
-                'next_attempt_at:int? client_id created_at:int started_at:int? uploader:? '
-                'duration:float? description:? upload_date:? starred:bool public_url:? '
-                'thumbnail:? s3:object?',
-    'History': 'total:int! message! downloads:[Download! version:int! counts:Counts! '
-               'poll_after:int!',
-    'Health': 'status! version! uptime:int! queue_size:int! message! problems:[ paused:? '
-              'free_disk:int? ytdlp_version:? certificate_days:int? s3:bool keys:bool '
-              'preparing:bool cookies:[',
-    'Group': 'group! name! posts:int! here:int!',
-    'Import': 'import_id! name! state! message! left:int! completed:int! failed:int! '
-              'groups:[Group! created_at:int! pace:int!',
-    'Imports': 'imports:[Import! message!',
-    'ImportStart': {'type': 'object', 'properties': {'only': {
-        'type': ['array', 'null'], 'items': {'enum': list(GROUP_NAMES)}}}},
-    'Initiate': 'videoURL! ytdlpCLIParameters:Options again:bool?',
-    'Initiated': 'downloadUUID!',
-    'Listed': 'downloadUUID! downloadStatus:StatusB! downloadSizeInBytes:int progress:int',
-    'Listing': 'downloads:[Listed!',
-    'PublicURL': 'publicURL!',
-}
 COMMON_ERRORS = {400, 403, 408, 411, 413, 414, 417, 421, 431, 500, 501, 503}
-
-
-def schema_of(kind):
-    """A JSON schema of int, int? (or null), Name, [Name (a list), =constant; see KINDS."""
-    if kind.startswith('='):
-        return {'const': kind[1:]}
-    if kind.startswith('['):
-        return {'type': 'array', 'items': schema_of(kind[1:])}
-    if kind[:1].isupper():
-        return {'$ref': f'#/components/schemas/{kind}'}
-    if kind.endswith('?'):
-        return {'type': [KINDS[kind[:-1]], 'null']}
-    return {'type': KINDS[kind]}
-
-
-def object_schema(words):
-    if not isinstance(words, str):
-        return words
-    properties, required = {}, []
-    for word in words.split():
-        name, _, kind = word.rstrip('!').partition(':')
-        properties[name] = schema_of(kind)
-        if word.endswith('!'):
-            required.append(name)
-    return {'type': 'object', 'properties': properties, 'required': required}
 
 
 def content_of(answer):
