@@ -12,7 +12,7 @@ The map. One law: a name is used only below the line that defines it; calls poin
     jobs         what a download is: states, submissions, options, outcomes. Pure
     store        the only user of SQLite; the group commit
     board        volatile state: progress, a version number, a Condition
-    guard        what an attempt may reach, run and write, and how it is stopped
+    guard        how an attempt ends, what it may reach, run and write, how it is stopped
     download     the only importer of yt_dlp; one Attempt at one job
     vendor       fetching, checking and switching the vendored yt-dlp
     publish      links to finished files, SigV4, the bucket, thumbnails
@@ -1235,9 +1235,9 @@ CREATE TABLE IF NOT EXISTS downloads (
     error_message TEXT,
     retry_count INTEGER DEFAULT 0,    -- failed attempts since it was last queued by a person
     created_at INTEGER NOT NULL,      -- all times: epoch seconds
-    started_at INTEGER,
-    completed_at INTEGER,
-    last_updated INTEGER NOT NULL
+    started_at INTEGER,               -- of the last attempt
+    completed_at INTEGER,             -- NULL unless completed
+    last_updated INTEGER NOT NULL     -- also when it failed
 );
 CREATE INDEX IF NOT EXISTS idx_status ON downloads(status);
 CREATE INDEX IF NOT EXISTS idx_created_at ON downloads(created_at DESC);
@@ -1268,7 +1268,7 @@ ADD site TEXT;            -- of the post: 'tiktok.com'
 ADD media_id TEXT;        -- the site's id of the post, once known
 ADD asked TEXT;           -- what the options ask of the post
 ADD uploader TEXT;
-ADD duration REAL;        -- seconds
+ADD duration REAL;        -- of the video, seconds
 ADD description TEXT;     -- the whole caption
 ADD upload_date TEXT;     -- YYYYMMDD
 ADD starred INTEGER NOT NULL DEFAULT 0;
@@ -1781,7 +1781,7 @@ class Store:
             args = columns.values()
         changed = db.execute(sql + where, (*args, download_id, *before)).rowcount == 1
         if changed:
-            self._post(db, verb, download_id, now)
+            self._announce(db, verb, download_id, now)
         return changed
 
     @committed
@@ -1984,11 +1984,11 @@ class Store:
     def _send(self, db, *item):
         db.execute('INSERT INTO outbox (kind, payload, due) VALUES (?, ?, ?)', item)
 
-    def _post(self, db, event, download_id, now):
-        for kind in self.outgoing.get(event, ()):  # an import is announced once, when it is done
+    def _announce(self, db, verb, download_id, now):
+        for kind in self.outgoing.get(verb, ()):  # 'notify' not for each post of an import
             db.execute('INSERT INTO outbox (kind, download_id, payload, due) SELECT ?, id, ?, ? '
                        "FROM downloads WHERE id = ? AND (import_id IS NULL OR ? <> 'notify')",
-                       (kind, event, now, download_id, kind))
+                       (kind, verb, now, download_id, kind))
 
     def note_problems(self, there, new, now):
         """Announce the problems `new`, by name, once, until they are no longer `there`."""
@@ -2240,6 +2240,7 @@ ENDINGS = {reason: (kind, text) for kind, texts in {  # what a person reads
         'ffmpeg': 'Picture and sound are separate files: install ffmpeg, then retry'},
 }.items() for reason, text in texts.items()}
 FEW_TRIES = ('login', 'blocked', 'session')  # a site asked again and again blocks us for good
+NEED_COOKIES = ('login', 'private')  # tried again at once with cookies, if there are any
 
 
 class Ending(BaseException):
@@ -2630,6 +2631,7 @@ def watch_process():
 # one Attempt at a time downloads. Locks: Meter._lock guards the figures, NAMES_LOCK a free name
 # until its file exists. Called by scheduler (Attempt), daemon and http (forget_files).
 
+# yt-dlp's words for a reason of ENDINGS; the first that matches wins.
 PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
     ('disk', 'No space left on device|Disk quota exceeded'),
     ('ffmpeg', 'ffmpeg (?:is )?not (?:installed|found)|Requested format is not available'),
@@ -4107,7 +4109,7 @@ class Attempt:
         gc.collect()  # what the last attempt left; Python 3.14 would let it pile up
         outcome = self._try()
         cookies = Cookies(self.config)
-        if outcome.reason in ('login', 'private'):
+        if outcome.reason in NEED_COOKIES:
             self.jar = cookies.jar(self.job.url)
         if self.jar:  # only now: an account that fetches little is not flagged
             log.info('download %s: the site asks for a login: retrying with cookies', self.job.id)
