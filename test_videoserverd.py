@@ -2390,7 +2390,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
          'host_addresses machine_names mobileconfig operation_of icloud_url '
          'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delay_list domain_list '
          'http_url proxy_url notify_url location ROWS retention HOST_NAME',
-    128: 'parse_name UNSAFE whole', 255: 'wheel_fits group_name Store forget_files content_disposition file_name',
+    128: 'parse_name UNSAFE whole', 255: 'wheel_fits texts_in Store forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
     2000: 'PATTERNS judge_error Notifier runs_here version_key',
     4096: 'parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
@@ -10740,7 +10740,7 @@ class TestPage(PageTest):
         self.assertEqual(len(self.daemon.rows("SELECT id FROM downloads WHERE import_id IS NOT NULL")), 1)
         self.browser.run('window.confirm = () => true')
         self.browser.until('#imports .meta', 'innerText === "Done: 1 of 1"')
-        self.browser.click('#imports [value=clear]')
+        self.browser.click('#imports .done')
         self.browser.wait('return !imports.children.length')
 
     def test_a_link_is_at_once_on_top_and_becomes_a_video_that_plays_and_seeks(self):
@@ -11091,7 +11091,6 @@ class TestPageAtLarge(PageTest):
         """A daemon with 40 finished videos of long titles, each with a picture of a restless video."""
         full = self.new_daemon(start=False)
         thumbs = full.database.parent / 'thumbs'
-        thumbs.mkdir(parents=True)
         store = v.Store(full.database)
         store.open()
         video = full.folder / 'restless.mp4'

@@ -5781,11 +5781,6 @@ class ZipSource(io.FileIO):
         return super().read(size)
 
 
-def group_name(path):
-    """The name of a file in an export, without folder, ending and number: saved_posts_1.html."""
-    return re.sub(r'.*/|(_\d{1,3})?\.\w{1,9}$', '', path[-200:])
-
-
 def wanted_members(members):
     """The texts among the files of a zip. Raises Refused for one that could do harm."""
     wanted, unpacked = [], 0
@@ -5816,8 +5811,10 @@ def texts_in(file):
         try:
             with zipfile.ZipFile(source) as archive:
                 for info in wanted_members(archive.infolist()):
+                    # a/saved_posts_1.html: saved_posts
+                    name = re.sub(r'.*/|(_\d{1,3})?\.\w{1,9}$', '', info.filename[-200:])
                     with archive.open(info) as stream:
-                        yield GROUPS.get(group_name(info.filename), ''), stream
+                        yield GROUPS.get(name, ''), stream
         except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, NotImplementedError):
             raise Refused('bad_export', 'This zip file is damaged or has a password.') from None
 
@@ -7964,7 +7961,6 @@ HEAD = r'''<!DOCTYPE html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1, viewport-fit=cover">
 <meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
 <link rel="icon" href="icon.png">
 <link rel="apple-touch-icon" href="icon.png">
 <link rel="stylesheet" href="page.css">
@@ -8061,11 +8057,11 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
     <button value="again">Download again</button></div>
 </article></template>
 <template id="import"><section><h2></h2><p class="meta"></p>
-  <div class="acts"><button value="start" class="quiet">Start</button>
-    <button value="pause">Pause</button>
-    <button value="resume" class="quiet">Go on</button>
-    <button value="clear">Clear</button>
-    <button value="cancel">Cancel</button></div></section></template>
+  <div class="acts"><button value="start" class="quiet ready">Start</button>
+    <button value="pause" class="running">Pause</button>
+    <button value="resume" class="quiet paused">Go on</button>
+    <button value="cancel" class="done">Clear</button>
+    <button value="cancel" class="ready running paused">Cancel</button></div></section></template>
 </body>
 </html>
 '''
@@ -8074,13 +8070,13 @@ PAGE_CSS = r'''
 /* Sizes in rem follow the reader's own. */
 :root {
   color-scheme: light dark; --gap: 1rem; --paper: #f5f5f1; --card: #fff; --ink: #1a1d1a;
-  --soft: #5a605a; --line: #8883; --edge: #808780; --accent: #0b6e5f; --on-accent: #fff;
+  --soft: #5a605a; --line: #8883; --edge: #808780; --accent: #0b6e5f;
   --tint: #e2f0ec; --bad: #b3261e;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --paper: #111412; --card: #1b1f1c; --ink: #edf0ec; --soft: #a5aca5; --accent: #62cdb5;
-    --on-accent: #04231d; --tint: #17362f; --bad: #ff9389;
+    --tint: #17362f; --bad: #ff9389;
   }
 }
 *, ::before, ::after { box-sizing: border-box; }
@@ -8111,7 +8107,7 @@ button, .button { display: inline-flex; align-items: center; justify-content: ce
   color: var(--soft); font-weight: 600; font-size: .9375rem; text-decoration: none;
   overflow-wrap: normal; cursor: pointer; }
 :disabled { opacity: .4; }
-.button { padding: .5rem 1.1rem; background: var(--accent); color: var(--on-accent);
+.button { padding: .5rem 1.1rem; background: var(--accent); color: var(--card);
   font-size: 1rem; }
 .quiet { background: var(--tint); color: var(--accent); }
 input, textarea { min-width: 0; padding: .6rem .9rem; border-radius: .8rem;
@@ -8146,7 +8142,7 @@ main { flex: 1; display: flex; flex-direction: column; gap: .6rem; }
   border-radius: 1rem; }
 #outbox span { flex: 1; white-space: pre-line; }
 #filters button { padding: .3rem .45rem; gap: .3rem; font-weight: 400; font-size: .875rem; }
-#filters [aria-pressed="true"] { background: var(--card); color: var(--ink);
+#filters [aria-pressed=true] { background: var(--card); color: var(--ink);
   box-shadow: inset 0 0 0 1px var(--line); }
 #states b { font-weight: 500; }
 #states [value=failed] b { color: var(--bad); }
@@ -8169,15 +8165,15 @@ article { display: grid; gap: .4rem .9rem; align-content: start;
   -webkit-line-clamp: 2; overflow: hidden; }
 .meta span:not(:last-child)::after { content: '\a0·\a0'; display: inline-block; }
 .meta a { padding: .3rem 0; color: inherit; text-decoration-color: var(--edge); }
-[data-status="completed"] :is(.word, .state:has(.reason:empty)) { display: none; }
-[data-status="downloading"] .word { color: var(--accent); }
-[data-status="failed"] .word { color: var(--bad); font-weight: 600; }
+[data-status=completed] :is(.word, .state:has(.reason:empty)) { display: none; }
+[data-status=downloading] .word { color: var(--accent); }
+[data-status=failed] .word { color: var(--bad); font-weight: 600; }
 .bar { width: 100%; accent-color: var(--accent); }
 .acts { grid-column: 1 / -1; gap: .1rem .15rem; }
 [value=cancel]:not([hidden]), [value=delete] { margin-left: auto; }
 [value=cancel]:not([hidden]) ~ [value=delete], #bulk button { margin-left: 0; }
-[data-status="downloading"] .state { grid-column: 2; }
-[data-status="downloading"] .acts { grid-column: 3; align-self: end; }
+[data-status=downloading] .state { grid-column: 2; }
+[data-status=downloading] .acts { grid-column: 3; align-self: end; }
 article:not(.open) .acts + .acts { display: none; }
 
 footer { padding: 1.5rem 0 5rem; }
@@ -8232,7 +8228,7 @@ details { border-top: 1px solid var(--line); }
 summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--accent); }
 .good { padding: .8rem 1rem; border-radius: .8rem; background: var(--tint); font-weight: 600; }
 @media (max-width: 49.99rem) {
-  [data-at]:not([data-at="profile"]) .lead, .desk { display: none; }
+  [data-at]:not([data-at=profile]) .lead, .desk { display: none; }
   .go .button { flex: 1 0 100%; }
 }
 @media (min-width: 50rem) {
@@ -8340,7 +8336,7 @@ async function api(method, path, body, signal) {
   }
   connected(true);
   if (response.status === 401) askForKey();
-  if (!response.ok) throw Object.assign(Error(answer.message), {status: response.status, answer});
+  if (!response.ok) throw Object.assign(Error(), answer, {status: response.status});
   return answer;
 }
 // The same, and shows the server's sentence, good or bad.
@@ -8353,6 +8349,7 @@ function connected(now) {
   online = now;
   document.body.classList.toggle('lost', !now);
   paintHealth();
+  changeOutbox(outbox());
   if (back) makeRound();
 }
 function askForKey() {
@@ -8374,7 +8371,7 @@ let health = {}, looked = 0;
 async function makeRound() {
   if (locked || document.hidden) return;
   looked = Date.now();
-  const answer = await api('GET', 'api/v1/health').catch(error => error.answer ?? {});
+  const answer = await api('GET', 'api/v1/health').catch(error => error);
   if ('problems' in answer) health = answer;
   else if ('uptime' in answer) askForKey();  // the short form is for those without a key
   paintHealth();
@@ -8409,7 +8406,7 @@ const outbox = () => recall('outbox', []);
 function changeOutbox(entries) {
   remember('outbox', entries);
   $('outbox').hidden = !entries.length;
-  const state = flushing ? 'Sending' : 'Kept here, sent when the server answers';
+  const state = online ? 'Sending' : 'Kept here, sent when the server answers';
   $('outbox').replaceChildren(...entries.map(({text, timestamp}) => element('li', {},
     element('span', {}, text.slice(0, 300), element('small', {}, state)),
     element('button', {onclick: () => replace(timestamp)}, 'Cancel'))));
@@ -8421,10 +8418,8 @@ const replace = (timestamp, text) => changeOutbox(filled(outbox().map(
 async function flush() {
   if (flushing || locked) return;
   flushing = true;
-  changeOutbox(outbox());
   try { while (outbox().length) await post(outbox()[0]); } catch { /* later, again */ }
   flushing = false;
-  changeOutbox(outbox());
 }
 // Always with the entry's original timestamp, by which the server recognises a repeat. A long list
 // goes in parts. Throws to try later.
@@ -8452,19 +8447,16 @@ async function post({text, timestamp}) {
 const putIntoBox = text => fill(filled([$('box').value, text]).join('\n'));
 
 // ---- imports: what somebody saved in years ----
-const IMPORT_ACTS = {
-  ready: ['start', 'cancel'], running: ['pause', 'cancel'], paused: ['resume', 'cancel'],
-  done: ['clear']};
 async function lookAtImports() {
   const {imports} = await api('GET', 'api/v1/imports').catch(() => ({}));
   if (imports) $('imports').replaceChildren(...imports.map(importCard));
 }
 function importCard(row) {
-  const card = $(row.import_id) ?? newImport(row), can = IMPORT_ACTS[row.state] ?? [];
+  const card = $(row.import_id) ?? newImport(row);
   const state = {paused: 'Paused: ', done: 'Done: '}[row.state] ?? '';
   card.dataset.state = row.state;
   write(part(card, '.meta'), state + row.message);
-  for (const node of card.querySelectorAll('button')) node.hidden = !can.includes(node.value);
+  for (const node of card.querySelectorAll('button')) node.hidden = !node.matches('.' + row.state);
   return card;
 }
 function newImport({import_id: id, name, groups}) {
@@ -8484,10 +8476,9 @@ async function changeImport({target}) {
   if (!name) return;
   const only = [...card.querySelectorAll(':checked')].map(box => box.value);
   if (name === 'start' && !only.length) return note('Tick what you want first.');
-  const question = 'Stop this import? What has arrived stays.';
-  if (name === 'cancel' && card.dataset.state !== 'ready' && !confirm(question)) return;
-  const verb = name === 'clear' ? 'cancel' : name;
-  await told('POST', `api/v1/imports/${card.id}/${verb}`, name === 'start' && {only});
+  const stops = name === 'cancel' && card.matches('[data-state=running], [data-state=paused]');
+  if (stops && !confirm('Stop this import? What has arrived stays.')) return;
+  await told('POST', `api/v1/imports/${card.id}/${name}`, name === 'start' && {only});
 }
 async function bring(file) {
   if (!file) return;
@@ -8619,7 +8610,7 @@ function actsOf(row) {
   return [...files, 'more', star, 'again', 'delete'];
 }
 function paintMeta(node, row) {
-  const files = row.files.length, link = {href: row.url, target: '_blank', rel: 'noreferrer'};
+  const files = row.files.length, link = {href: row.url, target: '_blank'};
   const facts = filled([
     row.starred && '★', row.uploader && element('bdi', {}, row.uploader), length(row.duration),
     element('a', link, row.site), files > 1 && files + ' files',
@@ -8769,13 +8760,11 @@ async function share(files) {
   try {
     const parcel = await load(files, end.signal, done => note(
       `Loading ${Math.floor(100 * done / bytes)}%`, 'Stop', () => end.abort()));
-    const give = () => navigator.share({files: parcel}).catch(error => {
-      if (error.name !== 'NotAllowedError') return;
-      note('Ready. Save Video puts it into Photos.', 'Share', give);
-    });
+    const give = () => navigator.share({files: parcel}).catch(({name}) =>
+      name === 'NotAllowedError' && note('Ready. Save Video puts it into Photos.', 'Share', give));
     hush();
     give();
-  } catch (error) {
+  } catch {
     hush();
     if (!end.signal.aborted) note(MISSING);
   }
@@ -8813,10 +8802,10 @@ async function copy(link) {
   }
 }
 function doom(row) {
-  const node = $(row.download_id), files = row.files.length ? ', with its files' : '';
+  const files = row.files.length ? ', with its files' : '';
   doomed.add(row.download_id);
-  focusBeside(node);
-  node.hidden = true;
+  focusBeside($(row.download_id));
+  repaint();
   note(doomed.size > 1 ? doomed.size + ' deleted, with their files'
     : `Deleted${files}: ${heading(row)}`, 'Undo', undo, bury);
 }
@@ -8888,7 +8877,7 @@ function prefill() {
 }
 function submit(event) {
   event.preventDefault();
-  const text = filled($('box').value.split('\n').map(line => line.trim())).join('\n');
+  const text = $('box').value.trim();
   write($('refusal'), text ? '' : 'Paste a link into the box first.');
   if (!text) return;
   changeOutbox([...outbox(), {text, timestamp: Date.now()}]);
@@ -8948,7 +8937,6 @@ navigator.serviceWorker?.register('sw.js').catch(() => null);  // opens this pag
 
 prefill();
 $('old').remove();
-changeOutbox(outbox());
 await makeRound();
 watch();
 '''
@@ -9130,9 +9118,9 @@ function go(id) {
     item.classList.toggle('done', i < at || (trusted && i < 3));
     item.ariaCurrent = i === Math.min(at, 3) ? 'step' : null;
   });
+  steps[at].querySelector('h2').focus();
   scrollTo(0, 0);
-  steps[at].querySelector('h2').focus({preventScroll: true});
-  if (id === 'share') showAddress().catch(() => null);
+  if (id === 'share') tryAddress();
 }
 const start = () => go(location.hash.slice(1) || (trusted ? 'share' : 'profile'));
 
@@ -9156,9 +9144,9 @@ async function arrive() {
 // ---- the last screen ----
 const saved = () => JSON.parse(localStorage.getItem('videoserverd.key')) ?? '';
 const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
-const path = () => known.replace(/^https:..[^/]*/, '');
-async function showAddress(key = saved()) {
-  const answer = await fetch('api/v1/share-address', {
+const path = () => new URL(known).pathname;
+async function showAddress() {
+  const key = saved(), answer = await fetch('api/v1/share-address', {
     method: 'POST', body: JSON.stringify({name: $('name').value}),
     headers: {'Content-Type': 'application/json', ...(key && {'X-API-Key': octets(key)})},
   });
@@ -9168,24 +9156,20 @@ async function showAddress(key = saved()) {
   $('signed').href = path() + '/shortcut';
   $('ready').hidden = !signs || !(await fetch($('signed').href, {method: 'HEAD'})).ok;
 }
-async function unlock(event) {
+const tryAddress = () => showAddress().catch(() => null);
+function unlock(event) {
   event.preventDefault();
-  const key = $('key').value.trim();
-  try {
-    await showAddress(key);
-    localStorage.setItem('videoserverd.key', JSON.stringify(key));
-    go('share');
-  } catch (error) {
-    $('why').textContent = error.message;
-  }
+  localStorage.setItem('videoserverd.key', JSON.stringify($('key').value.trim()));
+  showAddress().then(() => go('share'), error => { $('why').textContent = error.message; });
 }
 async function listen() {
   if (heard || document.hidden || document.body.dataset.at !== 'share' || !known) return;
   const within = Math.ceil((Date.now() - opened) / 1000);
   const answer = await fetch(`${path()}?within=${within}`);
-  heard = answer.status === 200;
-  if (heard) $('works').textContent = await answer.text();
-  $('works').classList.toggle('good', heard);
+  if (answer.status !== 200) return;
+  heard = true;
+  $('works').textContent = await answer.text();
+  $('works').className = 'good';
 }
 async function copy() {
   await navigator.clipboard.writeText($('address').value);
@@ -9197,11 +9181,11 @@ $('copy')?.addEventListener('click', copy);
 $('get')?.addEventListener('click', () => setTimeout(go, 3000, 'install'));
 $('bookmarklet')?.addEventListener('click', event => event.preventDefault());  // to be dragged
 $('unlock')?.addEventListener('submit', unlock);
-$('name')?.addEventListener('change', () => showAddress().catch(() => null));
+$('name')?.addEventListener('change', tryAddress);
 addEventListener('hashchange', start);
 document.addEventListener('visibilitychange', probe);
 setInterval(() => { probe(); listen().catch(() => null); }, 2000);
-if (saved() && $('unlock')) await showAddress().catch(() => null);
+if (saved() && $('unlock')) await tryAddress();
 start();
 probe();
 '''
