@@ -7507,7 +7507,7 @@ class TestUploader(WithBucket):
 
     def setUp(self):
         super().setUp()
-        self.store = open_store(self, finish=['upload'])
+        self.store = open_store(self, upload=['finish'])
         self.uploader = self.new_uploader()
 
     def new_uploader(self):
@@ -7756,7 +7756,7 @@ class TestNotify(DaemonTest):
         self.assertEqual(json.loads(self.told[0][2])['download_id'], row['download_id'])
 
     def test_only_the_events_that_are_wanted(self):
-        store = open_store(self, finish=['upload', 'notify'])
+        store = open_store(self, upload=['finish'], notify=['finish'])
         outcome = v.Outcome('done', title='a', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),))
         for number, end in enumerate(('finish', 'give_up')):
             item = v.parse_submission({'url': tiktok_link(number)}, v.load_config(None, {}).security)
@@ -7773,7 +7773,7 @@ class TestNotify(DaemonTest):
 
     def test_what_cannot_be_told_holds_up_nothing_else(self):
         config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
-        store = open_store(self, give_up=['notify'])
+        store = open_store(self, notify=['give_up'])
         id = store.add_many([v.parse_submission({'url': tiktok_link(1)}, config.security)], 0)[0].id
         store.fail('give_up', store.claim(id, 0), v.Outcome('give_up'), 0, Path('/'))
         store.note_problems(['x'], {'x': 'The disk is full.'}, 1)

@@ -112,8 +112,7 @@ class Trouble(Exception):
 
 def parse_size(text):
     """Bytes of '10MB', '1.5M', '500k' or '4096'; powers of 1024. Raises ValueError."""
-    match = re.fullmatch(r'(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?', text.strip(),
-                         re.I | re.A)
+    match = re.fullmatch(r'(\d{1,12}(?:\.\d{1,6})?)\s*([KMGT]?)(?:i?B)?', text.strip(), re.I | re.A)
     if not match:
         raise ValueError('a size such as 500MB, 1.5G or 4096')
     return int(float(match[1]) * 1024 ** ('', 'K', 'M', 'G', 'T').index(match[2].upper()))
@@ -992,7 +991,7 @@ FLAGS = ('--prefer-free-formats', '--no-prefer-free-formats', '--no-playlist', '
          '--no-restrict-filenames')
 OPTIONS = {  # by spelling: the long name, and the parser of the value or None
     spelling: (next(word for word in spellings.split() if word.startswith('--')), parse)
-    for spellings, parse in [*OPTION_VALUES.items(), *((flag, None) for flag in FLAGS)]
+    for spellings, parse in {**OPTION_VALUES, **dict.fromkeys(FLAGS)}.items()
     for spelling in spellings.split()}
 
 
@@ -1463,7 +1462,7 @@ class Store:
         self.error = None  # why the last commit failed, None when it did not
         self.searches = self.indexed = False  # whether there is an index, and it has all
         self._index_from = 0  # the first rowid that it may lack
-        self.outgoing = {}  # verb: kinds of items for the outbox
+        self.outgoing = {}  # kind of an item for the outbox: the verbs that cause one
         self._repeats = {}  # by client: start of its hour, how many
         self._commits, self._counted = 0, (-1, {})  # commits so far; `counts` as of which commit
         self._queue = deque()
@@ -1526,8 +1525,7 @@ class Store:
     def _commit_loop(self):
         while True:
             with self._tickets:
-                while not self._queue and not self._closed:
-                    self._tickets.wait()
+                self._tickets.wait_for(lambda: self._queue or self._closed)
                 batch = list(self._queue)
                 self._queue.clear()
             if not batch:
@@ -1570,12 +1568,10 @@ class Store:
 
     def _shut_writer(self, statement):
         writer, self._writer = self._writer, None
-        if writer is None:
-            return
-        with suppress(sqlite3.Error):  # it may have rolled back; the next start checkpoints
-            writer.execute(statement).fetchall()
-        with suppress(sqlite3.Error):
-            writer.close()
+        if writer:
+            # It may have rolled back; the next start checkpoints.
+            with suppress(sqlite3.Error), closing(writer):
+                writer.execute(statement).fetchall()
 
     def write(self, work):
         """The result of `work` in the next transaction, once it is on stable storage."""
@@ -1694,9 +1690,9 @@ class Store:
         return self.waiting(now, longest, limit)
 
     def unfinished(self):
-        """Status by id of all queued or running downloads."""
-        return dict(tuple(row) for row in self.read(
-            "SELECT id, status FROM downloads WHERE status IN ('queued', 'downloading')"))
+        """Ids of all queued or running downloads, but not those of imports that did not begin."""
+        return {row['id'] for row in self.read('SELECT id FROM downloads WHERE created_at > 0 '
+                                               "AND status IN ('queued', 'downloading')")}
 
     # -- submissions
 
@@ -1803,7 +1799,7 @@ class Store:
     def finish(self, download_id, outcome, folder, now):
         """Completed: the files are on disk and synced. False if they were a deleted download's."""
         columns = {'completed_at': now, **self._delivered(outcome, folder)}
-        if 'upload' in self.outgoing.get('finish', ()):
+        if 'upload' in self.outgoing:
             columns['s3_state'] = 'waiting'
 
         def work(db):
@@ -1967,8 +1963,8 @@ class Store:
     def end_import(self, db, import_id, now, sentence):
         """All its posts are done: announce it."""
         db.execute("UPDATE imports SET state = 'done' WHERE id = ?", (import_id,))
-        for kind in self.outgoing.get('import', ()):
-            self._send(db, kind, sentence, now)
+        if 'import' in self.outgoing.get('notify', ()):
+            self._send(db, 'notify', sentence, now)
 
     @committed
     def cancel_import(self, db, import_id, now):
@@ -1985,10 +1981,12 @@ class Store:
         db.execute('INSERT INTO outbox (kind, payload, due) VALUES (?, ?, ?)', item)
 
     def _announce(self, db, verb, download_id, now):
-        for kind in self.outgoing.get(verb, ()):  # 'notify' not for each post of an import
-            db.execute('INSERT INTO outbox (kind, download_id, payload, due) SELECT ?, id, ?, ? '
-                       "FROM downloads WHERE id = ? AND (import_id IS NULL OR ? <> 'notify')",
-                       (kind, verb, now, download_id, kind))
+        for kind, verbs in self.outgoing.items():
+            if verb in verbs:  # 'notify' not for each post of an import
+                db.execute(
+                    'INSERT INTO outbox (kind, download_id, payload, due) SELECT ?, id, ?, ? '
+                    "FROM downloads WHERE id = ? AND (import_id IS NULL OR ? <> 'notify')",
+                    (kind, verb, now, download_id, kind))
 
     def note_problems(self, there, new, now):
         """Announce the problems `new`, by name, once, until they are no longer `there`."""
@@ -9323,11 +9321,10 @@ class LogWriter(logging.Handler):
         """server.log becomes server.log.1 and so on; the next batch opens a new one."""
         os.close(self.fd)
         self.fd = -1
-        names = [str(self.file)]
-        names += [f'{self.file}.{n + 1}' for n in range(self.settings.backup_count)]
-        for newer, older in reversed(list(zip(names, names[1:]))):
+        names = [self.file, *(f'{self.file}.{n + 1}' for n in range(self.settings.backup_count))]
+        for at in range(len(names) - 1, 0, -1):
             with suppress(FileNotFoundError):
-                os.replace(newer, older)
+                os.replace(names[at - 1], names[at])
         if len(names) == 1:
             os.unlink(self.file)
 
@@ -9685,7 +9682,7 @@ class Care:
         if kind == 'days':
             return [row['id'] for row in self.store.oldest(now - amount * DAY)]
         ids, excess = [], self.store.bytes_kept() - amount
-        for row in self.store.oldest(now) if excess > 0 else ():
+        for row in self.store.oldest(now):
             if excess > 0:
                 ids.append(row['id'])
                 excess -= row['file_size'] or 0
@@ -9886,13 +9883,11 @@ class Daemon:
         """The threads that empty the outbox, and what fills it."""
         notify, outgoing = self.config.notify, self.store.outgoing
         if self.bucket:
-            outgoing['finish'] = ['upload']
+            outgoing['upload'] = ['finish']
             self.care.couriers.append(Uploader(self.config, self.bucket, self.store))
         if notify.url:
-            for verb, event in {'finish': 'completed', 'give_up': 'failed',
-                                'import': 'attention'}.items():
-                if event in notify.events:
-                    outgoing.setdefault(verb, []).append('notify')
+            verbs = {'completed': 'finish', 'failed': 'give_up', 'attention': 'import'}
+            outgoing['notify'] = [verbs[event] for event in notify.events]
             self.care.couriers.append(Notifier(
                 self.config, self.store, app.describe, public_base(self.config, app.port),
                 lambda: self.care.problems(
