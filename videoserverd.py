@@ -96,15 +96,6 @@ PROGRAM = Path(__file__).absolute()
 log = logging.getLogger('videoserverd')
 
 
-def named_tuple(cls):
-    """A decorator: the annotated fields of the class, with their defaults, become those of a
-    named tuple. The module typing, which has one, takes 0.4 MB."""
-    fields = list(cls.__annotations__)
-    defaults = [getattr(cls, field) for field in fields if hasattr(cls, field)]
-    base = namedtuple(cls.__name__, fields, defaults=defaults)
-    return type(cls.__name__, (base, cls), {})
-
-
 class Trouble(Exception):
     """A fault that the reader can fix; str() is one line that says how."""
     exit_code = 1
@@ -290,12 +281,8 @@ class ConfigError(Trouble):
     exit_code = 2
 
 
-@named_tuple
-class Setting:
-    """A key of config.ini. `parse` takes the text and raises ValueError(what is accepted)."""
-    default: str
-    parse: callable
-    help: str
+# A key of config.ini. `parse` takes the text and raises ValueError(what is accepted).
+Setting = namedtuple('Setting', 'default parse help')
 
 
 def one_of(choices):
@@ -626,57 +613,27 @@ TRANSITIONS = {  # verb of the store: statuses before, status after, and columns
 }
 
 
-@named_tuple
-class MediaFile:
-    """A finished file in the output directory: its name there, bytes, MIME type."""
-    name: str
-    size: int
-    type: str
+MediaFile = namedtuple('MediaFile', 'name size type')  # name in the output folder, bytes, MIME
 
 
-@named_tuple
-class Progress:
-    """How far a running download is. `phase`: page, media, merge or file; bytes; seconds."""
-    percent: float
-    phase: str = ''
-    downloaded: int = 0
-    total: int = None
-    speed: float = None
-    eta: int = None
-    title: str = ''
+# How far a running download is. `phase`: page, media, merge or file; bytes; seconds.
+Progress = namedtuple('Progress', 'percent phase downloaded total speed eta title',
+                      defaults=('', 0, None, None, None, ''))
 
 
-@named_tuple
-class Job:
-    """One try at one download: attempt 1 is the first; earlier ones delivered `files`. `site` and
-    `media_id` identify the post, if its link does. `imported`: the import it comes from."""
-    id: str
-    url: str
-    options: tuple
-    attempt: int
-    files: tuple = ()
-    site: str = None
-    media_id: str = None
-    imported: str = None
+# One try at one download: attempt 1 is the first; earlier ones delivered `files`. `site` and
+# `media_id` identify the post, if its link does. `imported`: the import it comes from.
+Job = namedtuple('Job', 'id url options attempt files site media_id imported',
+                 defaults=((), None, None, None))
 
 
-@named_tuple
-class Outcome:
-    """How a try ended: done, retry, give_up, cancelled, stopped or pause.
-
-    `reason` is a stable word, `message` a sentence for a person, `tries` a limit on attempts for
-    this reason, below the configured one; `files` with a retry are those that arrived. `note` says
-    what is missing or unusual, `post` is what the site says about it. `shared` is the download
-    that owns the files, if the post had already been downloaded."""
-    kind: str
-    reason: str = ''
-    message: str = ''
-    title: str = ''
-    files: tuple = ()
-    tries: int = None
-    note: str = ''
-    post: dict = {}
-    shared: str = None
+# How a try ended: done, retry, give_up, cancelled, stopped or pause. `reason` is a stable word,
+# `message` a sentence for a person, `tries` a limit on attempts for this reason, below the
+# configured one; `files` with a retry are those that arrived. `note` says what is missing or
+# unusual, `post` is what the site says about it. `shared` is the download that owns the files, if
+# the post had already been downloaded.
+Outcome = namedtuple('Outcome', 'kind reason message title files tries note post shared',
+                     defaults=('', '', '', (), None, '', {}, None))
 
 
 def backoff(attempt, delays):
@@ -712,14 +669,9 @@ class Refused(Exception):
         self.code, self.message = code, message
 
 
-@named_tuple
-class Submission:
-    """A link to store. `timestamp` is the sender's, of any size, or None; it is only compared. The
-    option `again` asks to download a post again that is already here."""
-    url: str
-    client_id: str
-    timestamp: int
-    options: tuple
+# A link to store. `timestamp` is the sender's, of any size, or None; it is only compared. The
+# option `again` asks to download a post again that is already here.
+Submission = namedtuple('Submission', 'url client_id timestamp options')
 
 
 UNSAFE = re.compile(  # control characters, line ends, direction marks, lone surrogates
@@ -1345,14 +1297,8 @@ INSERT_LINK = (  # one statement, since each one releases the GIL twice
     'ON CONFLICT (client_id, url, timestamp) WHERE timestamp IS NOT NULL DO NOTHING')
 
 
-@named_tuple
-class Stored:
-    """Where a link is stored. `fresh`: as a new download; `same_post`: with another link to it."""
-    id: str
-    fresh: bool
-    status: str = 'queued'
-    files: tuple = ()
-    same_post: bool = False
+# Where a link is stored. `fresh`: as a new download; `same_post`: with another link to it.
+Stored = namedtuple('Stored', 'id fresh status files same_post', defaults=('queued', (), False))
 
 
 class StoreDown(Exception):
@@ -4320,13 +4266,7 @@ HELPER_TIMEOUT = 900  # seconds for pip, compiling, trying: a Pi Zero is slow, b
 DOWNLOAD_LIMIT = 64 << 20  # bytes; the wheel has 3 MB, the index's JSON 1.2 MB
 
 
-@named_tuple
-class Release:
-    """A yt-dlp on the index, by its pure wheel."""
-    version: str
-    requires: str
-    sha256: str
-    url: str
+Release = namedtuple('Release', 'version requires sha256 url')  # of yt-dlp, by its pure wheel
 
 
 class BrokenRelease(Trouble):
@@ -4967,15 +4907,9 @@ def content_disposition(name):
 
 # -- AWS Signature 4 (docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html)
 
-@named_tuple
-class Keys:
-    access: str
-    secret: str
-    region: str
-    service: str = 's3'
-
+class Keys(namedtuple('Keys', 'access secret region service', defaults=('s3',))):
     def scope(self, stamp):
-            return f'{stamp[:8]}/{self.region}/{self.service}/aws4_request'
+        return f'{stamp[:8]}/{self.region}/{self.service}/aws4_request'
 
 
 def amz_date(now):
@@ -5046,12 +4980,8 @@ REFUSALS = {  # S3's error codes that the owner can do something about
 NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may put, but not list
 
 
-@named_tuple
-class Body:
+class Body(namedtuple('Body', 'file start size')):
     """A range of an open file. Reading it raises OSError."""
-    file: io.BufferedReader
-    start: int
-    size: int
 
     def blocks(self):
         self.file.seek(self.start)
@@ -6020,13 +5950,9 @@ class ClockWrong(Trouble):
     """The clock is older than this release: no certificate can be made."""
 
 
-@named_tuple
-class Certificate:
-    """The server's certificate. `own`: the owner's, not our CA's; `not_after`: epoch seconds;
-    `names`: and addresses."""
-    own: bool
-    not_after: int
-    names: tuple
+# The server's certificate. `own`: the owner's, not our CA's; `not_after`: epoch seconds; `names`:
+# and addresses.
+Certificate = namedtuple('Certificate', 'own not_after names')
 
 
 def as_address(word):
@@ -6462,14 +6388,8 @@ class HTTPError(Exception):
         self.code = code or CODES.get(status, 'bad_request')
 
 
-@named_tuple
-class Reply:
-    """What goes back: `body`, or what is in `file`."""
-    status: int
-    body: bytes = b''
-    type: str = JSON
-    headers: tuple = ()
-    file: object = None
+# What goes back: `body`, or what is in `file`.
+Reply = namedtuple('Reply', 'status body type headers file', defaults=(b'', JSON, (), None))
 
 
 # -- reading a request
@@ -6574,30 +6494,15 @@ class Request:
 # -- routes and replies
 
 
-@named_tuple
-class Param:
-    """Of a query: `parse` raises ValueError(what is accepted)."""
-    name: str
-    parse: callable
-    default: str = ''
-    type: str = 'string'
+# Of a query: `parse` raises ValueError(what is accepted).
+Param = namedtuple('Param', 'name parse default type', defaults=('', 'string'))
 
 
-@named_tuple
-class Route:
-    """`handler` returns a Reply, or a dict to be sent as JSON with `status`; its docstring is the
-    summary. `access`: key (where keys are on), link or share (or a signature), open. `limit`:
-    bytes of a body, if more than elsewhere."""
-    method: str
-    path: str
-    handler: callable
-    answer: str = 'Object'
-    body: str = ''
-    query: tuple = ()
-    errors: tuple = ()
-    status: int = 200
-    limit: int = 0
-    access: str = 'key'
+# `handler` returns a Reply, or a dict to be sent as JSON with `status`; its docstring is the
+# summary. `access`: key (where keys are on), link or share (or a signature), open. `limit`: bytes
+# of a body, if more than elsewhere.
+Route = namedtuple('Route', 'method path handler answer body query errors status limit access',
+                   defaults=('Object', '', (), (), 200, 0, 'key'))
 
 
 def json_reply(body, status):
