@@ -4853,8 +4853,6 @@ COURIER_NAP = 60.0  # seconds between looks when nothing is due, and after a fai
 THUMBNAIL_SECONDS = 20.0  # a Pi needs two for a frame of a 4K video
 THUMBNAIL_FILTER = ("crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',"
                     "scale='min(120,iw)':-2")  # twice what the page shows
-# None that refers to other files, as a playlist does.
-THUMBNAIL_FORMATS = 'mov,matroska,flv,avi,mpegts,mp3,ogg,' + ','.join(STILLS.values())
 
 
 # -- links
@@ -5309,8 +5307,7 @@ def make_thumbnail(video, picture):
     """Make a small JPEG of `video`; whether it worked. Slow: takes a Pi seconds."""
     fresh = picture.with_name(f'.{picture.name}.new')
     for second in ('1', '0'):  # a clip may be shorter than a second
-        command = ['nice', 'ffmpeg', '-nostdin', '-v', 'quiet', '-threads', '1',
-                   '-protocol_whitelist', 'file', '-format_whitelist', THUMBNAIL_FORMATS,
+        command = ['nice', 'ffmpeg', '-nostdin', '-v', 'quiet', '-threads', '1', *LOCAL_FILES,
                    *still_format(video), '-ss', second, '-i', f'file:{video}', '-frames:v', '1',
                    '-vf', THUMBNAIL_FILTER, '-q:v', '5', '-f', 'mjpeg', '-']
         data = output_of(command, THUMBNAIL_SECONDS, preexec_fn=die_with_us())
@@ -6395,19 +6392,6 @@ Reply = namedtuple('Reply', 'status body type headers file', defaults=(b'', JSON
 # -- reading a request
 
 
-def parse_fields(lines):
-    """Header fields by lower-case name (RFC 9112 section 5)."""
-    fields = {}
-    if len(lines) > 100:
-        raise HTTPError(431, 'There are too many headers.')
-    for line in lines:
-        match = FIELD_LINE.fullmatch(line)
-        if not match:
-            raise HTTPError(400, 'A header is malformed.')
-        fields.setdefault(match[1].lower(), []).append(match[2].strip('\t '))
-    return fields
-
-
 def decode_path(raw):
     """A percent-decoded path that cannot climb and is not ambiguous."""
     try:
@@ -6449,7 +6433,14 @@ class Request:
         self.method, target, self.version = match.groups()
         if not TARGET.fullmatch(target):
             raise HTTPError(400, 'This path is invalid.')
-        self.fields = parse_fields(lines)  # names in lower case
+        self.fields = {}  # by name in lower case (RFC 9112 section 5)
+        if len(lines) > 100:
+            raise HTTPError(431, 'There are too many headers.')
+        for line in lines:
+            match = FIELD_LINE.fullmatch(line)
+            if not match:
+                raise HTTPError(400, 'A header is malformed.')
+            self.fields.setdefault(match[1].lower(), []).append(match[2].strip('\t '))
         self.peer, self.client = peer, peer.address
         self.raw_path, _, self.raw_query = target.partition('?')
         self.query, self.params = {}, {}
@@ -6695,13 +6686,9 @@ class App:
             path += sign_path(self.link_secret, path, expires)
         return path
 
-    def progress(self, record):
-        running = record['status'] == 'downloading'
-        return self.board.progress(record['id']) if running else None
-
     def describe(self, record):
         """A download as document A lists it."""
-        progress, files = self.progress(record), []
+        progress, files = self.board.progress(record['id']), []
         for file in record['files'] * (record['reason'] != 'room'):
             path = self.link(record['id'], file.name)
             files.append({**file._asdict(), 'url': self.base() + path, 'path': path.lstrip('/')})
@@ -7117,9 +7104,9 @@ def get_health(app, request):
         facts['message'] = f'The server is {facts["status"]}.'
     if storing:
         return facts
-    refusal = refuse(app, '', HTTPError(503, 'The server cannot store links at the moment.',
-                                        'cannot_store', RETRY_SOON))
-    return json_reply({**facts, **json.loads(refusal.body)}, 503)._replace(headers=refusal.headers)
+    refusal = 'The server cannot store links at the moment.'
+    facts.update(brief('error', refusal, error=refusal, code='cannot_store'))
+    return json_reply(facts, 503)._replace(headers=(RETRY_SOON,))
 
 
 def post_cancel(app, request):
@@ -7327,7 +7314,7 @@ def initiate_download(app, request):
 
 def describe_in_b(app, record):
     """As document B lists it; size and progress only where they are known."""
-    progress = app.progress(record)
+    progress = app.board.progress(record['id'])
     row = {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']]}
     size = record['file_size'] or getattr(progress, 'total', None)
     if size:
