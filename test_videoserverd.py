@@ -7512,7 +7512,7 @@ class TestUploader(WithBucket):
 
     def new_uploader(self):
         uploader = v.Uploader(self.config, self.bucket, self.store)
-        self.addCleanup(lambda: uploader._thread.is_alive() and uploader.stop())
+        self.addCleanup(lambda: uploader.thread.is_alive() and uploader.stop())
         return uploader
 
     def finish(self, *names, size=300_000, now=0):
@@ -7535,7 +7535,7 @@ class TestUploader(WithBucket):
 
     def test_all_files_of_a_download_are_stored(self):
         ids = [self.finish(*HARD_NAMES), self.finish('dog.mp4')]
-        self.uploader.start()
+        self.uploader.thread.start()
         wait_until(lambda: [self.copy(id) for id in ids] == ['stored'] * 2)
         for name in HARD_NAMES:
             self.assertEqual(fetch(self.link(ids[0], name))[2], (self.output / name).read_bytes())
@@ -7544,7 +7544,7 @@ class TestUploader(WithBucket):
         wait_until(lambda: self.copy(later) == 'stored')
         self.assertEqual(self.due(), [])
         self.uploader.stop()
-        self.assertFalse(self.uploader._thread.is_alive())
+        self.assertFalse(self.uploader.thread.is_alive())
 
     def test_a_failure_waits_for_the_schedulers_delays_then_doubling_up_to_six_hours(self):
         self.relay.limit = 0
@@ -7574,11 +7574,11 @@ class TestUploader(WithBucket):
     def test_stopping_takes_less_than_a_second_though_the_server_stalls_and_costs_no_attempt(self):
         self.relay.limit, self.relay.stall = 500_000, True
         id = self.finish('cat.mp4', size=30 << 20)
-        self.uploader.start()
+        self.uploader.thread.start()
         self.assertTrue(self.relay.stalled.wait(fair(10)))
         begun = time.monotonic()
         self.uploader.stop()
-        self.assertFalse(self.uploader._thread.is_alive())
+        self.assertFalse(self.uploader.thread.is_alive())
         self.assertLess(time.monotonic() - begun, fair(0.8))
         self.uploader.step(time.time())
         self.assertEqual((self.copy(id), self.due(), self.uploader.error), ('waiting', [('upload', 0, 0)], None))
@@ -7598,7 +7598,7 @@ class TestUploader(WithBucket):
     def test_a_download_deleted_while_it_is_uploaded_leaves_nothing_in_the_bucket(self):
         id, other = self.finish('cat.mp4', size=30 << 20), self.finish('dog.mp4')
         self.relay.limit, self.relay.stall = 10 << 20, True
-        self.uploader.start()
+        self.uploader.thread.start()
         self.assertTrue(self.relay.stalled.wait(fair(10)))
         self.relay.limit = None
         self.store.forget(id, [self.bucket.key(id, 'cat.mp4')])
@@ -7789,7 +7789,7 @@ class TestNotify(DaemonTest):
         config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
         notifier = v.Notifier(config, store, None, '', looks)
         with unittest.mock.patch.object(v, 'COURIER_NAP', 0.01), self.assertLogs(v.log, 'WARNING'):
-            notifier.start()
+            notifier.thread.start()
             wait_until(lambda: looks.call_count >= 2, 5)
             notifier.stop()
 

@@ -4855,13 +4855,23 @@ THUMBNAIL_FILTER = ("crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',"
                     "scale='min(120,iw)':-2")  # twice what the page shows
 
 
-# -- links
+# -- names and links
+
+HOST_NAME = re.compile(r'(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.(?!$)|$))+')
+
+
+def machine_names():
+    """`<host>.local`, the host name, the name with its domain if it has one, and localhost."""
+    full = re.sub(r'[^a-z0-9_.-]+', '-', socket.gethostname().lower()).strip('-.') or 'localhost'
+    host = full.partition('.')[0][:63].strip('-')
+    names = dict.fromkeys((f'{host}.local', host, full, 'localhost'))
+    return tuple(filter(HOST_NAME.fullmatch, names))
+
 
 def public_base(config, port):
     """How others reach this server: scheme, host, port, perhaps a path; no final slash."""
     scheme = 'https' if config.server.tls else 'http'
-    host = socket.gethostname().split('.')[0].lower() or 'localhost'
-    return config.server.public_base_url or f'{scheme}://{host}.local:{port}'
+    return config.server.public_base_url or f'{scheme}://{machine_names()[0]}:{port}'
 
 
 def file_path(download_id, name):
@@ -5123,10 +5133,7 @@ class Courier:
         self._current, self._stopping = '', False
         self._woken = threading.Event()
         self._pause_until = 0.0
-        self._thread = threading.Thread(target=self._run, name=self.kinds[0], daemon=True)
-
-    def start(self):
-        self._thread.start()
+        self.thread = threading.Thread(target=self._run, name=self.kinds[0], daemon=True)
 
     def wake(self, forgotten=''):
         """There may be something to do; end what is running for the download `forgotten`."""
@@ -5141,7 +5148,7 @@ class Courier:
             self._stopping = True
         self.client.hang_up()
         self.wake()
-        self._thread.join(0.8)
+        self.thread.join(0.8)
 
     def _run(self):
         while not self._stopping:
@@ -5149,7 +5156,7 @@ class Courier:
             try:
                 nap = self.step(time.time())
             except Exception as error:
-                log.warning('%s: waits after this: %s', self._thread.name, error,
+                log.warning('%s: waits after this: %s', self.thread.name, error,
                             exc_info=not isinstance(error, StoreDown))
             self._woken.wait(nap)
             self._woken.clear()
@@ -5176,7 +5183,7 @@ class Courier:
             if self.client.halted.is_set():
                 return 0
             if not isinstance(error, Trouble):
-                log.exception('%s: failed unexpectedly', self._thread.name)
+                log.exception('%s: failed unexpectedly', self.thread.name)
             return self._postpone(item, str(error), int(now))
         finally:
             self._current = ''
@@ -5221,8 +5228,7 @@ class Uploader(Courier):
                 self.bucket.put(path, key, file.type)  # says so if the disk is unplugged
                 continue
             lost.append(file.name)  # removed by hand
-            if file.size > MULTIPART_ABOVE:
-                self.bucket.abort(key)
+            self.bucket.abort(key)
         if not lost:
             log.info('download %s: stored in bucket %s', row['id'], self.bucket.s3.bucket)
             return 'stored', None
@@ -5907,10 +5913,8 @@ RENEW_DAYS = 30  # a machine that was off for a holiday still has a valid certif
 CA_NAME = 'videoserverd on '  # iOS lists a root under Certificate Trust Settings by its CommonName
 PERMITTED_NAMES = ('local', 'lan', 'home.arpa', 'localhost')  # and all PRIVATE_NETWORKS
 # A CA that permits `tv` permits all of .tv: a host called tv is reached as tv.local only.
-TOP_LEVEL_NAMES = frozenset(
-    'ai app biz box cloud co com de dev eu fm fr home info io it link live me media movie net '
-    'network online org page site tv uk us video web zip'.split())
-HOST_NAME = re.compile(r'(?=.{1,253}$)([a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?(\.(?!$)|$))+')
+TOP_LEVEL_NAMES = ('ai app biz box cloud co com de dev eu fm fr home info io it link live me media '
+                   'movie net network online org page site tv uk us video web zip').split()
 PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000  # X509_V_FLAG_*; Python names one, from 3.10
 UNKNOWN_CONSTRAINT = 51  # X509_V_ERR_UNSUPPORTED_CONSTRAINT_TYPE
 WORKING = '.making-*'  # the folder beside the CA in which files are made
@@ -5970,14 +5974,6 @@ def host_words(given):
             raise Trouble(f'{word!r} is neither a host name (such as pi.lan) nor an IP address')
         found[str(address or text)] = True
     return tuple(found)
-
-
-def machine_names():
-    """`<host>.local`, the host name, the name with its domain if it has one, and localhost."""
-    full = re.sub(r'[^a-z0-9_.-]+', '-', socket.gethostname().lower()).strip('-.') or 'localhost'
-    host = full.partition('.')[0][:63].strip('-')
-    names = dict.fromkeys((f'{host}.local', host, full, 'localhost'))
-    return tuple(filter(HOST_NAME.fullmatch, names))
 
 
 def host_addresses():
@@ -7312,23 +7308,19 @@ def initiate_download(app, request):
     return {'downloadUUID': submit(app, request, fields).id}
 
 
-def describe_in_b(app, record):
-    """As document B lists it; size and progress only where they are known."""
-    progress = app.board.progress(record['id'])
-    row = {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']]}
-    size = record['file_size'] or getattr(progress, 'total', None)
-    if size:
-        row['downloadSizeInBytes'] = size
-    if progress or record['status'] == 'completed':
-        row['progress'] = shown_percent(record, progress)
-    return row
-
-
 def list_downloads(app, request):
     """Downloads of the last minutes."""
-    since = int(time.time()) - 60 * request.query['overLastPeriodDurationInMinutes']
-    records = app.store.since(since, request.query['onlyShowOngoingDownloads'])
-    return {'downloads': [describe_in_b(app, record) for record in records]}
+    since, rows = int(time.time()) - 60 * request.query['overLastPeriodDurationInMinutes'], []
+    for record in app.store.since(since, request.query['onlyShowOngoingDownloads']):
+        progress = app.board.progress(record['id'])
+        row = {'downloadUUID': record['id'], 'downloadStatus': B_STATUS[record['status']]}
+        size = record['file_size'] or getattr(progress, 'total', None)
+        if size:
+            row['downloadSizeInBytes'] = size
+        if progress or record['status'] == 'completed':
+            row['progress'] = shown_percent(record, progress)
+        rows.append(row)
+    return {'downloads': rows}
 
 
 def get_public_url(app, request):
@@ -9785,7 +9777,7 @@ class Daemon:
                 lambda: self.care.problems(
                     not self.care.restart_when_idle and self.care.preflight() or None)))
         for courier in self.care.couriers:
-            courier.start()
+            courier.thread.start()
 
     def make_app(self, port):
         config = self.config
