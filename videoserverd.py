@@ -7861,7 +7861,7 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
   <p id="old">This page needs JavaScript, and iOS 16 or a browser from 2022 or later.</p>
   <section id="health" aria-label="Health" hidden
     ><h2></h2><ul id="problems"></ul>
-    <progress class="bar" aria-label="Getting ready" hidden></progress>
+    <progress aria-label="Getting ready" hidden></progress>
     <button id="update" class="button quiet" hidden>Update yt-dlp</button></section>
   <form id="add">
     <textarea id="box" rows="1" aria-label="Links" placeholder="Paste links" autocomplete="off"
@@ -7924,7 +7924,7 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
   <label class="pick"><input type="checkbox" aria-label="Select"></label>
   <div class="thumb"></div>
   <div class="what"><h2 class="title" dir="auto"></h2><p class="meta"></p></div>
-  <div class="state"><p class="word"></p><progress class="bar" max="100"></progress
+  <div class="state"><p class="word"></p><progress max="100"></progress
     ><p class="reason" dir="auto"></p></div>
   <div class="acts"><button value="play" class="quiet">Play</button>
     <button value="share" class="quiet">Share</button>
@@ -7951,9 +7951,9 @@ PAGE_HTML = HEAD + r'''<title>Video inbox</title>
 PAGE_CSS = r'''
 /* Sizes in rem follow the reader's own. */
 :root {
-  color-scheme: light dark; --gap: 1rem; --paper: #f5f5f1; --card: #fff; --ink: #1a1d1a;
-  --soft: #5a605a; --line: #8883; --edge: #808780; --accent: #0b6e5f;
-  --tint: #e2f0ec; --bad: #b3261e;
+  color-scheme: light dark; accent-color: var(--accent); --gap: 1rem; --paper: #f5f5f1;
+  --card: #fff; --ink: #1a1d1a; --soft: #5a605a; --line: #8883; --edge: #808780;
+  --accent: #0b6e5f; --tint: #e2f0ec; --bad: #b3261e;
 }
 @media (prefers-color-scheme: dark) {
   :root {
@@ -7965,7 +7965,7 @@ PAGE_CSS = r'''
 [hidden] { display: none !important; }
 html { background: var(--paper); scroll-padding: 1rem 0 5rem; -webkit-text-size-adjust: 100%; }
 body {
-  margin: 0 auto; max-width: 78rem; min-height: 100vh; min-height: 100dvh; display: flex;
+  margin: 0 auto; max-width: 78rem; min-height: 100dvh; display: flex;
   flex-direction: column; padding: env(safe-area-inset-top)
     max(var(--gap), env(safe-area-inset-right)) env(safe-area-inset-bottom)
     max(var(--gap), env(safe-area-inset-left));
@@ -8037,7 +8037,7 @@ article { display: grid; gap: .4rem .9rem; align-content: start;
   margin-bottom: .75rem; padding: .9rem; border-radius: 1.1rem; background: var(--card); }
 .pick, .picking .acts { display: none; }
 .picking .pick { grid-column: 1 / -1; display: grid; align-items: center; width: 2.75rem; }
-[type=checkbox] { width: 1.4rem; height: 1.4rem; min-height: 0; accent-color: var(--accent); }
+[type=checkbox] { width: 1.4rem; height: 1.4rem; min-height: 0; }
 .thumb { grid-row: span 2; width: 3.75rem; height: 5rem; border-radius: .65rem; overflow: hidden;
   background: var(--tint); }
 .thumb img { width: 100%; height: 100%; object-fit: cover; }
@@ -8045,12 +8045,11 @@ article { display: grid; gap: .4rem .9rem; align-content: start;
 .what { align-self: center; }
 .title { display: -webkit-box; -webkit-box-orient: vertical;
   -webkit-line-clamp: 2; overflow: hidden; }
-.meta span:not(:last-child)::after { content: '\a0·\a0'; display: inline-block; }
 .meta a { padding: .3rem 0; color: inherit; text-decoration-color: var(--edge); }
 [data-status=completed] :is(.word, .state:has(.reason:empty)) { display: none; }
 [data-status=downloading] .word { color: var(--accent); }
 [data-status=failed] .word { color: var(--bad); font-weight: 600; }
-.bar { width: 100%; accent-color: var(--accent); }
+progress { width: 100%; }
 .acts { grid-column: 1 / -1; gap: .1rem .15rem; }
 [value=cancel]:not([hidden]), [value=delete] { margin-left: auto; }
 [value=cancel]:not([hidden]) ~ [value=delete], #bulk button { margin-left: 0; }
@@ -8139,10 +8138,6 @@ const $ = id => document.getElementById(id);
 const part = (node, selector) => node.querySelector(selector);
 const copyOf = id => $(id).content.firstElementChild.cloneNode(true);
 const filled = list => list.filter(Boolean);
-const sleep = (ms, signal) => new Promise(done => {
-  setTimeout(done, signal?.aborted ? 0 : ms);
-  signal?.addEventListener('abort', done);
-});
 function element(name, props, ...children) {
   const node = Object.assign(document.createElement(name), props);
   node.append(...children);
@@ -8171,7 +8166,7 @@ function remember(name, value) {
   return value;
 }
 const clientId = () => recall('client') ??
-  remember('client', 'web-' + crypto.getRandomValues(new Uint32Array(2)).join('-'));
+  remember('client', 'web-' + Math.random().toString(36).slice(2));
 
 // ---- news at the bottom: one with a button stays in front of others until it is used ----
 let noteTimer, ended = null;  // what to do once the note is gone
@@ -8179,7 +8174,7 @@ function note(text, label = '', action = null, end = null) {
   if (!label && !$('offer').hidden) return;
   if (ended !== end) ended?.();
   ended = end;
-  write($('note'), text ?? '');
+  write($('note'), text);
   write($('offer'), label);
   $('offer').hidden = !label;
   $('offer').onclick = () => { ended = null; action(); hush(); };
@@ -8273,7 +8268,7 @@ function paintHealth() {
   $('health').hidden = !preparing && !faults.length;
   write($('health').firstChild, preparing ? 'Getting ready…' : 'Needs your attention');
   $('problems').replaceChildren(...faults.map(text => element('li', {}, ...withCommands(text))));
-  part($('health'), '.bar').hidden = !preparing;
+  part($('health'), 'progress').hidden = !preparing;
   $('update').hidden = !faults.some(text => / update`/.test(text));
   write($('cookies'), cookies?.join('\n') || 'There are no cookies.');
   $('forget-cookies').hidden = !cookies?.length;
@@ -8372,11 +8367,16 @@ async function bring(file) {
 // ---- the list: as tall as all rows together, but only the chunks in view are filled ----
 const chunks = $('list').children, doomed = new Set(), picked = new Set();
 const view = {status: '', q: ''};
-let wake = new AbortController(), version = 0;
+let polling = new AbortController(), nextPoll, version = 0;
 
+function plan(pause, gap = FRAME) {
+  clearTimeout(nextPoll);
+  nextPoll = setTimeout(poll, 1000 * pause, gap);
+}
 function refresh() {
   version = 0;
-  wake.abort();
+  polling.abort();
+  plan(0);
 }
 const sight = new IntersectionObserver(entries => {
   for (const {target, isIntersecting} of entries) {
@@ -8397,30 +8397,32 @@ function stretch(total) {
 const asked = more => 'api/v1/history?' + new URLSearchParams(
   Object.entries({...view, ...more}).filter(([, value]) => value !== ''));
 
-async function look() {
+async function look(signal) {
   const seen = [...chunks].flatMap((chunk, i) => chunk.near ? i : []);
   const first = seen[0] ?? 0, count = (seen.at(-1) ?? 0) - first + 1;
   const place = {offset: first * CHUNK, limit: Math.min(MOST_ROWS, count * CHUNK)};
   if (version) Object.assign(place, {since: version, wait: 25});
-  const answer = await api('GET', asked(place), null, wake.signal);
+  const answer = await api('GET', asked(place), null, signal);
   if (version !== answer.version) looked = Math.min(looked, Date.now() - 0.9 * ROUND);
   version = answer.version;
   paintList(answer, place.offset);
   return answer.poll_after || FRAME;
 }
-// Polls forever; refresh() makes it poll at once.
-async function watch() {
-  for (let gap = FRAME, pause; ; await sleep(1000 * pause, wake.signal)) {
-    wake = new AbortController();  // a new one each time: listeners are left on it
-    setTimeout(old => old.abort(), PATIENCE, wake);
-    try {
-      pause = locked || document.hidden ? 3600 : await look();
-      gap = FRAME;
-    } catch {
-      pause = wake.signal.aborted ? 0 : gap;
-      gap = Math.min(2 * gap, 15);
-    }
+// Looks, then plans the next look, after an error at a growing gap.
+async function poll(gap) {
+  polling.abort();
+  polling = new AbortController();
+  if (locked || document.hidden) return;
+  const {signal} = polling;
+  let pause = gap;
+  plan(PATIENCE / 1000);
+  try {
+    pause = await look(signal);
+    gap = FRAME;
+  } catch {
+    gap = Math.min(2 * gap, 15);
   }
+  if (!signal.aborted) plan(pause, gap);
 }
 function paintList({downloads, total, counts}, offset) {
   stretch(total);
@@ -8498,11 +8500,11 @@ function paintMeta(node, row) {
     element('a', link, row.site), files > 1 && files + ' files',
     row.file_size && size(row.file_size),
     row.created_at && moment(row.completed_at ?? row.created_at)]);
-  const line = element('p', {}, ...facts.map(fact => element('span', {}, fact)));
-  if (node.textContent !== line.textContent) node.replaceChildren(...line.children);
+  const line = element('p', {}, ...facts.flatMap(fact => ['\xa0· ', fact]).slice(1));
+  if (node.textContent !== line.textContent) node.replaceChildren(...line.childNodes);
 }
 function paintProgress(node, row) {
-  const bar = part(node, '.bar'), waits = row.status === 'queued' && !row.next_attempt_at;
+  const bar = part(node, 'progress'), waits = row.status === 'queued' && !row.next_attempt_at;
   Object.assign(bar, {hidden: row.status !== 'downloading', value: row.progress});
   if (row.phase === 'page') bar.removeAttribute('value');  // nobody knows how long
   bar.ariaLabel = 'Progress of ' + heading(row);
@@ -8670,7 +8672,7 @@ async function load(files, signal, progress) {
 async function save(files) {
   for (const {path} of files) {
     element('a', {href: path, download: ''}).click();
-    await sleep(500);  // of two at once, a browser drops the second
+    await new Promise(done => setTimeout(done, 500));  // of two at once, the second is dropped
   }
 }
 // Gives the clipboard a promise, as Safari only allows writing during the tap.
@@ -8812,7 +8814,7 @@ addEventListener('drop', event => {
 addEventListener('popstate', () => $('player').close());
 addEventListener('pagehide', hush);
 addEventListener('online', refresh);
-document.addEventListener('visibilitychange', () => { wake.abort(); makeRound(); });
+document.addEventListener('visibilitychange', () => { plan(0); makeRound(); });
 setInterval(watchHealth, 1000);
 setInterval(repaint, 20000);  // waits shrink
 navigator.serviceWorker?.register('sw.js').catch(() => null);  // opens this page away from home
@@ -8820,7 +8822,7 @@ navigator.serviceWorker?.register('sw.js').catch(() => null);  // opens this pag
 prefill();
 $('old').remove();
 await makeRound();
-watch();
+plan(0);
 '''
 
 SW_JS = r'''
@@ -8852,7 +8854,7 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 <script type="module" src="setup.js"></script>
 </head>
 <body class="setup">
-<main data-check="{{check}}" data-next="{{base_url}}/setup#share">
+<main data-check="{{check}}">
 <div class="lead">
   <h1>Tap Share on your iPhone, and the video is saved on {{host}}.</h1>
   <p>Set it up once, at home, in about five minutes.</p>
@@ -8902,7 +8904,7 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
     Settings</b>. Turn on the switch and tap <b>Continue</b>. Then come back here.</p>
   <p id="trusted" role="status">This page moves on by itself as soon as your iPhone trusts the
     server.</p>
-  <p class="go"><a href="{{base_url}}/setup#share">Continue without waiting</a></p>
+  <p class="go"><a id="next" href="{{base_url}}/setup#share">Continue without waiting</a></p>
 </section>
 <!--/fingerprint--><!--secure-->
 <!--has_keys--><form class="step" id="unlock">
@@ -9019,7 +9021,7 @@ async function arrive() {
   $('trusted').textContent = '✓ Your iPhone trusts the server.';
   if (plain) await fetch('seen/trusted').catch(() => null);
   if (document.body.dataset.at !== 'profile') await new Promise(done => setTimeout(done, 1200));
-  if (plain) location.href = main.dataset.next;
+  if (plain) $('next').click();
   else go('share');
 }
 
