@@ -52,7 +52,7 @@ try:
     import shlex
     import sqlite3
     import ssl
-    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+    from http.server import ThreadingHTTPServer
 except ImportError as no_module:
     sys.exit('videoserverd needs all of Python, and this one has no %s (%s). Fix: sudo apt-get '
              'install python3 (a Mac: brew install python)' % (no_module.name, sys.executable))
@@ -2196,7 +2196,7 @@ class Ending(BaseException):
         if reason == 'cancelled':
             message = text  # document A's word
         tries = 2 if reason in FEW_TRIES else None
-        self.what = reason, detail
+        self.reason_and_detail = reason, detail
         self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
         super().__init__(message)
 
@@ -2220,12 +2220,16 @@ class Stopper:
             if self.reason:
                 return
             self.reason, self.detail, self.stopped_at = reason, detail, time.monotonic()
-            for sock in list(self._sockets):
-                with suppress(OSError):
-                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's drops its state first
+            self.hang_up()
             for child in self.children:
                 child.kill()
             self._changed.notify_all()
+
+    def hang_up(self):
+        """End its connections."""
+        for sock in list(self._sockets):
+            with suppress(OSError):
+                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's drops its state first
 
     def go_on(self):
         """Raise Ending if it was stopped."""
@@ -2375,7 +2379,7 @@ class Reach:
         self._ports = (proxy.port,) if proxy.port else (80, 443, 1080)
         self._names_are_ours = not self.proxy or proxy.scheme == 'socks4'  # to resolve
         self._doors = set()  # addresses of the proxy
-        self.secret = os.urandom(16).hex()  # opens Door
+        self.secret = os.urandom(16).hex()  # opens the door to C code
         REACHES[self.secret] = self
 
     def allows(self, address, port):
@@ -2878,6 +2882,8 @@ def adapt_ytdlp():
 # -- curl_cffi, which no hook sees
 
 CONNECT_SECONDS = 20
+DOOR_HEAD = re.compile(rb'CONNECT ([\w.:\[\]-]+):(\d{1,5}) HTTP/1\.[01](?s:.*)'
+                       rb'\r\nProxy-Authorization: Basic ([\w+/=]{1,99})\r\n')
 
 
 def tunnel(reach, host, port):
@@ -2900,60 +2906,66 @@ def tunnel(reach, host, port):
         (host, port), options, found[0], CONNECT_SECONDS, None)
 
 
-def relay(*sides):
+def relay(one, other):
     """Pass on what either side sends, until one ends."""
-    for side in sides:
-        side.settimeout(None)  # the attempt's own limits end it
+    poll, ways = select.poll(), {one.fileno(): (one, other), other.fileno(): (other, one)}
+    for sock in (one, other):
+        sock.settimeout(None)  # the attempt's own limits end it
+        poll.register(sock, select.POLLIN)
     while True:
-        for side in select.select(sides, (), ())[0]:
-            data = side.recv(65536)
+        for number, _ in poll.poll():
+            source, target = ways[number]
+            data = source.recv(65536)
             if not data:
                 return
-            sides[side is sides[0]].sendall(data)
+            target.sendall(data)
 
 
-class Door(BaseHTTPRequestHandler):
-    """A proxy on loopback for CONNECT (RFC 9110 section 9.3.6): what C code asks for passes here,
-    so the same rules and stops hold for it. TLS stays end to end."""
-    timeout = CONNECT_SECONDS  # for the request
+STRANGERS = threading.Semaphore(64)  # who has not said yet who it is
 
-    def do_CONNECT(self):
-        login = self.headers.get('Proxy-Authorization', '')[:99].partition(' ')[2]
-        try:
-            reach = REACHES[binascii.a2b_base64(login).decode().partition(':')[2]]
-            where = urlsplit(f'//{self.path}')
-            host, port = where.hostname or '', where.port or 443
-        except (KeyError, ValueError):
-            return self.send_error(407)
+
+def read_visitor(sock):
+    """Whose it is, and where it wants to go: curl sends that in one piece. Raises OSError,
+    ValueError."""
+    try:
+        sock.settimeout(2)
+        found = DOOR_HEAD.match(sock.recv(4096))
+    finally:
+        STRANGERS.release()
+    if not found:
+        raise ValueError
+    secret = binascii.a2b_base64(found[3])[2:].decode()
+    return REACHES.get(secret), found[1].decode().strip('[]'), int(found[2])
+
+
+def serve_visitor(sock):
+    with sock, suppress(OSError, ValueError, http.client.HTTPException):
+        reach, host, port = read_visitor(sock)
+        if reach is None:
+            return
         with within(reach):
             try:
-                reach.stopper.hold(self.connection)
+                reach.stopper.hold(sock)
                 with tunnel(reach, host, port) as other:
-                    self.send_response_only(200)
-                    self.end_headers()
-                    relay(self.connection, other)
+                    sock.sendall(b'HTTP/1.1 200 OK\r\n\r\n')
+                    relay(sock, other)
             except Ending as ending:
-                reach.stopper.stop(*ending.what)
-            except OSError as error:
-                log.debug('%s: %s', host, error)
-
-    def log_message(self, *_):
-        pass
+                reach.stopper.stop(*ending.reason_and_detail)
 
 
 def open_door():
-    """The port of Door."""
+    """The port of a proxy on loopback for CONNECT (RFC 9110 section 9.3.6): what C code asks for
+    passes here, so the same rules and stops hold for it. TLS stays end to end."""
     listener = socket.create_server(('127.0.0.1', 0))
-
-    def answer(sock):
-        with sock, suppress(OSError):
-            Door(sock, None, None)
 
     def keep():
         while True:
+            STRANGERS.acquire()
             try:
-                threading.Thread(target=answer, args=listener.accept()[:1], daemon=True).start()
-            except OSError:  # no descriptor is free
+                sock, _ = listener.accept()
+                threading.Thread(target=serve_visitor, args=(sock,), daemon=True).start()
+            except (OSError, RuntimeError):  # no descriptor or thread is free
+                STRANGERS.release()
                 time.sleep(1)
     threading.Thread(target=keep, daemon=True).start()
     return listener.getsockname()[1]
@@ -2965,9 +2977,52 @@ def ca_file():
     return next(filter(os.path.exists, filter(None, bundles)), '/etc/ssl/cert.pem')
 
 
+CUT_OFF = 0xFFFFFFFF  # CURL_WRITEFUNC_ERROR; an exception cannot pass through C
+
+
+class Page:
+    """The body of an answer to curl_cffi: not too large, and passed on in few pieces, since yt-dlp
+    copies all that came before for each."""
+
+    def __init__(self, reach, pass_on):
+        self.reach, self.pass_on = reach, pass_on
+        self.size, self.kept = 0, bytearray()
+
+    def write(self, data):
+        self.size += len(data)
+        self.kept += data
+        self.reach.overrun |= self.size > LARGEST_PAGE
+        if self.reach.overrun or self.reach.stopper.reason:
+            return CUT_OFF
+        if self.size == len(data) or len(self.kept) > 65536:  # the first piece says that it begins
+            return CUT_OFF if self.flush() == CUT_OFF else len(data)
+        return len(data)
+
+    def flush(self):
+        data, self.kept = bytes(self.kept), bytearray()
+        return self.pass_on(data) if data else 0
+
+
+class PageHead:
+    """Its header lines. Several codings, or zstd, could take any memory inside libcurl."""
+
+    def __init__(self, lines):
+        self.lines, self.codings = lines, []
+
+    def write(self, line):
+        name, _, text = line.lower().partition(b':')
+        if name.startswith(b'http/'):
+            self.codings = []
+        elif name in (b'content-encoding', b'transfer-encoding'):
+            self.codings += set(re.findall(rb'\w+', text[:99])) - {b'chunked', b'identity'}
+        if len(self.codings) > 1 or b'zstd' in self.codings:
+            return CUT_OFF
+        return self.lines.write(line)
+
+
 def adapt_curl():
-    """Send curl_cffi through Door and limit what it brings. Raises AttributeError, ImportError."""
-    from curl_cffi.curl import CURL_WRITEFUNC_ERROR, Curl, CurlOpt
+    """Send curl_cffi through the door, limit its pages. Raises AttributeError, ImportError."""
+    from curl_cffi.curl import Curl, CurlOpt
     port = open_door()
 
     def perform(reach, real, curl, *args):
@@ -2976,18 +3031,18 @@ def adapt_curl():
                 ('HTTPPROXYTUNNEL', 1), ('PROTOCOLS_STR', 'http,https'),
                 ('REDIR_PROTOCOLS_STR', 'http,https'), ('CAINFO', ca_file())):
             curl.setopt(CurlOpt[name], value)
-        real(curl, *args)
+        try:
+            real(curl, *args)
+        finally:
+            curl.page.flush()
 
     def setopt(reach, real, curl, name, value):
-        brought = 0
-
-        def write(data):
-            nonlocal brought
-            brought += len(data)
-            if brought > LARGEST_PAGE:
-                reach.overrun = True  # an exception cannot pass through C
-            return value(data) if brought <= LARGEST_PAGE else CURL_WRITEFUNC_ERROR
-        return real(curl, name, write if name == CurlOpt.WRITEFUNCTION else value)
+        if name == CurlOpt.WRITEFUNCTION:
+            curl.page = Page(reach, value)
+            value = curl.page.write
+        elif name == CurlOpt.HEADERDATA:
+            name, value = CurlOpt.HEADERFUNCTION, PageHead(value).write
+        return real(curl, name, value)
     for_attempts(Curl, 'perform', perform)
     for_attempts(Curl, 'setopt', setopt)
 
@@ -3808,6 +3863,8 @@ class Attempt:
         elif self.way == 'impersonated' and self.impersonates:
             from yt_dlp.networking.impersonate import ImpersonateTarget
             request.extensions['impersonate'] = ImpersonateTarget()
+        if request.extensions.get('impersonate'):
+            request.headers.setdefault('Accept-Encoding', 'gzip, deflate, br')  # see PageHead
         site, gap = self._pace_of(request.url, request.method)
         wait = gap and PACE.turn(site, gap, time.monotonic())
         while wait:
@@ -4063,10 +4120,10 @@ class Attempt:
             if outcome.reason == 'login':
                 outcome = Ending('session').outcome
         if outcome.reason in ('blocked', 'login'):
-            changes = {'message': f'{outcome.message[:-1]}, or set impersonate=on.'}
-            if self.config.downloader.impersonate:
-                changes = {'tries': 3}  # the third is impersonated
-            outcome = outcome._replace(**changes)
+            if not self.config.downloader.impersonate:
+                outcome = outcome._replace(message=f'{outcome.message} Or set impersonate=on.')
+            elif IMPORTED.get('curl') and self.way != 'own':
+                outcome = outcome._replace(tries=3)  # the third is impersonated
         endless = self.folder.size()[0] > FEWEST_BYTES and not all(
             part.get('size') or part.get('total') for part in self.folder.parts.values())
         fills_disk = outcome[:2] == ('pause', 'disk') and endless
@@ -4195,6 +4252,7 @@ class Attempt:
                 code = session._download_retcode
             finally:
                 self.session = None
+                self.stopper.hang_up()  # an answer that nobody reads may never end
                 log.info('download %s: yt-dlp return code %d', self.job.id, code)
 
     def _sites(self):
@@ -4343,7 +4401,7 @@ def wheel_fits(filename):
 
 
 YTDLP = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
-CURL = re.compile(r'(curl_cffi[/-]|_cffi_backend)[\w./+-]+', re.A)  # of two wheels
+CURL = re.compile(r'(curl_cffi|_cffi_backend)[\w.+-]*(/[\w+-][\w.+-]*)*', re.A)  # two wheels'
 
 
 def unpack(wheel, folder, wanted=YTDLP):
@@ -4367,7 +4425,7 @@ def version_in(folder):
 # Uses a release as the daemon does, without a network: it must find the sites' extractors and use
 # the proxy that it is given (nobody listens there). A site on 127.0.0.1, here counted as the
 # Internet, then sets a trap for each guard; forbidden addresses are on 127.0.0.2. With curl_cffi,
-# whose connections no hook sees, all that come to the site must have passed Door.
+# whose connections no hook sees, all that come to the site must have passed the door.
 TRY_OUT = '''
 import gzip, http.server, threading
 folder, output, curl = pathlib.Path(sys.argv[3]), sys.argv[4], sys.argv[5]
@@ -4692,14 +4750,15 @@ class Vendor:
                 except BrokenRelease as error:
                     log.warning('%s; it is not used', error)
                     self.mark_bad(release.version)
-            if self.lacks_curl():
-                try:
+            try:
+                if self.lacks_curl():
                     self.take_curl()
-                except BrokenRelease as error:
-                    why = f'impersonate=on has no effect: {error}'
-                    self.remember(no_curl=[self.version(), why])
-            self.clean()
-            self.remember(checked=now)
+            except BrokenRelease as error:
+                why = f'impersonate=on has no effect: {error}'
+                self.remember(no_curl=[self.version(), why])
+            finally:
+                self.clean()
+                self.remember(checked=now)
         version = self.version()
         if not version:
             raise Trouble(f'{self.index} has no yt-dlp that works with Python {PYTHON}: install a '
@@ -10312,7 +10371,7 @@ def check_downloads(config):
             "SELECT count(*) FROM downloads WHERE reason IN ('login', 'blocked') "
             'AND last_updated > ?', (time.time() - 7 * DAY,)).fetchone()
         if turned_away and not config.downloader.impersonate:
-            yield (f'the sites turned {turned_away} downloads away this week',
+            yield (f'downloads that the sites turned away this week: {turned_away}',
                    'set [downloader] impersonate=on, or add cookies')
     if time.time() - own_vendor(config).last_checked() > 30 * DAY:
         yield 'yt-dlp: no check for a newer one in a month', f'{program(config)} update'
