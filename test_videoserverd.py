@@ -7062,6 +7062,8 @@ class TestLinks(unittest.TestCase):
         self.assertRegex(v.public_base(config, 8443), r'^https://[a-z0-9-]+\.local:8443$')
         config.server.tls = False
         self.assertRegex(v.public_base(config, 80), r'^http://[a-z0-9-]+\.local:80$')
+        with unittest.mock.patch.object(v.socket, 'gethostname', return_value='My Pi.fritz.box'):
+            self.assertEqual(v.public_base(config, 80), 'http://my-pi.local:80')  # as in the certificate
         config.server.public_base_url = 'https://example.org/videodownloader'
         self.assertEqual(v.public_base(config, 8443), 'https://example.org/videodownloader')
 
@@ -9166,6 +9168,11 @@ class TestRenewal(unittest.TestCase):
         self.assertEqual({word: v.may_sign(word, permitted) for word in words}, words)
         made, _ = v.ensure_certificate(config, NOW, new_ca=True)
         self.assertIn('videos.example.org', made.names)
+
+    def test_an_address_in_public_base_url_is_in_the_certificate(self):
+        config = new_config(self.config.folder, public_base_url='https://192.168.77.9:8443/videos')
+        made, _ = v.ensure_certificate(config, NOW)
+        self.assertIn('192.168.77.9', made.names)
 
     def test_a_host_called_tv_gets_no_ca_for_all_of_tv(self):
         with unittest.mock.patch.object(v.socket, 'gethostname', return_value='TV'):

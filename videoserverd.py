@@ -7713,7 +7713,7 @@ class Peer:
     def read_more(self):
         try:
             data = self.sock.recv(HEAD_LIMIT)
-        except (OSError, ValueError) as error:  # ValueError: the socket was closed under us
+        except OSError as error:
             raise ConnectionError(str(error)) from None
         if not data and self.state == 'asking' and self.deadline < time.monotonic():
             raise HTTPError(408, 'The request came too slowly.', 'timeout')
@@ -7776,7 +7776,7 @@ class Peer:
                 self.sock.unwrap()
         self.break_off(socket.SHUT_WR)
         if self.state == 'closing':
-            with suppress(OSError, ValueError):
+            with suppress(OSError):
                 self.sock.settimeout(None)
                 while socket.socket.recv(self.sock, HEAD_LIMIT):
                     pass  # unread bytes would make the kernel reset it, and our answer with it
@@ -7854,7 +7854,7 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request, client_address):
         """A broken connection is nobody's fault, anything else is ours."""
         error = sys.exc_info()[1]
-        if isinstance(error, (OSError, ValueError)):  # ValueError: the socket was closed under us
+        if isinstance(error, OSError):
             log.debug('%s: connection ended: %s', client_address, error)
         else:
             log.exception('%s: connection failed', client_address)
