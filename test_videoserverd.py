@@ -11128,7 +11128,7 @@ class TestPageAtLarge(PageTest):
         subprocess.run(['ffmpeg', '-nostdin', '-v', 'error', '-f', 'lavfi', '-i',
                         'mandelbrot=size=540x960:rate=2:start_scale=0.3', '-t', '2', '-vf', 'noise=alls=12',
                         str(video)], check=True)
-        thumbs.mkdir()
+        thumbs.mkdir(exist_ok=True)
         self.assertTrue(v.make_thumbnail(video, thumbs / 'one.jpg'))
         for number in range(40):
             submission = v.Submission(f'https://www.tiktok.com/@somebody/video/{7300000000000000000 + number}', 'phone',
@@ -11635,7 +11635,7 @@ def free_port() -> int:
 # here, so that counts, skips, failures, -v and -f are those of one ordinary run. A single class
 # runs as ever, in this process.
 
-AT_ONCE = 2 * (os.cpu_count() or 1)  # classes: with fewer a core is often idle, as they wait for one thing or another
+AT_ONCE = 3 * (os.cpu_count() or 1)  # classes: most of a test is waiting for one thing or another
 LONGEST_FIRST = ('downloads', 'TestPageAtLarge', 'TestFreshDaemon', 'TestVendor', 'buckets', 'TestCommands', 'TestPage',
                  'TestBadStarts', 'TestKillAndFullDisk', 'TestPatterns', 'TestPhone', 'TestFreshness', 'TestFreeze',
                  'TestCrowd', 'TestEndAndResume', 'TestWallClock', 'TestImports')  # or the last would run alone
