@@ -5100,6 +5100,7 @@ class TestFailures(DownloadTest):
 
 class TestResume(DownloadTest):
     """A partial file is continued if it is the same format and size, and never spliced with another."""
+    together = 'attempts'
 
     def begin(self, post: Any, at: int = 500_000, **more: Any) -> None:
         media = post.media[0].set(hold_at=at)
@@ -5329,6 +5330,7 @@ SLEEPER = 'case "$*" in *-bsfs*) echo "ffmpeg version 6.0";; *) echo "$*" > "$0.
 
 class TestStop(DownloadTest):
     """Cancel works in under a second in every phase; what was started ends with it."""
+    together = 'attempts'
 
     def stops(self, attempt: Any, ready: Callable[[], Any], reason: str = 'cancelled') -> None:
         """It ends within a second of stop(), once ready() is true."""
@@ -5468,6 +5470,7 @@ class TestStop(DownloadTest):
 
 class TestLimits(DownloadTest):
     """An attempt that gains nothing, or finds no room, ends by itself."""
+    together = 'attempts'
 
     def test_timeout_ends_an_attempt_that_gains_less_than_64_kb(self):
         post = self.site.tiktok(size=3_000_000, speed=5_000)
@@ -11636,9 +11639,10 @@ def free_port() -> int:
 # runs as ever, in this process.
 
 AT_ONCE = 3 * (os.cpu_count() or 1)  # classes: most of a test is waiting for one thing or another
-LONGEST_FIRST = ('downloads', 'TestPageAtLarge', 'TestFreshDaemon', 'TestVendor', 'buckets', 'TestCommands', 'TestPage',
-                 'TestBadStarts', 'TestKillAndFullDisk', 'TestPatterns', 'TestPhone', 'TestFreshness', 'TestFreeze',
-                 'TestCrowd', 'TestEndAndResume', 'TestWallClock', 'TestImports')  # or the last would run alone
+LONGEST_FIRST = ('downloads', 'TestVendor', 'TestPageAtLarge', 'TestCommands', 'TestFreshDaemon', 'attempts', 'buckets',
+                 'TestPage', 'impersonated', 'TestLaw', 'TestKillAndFullDisk', 'TestImports', 'TestOpenAPI', 'TestPatterns',
+                 'TestFreshness', 'TestBadStarts', 'TestCrowd', 'TestWallClock', 'notify', 'TestFreeze', 'TestDirectLinks',
+                 'TestShare', 'TestFailingDisk', 'TestOptions', 'TestSignals')  # or the last would run alone
 
 
 class Record(unittest.TestResult):
