@@ -11639,10 +11639,10 @@ def free_port() -> int:
 # runs as ever, in this process.
 
 AT_ONCE = 3 * (os.cpu_count() or 1)  # classes: most of a test is waiting for one thing or another
-LONGEST_FIRST = ('downloads', 'TestVendor', 'TestPageAtLarge', 'TestCommands', 'TestFreshDaemon', 'attempts', 'buckets',
-                 'TestPage', 'impersonated', 'TestLaw', 'TestKillAndFullDisk', 'TestImports', 'TestOpenAPI', 'TestPatterns',
-                 'TestFreshness', 'TestBadStarts', 'TestCrowd', 'TestWallClock', 'notify', 'TestFreeze', 'TestDirectLinks',
-                 'TestShare', 'TestFailingDisk', 'TestOptions', 'TestSignals')  # or the last would run alone
+LONGEST_FIRST = (  # or the last would run alone
+    'downloads TestVendor TestPageAtLarge TestCommands TestFreshDaemon attempts buckets TestPage impersonated '
+    'TestLaw TestKillAndFullDisk TestImports TestOpenAPI TestPatterns TestFreshness TestBadStarts TestCrowd '
+    'TestWallClock notify TestFreeze TestDirectLinks TestShare TestFailingDisk TestOptions TestSignals').split()
 
 
 class Record(unittest.TestResult):
