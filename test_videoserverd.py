@@ -4077,7 +4077,7 @@ class TestAccidents(unittest.TestCase):
             self.scheduler._store_outcome(job, v.Outcome('retry', 'network', 'x'), 4)
             self.scheduler._running.clear()
         run.attempt = type('Attempt', (), {'stop': staticmethod(end)})
-        self.assertTrue(self.scheduler.cancel(self.download_id, 5))
+        self.assertTrue(self.scheduler.cancel(self.download_id))
         self.assertEqual(self.store.get(self.download_id)['error_message'], 'Cancelled')
 
     def test_a_cancel_just_after_the_attempt_ended_holds(self):
@@ -4090,9 +4090,9 @@ class TestAccidents(unittest.TestCase):
             self.scheduler._store_outcome(job, v.Outcome('retry', 'network', 'x'), 4)
             return refused
         self.store.move = ends_first
-        self.assertTrue(self.scheduler.cancel(self.download_id, 5))
+        self.assertTrue(self.scheduler.cancel(self.download_id))
         self.assertEqual(self.store.get(self.download_id)['error_message'], 'Cancelled')
-        self.assertFalse(self.scheduler.cancel(self.download_id, 5))
+        self.assertFalse(self.scheduler.cancel(self.download_id))
 
     def test_a_lock_kept_for_another_database_is_not_taken_for_this_one(self):
         first = v.Lock(self.config.database.path)
@@ -4312,7 +4312,7 @@ class DownloadTest(unittest.TestCase):
         """What is visible in the output folder."""
         return {path.name: path.read_bytes() for path in self.output.iterdir() if not path.name.startswith('.')}
 
-    def assert_ends(self, outcome: Any, kind: str, reason: str, tries: Any = None) -> None:
+    def assert_ends(self, outcome: Any, kind: str, reason: str, tries: float = float('inf')) -> None:
         self.assertEqual((outcome.kind, outcome.reason, outcome.tries), (kind, reason, tries), outcome)
         self.assertRegex(outcome.message, r'^[A-Zy][^\n]{10,250}\.$|^Cancelled$')
         self.assertNotRegex(outcome.message, '--(?!output)|github|ERROR')

@@ -633,7 +633,7 @@ Job = namedtuple('Job', 'id url options attempt files site media_id imported',
 # unusual, `post` is what the site says about it. `shared` is the download that owns the files, if
 # the post had already been downloaded.
 Outcome = namedtuple('Outcome', 'kind reason message title files tries note post shared',
-                     defaults=('', '', '', (), None, '', {}, None))
+                     defaults=('', '', '', (), math.inf, '', {}, None))
 
 
 def backoff(attempt, delays):
@@ -650,10 +650,7 @@ def next_step(outcome, attempt, max_retries, delays):
     finished with the files that came when the rest cannot be had."""
     if outcome.kind != 'retry':
         return STEPS[outcome.kind], 0
-    tries = max_retries + 1
-    if outcome.tries is not None:
-        tries = min(outcome.tries, tries)
-    if attempt >= tries:
+    if attempt >= min(outcome.tries, max_retries + 1):
         return 'finish' if outcome.files else 'give_up', 0
     return 'retry_later', backoff(attempt, delays)
 
@@ -998,7 +995,7 @@ def parse_options(value):
     return tuple(found)
 
 
-# -- a submission
+# -- a submission; a bad one raises Refused
 
 def known_fields(fields):
     """The fields by lower-case name: an iPhone capitalises the first letter."""
@@ -1006,7 +1003,7 @@ def known_fields(fields):
 
 
 def text_field(fields, name):
-    """A string among the fields; null is the same as none. Raises Refused."""
+    """A string among the fields; null is the same as none."""
     value = fields.get(name)
     if value is None:
         return ''
@@ -1016,7 +1013,7 @@ def text_field(fields, name):
 
 
 def parse_client_id(fields):
-    """The sender, 'unknown' by default. Raises Refused."""
+    """The sender, 'unknown' by default."""
     client_id = text_field(fields, 'client_id') or 'unknown'
     if len(client_id) > 128 or UNSAFE.search(client_id):
         raise Refused('bad_field', 'client_id must be at most 128 printable characters.')
@@ -1024,7 +1021,7 @@ def parse_client_id(fields):
 
 
 def parse_timestamp(fields):
-    """The sender's time, any non-negative integer. Raises Refused."""
+    """The sender's time, any non-negative integer."""
     value = fields.get('timestamp')
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # JSON has one kind of number: 1.7e9 is an integer
@@ -1040,7 +1037,7 @@ ADVERTISEMENT = re.compile(r'https://(?:www\.)?tiktok\.com/tiktoklite\b')  # com
 
 def parse_links(fields, name, security):
     """The links of a text in order, each once: {canonical: (as written, canonical or Refused)};
-    and those beyond MOST_LINKS, as written. Raises Refused if there is none."""
+    and those beyond MOST_LINKS, as written."""
     text, known = text_field(fields, name), security.allowed_domains
     if not text:
         raise Refused('no_url', f'The field "{name}" is missing.')
@@ -1065,14 +1062,14 @@ def parse_links(fields, name, security):
 
 
 def parse_again(fields):
-    """The option `again` if it is wanted. Raises Refused."""
+    """The option `again` if it is wanted."""
     if fields.get('again') not in (None, False, True):
         raise Refused('bad_field', 'again must be true or false.')
     return (('again', None),) * bool(fields.get('again'))
 
 
 def parse_submission(fields, security):
-    """What the decoded JSON asks for: the first good link in `url`. Raises Refused."""
+    """What the decoded JSON asks for: the first good link in `url`."""
     fields = known_fields(fields)
     links = [link for _, link in parse_links(fields, 'url', security)[0].values()]
     url = next((link for link in links if isinstance(link, str)), links[0])
@@ -2195,7 +2192,7 @@ class Ending(BaseException):
         message = f'{text}: {detail}.' if detail else f'{text}.'
         if reason == 'cancelled':
             message = text  # document A's word
-        tries = 2 if reason in FEW_TRIES else None
+        tries = 2 if reason in FEW_TRIES else math.inf
         self.reason_and_detail = reason, detail
         self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
         super().__init__(message)
@@ -2683,7 +2680,7 @@ def judge_error(error, output, in_page):
         return Ending(STATUSES[status])
     if status:  # the address of a medium expires: the next try asks for a new one
         passing = status >= 500 or status in (408, 425, 429)
-        return Ending('http', f'HTTP {status}', tries=None if passing else 2)
+        return Ending('http', f'HTTP {status}', tries=math.inf if passing else 2)
     if 'SSLCertVerificationError' in classes and not has_ca_store():
         return Ending('ca_store')
     if TRANSPORT & classes:
@@ -5458,19 +5455,19 @@ class Scheduler:
             self._wake()
         self.board.post(download_id)
 
-    def cancel(self, download_id, now):
+    def cancel(self, download_id):
         """Stop it wherever it is; whether there was something to stop."""
-        if self._cancel_queued(download_id, now):
+        if self._cancel_queued(download_id):
             return True
         runs = self._halt([download_id], 'cancelled')
         with self._changed:
             gone = self._changed.wait_for(
                 lambda: self._running.get(download_id) not in runs, 5)
         # Its attempt may have ended just then, with another one to follow.
-        return gone and (self._cancel_queued(download_id, now) or bool(runs))
+        return gone and (self._cancel_queued(download_id) or bool(runs))
 
-    def _cancel_queued(self, download_id, now):
-        done = self.store.move('cancel', download_id, int(now))
+    def _cancel_queued(self, download_id):
+        done = self.store.move('cancel', download_id, int(time.time()))
         if done:
             self.board.post(download_id)
         return done
@@ -5706,7 +5703,7 @@ class Scheduler:
         if step in ('finish', 'requeue'):  # as before, no attempt counted
             if outcome.kind == 'pause':
                 self._pause_until = time.monotonic() + PAUSE_SECONDS
-                self._pause_message, self._looked = outcome.message, -math.inf
+                self._pause_message = outcome.message
             self.store.move('requeue', job.id, int(now))
             return False
         due = int(now + delay) if step == 'retry_later' else None
@@ -7166,7 +7163,7 @@ def get_health(app, request):
 
 def post_cancel(app, request):
     """Stop it."""
-    if not app.scheduler.cancel(app.record(request)['id'], time.time()):
+    if not app.scheduler.cancel(app.record(request)['id']):
         status = app.record(request)['status']
         raise HTTPError(409, f'It is now {status}, so it cannot be cancelled.', 'not_running')
     return get_status(app, request)
@@ -7193,7 +7190,7 @@ def delete_download(app, request):
     """Forget it and, unless files=keep, delete its files."""
     record = app.record(request)
     if record['status'] == 'downloading':
-        app.scheduler.cancel(record['id'], time.time())
+        app.scheduler.cancel(record['id'])
         record = app.record(request)
     if not app.forget(record, request.query['files']):
         raise HTTPError(409, 'It cannot be stopped at the moment; try again.', 'still_running')
@@ -10094,7 +10091,7 @@ def cure(linux, mac):
 # -- asking the running server
 
 def call_server(config, method, path, body=None, file=None):
-    """The running server's answer to JSON, an open file or nothing. Raises Trouble."""
+    """The running server's answer to JSON, an open file or nothing."""
     facts = Lock(config.database.path).running()
     host = facts.get('host', config.server.host)
     host = {'0.0.0.0': '127.0.0.1', '::': '::1'}.get(host, host)
@@ -10121,7 +10118,7 @@ def call_server(config, method, path, body=None, file=None):
 
 
 def post_text(config, fields):
-    """Each link in a text with its result, and the links to send again. Raises Trouble."""
+    """Each link in a text with its result, and the links to send again."""
     answer = call_server(config, 'POST', '/api/v1/downloads',
                          {**fields, 'timestamp': time.time_ns()})
     rows, rest = answer.get('downloads', []), answer.get('keep', '')
@@ -10177,7 +10174,7 @@ SHOWN = 20  # downloads that `list` shows
 
 
 def opened_store(config):
-    """The database, for reading while the server may run. Raises Trouble."""
+    """The database, for reading while the server may run."""
     if not config.database.path.exists():
         raise Trouble(f'{config.database.path}: no database yet; start the server once.')
     return Store(config.database.path)
