@@ -8811,7 +8811,8 @@ class TestMetrics(DaemonTest):
         return families
 
     def test_the_files_of_a_carousel_are_counted_when_its_row_is_over(self):
-        daemon = unittest.mock.MagicMock(couriers=[])
+        daemon = unittest.mock.MagicMock()
+        daemon.care.couriers = []
         outcome = unittest.mock.Mock(files=[unittest.mock.Mock(size=7)])
         with unittest.mock.patch.multiple(v, site_of=unittest.mock.DEFAULT, way_of=unittest.mock.DEFAULT,
                                           forget_files=unittest.mock.DEFAULT):

@@ -57,7 +57,6 @@ except ImportError as no_module:
     sys.exit('videoserverd needs all of Python, and this one has no %s (%s). Fix: sudo apt-get '
              'install python3 (a Mac: brew install python)' % (no_module.name, sys.executable))
 import binascii
-import bisect
 import errno
 import faulthandler
 import fcntl
@@ -2079,7 +2078,8 @@ class Lock:
 # visible change. Lock: `_changed` guards all of it, and watchers wait on it. Called by scheduler
 # (writes) and http (reads, waits, limits how many wait).
 
-ACK_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)  # seconds
+ACK_BUCKETS = {f'ack_seconds_bucket{{le="{limit}"}}': float(limit) for limit in (
+    '0.001 0.0025 0.005 0.01 0.025 0.05 0.1 0.25 0.5 1.0 +Inf').split()}
 
 
 class Board:
@@ -2090,9 +2090,7 @@ class Board:
         self._changed = threading.Condition()
         self._progress = {}
         self._released = False  # the server is stopping: nobody waits
-        self.counters = {}  # of /metrics, since the start
-        self._acks = [0] * (len(ACK_BUCKETS) + 1)  # each in the first bucket that it fits into
-        self._ack_seconds = 0.0
+        self._counters = dict.fromkeys(ACK_BUCKETS, 0)  # of /metrics, since the start
 
     def post(self, download_id, progress=None):
         """Something about this download changed; `progress` None: it no longer runs."""
@@ -2106,21 +2104,20 @@ class Board:
     def count(self, name, amount=1):
         """Add to a counter of /metrics; `name` with its labels."""
         with self._changed:
-            self.counters[name] = self.counters.get(name, 0) + amount
+            self._counters[name] = self._counters.get(name, 0) + amount
 
     def observe(self, seconds):
         """Add the time of an acknowledgement to the histogram."""
         with self._changed:
-            self._acks[bisect.bisect_left(ACK_BUCKETS, seconds)] += 1
-            self._ack_seconds += seconds
+            for name, limit in ACK_BUCKETS.items():
+                self._counters[name] += seconds <= limit
+            self.count('ack_seconds_count')
+            self.count('ack_seconds_sum', seconds)
 
-    def acks(self):
-        """(name, value) of their histogram, in the order that Prometheus wants."""
+    def counters(self):
+        """(name, value) of all, each family in one piece."""
         with self._changed:
-            sums, seconds = list(itertools.accumulate(self._acks)), self._ack_seconds
-        name, limits = 'videoserverd_ack_seconds', (*ACK_BUCKETS, '+Inf')
-        rows = [(f'{name}_bucket{{le="{limit}"}}', n) for limit, n in zip(limits, sums)]
-        return [*rows, (f'{name}_count', sums[-1]), (f'{name}_sum', seconds)]
+            return sorted(self._counters.items(), key=lambda item: item[0].partition('{')[0])
 
     def progress(self, download_id):
         """Its progress, None if it is not running."""
@@ -9717,9 +9714,9 @@ class Care:
             ('free_disk_bytes', free_output(self.config)), ('paused', float(paused)),
             ('certificate_days', self.certificate_days()),
             ('uptime_seconds', time.time() - self.started),
-            (f'ytdlp_info{{version="{self.vendor.version() or ""}"}}', 1.0)]
-        rows = [(f'videoserverd_{name}', value) for name, value in figures if value is not None]
-        return [*rows, *sorted(self.board.counters.items()), *self.board.acks()]
+            (f'ytdlp_info{{version="{self.vendor.version() or ""}"}}', 1.0),
+            *self.board.counters()]
+        return [(f'videoserverd_{name}', value) for name, value in figures if value is not None]
 
 
 class Daemon:
@@ -9971,11 +9968,11 @@ class Daemon:
         site, count = site_of(job.url), self.board.count
         if site not in SITES:
             site = 'other'
-        count(f'videoserverd_attempts_total{{outcome="{outcome.kind}",reason="{outcome.reason}"}}')
-        count(f'videoserverd_ways_total{{site="{site}",way="{way_of(job, self.config)}",'
+        count(f'attempts_total{{outcome="{outcome.kind}",reason="{outcome.reason}"}}')
+        count(f'ways_total{{site="{site}",way="{way_of(job, self.config)}",'
               f'outcome="{outcome.kind}"}}')
         if over:  # a carousel tells its files with each attempt
-            count('videoserverd_downloaded_bytes_total', sum(file.size for file in outcome.files))
+            count('downloaded_bytes_total', sum(file.size for file in outcome.files))
             forget_files(self.config, job.id, ())
         for courier in self.care.couriers * over:
             courier.wake()
