@@ -1554,10 +1554,9 @@ class Store:
 
     def get(self, download_id):
         """One download. Raises LookupError."""
-        found = self.records('id = ?', download_id)
-        if not found:
-            raise LookupError(download_id)
-        return found[0]
+        for record in self.records('id = ?', download_id):
+            return record
+        raise LookupError(download_id)
 
     def counts(self):
         commits = self._commits
@@ -1991,16 +1990,16 @@ class Store:
         """A verified copy at `target` (sqlite.org/backup.html). Raises Trouble."""
         part = target.with_name(target.name + '.part')
         try:
-            with open(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600), 'r+b') as handle, \
-                    closing(self._connect('ro', 'cache_size=-256')) as source:
-                with closing(sqlite3.connect(str(part))) as copy:
-                    copy.execute('PRAGMA cache_size=-256')
-                    source.backup(copy, pages=64, sleep=0.01)
-                    copy.execute('PRAGMA journal_mode=DELETE')
-                    found = quick_check(copy)
-                if found:
-                    raise sqlite3.DatabaseError(found)
-                sync_handle(handle.fileno())
+            os.close(os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600))
+            with closing(self._connect('ro', 'cache_size=-256')) as source, \
+                    closing(sqlite3.connect(str(part))) as copy:
+                copy.execute('PRAGMA cache_size=-256')
+                source.backup(copy, pages=64, sleep=0.01)
+                copy.execute('PRAGMA journal_mode=DELETE')
+                found = quick_check(copy)
+            if found:
+                raise sqlite3.DatabaseError(found)
+            sync(part)
             os.replace(part, target)
         except (sqlite3.Error, OSError) as error:
             raise Trouble(f'{target}: the copy failed ({error}); '
@@ -5434,13 +5433,6 @@ class Scheduler:
     def start(self):
         self._spawn('schedule', self._loop)
 
-    def _recover(self, now):
-        over = self.store.recover(now, self.frozen)
-        self.frozen = False
-        for job, outcome in over:
-            self._settle(job, outcome)
-        self.ready = True
-
     def _wake(self):
         with self._changed:
             self._news = True
@@ -5490,12 +5482,12 @@ class Scheduler:
         with self._changed:
             return len(self._running)
 
-    def stop(self, seconds=4.0):
-        """Stop all, leaving them queued, as far as they end in that time."""
+    def stop(self):
+        """Stop all, leaving them queued, as far as they end in four seconds."""
         with self._changed:  # a worker that comes later sees it
             self._stopping.set()
         self._halt(list(self._running), 'stopped')
-        end = time.monotonic() + seconds
+        end = time.monotonic() + 4
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
 
@@ -5529,7 +5521,9 @@ class Scheduler:
             self._looked = monotonic
             self._refresh_pause(monotonic)
         if not self.ready:
-            self._recover(int(now))
+            for job, outcome in self.store.recover(int(now), self.frozen):
+                self._settle(job, outcome)
+            self.ready = True
         if not self.paused:
             self._start_due(now, monotonic)
 
