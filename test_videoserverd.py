@@ -3968,6 +3968,25 @@ class TestAccidents(unittest.TestCase):
         self.scheduler.push('x')
         self.assertTrue(self.scheduler._news)
 
+    def test_the_heap_is_read_when_something_has_changed_and_once_a_minute(self):
+        with unittest.mock.patch.object(self.store, 'waiting', return_value=[]) as waiting:
+            for monotonic, reads in ((5, 1), (6, 1), (64, 1), (70, 2), (71, 2)):
+                self.scheduler.step(5, monotonic)
+                self.assertEqual(waiting.call_count, reads)
+            self.scheduler.push('x')
+            self.scheduler.step(5, 71)
+            self.assertEqual(waiting.call_count, 3)
+
+    def test_what_is_due_later_starts_from_the_heap_in_its_turn(self):
+        started: List[str] = []
+        self.scheduler.config.downloads.max_concurrent = 9
+        self.scheduler._employ = lambda id, alone: started.append(id)
+        rows = [{'due': due, 'id': id, 'alone': False} for due, id in ((0, 'a'), (9, 'd'), (7, 'b'), (7, 'c'))]
+        with unittest.mock.patch.object(self.store, 'waiting', return_value=rows):
+            for now, ids in ((5, 'a'), (6, 'a'), (7, 'abc'), (20, 'abcd')):
+                self.scheduler.step(now, 5)
+                self.assertEqual(''.join(started), ids)
+
     def test_what_ran_when_yt_dlp_froze_runs_alone(self):
         self.scheduler.config.downloads.max_concurrent = 3
         links = [v.parse_submission({'url': f'https://www.tiktok.com/@a/video/{n}'}, self.config.security)

@@ -16,7 +16,7 @@ The map. One law: a name is used only below the line that defines it; calls poin
     download     the only importer of yt_dlp; one Attempt at one job
     vendor       fetching, checking and switching the vendored yt-dlp
     publish      links to finished files, SigV4, the bucket, thumbnails
-    scheduler    what is due, the workers, pause and resume
+    scheduler    the heap of what is due, the workers, pause and resume
     imports      the exports of people's years, read and queued
     certificate  CA and leaf through the openssl command, the iPhone's profile
     http         the TLS server, its limits, one table of routes for two dialects
@@ -26,7 +26,7 @@ The map. One law: a name is used only below the line that defines it; calls poin
 
 Threads: main waits for signals and re-arms the watchdog; `accept` takes connections and ends slow
 ones; `request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp;
-`commit` alone writes the database; `schedule` alone starts workers; each download has a `worker-…`;
+`commit` alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`;
 `upload` and `notify` empty the outbox; `care` does daily and minutely chores; `log` writes the
 log; unnamed helpers wait for slow disks and name servers on behalf of an attempt. faulthandler's
 thread ends the process when no other thread has run for a minute.
@@ -62,6 +62,7 @@ import faulthandler
 import fcntl
 import functools
 import gc
+import heapq
 import html
 import http.client
 import io
@@ -5378,11 +5379,14 @@ def make_thumbnail(video, picture):
 
 
 # ---------- scheduler ---------------------------------------------------------------------
-# Owns the workers, and asks the store what they may start.
+# Owns the workers and the heap of what they may start, read from the store when something changed;
+# claim decides.
 # Lock: `_changed` guards `_running` and what is said of it; never held across the store, a
 # download or a socket. Called by http (push, cancel), daemon (start, stop) and its own threads.
 
 MAX_NAP = 5.0  # seconds: a wall clock that jumps (a Pi has no RTC) is noticed after this
+HEAP_SECONDS = 60  # how long the heap is believed; a clock that was ahead delays all in it
+HEAP_SIZE = 1000
 WATCH_NAP = 1.0  # seconds between looks at running attempts and at what pauses the queue
 PAUSE_SECONDS = 30  # how long the queue pauses after an attempt reports a full disk
 HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never end
@@ -5422,7 +5426,8 @@ class Scheduler:
         self._looked = -math.inf  # monotonic, when the pause was last looked at
         self._changed = threading.Condition()
         self._news = False  # whether something changed since the loop last looked
-        self._next_due = math.inf  # epoch seconds
+        self._heap = []  # (due, place, id, alone)
+        self._heap_read = -math.inf  # monotonic; too long ago: it is read again
         self._running = {}
         self._import_due = -math.inf  # monotonic, when the next post of an import may start
         self._stopping = threading.Event()
@@ -5435,7 +5440,7 @@ class Scheduler:
 
     def _wake(self):
         with self._changed:
-            self._news = True
+            self._news, self._heap_read = True, -math.inf
             self._changed.notify_all()
 
     def push(self, download_id):
@@ -5502,11 +5507,12 @@ class Scheduler:
         while not self._stopping.is_set():
             try:
                 self.step(time.time(), time.monotonic())
-            except StoreDown as error:
-                log.error('scheduler: waiting for the database: %s', error)
-                self._stopping.wait(STORE_NAP)
-            except Exception:
-                log.exception('scheduler: continuing after this')
+            except Exception as error:
+                if isinstance(error, StoreDown):
+                    log.error('scheduler: waiting for the database: %s', error)
+                else:
+                    log.exception('scheduler: continuing after this')
+                self._heap_read = -math.inf
                 self._stopping.wait(STORE_NAP)
             with self._changed:
                 self._changed.wait_for(lambda: self._news, self._nap(time.time()))
@@ -5544,7 +5550,8 @@ class Scheduler:
         """Seconds until there is something to do; under the lock."""
         if self._running or self.paused:
             return WATCH_NAP
-        return max(min(MAX_NAP, self._next_due - now,
+        next_due = self._heap[0][0] if self._heap else math.inf
+        return max(min(MAX_NAP, next_due - now,
                        max(self._import_due - time.monotonic(), WATCH_NAP)), 0.0)
 
     def _refresh_pause(self, monotonic):
@@ -5570,15 +5577,21 @@ class Scheduler:
     def _start_due(self, now, monotonic):
         """While workers are free, start what is due, then, at the pace of imports, one of their
         posts."""
-        downloads, self._next_due = self.config.downloads, math.inf
-        for row in self.store.waiting(int(now), max(downloads.retry_delays),
-                                      2 * downloads.max_concurrent):
-            self._next_due = row['due']
-            if row['due'] > now:
-                break
-            if self._must_wait(row['alone']):
+        downloads = self.config.downloads
+        if self._must_wait():
+            return
+        if monotonic - self._heap_read > HEAP_SECONDS:
+            self._heap_read = monotonic
+            rows = self.store.waiting(int(now), max(downloads.retry_delays), HEAP_SIZE)
+            self._heap = [(row['due'], place, row['id'], row['alone'])
+                          for place, row in enumerate(rows)]
+            heapq.heapify(self._heap)
+        while self._heap and self._heap[0][0] <= now:
+            _, _, download_id, alone = self._heap[0]
+            if self._must_wait(alone):
                 return
-            self._employ(row['id'], row['alone'])
+            heapq.heappop(self._heap)
+            self._employ(download_id, alone)
         if self._must_wait() or monotonic < self._import_due:
             return
         found = self.store.next_of_imports(int(now))
