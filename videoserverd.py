@@ -6330,8 +6330,7 @@ def ensure_locked(config, now, asked, force, fresh):
 
 def ensure_certificate(config, now, names=(), force=False, new_ca=False):
     """The server's certificate, made or renewed if due; and whether it was changed. `names` (and
-    addresses) are remembered. The owner's own certificate is left alone. Raises ClockWrong or
-    Trouble if there is no usable certificate, or not the one asked for."""
+    addresses) are remembered. The owner's own certificate is left alone. Raises ClockWrong, too."""
     asked, folder = host_words(names), config.server.ca_file.parent
     try:
         if not config.server.cert_file.exists():
@@ -6410,9 +6409,9 @@ SIGNATURE = re.compile(r'(?:\.|%2e)[\w%-]{40,}', re.I | re.A)  # of a share addr
 B_PATH = re.compile(r'/(initiateDownload|listDownloads|getVideoDownloadPublicURL)(/|$)')
 UUID_PATTERN = re.compile(r'[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}')
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110 section 5.6.2
-REQUEST_LINE = re.compile(rf'({TOKEN}) ([^ ]*) (HTTP/1\.[01])')
+TARGET = r'/[\x21\x24-\x3b\x3d\x3f-\x5b\x5d\x5f\x61-\x7a\x7e]*'
+REQUEST_LINE = re.compile(rf'({TOKEN}) ({TARGET}) (HTTP/1\.[01])')
 FIELD_LINE = re.compile(rf'({TOKEN}):([\t\x20-\x7e\x80-\xff]*)')
-TARGET = re.compile(r'/[\x21\x24-\x3b\x3d\x3f-\x5b\x5d\x5f\x61-\x7a\x7e]*')
 HOST_FIELD = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?')
 BAD_PATH = re.compile(r'%(?![0-9A-Fa-f]{2})|%2f|%5c|%0|%1|%7f|//', re.I)
 LINE_END = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
@@ -6487,8 +6486,6 @@ class Request:
         if not match:
             raise HTTPError(400, 'The first line is not valid HTTP/1.1.')
         self.method, target, self.version = match.groups()
-        if not TARGET.fullmatch(target):
-            raise HTTPError(400, 'This path is invalid.')
         self.fields = {}  # by name in lower case (RFC 9112 section 5)
         if len(lines) > 100:
             raise HTTPError(431, 'There are too many headers.')
@@ -6795,8 +6792,7 @@ def check_client(app, request):
 
 def check_host_field(app, request):
     """A Host that is not ours is an attack (DNS rebinding) or a mistake."""
-    hosts = request.fields.get('host', [])
-    match = len(hosts) == 1 and HOST_FIELD.fullmatch(hosts[0])
+    match = HOST_FIELD.fullmatch(request.field('host'))
     if not match:
         raise HTTPError(400, 'The request must name one host.')
     host = match[1].strip('[]').lower().rstrip('.')
@@ -7699,8 +7695,8 @@ class Peer:
             self.enter('working')
             reply = respond(server.app, request)
         except HTTPError as error:
-            words = bytes(head or self.buffer)[:LINE_LIMIT].split(b' ')
-            reply = refuse(server.app, b''.join(words[1:2]).decode('latin-1'), error)
+            words = (head or self.buffer)[:LINE_LIMIT].decode('latin-1').split(' ')
+            reply = refuse(server.app, ''.join(words[1:2]), error)
             log.info('%s malformed request: %d %s', self.address, error.status, error)
         was_read = request is not None and request.unread == 0  # to its end
         keep = (was_read and request.version == 'HTTP/1.1' and not server.draining
