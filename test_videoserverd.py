@@ -212,6 +212,12 @@ def new_folder() -> Path:
     return Path(tempfile.mkdtemp(dir=RUN))
 
 
+def ran(line: Any, **options: Any) -> Any:
+    """Runs a command; .returncode, .stdout (both channels)."""
+    return subprocess.run(line, encoding='utf-8', **{'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE,
+                                                     'stderr': subprocess.STDOUT, **options})
+
+
 def new_program(file: Path, text: str) -> Path:
     """A shell script that can be run."""
     file.write_text(f'#!/bin/sh\n{text}\n')
@@ -437,8 +443,7 @@ class Daemon:
         """Runs a command (`add URL`, `doctor`…) beside it; .returncode, .stdout (both channels)."""
         script = 'import sys; sys.path[0] = sys.argv.pop(1); sys.exit(__import__("videoserverd").main())'  # no parsing
         line = [sys.executable, '-c', script, str(self.program.parent), '--config', str(self.file), *words]
-        return subprocess.run([*self.prefix, *line], env=self.env, encoding='utf-8', timeout=fair(seconds), **{
-            'stdin': subprocess.DEVNULL, 'stdout': subprocess.PIPE, 'stderr': subprocess.STDOUT, **options})
+        return ran([*self.prefix, *line], env=self.env, timeout=fair(seconds), **options)
 
     def start(self, seconds: float = 20) -> 'Daemon':
         """Starts it and waits until it listens; AssertionError with its log if it does not."""
@@ -777,10 +782,9 @@ class TestLaw(unittest.TestCase):
                              ('sys.modules["_ssl"] = None', 'this one has no _ssl .*Fix: '),
                              ('sys.modules["json"] = None', 'this one has no json .*Fix: ')):
             script = f'import runpy, sys\n{script}\nrunpy.run_path(sys.argv[1], run_name="__main__")'
-            done = subprocess.run([sys.executable, '-c', script, str(HERE / 'videoserverd.py')],
-                                  stderr=subprocess.PIPE, encoding='utf-8')
-            self.assertEqual((done.returncode, done.stderr.count('\n')), (1, 1), done.stderr)
-            self.assertRegex(done.stderr, said)
+            done = ran([sys.executable, '-c', script, str(HERE / 'videoserverd.py')])
+            self.assertEqual((done.returncode, done.stdout.count('\n')), (1, 1), done.stdout)
+            self.assertRegex(done.stdout, said)
 
     def test_files_beside_the_program_are_not_taken_for_pythons_own(self):
         folder = new_folder()
@@ -885,8 +889,7 @@ def same_bytes(daemon: Any, row: Dict[str, Any], *routes: Any) -> None:
 
 def probe(file: Path, *words: str) -> str:
     """What ffprobe tells of a file."""
-    told = subprocess.run(['ffprobe', '-v', 'error', *words, str(file)], stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, encoding='utf-8')
+    told = ran(['ffprobe', '-v', 'error', *words, str(file)])
     assert told.returncode == 0, told.stdout
     return told.stdout
 
@@ -1293,8 +1296,7 @@ def ffmpeg_made(suffix: str, *options: str) -> bytes:
     folder = new_folder()
     source, target = folder / 'tiny.mp4', folder / f'made{suffix}'
     source.write_bytes(TINY_MP4)
-    done = subprocess.run(['ffmpeg', '-v', 'error', '-nostdin', '-i', str(source), *options, str(target)],
-                          stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    done = ran(['ffmpeg', '-v', 'error', '-nostdin', '-i', str(source), *options, str(target)])
     return target.read_bytes() if done.returncode == 0 else TINY_MP4
 
 
@@ -1323,8 +1325,22 @@ def fragments(stream: str, number: int) -> Tuple[bytes, List[bytes]]:
 
 
 def run_openssl(*args: Any, data: bytes = b'') -> bytes:
-    return subprocess.run([judge(), *map(str, args)], input=data, check=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+    return subprocess.run([judge(), *map(str, args)], input=data, check=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL).stdout
+
+
+def openssl(*words: Any, check: bool = True) -> str:
+    """What the openssl command says on both channels; AssertionError if it fails."""
+    done = ran([judge(), *map(str, words)])
+    assert not check or done.returncode == 0, f'openssl {words}: {done.stdout}'
+    return done.stdout
+
+
+def self_signed(cert: Path, key: Path, *alternatives: str) -> None:
+    """Makes a certificate for these names and addresses, as openssl writes them: DNS:a."""
+    cert.parent.mkdir(exist_ok=True)
+    openssl('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', 20, '-subj',
+            '/CN=x', '-addext', 'subjectAltName=' + ','.join(alternatives), '-keyout', key, '-out', cert)
 
 
 STANDIN_NAMES = ('tiktok.com', 'www.tiktok.com', 'vm.tiktok.com', 'vt.tiktok.com', 'm.tiktok.com', 'webcast.tiktok.com',
@@ -3710,8 +3726,7 @@ class TestCommands(DaemonTest):
                 if words in ('', shlex.join(('python3', str(daemon.program), '--config', str(daemon.file)))):
                     daemon.start()
                 else:
-                    done = subprocess.run(words, shell=True, env=daemon.env, cwd=daemon.folder, encoding='utf-8',
-                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                    done = ran(words, shell=True, env=daemon.env, cwd=daemon.folder)
                     self.assertEqual(done.returncode, 0, (words, done.stdout))
                 self.assertNotRegex(daemon.run('doctor').stdout, f'BAD .*{fault}')
                 lost = {path for path in before if not path.exists() and daemon.output not in path.parents}
@@ -3763,8 +3778,7 @@ class TestCommands(DaemonTest):
     def test_a_config_before_or_after_the_command(self):
         daemon = self.new_daemon(start=False)
         for words in (['--config', str(daemon.file), 'setup'], ['setup', '--config', str(daemon.file)]):
-            done = subprocess.run([sys.executable, str(HERE / 'videoserverd.py'), *words], env=daemon.env,
-                                  stdout=subprocess.PIPE, encoding='utf-8')
+            done = ran([sys.executable, str(HERE / 'videoserverd.py'), *words], env=daemon.env)
             self.assertEqual(done.returncode, 0, done.stdout)
 
 
@@ -5456,8 +5470,7 @@ class TestStop(DownloadTest):
         process = self.driver(f'attempt({str(post)!r}).run()', self.direct_config(),
                               env={'PATH': f'{fake.parent}:{os.environ["PATH"]}'})
         wait_until((fake.parent / 'ffmpeg.args').exists, 20)
-        children = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(process.pid)],
-                                  stdout=subprocess.PIPE).stdout.split()
+        children = ran(['ps', '-o', 'pid=', '--ppid', str(process.pid)]).stdout.split()
         self.assertEqual(len(children), 1)
         process.kill()
         wait_until(lambda: not Path(f'/proc/{int(children[0])}').exists(), what='ffmpeg gone')
@@ -7259,17 +7272,6 @@ def swift() -> Swift:
     return one
 
 
-def own_certificate(folder: Path) -> Tuple[Path, ssl.SSLContext]:
-    """(file, context) of a self-signed certificate for 127.0.0.1."""
-    subprocess.run([judge(), 'req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes',
-                    '-days', '2', '-subj', '/CN=S3', '-addext', 'subjectAltName=IP:127.0.0.1',
-                    '-keyout', str(folder / 'key.pem'), '-out', str(folder / 'cert.pem')],
-                   check=True, stderr=subprocess.DEVNULL)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / 'cert.pem', folder / 'key.pem')
-    return folder / 'cert.pem', context
-
-
 def fetch(url: str) -> Tuple[int, Any, bytes]:
     parts = urlsplit(url)
     connection = http.client.HTTPConnection(parts.hostname, parts.port, timeout=20)
@@ -7307,6 +7309,13 @@ class WithBucket(unittest.TestCase):
         relay = Relay(self.swift.port, tls)
         self.addCleanup(relay.close)
         return relay
+
+    def tls_relay(self):
+        """(CA, relay) of one that ends TLS."""
+        ca, context = self.config.folder / 'cert.pem', ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self_signed(ca, ca.with_name('key.pem'), 'IP:127.0.0.1')
+        context.load_cert_chain(ca, ca.with_name('key.pem'))
+        return ca, self.new_relay(context)
 
     def new_bucket(self, **s3):
         """A bucket object as a new process has it."""
@@ -7442,8 +7451,7 @@ class TestBucket(WithBucket):
 
     @unittest.skipUnless(shutil.which('openssl'), 'openssl is not installed')
     def test_https_with_a_private_ca(self):
-        ca, context = own_certificate(self.config.folder)
-        path, relay = self.file(size=3 * PART), self.new_relay(context)
+        path, (ca, relay) = self.file(size=3 * PART), self.tls_relay()
         bucket = self.new_bucket(endpoint=relay.url)
         error = self.refused(path, bucket=bucket)
         self.assertRegex(str(error), 'certificate verify failed.*set SSL_CERT_FILE to its CA')
@@ -7537,8 +7545,7 @@ class TestBucket(WithBucket):
 
     @unittest.skipUnless(shutil.which('openssl'), 'openssl is not installed')
     def test_a_stalled_upload_over_tls_ends_at_once_when_told(self):
-        ca, context = own_certificate(self.config.folder)
-        relay = self.new_relay(context)
+        ca, relay = self.tls_relay()
         with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=str(ca)):
             self.hang_up_when_stalled(relay.url, relay, self.file(size=30 << 20))
 
@@ -8324,7 +8331,7 @@ class TestThumbnails(unittest.TestCase):
         code = f'import videoserverd as v; v.make_thumbnail(v.Path({str(pipe)!r}), v.Path({str(self.picture)!r}))'
 
         def running():
-            listed = subprocess.run(['ps', '-axww', '-o', 'args='], stdout=subprocess.PIPE).stdout.decode()
+            listed = ran(['ps', '-axww', '-o', 'args='], errors='replace').stdout
             return [line for line in listed.splitlines() if re.match(r'\S*ffmpeg ', line) and str(pipe) in line]
         with subprocess.Popen([sys.executable, '-c', code], cwd=HERE) as parent:
             wait_until(running)
@@ -8914,15 +8921,6 @@ def new_config(folder: Optional[Path] = None, **server: str) -> Any:
     return v.load_config(folder / 'config.ini', {})
 
 
-def openssl(*words: Any, text: str = '', check: bool = True) -> str:
-    """What the openssl command says on both channels; AssertionError if it fails."""
-    done = subprocess.run([judge(), *map(str, words)], input=text, encoding='utf-8', stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT)
-    if check and done.returncode:
-        raise AssertionError(f'openssl {words}: {done.stdout}')
-    return done.stdout
-
-
 def fields(file: Path) -> Dict[str, Any]:
     """A certificate as openssl prints it: {'Issuer': …, 'X509v3 Basic Constraints': ('critical', 'CA:TRUE')}."""
     found: Dict[str, Any] = {}
@@ -8953,14 +8951,6 @@ def verdict(config: Any, leaf: Path, *options: str) -> str:
     """What `openssl verify` says of a leaf, strictly, as a client that trusts our CA only."""
     return openssl('verify', '-x509_strict', '-purpose', 'sslserver', '-CAfile', config.server.ca_file, *options, leaf,
                    check=False)
-
-
-def own_pair(config: Any, days: int = 20) -> None:
-    """Puts a self-signed certificate where the server's lies."""
-    config.server.cert_file.parent.mkdir(exist_ok=True)
-    openssl('req', '-x509', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-nodes', '-days', days,
-            '-subj', '/CN=nas.example.org', '-addext', 'subjectAltName=DNS:nas.example.org,DNS:*.nas.example.org',
-            '-keyout', config.server.key_file, '-out', config.server.cert_file)
 
 
 def contents(config: Any) -> Dict[str, bytes]:
@@ -9286,7 +9276,7 @@ class TestOwnCertificate(unittest.TestCase):
             config = new_config()
             if with_ca:
                 v.ensure_certificate(config, NOW)
-            own_pair(config)
+            self_signed(config.server.cert_file, config.server.key_file, 'DNS:nas.example.org', 'DNS:*.nas.example.org')
             before = contents(config)
             end = last_of(fields(config.server.cert_file))
             with unittest.mock.patch.object(subprocess, 'run', side_effect=AssertionError):
@@ -9303,7 +9293,7 @@ class TestOwnCertificate(unittest.TestCase):
 
     def test_an_own_certificate_needs_no_folder_for_the_ca(self):
         config = new_config(ca_file='/proc/1/nothing/ca.crt')
-        own_pair(config)
+        self_signed(config.server.cert_file, config.server.key_file, 'DNS:nas.example.org', 'DNS:*.nas.example.org')
         self.assertTrue(v.ensure_certificate(config, NOW)[0].own)
         with self.assertRaisesRegex(v.Trouble, 'ca.crt is missing'):
             v.mobileconfig(config)
@@ -9612,7 +9602,7 @@ while not os.waitpid(child, os.WNOHANG)[0]:
     def test_gen_cert_sh_passes_its_arguments(self):
         config = new_config()
         command_line = [str(HERE / 'gen_cert.sh'), '--config', str(config.file), '--host', 'pi.lan', '--ip', '10.4.4.4']
-        done = subprocess.run(command_line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+        done = ran(command_line)
         self.assertEqual(done.returncode, 0, done.stdout)
         made = v.look_at_certificate(config)
         self.assertLessEqual({'pi.lan', '10.4.4.4'}, {*made.names})
@@ -9721,14 +9711,11 @@ class TestInstallScript(unittest.TestCase):
         if system:
             new_program(folder / 'uname', f'echo {system}')
         env = {**clean_environment(), 'PATH': f'{folder}:{os.environ["PATH"]}', 'SUDO_USER': 'nobody', 'LC_ALL': 'C'}
-        return subprocess.run(['sh', str(HERE / 'install.sh'), *words], env=env, cwd=str(folder), encoding='utf-8',
-                              stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=30)
+        return ran(['sh', str(HERE / 'install.sh'), *words], env=env, cwd=str(folder), timeout=fair(30))
 
     @unittest.skipUnless(shutil.which('shellcheck'), 'shellcheck is not installed')
     def test_shell_scripts_are_shellcheck_clean(self):
-        done = subprocess.run(['shellcheck', '-x', *SHELL_FILES], cwd=str(HERE), stdout=subprocess.PIPE,
-                              encoding='utf-8')
-        self.assertEqual(done.stdout, '')
+        self.assertEqual(ran(['shellcheck', '-x', *SHELL_FILES], cwd=str(HERE)).stdout, '')
 
     def test_shell_scripts_run_from_any_folder_and_are_executable(self):
         for name in SHELL_FILES:
@@ -9783,8 +9770,7 @@ class TestInstallScript(unittest.TestCase):
 
     def test_any_output_folder_of_config_ini_is_what_systemd_reads(self):
         text = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
-        done = subprocess.run(['sh', '-c', text + 'output=$1 python=/p user=u dry=yes; drop_in', 'sh', '/m/5%b "\\o'],
-                              stdout=subprocess.PIPE, encoding='utf-8', check=True)
+        done = ran(['sh', '-c', text + 'output=$1 python=/p user=u dry=yes; drop_in', 'sh', '/m/5%b "\\o'], check=True)
         self.assertIn('\nReadWritePaths="-/m/5%%b \\"\\\\o"\n', done.stdout)
 
     @unittest.skipUnless(os.geteuid() == 0 and shutil.which('runuser'), 'takes root and runuser')
@@ -9804,9 +9790,8 @@ class TestInstallScript(unittest.TestCase):
                 script = (f'{text} here="$1" user=nobody state="$1/state" config="$1/config.ini" secrets="$1/env" '
                           f'python=x output="$3"; ask_config() {{ say "$2"; }}; set -- "$1" "$2"; {step}')
                 script = script.replace('say "$2"', f'say "{folder}/$WANTED"')
-                return subprocess.run(['sh', '-c', script, 'sh', name, '', output], encoding='utf-8',
-                                      env={**os.environ, 'WANTED': output or 'state/link/new'},
-                                      stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                return ran(['sh', '-c', script, 'sh', name, '', output],
+                           env={**os.environ, 'WANTED': output or 'state/link/new'})
             self.assertIn('nobody cannot make', run('ensure_output').stdout)
             self.assertEqual(os.listdir(folder / 'roots'), [])
             done = run('ensure_output', 'roots/videos')  # --output: root's own word
@@ -9832,14 +9817,12 @@ class TestServiceFiles(unittest.TestCase):
 
     @unittest.skipUnless(shutil.which('systemd-analyze'), 'systemd-analyze is not installed')
     def test_unit_is_valid(self):
-        done = subprocess.run(['systemd-analyze', 'verify', '--man=no', str(self.unit())], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, encoding='utf-8')
+        done = ran(['systemd-analyze', 'verify', '--man=no', str(self.unit())])
         self.assertEqual((done.returncode, done.stdout), (0, ''))
 
     @unittest.skipUnless(shutil.which('systemd-analyze'), 'systemd-analyze is not installed')
     def test_unit_is_hardened_to_an_exposure_of_1_5_or_less(self):
-        done = subprocess.run(['systemd-analyze', 'security', '--offline=yes', '--no-pager', str(self.unit())],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+        done = ran(['systemd-analyze', 'security', '--offline=yes', '--no-pager', str(self.unit())])
         self.assertLessEqual(float(re.search(r'Overall exposure level for \S+: ([\d.]+)', done.stdout)[1]), 1.5)
 
     def test_unit_never_gives_up_and_tells_when_it_is_ready(self):
@@ -9868,9 +9851,8 @@ class TestContainerFiles(unittest.TestCase):
 
     @unittest.skipUnless(shutil.which('check-jsonschema'), 'check-jsonschema is not installed')
     def test_compose_file_is_valid_by_the_compose_schema(self):
-        done = subprocess.run(
-            ['check-jsonschema', '--builtin-schema', 'vendor.compose-spec', 'deploy/docker-compose.yml'],
-            cwd=str(HERE), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding='utf-8')
+        done = ran(['check-jsonschema', '--builtin-schema', 'vendor.compose-spec', 'deploy/docker-compose.yml'],
+                   cwd=str(HERE))
         self.assertEqual(done.returncode, 0, done.stdout)
 
     def test_compose_file_has_document_b_names(self):
