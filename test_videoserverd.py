@@ -8837,8 +8837,7 @@ class TestMetrics(DaemonTest):
         return families
 
     def test_the_files_of_a_carousel_are_counted_when_its_row_is_over(self):
-        daemon = unittest.mock.MagicMock()
-        daemon.care.couriers = []
+        daemon = unittest.mock.MagicMock(couriers=[])
         outcome = unittest.mock.Mock(files=[unittest.mock.Mock(size=7)])
         with unittest.mock.patch.multiple(v, site_of=unittest.mock.DEFAULT, way_of=unittest.mock.DEFAULT,
                                           forget_files=unittest.mock.DEFAULT):
@@ -9357,8 +9356,8 @@ class TestDailyCare(unittest.TestCase):
         self.addCleanup(daemon.store.close)
         fine = 'healthy' if sys.version_info >= (3, 11) else 'degraded'  # an older Python holds yt-dlp back
         for problems, status in (({}, fine), ({'ytdlp': 'It cannot be fetched.'}, 'degraded')):
-            daemon.care.failures = problems
-            report = daemon.care.report()
+            daemon.care.problems = problems
+            report = daemon.health.report()
             self.assertEqual((report['preparing'], report['status']), (not problems, status), report)
             self.assertIn('yt-dlp is', report['paused'])
 
@@ -9383,7 +9382,7 @@ class TestDailyCare(unittest.TestCase):
         daemon = v.Daemon(new_config())
         for days, count in ((13.5, 1), (15.5, 0)):
             daemon.care.certificate = SimpleNamespace(not_after=time.time() + days * v.DAY)
-            self.assertEqual(str(daemon.care.problems(None)).count('certificate expires in 13 days. Fix: '), count)
+            self.assertEqual(str(daemon.health.problems(None)).count('certificate expires in 13 days. Fix: '), count)
 
 
 class TestStopAtTheStart(DaemonTest):

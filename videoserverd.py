@@ -9165,9 +9165,9 @@ ASSETS = {
 PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
 
 # ---------- daemon ------------------------------------------------------------------------
-# Owns two classes: Daemon (wiring, start and stop, signals, sd_notify, re-execution) and Care (the
-# thread `care`, what pauses the queue, problems, metrics). No lock: main waits on the pipe
-# `_wishes`. Called by commands only.
+# Owns three classes: Daemon (wiring, start and stop, signals, sd_notify, re-execution), Care (the
+# thread `care`) and Health (what pauses the queue, problems, metrics). No lock: main waits on the
+# pipe `_wishes`. Called by commands only.
 
 INSTALLED = '/opt/videoserver/videoserverd.py'  # where install.sh puts this file
 AS_SERVICE = '/usr/local/bin/videoserverd'  # its command: that file, as its user, with its config
@@ -9488,11 +9488,8 @@ def days_left(certificate):
     return int((certificate.not_after - time.time()) // DAY)
 
 
-GETTING_READY = 'Getting ready: yt-dlp is being fetched.'  # the first minute; no fault
-
-
 class Care:
-    """The thread `care`: minutely and daily chores; what pauses the queue and what is wrong."""
+    """The thread `care`: minutely and daily chores. `problems` has what goes wrong there."""
 
     def __init__(self, config, store, board, restart):
         self.config, self.store, self.board, self.restart = config, store, board, restart
@@ -9501,9 +9498,7 @@ class Care:
         self.ytdlp = None  # the folder new attempts import from
         self.certificate = self.scheduler = self.server = None
         self.thumbs = config.database.path.parent / 'thumbs'
-        self.failures = {}  # of chores, by their names: sentences
-        self.couriers = []
-        self.started = time.time()
+        self.problems = {}
         self.restart_when_idle = False
         self._due = threading.Event()  # something may be due now
         self._tidy = False
@@ -9532,14 +9527,14 @@ class Care:
             for name, task in tasks.items():
                 try:
                     task(time.time())
-                    self.failures.pop(name, None)
+                    self.problems.pop(name, None)
                 except (Trouble, StoreDown, OSError) as error:
-                    if self.failures.get(name) != str(error):
+                    if self.problems.get(name) != str(error):
                         log.warning('%s: %s', name, error)
-                    self.failures[name] = str(error)
+                    self.problems[name] = str(error)
                 except Exception as error:
                     log.exception('care: %s failed unexpectedly', name)
-                    self.failures[name] = f'{name}: {error}; see the log'
+                    self.problems[name] = f'{name}: {error}; see the log'
             self._due.wait(CARE_SECONDS)
             self._due.clear()
 
@@ -9637,7 +9632,7 @@ class Care:
     def update_ytdlp(self, now):
         """Fetch yt-dlp if missing or due. An imported one is replaced by a restart."""
         changed = self.freshness.step(now)
-        self.restart_when_idle = changed and 'restart' not in self.failures
+        self.restart_when_idle = changed and 'restart' not in self.problems
         if not changed:
             self.ytdlp = self.vendor.current()
         elif self.restart_when_idle and not self.scheduler.running():
@@ -9645,7 +9640,17 @@ class Care:
         if self.freshness.trouble:
             raise Trouble(self.freshness.trouble)
 
-    # -- health
+
+GETTING_READY = 'Getting ready: yt-dlp is being fetched.'  # the first minute; no fault
+
+
+class Health:
+    """What pauses the queue, what is wrong, and the figures for /metrics."""
+
+    def __init__(self, config, store, board, care, couriers):
+        self.config, self.store, self.board, self.care = config, store, board, care
+        self.couriers = couriers
+        self.started = time.time()
 
     def preflight(self, make=True):
         """Why no download may start, or None; `make`: create the output folder if it is new."""
@@ -9656,11 +9661,11 @@ class Care:
         if free is not None and free < least:
             return (f'The disk is full: {format_size(free)} free, {format_size(least)} needed. '
                     'Fix: delete videos, or lower [downloads] min_free_space.')
-        if self.restart_when_idle:
+        if self.care.restart_when_idle:
             return 'The server is about to switch to a new yt-dlp.'
-        if self.ytdlp:
+        if self.care.ytdlp:
             return None
-        if 'ytdlp' in self.failures:
+        if 'ytdlp' in self.care.problems:
             return f'yt-dlp is missing. Fix: `{program(self.config)} update`'
         return GETTING_READY
 
@@ -9670,12 +9675,12 @@ class Care:
 
     def certificate_days(self):
         """None without one."""
-        return self.certificate and days_left(self.certificate)
+        return self.care.certificate and days_left(self.care.certificate)
 
     def problems(self, paused):
         """What is wrong: sentences, each with its fix."""
         days = self.certificate_days()
-        found = [paused, *self.failures.values(), self.vendor.held_back()]
+        found = [paused, *self.care.problems.values(), self.care.vendor.held_back()]
         if self.store.error:
             found.append(f'Links cannot be stored: {self.store.error}. '
                          f'Fix: check the disk of {self.config.database.path}')
@@ -9705,7 +9710,7 @@ class Care:
             'uptime': max(0, int(time.time() - self.started)), 'queue_size': size,
             'problems': problems, 'paused': paused, 'preparing': paused == GETTING_READY,
             'free_disk': free_output(self.config),
-            'ytdlp_version': self.vendor.version(),
+            'ytdlp_version': self.care.vendor.version(),
             'certificate_days': self.certificate_days(), 's3': bool(self.config.s3.endpoint),
             'keys': bool(self.config.api_keys), 'storing': not self.store.error,
             'cookies': [told for _, told in Cookies(self.config).report(time.time())]}
@@ -9717,7 +9722,7 @@ class Care:
             ('free_disk_bytes', free_output(self.config)), ('paused', float(paused)),
             ('certificate_days', self.certificate_days()),
             ('uptime_seconds', time.time() - self.started),
-            (f'ytdlp_info{{version="{self.vendor.version() or ""}"}}', 1.0),
+            (f'ytdlp_info{{version="{self.care.vendor.version() or ""}"}}', 1.0),
             *self.board.counters()]
         return [(f'videoserverd_{name}', value) for name, value in figures if value is not None]
 
@@ -9731,10 +9736,12 @@ class Daemon:
         self.board = Board(int(time.time()) % 10 ** 8)
         restart = functools.partial(self._ask, 'restart')
         self.care = Care(config, self.store, self.board, restart)
+        self.couriers = []
+        self.health = Health(config, self.store, self.board, self.care, self.couriers)
         self.scheduler = Scheduler(
             config, self.store, self.board,
             lambda job, *hooks: Attempt(job, config, self.care.ytdlp, *hooks),
-            self.care.preflight, self._on_outcome, restart)
+            self.health.preflight, self._on_outcome, restart)
         self.care.scheduler = self.scheduler
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.lock = Lock(config.database.path)
@@ -9826,15 +9833,15 @@ class Daemon:
         notify, outgoing = self.config.notify, self.store.outgoing
         if self.bucket:
             outgoing['upload'] = ['finish']
-            self.care.couriers.append(Uploader(self.config, self.bucket, self.store))
+            self.couriers.append(Uploader(self.config, self.bucket, self.store))
         if notify.url:
             verbs = {'completed': 'finish', 'failed': 'give_up', 'attention': 'import'}
             outgoing['notify'] = [verbs[event] for event in notify.events]
-            self.care.couriers.append(Notifier(
+            self.couriers.append(Notifier(
                 self.config, self.store, app.describe, public_base(self.config, app.port),
-                lambda: self.care.problems(
-                    not self.care.restart_when_idle and self.care.preflight() or None)))
-        for courier in self.care.couriers:
+                lambda: self.health.problems(
+                    not self.care.restart_when_idle and self.health.preflight() or None)))
+        for courier in self.couriers:
             courier.thread.start()
 
     def make_app(self, port):
@@ -9847,11 +9854,11 @@ class Daemon:
         # Of the picture by which the set-up page sees that it is trusted.
         origins = f' {public_base(config, port)} {bases_by_number(port)}'
         app = App(config, store=self.store, board=self.board, scheduler=self.scheduler,
-                  assets=assets, routes=(*ROUTES, *routes), health=self.care.report,
+                  assets=assets, routes=(*ROUTES, *routes), health=self.health.report,
                   forget=self._forget,
                   bucket=self.bucket, thumbs=self.care.thumbs, image_origin=origins,
                   update=self.care.update_now, imports=self.care.imports, shortcut=signed_shortcut,
-                  gauges=lambda: self.care.gauges(bool(self.scheduler.paused)),
+                  gauges=lambda: self.health.gauges(bool(self.scheduler.paused)),
                   link_secret=link_secret(config.database.path.parent / 'link.key'))
         app.port, app.hosts = port, known_hosts(config)
         return app
@@ -9863,7 +9870,7 @@ class Daemon:
                         'terminal': sys.stdin.isatty()})
         sd_notify(f'READY=1\nSTATUS=Listening on port {port}\nMAINPID={os.getpid()}')
         log.info('videoserverd %s: listening on %s port %d, %d in the queue', VERSION,
-                 server.host, port, self.care.queue_size())
+                 server.host, port, self.health.queue_size())
         print(welcome(self.config, port, self.care.vendor.version()), flush=True)
 
     # -- signals, waiting, stopping
@@ -9921,7 +9928,7 @@ class Daemon:
             return True
         except (Trouble, OSError, SyntaxError, ValueError) as error:
             log.error('restart refused, running on as before: %s', error)
-            self.care.failures['restart'] = (
+            self.care.problems['restart'] = (
                 f'A restart was refused: {error}. Fix that, then restart by hand.')
             return False
 
@@ -9937,7 +9944,7 @@ class Daemon:
         if not restart:
             self.server.server_close()
         stopper.join(5)
-        for courier in self.care.couriers:
+        for courier in self.couriers:
             courier.stop()
         self.care.freshness.stop()
         self.store.close()
@@ -9977,7 +9984,7 @@ class Daemon:
         if over:  # a carousel tells its files with each attempt
             count('downloaded_bytes_total', sum(file.size for file in outcome.files))
             forget_files(self.config, job.id, ())
-        for courier in self.care.couriers * over:
+        for courier in self.couriers * over:
             courier.wake()
         self.care.heard(job, outcome)
 
@@ -9993,7 +10000,7 @@ class Daemon:
         forget_files(self.config, download_id, [file.name for file in files if not keep])
         with suppress(OSError):
             (self.care.thumbs / f'{download_id}.jpg').unlink()
-        for courier in self.care.couriers:
+        for courier in self.couriers:
             courier.wake(download_id)
         self.board.post(download_id)
         return True
@@ -10288,7 +10295,7 @@ def check_server(config):
                                    f'sudo lsof -nP -iTCP:{port} -sTCP:LISTEN')
         daemon = Daemon(config)
         daemon.care.ytdlp = daemon.care.vendor.current()
-        problems = daemon.care.problems(daemon.care.preflight(make=False))
+        problems = daemon.health.problems(daemon.health.preflight(make=False))
     for problem in problems:
         fault, _, fix = problem.partition(' Fix: ')
         yield fault, fix or 'see the log for details'
