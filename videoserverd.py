@@ -7885,8 +7885,8 @@ ICON_PNG = binascii.a2b_base64(
     'aZVTJu3V3EgXIypi23rjq5zWaFbfi3SUU4/+rsPBoIM99OH0ZSmllFJ6JX8avrCIxc37mQAAAABJRU5ErkJggg==')
 
 MANIFEST = r'''{
-  "name": "Video inbox", "short_name": "Videos", "id": "./", "start_url": "./", "scope": "./",
-  "lang": "en", "display": "standalone", "background_color": "#f5f5f1", "theme_color": "#0b6e5f",
+  "name": "Video inbox", "short_name": "Videos", "start_url": "./",
+  "display": "standalone", "background_color": "#f5f5f1", "theme_color": "#0b6e5f",
   "icons": [{"src": "icon.png", "sizes": "180x180", "purpose": "any maskable"}],
   "share_target": {"action": "./", "enctype": "application/x-www-form-urlencoded", "method": "GET",
                    "params": {"title": "title", "text": "text", "url": "url"}}
@@ -8192,7 +8192,9 @@ const PASSING = [0, 401, 408, 429, 500, 502, 503, 504];  // send it later (0: no
 
 const $ = id => document.getElementById(id);
 const part = (node, selector) => node.querySelector(selector);
-const copyOf = id => $(id).content.firstElementChild.cloneNode(true);
+// The one that is there, or a new one.
+const nodeOf = (id, template) =>
+  $(id) ?? Object.assign($(template).content.firstElementChild.cloneNode(true), {id});
 const filled = list => list.filter(Boolean);
 function element(name, props, ...children) {
   const node = Object.assign(document.createElement(name), props);
@@ -8278,12 +8280,10 @@ const told = (...request) => api(...request)
 
 function connected(now) {
   if (now === online) return;
-  const back = now && online === false;
   online = now;
   document.body.classList.toggle('lost', !now);
   paintHealth();
   changeOutbox(outbox());
-  if (back) makeRound();
 }
 function askForKey() {
   locked = true;
@@ -8385,18 +8385,13 @@ async function lookAtImports() {
   if (imports) $('imports').replaceChildren(...imports.map(importCard));
 }
 function importCard(row) {
-  const card = $(row.import_id) ?? newImport(row);
+  const card = nodeOf(row.import_id, 'import');
   const state = {paused: 'Paused: ', done: 'Done: '}[row.state] ?? '';
+  if (!card.dataset.state) part(card, '.acts').before(...row.groups.map(importGroup));
   card.dataset.state = row.state;
+  write(part(card, 'h2'), row.name);
   write(part(card, '.meta'), state + row.message);
   for (const node of card.querySelectorAll('button')) node.hidden = !node.matches('.' + row.state);
-  return card;
-}
-function newImport({import_id: id, name, groups}) {
-  const card = copyOf('import');
-  card.id = id;
-  write(part(card, 'h2'), name);
-  part(card, '.acts').before(...groups.map(importGroup));
   return card;
 }
 function importGroup({group, name, posts, here}) {
@@ -8482,13 +8477,13 @@ async function poll(gap) {
 }
 function paintList({downloads, total, counts}, offset) {
   stretch(total);
-  const wanted = downloads.map(row => $(row.download_id) ?? newRow(row));
+  const wanted = downloads.map(row => nodeOf(row.download_id, 'row'));
   for (let at = 0; at < Math.max(1, wanted.length); at += CHUNK) {
     const chunk = chunks[(offset + at) / CHUNK];
     if (chunk) arrange(chunk, wanted.slice(at, at + CHUNK));
   }
   wanted.forEach((node, i) => paintRow(node, downloads[i]));
-  $('list').ariaBusy = 'false';
+  $('list').ariaBusy = false;
   $('list').hidden = !total;
   $('empty').hidden = total || view.status || view.q;
   $('nothing').hidden = total || !$('empty').hidden;
@@ -8509,11 +8504,6 @@ const visible = () => [...document.querySelectorAll('article:not([hidden])')];
 function focusBeside(node) {
   const rows = visible(), at = rows.indexOf(node);
   (rows[at + 1] ?? rows[at - 1] ?? $('box')).focus({preventScroll: true});
-}
-function newRow(row) {
-  const node = copyOf('row');
-  node.id = row.download_id;
-  return node;
 }
 const heading = row => row.title || row.filename || row.url.replace(/^https?:\/\/(www\.)?/, '');
 const stateOf = row => row.error_message === 'Cancelled' ? 'cancelled' : row.status;
@@ -8560,24 +8550,23 @@ function paintMeta(node, row) {
   if (node.textContent !== line.textContent) node.replaceChildren(...line.childNodes);
 }
 function paintProgress(node, row) {
-  const bar = part(node, 'progress'), waits = row.status === 'queued' && !row.next_attempt_at;
+  const bar = part(node, 'progress');
+  const paused = row.status === 'queued' && !row.next_attempt_at && health.paused;
   Object.assign(bar, {hidden: row.status !== 'downloading', value: row.progress});
   if (row.phase === 'page') bar.removeAttribute('value');  // nobody knows how long
   bar.ariaLabel = 'Progress of ' + heading(row);
-  write(part(node, '.word'), words(row, waits).join(' · '));
+  write(part(node, '.word'), paused ? 'Paused' : words(row).join(' · '));
   write(part(node, '.reason'), filled([
-    stateOf(row) !== 'cancelled' && row.error_message, row.note, waits && health.paused,
+    stateOf(row) !== 'cancelled' && row.error_message, row.note, paused,
     row.s3?.state === 'waiting' && 'Copy to the bucket: waiting', row.s3?.error]).join(' '));
 }
-function words(row, waits) {
+function words(row) {
   const {next_attempt_at: next, retry_count: tried, speed, eta} = row;
-  if (waits && health.paused) return ['Paused'];
-  if (stateOf(row) === 'cancelled') return ['Cancelled'];
   if (next) {
     const left = Math.max(1, next - Date.now() / 1000);
     return ['Next try in ' + duration(left), tried + ' failed so far'];
   }
-  if (row.status !== 'downloading') return [STATES[row.status]];
+  if (row.status !== 'downloading') return [STATES[stateOf(row)] ?? 'Cancelled'];
   const phase = {
     page: 'Reading the page', merge: 'Joining picture and sound', file: 'Saving the file'};
   return filled([phase[row.phase], row.progress + '%', speed && size(speed) + '/s',
@@ -8607,7 +8596,7 @@ function paintStates(counts) {
   for (const button of $('states').children) {
     const number = counts[button.value] ?? all, on = button.value === view.status;
     write(button.lastChild, String(number));
-    button.ariaPressed = String(on);
+    button.ariaPressed = on;
     button.hidden = !number && !on;
   }
   paintBulk();
@@ -8621,12 +8610,14 @@ function narrow(change) {
 // ---- actions on a row with its files, or on the one in the player; others are the server's ----
 const DO = {
   play: (files, row) => show(row, 0), share, save, copy: ([file]) => copy(file.url),
-  s3: (files, row) => copy(bucketLink(row.download_id)),
+  s3: (files, row) => copy(
+    api('GET', `getVideoDownloadPublicURL?videoDownloadUUID=${row.download_id}&URLTypeEnum=S3`)
+      .then(answer => answer.publicURL)),
   again: (files, {url}) => told('POST', 'api/v1/download', {
     url, client_id: clientId(), timestamp: Date.now(), again: true}).then(refresh),
   delete: (files, row) => doom(row),
   more: (files, row, button) => {
-    button.ariaExpanded = String($(row.download_id).classList.toggle('open'));
+    button.ariaExpanded = $(row.download_id).classList.toggle('open');
   },
   prev: () => step(-1), next: () => step(1), close: () => $('player').close(),
 };
@@ -8645,9 +8636,6 @@ function tap({target}) {
 }
 const order = (method, path) =>
   api(method, 'api/v1/download/' + path).catch(error => note(error.message)).finally(refresh);
-const bucketLink = id =>
-  api('GET', `getVideoDownloadPublicURL?videoDownloadUUID=${id}&URLTypeEnum=S3`)
-    .then(answer => answer.publicURL);
 
 // ---- the player ----
 const MISSING = 'The file is missing. Is its disk plugged in?';
@@ -8747,11 +8735,7 @@ function doom(row) {
   focusBeside($(row.download_id));
   repaint();
   note(doomed.size > 1 ? doomed.size + ' deleted, with their files'
-    : `Deleted${files}: ${heading(row)}`, 'Undo', undo, bury);
-}
-function undo() {
-  doomed.clear();
-  repaint();
+    : `Deleted${files}: ${heading(row)}`, 'Undo', () => { doomed.clear(); repaint(); }, bury);
 }
 async function bury() {
   const ids = [...doomed];
@@ -8766,7 +8750,7 @@ function paintBulk() {
   write($('bulk').firstChild, picked.size ? picked.size + ' selected' : 'All ' + STATES[status]);
 }
 function pick() {
-  $('pick').ariaPressed = String($('list').classList.toggle('picking'));
+  $('pick').ariaPressed = $('list').classList.toggle('picking');
   picked.clear();
   repaint();
   paintBulk();
@@ -8833,10 +8817,10 @@ function typed(event) {
   if (plain && (event.ctrlKey || event.metaKey || !$('box').value.includes('\n'))) submit(event);
 }
 let typing;
-function search() {  // once the typing pauses
+$('search').oninput = () => {  // once the typing pauses
   clearTimeout(typing);
   typing = setTimeout(() => narrow({q: $('search').value.trim()}), 250);
-}
+};
 for (const [value, text] of Object.entries(STATES)) {
   const props = {value, onclick: () => narrow({status: value})};
   $('states').append(element('button', props, text + ' ', element('b')));
@@ -8855,22 +8839,21 @@ for (const [id, action] of Object.entries(taps)) $(id).onclick = action;
 $('add').onsubmit = submit;
 $('box').oninput = () => fill($('box').value);
 $('box').onkeydown = typed;
-$('search').oninput = search;
 $('player').onclose = closed;
 $('key-form').onsubmit = () => useKey($('key').value.trim());
 $('door').onclose = () => { if (locked) askForKey(); };
 $('cookie-file').onchange = ({target}) =>
   told('PUT', 'api/v1/cookies', new Blob(target.files, {type: 'text/plain'}));
 $('import-file').onchange = ({target}) => bring(target.files[0]);
-addEventListener('dragover', event => event.preventDefault());
-addEventListener('drop', event => {
+window.ondragover = event => event.preventDefault();
+window.ondrop = event => {
   event.preventDefault();
   bring(event.dataTransfer.files[0]);
-});
-addEventListener('popstate', () => $('player').close());
-addEventListener('pagehide', hush);
-addEventListener('online', refresh);
-document.addEventListener('visibilitychange', () => { plan(0); makeRound(); });
+};
+window.onpopstate = () => $('player').close();
+window.onpagehide = hush;
+window.ononline = refresh;
+document.onvisibilitychange = () => { plan(0); makeRound(); };
 setInterval(watchHealth, 1000);
 setInterval(repaint, 20000);  // waits shrink
 navigator.serviceWorker?.register('sw.js').catch(() => null);  // opens this page away from home
@@ -8909,8 +8892,8 @@ addEventListener('fetch', event => {
 SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 <script type="module" src="setup.js"></script>
 </head>
-<body class="setup">
-<main data-check="{{check}}">
+<body class="setup" data-check="{{check}}">
+<main>
 <div class="lead">
   <h1>Tap Share on your iPhone, and the video is saved on {{host}}.</h1>
   <p>Set it up once, at home, in about five minutes.</p>
@@ -9041,12 +9024,12 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 SETUP_JS = r'''
 // Shows one step at a time, and moves on by itself. Without JavaScript all steps are shown.
 const $ = id => document.getElementById(id);
-const main = document.querySelector('main'), steps = [...document.querySelectorAll('.step')];
+const steps = [...document.querySelectorAll('.step')], {check: places} = document.body.dataset;
 const plain = location.protocol === 'http:';
 // Safari may have been told to trust this host name anyway, so ask for another name of the server.
-const check = main.dataset.check.split(' ').find(place => new URL(place).host !== location.host);
+const check = places.split(' ').find(place => new URL(place).host !== location.host);
 const opened = Date.now() - 5000;
-let known = '', trusted = !$('trust'), heard = false;
+let known = '', trusted = !$('trust'), heard = false;  // known: the path of the address
 
 function go(id) {
   if (id === 'share' && $('unlock') && !known) id = 'unlock';
@@ -9084,7 +9067,6 @@ async function arrive() {
 // ---- the last screen ----
 const saved = () => JSON.parse(localStorage.getItem('videoserverd.key')) ?? '';
 const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
-const path = () => new URL(known).pathname;
 async function showAddress() {
   const key = saved(), answer = await fetch('api/v1/share-address', {
     method: 'POST', body: JSON.stringify({name: $('name').value}),
@@ -9092,8 +9074,9 @@ async function showAddress() {
   });
   const {address, message, signs} = await answer.json();
   if (!answer.ok) throw Error(message);
-  known = $('address').value = address;
-  $('signed').href = path() + '/shortcut';
+  $('address').value = address;
+  known = new URL(address).pathname;
+  $('signed').href = known + '/shortcut';
   $('ready').hidden = !signs || !(await fetch($('signed').href, {method: 'HEAD'})).ok;
 }
 const tryAddress = () => showAddress().catch(() => null);
@@ -9105,7 +9088,7 @@ function unlock(event) {
 async function listen() {
   if (heard || document.hidden || document.body.dataset.at !== 'share' || !known) return;
   const within = Math.ceil((Date.now() - opened) / 1000);
-  const answer = await fetch(`${path()}?within=${within}`);
+  const answer = await fetch(`${known}?within=${within}`);
   if (answer.status !== 200) return;
   heard = true;
   $('works').textContent = await answer.text();
