@@ -4523,6 +4523,15 @@ class TestPosts(DownloadTest):
         self.assertNotEqual(first, second)
         self.assertEqual(self.finished()[first[0]], old[first[0]])
 
+    def test_a_part_that_nobody_asked_for_is_asked_for_once_more(self):
+        attempt = self.attempt(self.site.tiktok())
+        attempt.folder.current, attempt.folder.parts = 'x', {'x': {'total': 5}}
+        answer = SimpleNamespace(status=206, headers={'Content-Range': 'bytes 0-8/9'}, close=lambda: None)
+        request = SimpleNamespace(url='https://a.example.com/', method='GET', headers={}, extensions={})
+        urlopen = unittest.mock.Mock(return_value=answer)
+        self.assertIs(attempt.fetch(urlopen, request), answer)
+        self.assertEqual(urlopen.call_count, 2)
+
     def test_one_browser_name_for_a_whole_download_and_another_for_the_next_try(self):
         families = []
         for number in (1, 2, 3):

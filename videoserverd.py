@@ -3878,7 +3878,7 @@ class Attempt:
                 raise Ending('http', 'it states an impossible size')
         if not self.folder.continues(response):
             response.close()
-            del request.headers['Range']
+            request.headers.pop('Range', None)
             response = urlopen(request)
             self.folder.continues(response)
         return response
