@@ -3990,6 +3990,11 @@ class TestAccidents(unittest.TestCase):
             self.scheduler.push('x')
             self.scheduler.step(5, 71)
             self.assertEqual(waiting.call_count, 3)
+            self.scheduler.preflight = unittest.mock.Mock(side_effect=['The disk is full.', None])
+            self.scheduler.step(5, 80)
+            self.scheduler.push('y')  # what comes in a pause starts after it
+            self.scheduler.step(5, 82)
+            self.assertEqual(waiting.call_count, 4)
 
     def test_what_is_due_later_starts_from_the_heap_in_its_turn(self):
         started: List[str] = []

@@ -5445,6 +5445,7 @@ class Scheduler:
 
     def push(self, download_id):
         """It is queued now; claim verifies that."""
+        self._heap_read = -math.inf
         if not self.paused and not self._must_wait():  # else the loop comes by itself
             self._wake()
         self.board.post(download_id)
