@@ -696,6 +696,15 @@ class DaemonTest(unittest.TestCase):
 
 SOURCE = (HERE / 'videoserverd.py').read_text(encoding='utf-8')
 TREE = ast.parse(SOURCE)
+
+
+@functools.lru_cache(maxsize=None)
+def sources() -> Dict[Path, Tuple[str, ast.Module]]:
+    """Text and tree of the program and of its tests."""
+    own = Path(__file__).read_text(encoding='utf-8')
+    return {HERE / 'videoserverd.py': (SOURCE, TREE), Path(__file__): (own, ast.parse(own, feature_version=(3, 9)))}
+
+
 LONGEST_FUNCTION = 40  # lines
 LONGEST_LINE = 120
 MOST_BYTES = 497_600  # of the program, and to fall to 420,000: when it is reached, two things are made one
@@ -799,8 +808,8 @@ class TestLaw(unittest.TestCase):
             self.assertIn(v.VERSION, done)
 
     def test_syntax_of_python_3_9(self):
-        ast.parse(SOURCE, feature_version=(3, 9))
-        ast.parse(Path(__file__).read_text(encoding='utf-8'), feature_version=(3, 9))
+        for text, _ in sources().values():
+            ast.parse(text, feature_version=(3, 9))
 
     def test_no_function_is_longer_than_40_lines(self):
         long = [f'{node.name}: {node.end_lineno - node.lineno + 1}' for node in functions(TREE)
@@ -808,8 +817,7 @@ class TestLaw(unittest.TestCase):
         self.assertEqual(long, [])
 
     def test_lines_are_short_and_statements_are_not_packed(self):
-        for file, longest in ((HERE / 'videoserverd.py', 100), (Path(__file__), LONGEST_LINE)):
-            text = file.read_text(encoding='utf-8')
+        for (file, (text, _)), longest in zip(sources().items(), (100, LONGEST_LINE)):
             wide = [number for number, line in enumerate(text.splitlines(), 1) if len(line) > longest]
             tokens = tokenize.generate_tokens(io.StringIO(text).readline)
             packed = [token.start[0] for token in tokens if token.type == tokenize.OP and token.string == ';']
@@ -861,8 +869,7 @@ class TestLaw(unittest.TestCase):
         self.assertEqual([name for name in found if name not in ast.get_docstring(TREE)], [])
 
     def test_no_name_is_defined_twice(self):
-        for file in (HERE / 'videoserverd.py', Path(__file__)):
-            tree = ast.parse(file.read_text(encoding='utf-8'))
+        for file, (_, tree) in sources().items():
             names = collections.Counter(
                 (getattr(scope, 'name', file.name), node.name)
                 for scope in [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
@@ -2530,7 +2537,10 @@ def times_of_reading(pattern: 're.Pattern[Any]', method: str, pump: str, size: i
         text = begin + pump * ((size - 3) // len(pump)) + end
         if isinstance(pattern.pattern, bytes):
             text = text.encode('latin-1', 'replace')
-        worst = max(worst, min(seconds_of(pattern, method, text, TOO_SLOW * once) for _ in range(2)) / once)
+        took = seconds_of(pattern, method, text, TOO_SLOW * once)
+        if took > 10 * once:  # it may have been the machine
+            took = min(took, seconds_of(pattern, method, text, TOO_SLOW * once))
+        worst = max(worst, took / once)
         if worst >= TOO_SLOW:
             break
     return worst
@@ -3297,6 +3307,7 @@ class TestRepeats(DaemonTest):
 
         def send():
             client = self.daemon.new_client(keep_alive=True)
+            self.addCleanup(client.close)
             for _ in range(500):
                 answer = client.post('/api/v1/download', link)
                 ends.append(answer.status)
@@ -5622,7 +5633,7 @@ class TestHostileSites(DownloadTest):
 
     def test_a_page_up_to_there_is_read_packed_or_not(self):
         self.site.add('127.0.0.1', '/d/large.mp4', movie(), 'video/mp4')
-        page = b'<html><title>x</title><video src="/d/large.mp4"></video>' + b' ' * 3_000_000
+        page = b'<html><title>x</title><video src="/d/large.mp4"></video>' + b' ' * 1_500_000
         for packing, body in (('identity', page), ('gzip', gzip.compress(page)), ('deflate', zlib.compress(page))):
             self.assertEqual(self.direct('/large', body, headers={'Content-Encoding': packing}).kind, 'done', packing)
 
@@ -6769,6 +6780,8 @@ class TestFreshness(unittest.TestCase):
     def test_only_what_fails_on_several_sites_that_worked_before_is_rolled_back(self) -> None:
         changed, internal, done = v.Outcome('retry', 'site_changed'), v.Outcome('retry', 'internal'), v.Outcome('done')
         two, others = ('tiktok.com', 'instagram.com'), ('evil.example', 'worse.example', 'tiktok.com')
+        self.installed('9999.1.1', '9999.2.2')
+        as_installed = shutil.copytree(self.vendor.folder, new_folder() / 'vendor')
         for heard, rolled_back in (
                 ([(site, changed) for site in two], True), ([(site, internal) for site in two] * 9, False),
                 ([(two[0], changed)] * 9, False), ([(site, changed) for site in others], False),
@@ -6776,8 +6789,9 @@ class TestFreshness(unittest.TestCase):
                 ([(two[0], done), (two[0], changed), (two[1], changed)], False),
                 ([(site, v.Outcome('retry', 'network')) for site in two], False)):
             shutil.rmtree(self.vendor.folder)
-            self.index.files.clear()
-            fresh = self.installed('9999.1.1', '9999.2.2')
+            shutil.copytree(as_installed, self.vendor.folder)
+            self.loaded = self.vendor.current()
+            fresh = self.freshness()
             for site, outcome in heard:
                 fresh.heard(site, outcome)
             with self.subTest(heard=heard):
