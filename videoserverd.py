@@ -5021,7 +5021,7 @@ def presign_v4(keys, now, base, path, query, seconds):
     return f'{base}{path}?{canonical_query(query)}&X-Amz-Signature={signature}'
 
 
-def bucket_address(endpoint, bucket, key=''):
+def bucket_address(endpoint, bucket, key):
     """('https://host', '/path') of an object: path-style, or virtual-host style where the
     endpoint says {bucket}."""
     url = urlsplit(endpoint.replace('{bucket}', bucket))
@@ -6201,14 +6201,14 @@ def sign_certificate(out, key, subject, words, start, end, *signer):
     """Makes a certificate, of OPENSSL_CONFIG's section of its name. Of openssl's commands only
     `ca` can back-date in every release."""
     folder, listed = out.parent, '\n'.join(word % at for at, word in enumerate(words))
-    for name, text in (('config', OPENSSL_CONFIG % listed), ('index', '')):
-        (folder / name).write_text(text)
+    (folder / 'config').write_text(OPENSSL_CONFIG % listed)
+    (folder / 'index').write_text('')
     dates = [time.strftime('%Y%m%d%H%M%SZ', time.gmtime(moment)) for moment in (start, end)]
     run_openssl(folder, 'req', '-new', '-config', 'config', '-subj', f'/CN={subject[:64]}',
-                '-key', str(key), '-out', 'request')
+                '-key', key, '-out', 'request')
     run_openssl(folder, 'ca', '-batch', '-notext', '-create_serial', '-config', 'config',
                 '-in', 'request', '-out', out.name, '-startdate', dates[0], '-enddate', dates[1],
-                '-extfile', 'config', '-extensions', out.name, *map(str, signer))
+                '-extfile', 'config', '-extensions', out.name, *signer)
 
 
 def put_in_place(config, folder):
@@ -6427,7 +6427,6 @@ SAME_HEADERS = {  # unless a reply has its own
                                "style-src 'unsafe-inline'; sandbox"}
 JSON = 'application/json'
 LOOPBACK = networks('127.0.0.0/8,::1')
-RETRY_SOON = ('Retry-After', '30')
 CODES = {401: 'key_wanted', 404: 'not_found', 411: 'length_required', 413: 'too_large',
          414: 'uri_too_long', 415: 'not_json', 431: 'headers_too_large'}  # else bad_request
 
@@ -6437,7 +6436,7 @@ class HTTPError(Exception):
 
     def __init__(self, status, message, code='', *headers):
         super().__init__(message)
-        self.status, self.headers = status, headers
+        self.status, self.headers = status, headers or (('Retry-After', '30'),) * (status == 503)
         self.code = code or CODES.get(status, 'bad_request')
 
 
@@ -6540,7 +6539,7 @@ class Request:
 
 
 # Of a query: `parse` raises ValueError(what is accepted).
-Param = namedtuple('Param', 'name parse default type', defaults=('', 'string'))
+Param = namedtuple('Param', 'name parse default kind', defaults=('', ''))
 
 
 # `handler` returns a Reply, or a dict to be sent as JSON with `status`; its docstring is the
@@ -6931,10 +6930,9 @@ def as_http_error(request, error):
     if isinstance(error, RateLimited):
         return HTTPError(429, str(error), 'rate_limited', ('Retry-After', str(error.retry_after)))
     if isinstance(error, StoreDown):
-        return HTTPError(503, error.sentence, 'cannot_store', RETRY_SOON)
+        return HTTPError(503, error.sentence, 'cannot_store')
     if isinstance(error, OSError):
-        return HTTPError(503, f'The disk reported an error: {error.strerror}.', 'disk_error',
-                         RETRY_SOON)
+        return HTTPError(503, f'The disk reported an error: {error.strerror}.', 'disk_error')
     log.exception('request: %s %s: failed', request.method, request.shown_path)
     return HTTPError(500, 'Something went wrong in the server; see its log.', 'internal')
 
@@ -7001,9 +6999,9 @@ def responses_of(route, keys):
 
 
 def operation_of(route, keys):
-    parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': {'type': 'string'}}
+    parameters = [{'name': name, 'in': 'path', 'required': True, 'schema': schema_of('')}
                   for name in re.findall(r'{(\w+)}', route.path)]
-    parameters += [{'name': param.name, 'in': 'query', 'schema': {'type': param.type}}
+    parameters += [{'name': param.name, 'in': 'query', 'schema': schema_of(param.kind)}
                    for param in route.query]
     found = {
         'summary': ' '.join(route.handler.__doc__.split()),
@@ -7157,9 +7155,9 @@ def get_health(app, request):
         facts['message'] = f'The server is {facts["status"]}.'
     if storing:
         return facts
-    refusal = 'The server cannot store links at the moment.'
-    facts.update(brief('error', refusal, error=refusal, code='cannot_store'))
-    return json_reply(facts, 503)._replace(headers=(RETRY_SOON,))
+    error = HTTPError(503, 'The server cannot store links at the moment.', 'cannot_store')
+    facts.update(brief('error', str(error), error=str(error), code=error.code))
+    return json_reply(facts, 503)._replace(headers=error.headers)
 
 
 def post_cancel(app, request):
@@ -7591,11 +7589,11 @@ ROUTES = (
           (429,), 202, LARGE_BODY),
     Route('GET', '/api/v1/status/{id}', get_status, 'Download'),
     Route('GET', '/api/v1/history', get_history, 'History', query=(
-        Param('limit', whole(1, 200), '50', 'integer'),
-        Param('offset', whole(0, 999999999), '0', 'integer'), Param('q', lambda q: q[:200]),
+        Param('limit', whole(1, 200), '50', 'int'),
+        Param('offset', whole(0, 999999999), '0', 'int'), Param('q', lambda q: q[:200]),
         Param('status', optional(one_of(dict(zip(STATES, STATES))))),
-        Param('since', optional(whole(0, 999999999)), '', 'integer'),
-        Param('wait', whole(0, 25), '25', 'integer'))),
+        Param('since', optional(whole(0, 999999999)), '', 'int'),
+        Param('wait', whole(0, 25), '25', 'int'))),
     Route('GET', '/api/v1/health', get_health, 'Health', access='open'),
     Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'image/jpeg'),
     Route('POST', ID + '/cancel', post_cancel, 'Download', errors=(409,)),
@@ -7621,7 +7619,7 @@ ROUTES = (
           (202, 429, 502), access='share'),
     Route('GET', '/share/{who}/shortcut', get_shortcut, '*/*', access='share'),
     Route('GET', '/share/{who}', get_share, 'text/plain', '', (
-        Param('within', whole(1, 999999999), '999999999', 'integer'),), (202,), access='share'),
+        Param('within', whole(1, 999999999), '999999999', 'int'),), (202,), access='share'),
     Route('GET', '/files/{id}/{name}', get_file, '*/*', errors=(206, 304, 416), access='link'),
     Route('GET', '/feed.xml', get_feed, 'application/atom+xml', '', (Param('signature', str),),
           access='link'),
@@ -7629,7 +7627,7 @@ ROUTES = (
     Route('GET', '/openapi.json', get_openapi),
     Route('POST', '/initiateDownload', initiate_download, 'Initiated', 'Initiate', AGAIN),
     Route('GET', '/listDownloads', list_downloads, 'Listing', query=(
-        Param('overLastPeriodDurationInMinutes', whole(0, 99999999), '60', 'integer'),
+        Param('overLastPeriodDurationInMinutes', whole(0, 99999999), '60', 'int'),
         Param('onlyShowOngoingDownloads', one_of({'true': True, 'false': False}), 'false'))),
     Route('GET', '/getVideoDownloadPublicURL', get_public_url, 'PublicURL', query=(
         Param('videoDownloadUUID', str),
