@@ -8864,6 +8864,9 @@ class TestMetrics(DaemonTest):
         self.assertEqual(len(families), len({family.name for family in families}), 'a family in two pieces')
         return families
 
+    def test_the_histogram_is_whole_before_the_first_link(self):
+        self.assertLessEqual({('ack_seconds_count', 0), ('ack_seconds_sum', 0)}, {*v.Board(1).counters()})
+
     def test_the_files_of_a_carousel_are_counted_when_its_row_is_over(self):
         daemon = unittest.mock.MagicMock(couriers=[])
         outcome = unittest.mock.Mock(files=[unittest.mock.Mock(size=7)])

@@ -2090,7 +2090,8 @@ class Board:
         self._changed = threading.Condition()
         self._progress = {}
         self._released = False  # the server is stopping: nobody waits
-        self._counters = dict.fromkeys(ACK_BUCKETS, 0)  # of /metrics, since the start
+        self._counters = dict.fromkeys(  # of /metrics, since the start
+            (*ACK_BUCKETS, 'ack_seconds_count', 'ack_seconds_sum'), 0)
 
     def post(self, download_id, progress=None):
         """Something about this download changed; `progress` None: it no longer runs."""
