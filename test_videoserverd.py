@@ -5376,7 +5376,7 @@ class TestStop(DownloadTest):
         wait_until(ready, what='the phase to stop in')
         began = time.monotonic()
         attempt.stop(reason)
-        self.assertAlmostEqual(attempt.stopper.stopped_at, began, delta=fair(0.2))
+        self.assertAlmostEqual(attempt.reach.stopped_at, began, delta=fair(0.2))
         outcome = run.wait()
         self.assertLess(time.monotonic() - began, fair(0.9))
         self.assert_ends(outcome, 'cancelled' if reason == 'cancelled' else 'retry', reason)
@@ -5461,7 +5461,7 @@ class TestStop(DownloadTest):
         said = (fake.parent / 'ffmpeg.args').read_text()
         self.assertGreater(said.count('-i file:'), 0)
         self.assertEqual(said.count('-i '), said.count(' '.join(v.LOCAL_FILES) + ' -i file:'))
-        self.assertEqual([child.poll() for child in attempt.stopper.children], [-9] * len(attempt.stopper.children))
+        self.assertEqual([child.poll() for child in attempt.reach.children], [-9] * len(attempt.reach.children))
 
     def fake_ffmpeg(self) -> Path:
         """A program that passes for ffmpeg and takes its time."""
@@ -5517,7 +5517,7 @@ class TestLimits(DownloadTest):
         now = time.monotonic()
         attempt.check(now)
         attempt.check(now + 299)
-        self.assertIsNone(attempt.stopper.stopped_at)
+        self.assertIsNone(attempt.reach.stopped_at)
         attempt.check(now + 301)
         self.assert_ends(run.wait(), 'retry', 'timeout')
         self.assertTrue(attempt.folder.path.exists())
@@ -5535,16 +5535,16 @@ class TestLimits(DownloadTest):
             attempt.meter.enter(phase)
             attempt.check(clock)
             clock += 290
-        self.assertIsNone(attempt.stopper.stopped_at)
+        self.assertIsNone(attempt.reach.stopped_at)
         attempt.meter.enter('merge')
         attempt.check(clock)
         for changed in range(3):  # a merge that only moves its bytes around
             os.utime(file, (changed, changed))
             attempt.check(clock + 290)
             clock += 290
-        self.assertIsNone(attempt.stopper.stopped_at)
+        self.assertIsNone(attempt.reach.stopped_at)
         attempt.check(clock + 301)
-        self.assertIsNotNone(attempt.stopper.stopped_at)
+        self.assertIsNotNone(attempt.reach.stopped_at)
 
     def test_less_than_64_kb_in_that_time_are_no_gain(self):
         attempt = self.attempt('https://www.tiktok.com/@a/video/1')
@@ -5554,7 +5554,7 @@ class TestLimits(DownloadTest):
                                      (1295, 262_000, False), (1301, 263_000, True)):
             file.write_bytes(b'x' * size)
             attempt.check(clock)
-            self.assertEqual(attempt.stopper.stopped_at is not None, stopped, clock)
+            self.assertEqual(attempt.reach.stopped_at is not None, stopped, clock)
 
     def test_a_full_disk_pauses_before_the_start_and_while_running(self):
         with full_disk(1000):
@@ -6013,7 +6013,7 @@ class TestGuardImpersonated(TestGuard):
                 self.assertEqual(link.recv(12), b'HTTP/1.1 200')
             for link in idle:
                 link.close()
-            reach.stopper.stop('cancelled')
+            reach.stop('cancelled')
             with socket.create_connection(('127.0.0.1', port), 20) as link, contextlib.suppress(ConnectionResetError):
                 link.sendall(f'CONNECT {here} HTTP/1.1\r\nProxy-Authorization: Basic {secret}\r\n\r\n'.encode())
                 self.assertEqual(link.recv(12), b'')

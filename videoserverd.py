@@ -573,10 +573,9 @@ def parse_setting(where, section, key, text, folder):
 def load_config(file, env):
     """Built-in values, then `file` (None: none), then the environment. Raises ConfigError."""
     folder = (file or PROGRAM).absolute().parent
-    config = Config(file=file and file.absolute(), folder=folder)
+    config = Config(file=file and file.absolute(), folder=folder,
+                    **{section: SimpleNamespace() for section in SETTINGS})
     for where, section, key, text in found_settings(file, env):
-        if section not in vars(config):
-            setattr(config, section, SimpleNamespace())
         value = parse_setting(where, section, key, text, folder)
         setattr(getattr(config, section), key, value)
     config.api_keys = word_list(env.get('VIDEOSERVER_API_KEYS', ''))
@@ -2199,11 +2198,11 @@ class Ending(BaseException):
 # -- how it is stopped
 
 class Stopper:
-    """Ends an attempt in well under a second: blocking calls (name servers, connecting, fsync) are
+    """Ends one attempt in well under a second: blocking calls (name servers, connecting, fsync) are
     abandoned, sockets shut down, child processes killed."""
 
     def __init__(self):
-        self.reason, self.detail = '', ''  # of the first stop
+        self.ended = ()  # reason and detail of the first stop
         self.stopped_at = None  # monotonic
         self.children = []
         self._sockets = weakref.WeakSet()
@@ -2212,9 +2211,9 @@ class Stopper:
     def stop(self, reason, detail=''):
         """End everything; the first reason stays. From any thread."""
         with self._changed:
-            if self.reason:
+            if self.ended:
                 return
-            self.reason, self.detail, self.stopped_at = reason, detail, time.monotonic()
+            self.ended, self.stopped_at = (reason, detail), time.monotonic()
             self.hang_up()
             for child in self.children:
                 child.kill()
@@ -2228,13 +2227,13 @@ class Stopper:
 
     def go_on(self):
         """Raise Ending if it was stopped."""
-        if self.reason:
-            raise Ending(self.reason, self.detail)
+        if self.ended:
+            raise Ending(*self.ended)
 
     def nap(self, seconds):
         """Sleep, but not beyond a stop. Raises Ending."""
         with self._changed:
-            self._changed.wait_for(lambda: self.reason, seconds)
+            self._changed.wait_for(lambda: self.ended, seconds)
         self.go_on()
 
     def unless_stopped(self, function, *args, **more):
@@ -2251,7 +2250,7 @@ class Stopper:
                 self._changed.notify_all()
         threading.Thread(target=work, daemon=True).start()
         with self._changed:
-            self._changed.wait_for(lambda: answer.done() or self.reason)
+            self._changed.wait_for(lambda: answer.done() or self.ended)
         self.go_on()
         return answer.result()
 
@@ -2259,7 +2258,7 @@ class Stopper:
         """A child process that a stop must end."""
         with self._changed:
             self.children = [other for other in self.children if other.returncode is None] + [child]
-            if self.reason:
+            if self.ended:
                 child.kill()
 
     def hold(self, sock):
@@ -2359,12 +2358,13 @@ here = Here()
 REACHES = weakref.WeakValueDictionary()  # by secret
 
 
-class Reach:
-    """What the threads of one attempt may connect to, run and write. The hook calls may_…, which
-    raise Ending or OSError."""
+class Reach(Stopper):
+    """And what its threads may connect to, run and write: the hook calls may_…, which raise Ending
+    or OSError."""
 
-    def __init__(self, config, folder, stopper):
-        self.security, self.stopper = config.security, stopper
+    def __init__(self, config, folder):
+        super().__init__()
+        self.security = config.security
         self.folder = os.path.abspath(folder)  # nothing is written outside of it
         self.largest = LARGEST_FRAGMENT  # bytes of one answer
         self.overrun = False  # whether curl_cffi was cut off in a large page
@@ -2392,7 +2392,7 @@ class Reach:
     def look_up(self, real, host, port, *args, **more):
         """socket.getaddrinfo, up to a stop: addresses that we may connect to. Raises Ending if
         there are none: a DNS filter answers with an address that no site can have."""
-        found = self.stopper.unless_stopped(real, host, port, *args, **more)
+        found = self.unless_stopped(real, host, port, *args, **more)
         if self.proxy == host.lower() and port in self._ports:
             self._doors.update(entry[4][:2] for entry in found)
         allowed = [entry for entry in found if self.allows(*entry[4][:2])]
@@ -2412,13 +2412,13 @@ class Reach:
 
     def may_connect(self, sock, address):
         """Checks each socket, with the actual address."""
-        self.stopper.go_on()
+        self.go_on()
         if sock.family not in (socket.AF_INET, socket.AF_INET6) or not self.allows(*address[:2]):
             self.refuse(address)
 
     def may_look_up(self, host, *_):
         """With a proxy, it resolves the names."""
-        self.stopper.go_on()
+        self.go_on()
         if not self._names_are_ours and str(host).lower() != self.proxy:
             raise Ending('refused_address', excerpt(str(host)))
 
@@ -2433,7 +2433,7 @@ class Reach:
 
     def may_run(self, executable, args, *_):
         """Only a command line made by `start_process`."""
-        self.stopper.go_on()
+        self.go_on()
         if args != here.line or executable != args[0] or self._inside(executable):
             raise FileNotFoundError(errno.ENOENT, 'not to be run', executable)
 
@@ -2463,7 +2463,7 @@ def within(reach):
 
 
 CHECKS = {event: check for check, events in (
-    (lambda reach, sock, *_: reach.stopper.hold(sock), 'socket.__new__'),
+    (lambda reach, sock, *_: reach.hold(sock), 'socket.__new__'),
     (Reach.may_connect, 'socket.connect'),
     (Reach.may_look_up, 'socket.getaddrinfo socket.gethostbyname'),
     (Reach.may_request, 'urllib.Request'),
@@ -2505,15 +2505,13 @@ def for_attempts(owner, name, guarded):
     replace(owner, name, make)
 
 
-def large_page():
-    """Why a page is refused: it could fill the memory."""
-    return 'unsupported', f'a page has more than {format_size(LARGEST_PAGE)}'
+LARGE_PAGE = 'unsupported', f'a page has more than {format_size(LARGEST_PAGE)}'
 
 
 def small_page(page):
     """The page, if it is not too large. Raises Ending."""
     if len(page) > LARGEST_PAGE:
-        raise Ending(*large_page())
+        raise Ending(*LARGE_PAGE)
     return page
 
 
@@ -2538,7 +2536,7 @@ def start_process(reach, real, process, args, *rest, **more):
     """Popen.__init__ for a child that only reads files, and ends with us or at a stop."""
     here.line = local_only(args)
     real(process, here.line, *rest, **{**more, 'preexec_fn': die_with_us()})
-    reach.stopper.adopt(process)
+    reach.adopt(process)
 
 
 def watch_process():
@@ -2558,11 +2556,11 @@ def watch_process():
     for thread in threading.enumerate():
         vars(thread).setdefault('reach', None)
     nothing = SimpleNamespace(security=None, downloader=SimpleNamespace(proxy='nobody'))
-    Here.unknown = Reach(nothing, Path(os.devnull, 'nowhere'), Stopper())
-    Here.unknown.stopper.stop('stopped')
-    for_attempts(time, 'sleep', lambda reach, _, seconds: reach.stopper.nap(seconds))
+    Here.unknown = Reach(nothing, Path(os.devnull, 'nowhere'))
+    Here.unknown.stop('stopped')
+    for_attempts(time, 'sleep', lambda reach, _, seconds: reach.nap(seconds))
     for_attempts(socket, 'getaddrinfo', Reach.look_up)
-    for_attempts(socket.socket, 'connect', lambda reach, *call: reach.stopper.unless_stopped(*call))
+    for_attempts(socket.socket, 'connect', lambda reach, *call: reach.unless_stopped(*call))
     for_attempts(subprocess.Popen, '__init__', start_process)
     for_attempts(http.client.HTTPResponse, 'read', read_answer)
     for_attempts(zlib, 'decompress', decompress)
@@ -2940,12 +2938,12 @@ def serve_visitor(sock):
             return
         with within(reach):
             try:
-                reach.stopper.hold(sock)
+                reach.hold(sock)
                 with tunnel(reach, host, port) as other:
                     sock.sendall(b'HTTP/1.1 200 OK\r\n\r\n')
                     relay(sock, other)
             except Ending as ending:
-                reach.stopper.stop(*ending.reason_and_detail)
+                reach.stop(*ending.reason_and_detail)
 
 
 def open_door():
@@ -2987,7 +2985,7 @@ class Page:
         self.size += len(data)
         self.kept += data
         self.reach.overrun |= self.size > LARGEST_PAGE
-        if self.reach.overrun or self.reach.stopper.reason:
+        if self.reach.overrun or self.reach.ended:
             return CUT_OFF
         if self.size == len(data) or len(self.kept) > 65536:  # the first piece says that it begins
             return CUT_OFF if self.flush() == CUT_OFF else len(data)
@@ -3825,9 +3823,8 @@ class Attempt:
         self.agent = ''  # one browser name for the whole attempt: a CDN's cookie is tied to it
         self.jar = None  # cookies, once the site has asked for a login
         self.failures = {}  # by item: what it is, how it ended
-        self.stopper = Stopper()
-        self.stop = self.stopper.stop
-        self.reach = Reach(config, self.folder.path, self.stopper)
+        self.reach = Reach(config, self.folder.path)
+        self.stop = self.reach.stop
         self._identified = False  # whether on_identity has been asked
         self._mark = (0.0, 0, 0.0, -1)  # when there was last progress; bytes, last write, steps
 
@@ -3852,7 +3849,7 @@ class Attempt:
 
     def fetch(self, urlopen, request):
         """The answer to `request`; the whole file if a range would be of another file."""
-        self.stopper.go_on()
+        self.reach.go_on()
         if self.folder.current:  # curl_cffi holds all in memory that comes faster than it is read
             request.extensions.pop('impersonate', None)
         elif self.way == 'impersonated' and self.impersonates:
@@ -3863,7 +3860,7 @@ class Attempt:
         site, gap = self._pace_of(request.url, request.method)
         wait = gap and PACE.turn(site, gap, time.monotonic())
         while wait:
-            self.stopper.nap(wait)
+            self.reach.nap(wait)
             wait = PACE.turn(site, gap, time.monotonic())
         try:
             response = urlopen(request)
@@ -3911,13 +3908,13 @@ class Attempt:
         self.meter.plan(info, len(formats))
 
     def begin_file(self, name, info):
-        self.stopper.go_on()
+        self.reach.go_on()
         self.folder.begin(os.path.basename(name), info)
         self.meter.begin()
         self.reach.overrun = False  # the page was good enough
 
     def _on_media(self, told):
-        self.stopper.go_on()  # before a file cut off by a stop is taken as complete
+        self.reach.go_on()  # before a file cut off by a stop is taken as complete
         if told['status'] == 'finished':
             file = Path(told['filename'])
             if media_extension(file) in MP4_KINDS:  # else ffmpeg would hide what is missing
@@ -3927,7 +3924,7 @@ class Attempt:
             self.check(time.monotonic())
 
     def _on_step(self, told):
-        self.stopper.go_on()
+        self.reach.go_on()
         if told['status'] == 'started' and told['postprocessor'] != 'MoveFiles':
             self.meter.enter('merge')
 
@@ -3947,7 +3944,7 @@ class Attempt:
             return self._take(process, info, extra)
         except (Exception, Ending) as error:
             at, outcome = extra.get('playlist_index'), self._failed(error)
-            if not at or self.stopper.reason or outcome.kind not in ('retry', 'give_up'):
+            if not at or self.reach.ended or outcome.kind not in ('retry', 'give_up'):
                 raise
             self.failures[at] = info.get('kind', 'video'), outcome
             return None
@@ -4014,7 +4011,7 @@ class Attempt:
                 self.folder.drop(path.name)
                 raise Ending('bad_media')
             except (Exception, Ending) as error:
-                self.stopper.go_on()
+                self.reach.go_on()
                 failure = error
         raise failure
 
@@ -4135,21 +4132,21 @@ class Attempt:
     def _failed(self, error):
         if isinstance(error, Ending):
             return error.outcome
-        if self.stopper.reason:
-            return Ending(self.stopper.reason, self.stopper.detail).outcome
+        if self.reach.ended:
+            return Ending(*self.reach.ended).outcome
         if isinstance(error, OSError) and self.meter.phase in ('', 'file'):  # only the disk works
             outcome = Ending(system_reason(error, self.output) or 'output').outcome
         else:
             outcome = judge_error(error, self.output, self.meter.phase == 'page').outcome
             if outcome.reason == 'network' and self.reach.overrun:
-                outcome = Ending(*large_page()).outcome
+                outcome = Ending(*LARGE_PAGE).outcome
         error.__suppress_context__ = True  # yt-dlp's last error is enough for the log
         level = logging.ERROR if outcome.reason == 'internal' else logging.WARNING
         log.log(level, 'download %s: %s', self.job.id, outcome.message, exc_info=error)
         return outcome
 
     def _run(self):
-        self.stopper.go_on()
+        self.reach.go_on()
         folder = self.folder
         folder.open()
         self.meter.enter('page')
@@ -4167,7 +4164,7 @@ class Attempt:
         self.meter.enter('file')
         for result in folder.results:
             if (folder.path / result['source']).exists():
-                self.stopper.unless_stopped(sync, folder.path / result['source'])
+                self.reach.unless_stopped(sync, folder.path / result['source'])
         files = folder.move(self.output)
         folder.clear({folder.file.name})  # job.json tells a second run that all is done
         names = {file.name for file in files}
@@ -4203,7 +4200,7 @@ class Attempt:
             make_slideshow(pictures, sound, video)
             self._keep({'requested_downloads': [{'filepath': str(video)}]}, len(results) + 1, '')
         except (Exception, Ending) as error:
-            self.stopper.go_on()
+            self.reach.go_on()
             log.warning('download %s: no slideshow: %s', self.job.id, error)
 
     def _outcome(self, files):
@@ -4247,7 +4244,7 @@ class Attempt:
                 code = session._download_retcode
             finally:
                 self.session = None
-                self.stopper.hang_up()  # an answer that nobody reads may never end
+                self.reach.hang_up()  # an answer that nobody reads may never end
                 log.info('download %s: yt-dlp return code %d', self.job.id, code)
 
     def _sites(self):
@@ -5608,7 +5605,7 @@ class Scheduler:
             runs = [run for run in self._running.values() if run.attempt]
         for run in runs:
             run.attempt.check(monotonic)
-            stopped_at = run.attempt.stopper.stopped_at
+            stopped_at = run.attempt.reach.stopped_at
             if stopped_at is None or monotonic - stopped_at <= HANG_SECONDS or run.hung:
                 continue
             run.hung = True
@@ -5664,7 +5661,7 @@ class Scheduler:
         mine = (*post, asked_of(run.job.options))
         with self._changed:
             while any(other.post == mine for other in self._running.values() if other is not run):
-                if run.stop_reason or run.attempt.stopper.reason:
+                if run.stop_reason or run.attempt.reach.ended:
                     return None
                 run.attempt.meter.steps += 1  # a sign of life, or its time would be up
                 self._changed.wait(WATCH_NAP)
