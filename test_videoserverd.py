@@ -3568,6 +3568,10 @@ class TestCommands(DaemonTest):
             finally:
                 shown.kill()
 
+    def test_log_of_a_server_that_has_not_run_is_empty(self):
+        done = self.new_daemon(start=False).run('log')
+        self.assertEqual((done.returncode, done.stdout), (0, ''))
+
     def test_help_fits_a_screen_and_explains_everything(self):
         screen = subprocess.check_output([sys.executable, str(HERE / 'videoserverd.py'), '--help'], encoding='utf-8')
         self.assertLessEqual(len(screen.splitlines()), 24)

@@ -10245,7 +10245,7 @@ def cmd_log(config, options):
         with suppress(FileNotFoundError):  # moved aside, and the next one not begun yet
             if not stream or not os.path.samestat(os.fstat(stream.fileno()), os.stat(file)):
                 stream = open(file, encoding='utf-8', errors='replace')
-        print(''.join(deque(stream, 100)), end='', flush=True)
+        print(''.join(deque(stream or (), 100)), end='', flush=True)
         if not options.follow:
             return 0
         time.sleep(0.5)
