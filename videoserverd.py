@@ -5827,10 +5827,10 @@ def posts_in(file, security):
 
 def rough_time(seconds):
     """A minute or more in words: 'about 2 days'."""
-    name, length = next(unit for unit in (('day', DAY), ('hour', 3600), ('minute', 60))
-                        if seconds >= unit[1])
-    number = round(seconds / length)
-    return f'about {number} {name}{"s" * (number > 1)}'
+    for name, length in ('day', DAY), ('hour', 3600), ('minute', 60):
+        if seconds >= length:
+            number = round(seconds / length)
+            return f'about {number} {name}{"s" * (number > 1)}'
 
 
 class Imports:
@@ -5863,8 +5863,7 @@ class Imports:
             raise
 
     def _remove(self, import_id):
-        with suppress(FileNotFoundError):
-            (self.folder / import_id).unlink()
+        (self.folder / import_id).unlink(missing_ok=True)
 
     def _look(self, file):
         """[group, posts, how many of them are here] of each group, in their usual order."""
@@ -5889,12 +5888,12 @@ class Imports:
                        if group['group'] != 'history')
         else:
             message = f'{done:,} of {left + done + failed:,}' + f', {failed:,} gone' * bool(failed)
-        seconds = left * self.config.downloads.import_pace
-        if seconds >= 60:
-            message += f', {rough_time(seconds)}'
+        pace = self.config.downloads.import_pace
+        if left * pace >= 60:
+            message += f', {rough_time(left * pace)}'
         return {'import_id': row['id'], 'name': row['name'], 'state': row['state'], 'left': left,
                 'completed': done, 'failed': failed, 'groups': groups, 'message': message,
-                'created_at': row['created_at'], 'pace': self.config.downloads.import_pace}
+                'created_at': row['created_at'], 'pace': pace}
 
     def all(self):
         """All imports, newest first, as the API shows them."""
@@ -5912,8 +5911,7 @@ class Imports:
         state allowed that."""
         if verb == 'cancel':
             done = self.store.cancel_import(import_id, int(time.time()))
-            if done:
-                self._remove(import_id)
+            self._remove(import_id)
             return done
         chosen = None
         if verb == 'start':
@@ -8037,7 +8035,7 @@ ol { padding-left: 1.4rem; text-align: left; }
 li::marker { color: var(--accent); font-weight: 700; }
 a { color: var(--accent); }
 button, input, textarea, .button, .pick { min-height: 2.75rem; font: inherit; color: inherit; }
-button, .button { display: inline-flex; align-items: center; justify-content: center; gap: .4rem;
+button, .button { display: inline-flex; align-items: center; justify-content: center;
   min-width: 2.75rem; padding: .4rem .55rem; border: 0; border-radius: .8rem; background: none;
   color: var(--soft); font-weight: 600; font-size: .9375rem; text-decoration: none;
   overflow-wrap: normal; cursor: pointer; }
@@ -8682,17 +8680,13 @@ async function share(files) {
   if (bytes > MOST_SHARED) {
     return note(`${size(bytes)} is too big to share. Save it instead.`, 'Save', () => save(files));
   }
-  try {
-    const parcel = await load(files, end.signal, done => note(
-      `Loading ${Math.floor(100 * done / bytes)}%`, 'Stop', () => end.abort()));
-    const give = () => navigator.share({files: parcel}).catch(({name}) =>
-      name === 'NotAllowedError' && note('Ready. Save Video puts it into Photos.', 'Share', give));
-    hush();
-    give();
-  } catch {
-    hush();
-    if (!end.signal.aborted) note(MISSING);
-  }
+  const parcel = await load(files, end.signal, done => note(
+    `Loading ${Math.floor(100 * done / bytes)}%`, 'Stop', () => end.abort())).catch(() => null);
+  const give = () => navigator.share({files: parcel}).catch(({name}) =>
+    name === 'NotAllowedError' && note('Ready. Save Video puts it into Photos.', 'Share', give));
+  hush();
+  if (parcel) give();
+  else if (!end.signal.aborted) note(MISSING);
 }
 async function load(files, signal, progress) {
   const loaded = [];
