@@ -5173,9 +5173,9 @@ class Bucket:
 # -- the outbox
 
 class Courier:
-    """A thread that sends the outbox's items of some `kinds`, one at a time. Of its kinds:
-    `send(item, now)` does it and returns what Store.settle records, or raises Trouble; `fails`
-    begins the sentence about its error in health."""
+    """A thread that sends the outbox's items of some `kinds`, one at a time. `send(item, now)`
+    returns what Store.settle records, or raises Trouble; `fails` begins the sentence about its
+    error in health."""
 
     def __init__(self, client, store, delays):
         self.error = None  # why it fails at present, a sentence
@@ -6382,8 +6382,7 @@ def mobileconfig(config):
 # and what reads from a client ConnectionError when that has left; `respond` alone turns errors into
 # replies. Called by daemon and `phone`.
 
-# What a connection is doing: seconds until it is cut off, and seconds after which it may be closed
-# to make room for another.
+# What a connection is doing: seconds until it is cut off, and until it may be, to make room.
 PEER_STATES = {
     'new': (10.0, 0.0),          # handshake and first head
     'idle': (20.0, 0.0),         # between two requests
