@@ -4072,7 +4072,7 @@ class TestAccidents(unittest.TestCase):
         self.scheduler.on_hang = lambda: hangs.append(1)
         self.scheduler._running[self.download_id] = run = v.Run()
         run.job = self.store.claim(self.download_id, 2)
-        run.attempt = SimpleNamespace(check=lambda now: None, stopper=SimpleNamespace(stopped_at=100.0))
+        run.attempt = SimpleNamespace(check=lambda now: None, reach=SimpleNamespace(stopped_at=100.0))
         for now, count in ((110.0, 0), (101.0 + v.HANG_SECONDS, 1), (200.0, 1)):
             self.scheduler._watch(now)
             self.assertEqual(len(hangs), count)
@@ -5466,6 +5466,18 @@ class TestStop(DownloadTest):
         self.assertGreater(said.count('-i file:'), 0)
         self.assertEqual(said.count('-i '), said.count(' '.join(v.LOCAL_FILES) + ' -i file:'))
         self.assertEqual([child.poll() for child in attempt.reach.children], [-9] * len(attempt.reach.children))
+
+    def test_no_socket_is_added_while_the_others_are_shut_down(self):
+        stopper, taken = v.Stopper(), []
+
+        class Sockets:
+            def __iter__(self) -> Any:
+                with ThreadPoolExecutor(1) as pool:
+                    taken.append(pool.submit(stopper._changed.acquire, False).result())
+                return iter(())
+        stopper._sockets = Sockets()
+        stopper.hang_up()
+        self.assertEqual(taken, [False])
 
     def fake_ffmpeg(self) -> Path:
         """A program that passes for ffmpeg and takes its time."""

@@ -2221,9 +2221,10 @@ class Stopper:
 
     def hang_up(self):
         """End its connections."""
-        for sock in list(self._sockets):
-            with suppress(OSError):
-                socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's drops its state first
+        with self._changed:
+            for sock in list(self._sockets):
+                with suppress(OSError):
+                    socket.socket.shutdown(sock, socket.SHUT_RDWR)  # TLS's drops its state first
 
     def go_on(self):
         """Raise Ending if it was stopped."""
