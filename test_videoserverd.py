@@ -6672,7 +6672,7 @@ class TestVendor(unittest.TestCase):
             for name, there, then, why in (
                     ('session', 'c.perform()', 'type(c).perform.__wrapped__(c)', '/http.mp4 ends with network'),
                     ('utils', 'c.setopt(CurlOpt.WRITEFUNCTION, qput)',
-                     'type(c).setopt.__wrapped__(c, CurlOpt.WRITEFUNCTION, qput)', '/page ends with'),
+                     'type(c).setopt.__wrapped__(c, CurlOpt.WRITEFUNCTION, qput)', 'video/1 ends with unsupported'),
                     ('utils', '', '', '')):
                 file = root / 'curl_cffi/requests' / f'{name}.py'
                 before = file.read_text('utf-8')
