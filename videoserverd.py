@@ -272,8 +272,7 @@ class HttpClient:
 
 
 # ---------- settings ----------------------------------------------------------------------
-# Owns every key of config.ini: default, parser and help in one row. These rows give config.ini's
-# checks, the names in the environment, --help and the README's table.
+# Owns every key of config.ini: its row feeds checks, the environment, --help and the README's table.
 # No lock: a Config is built once and never changed. Called by commands and tests.
 
 class ConfigError(Trouble):
@@ -294,8 +293,20 @@ def one_of(choices):
     return parse
 
 
+def accepts(what):
+    """Makes the ValueError of a parser say what is accepted."""
+    def decorate(parse):
+        def tell(text):
+            try:
+                return parse(text)
+            except ValueError:
+                raise ValueError(what) from None
+        return tell
+    return decorate
+
+
 def whole(low, high):
-    """A parser of whole numbers from low to high."""
+    """A parser of whole numbers."""
     def parse(text):
         if not re.fullmatch(r'\d{1,9}', text, re.A) or not low <= int(text) <= high:
             raise ValueError(f'a whole number from {low} to {high}')
@@ -318,7 +329,6 @@ def optional(parse):
 
 
 def word_list(text):
-    """The comma-separated words of `text`."""
     return tuple(word.strip() for word in text.split(',') if word.strip())
 
 
@@ -337,34 +347,27 @@ def file_setting(text):
     return Path(re.sub(r'^(["\'])(.*)\1$', r'\2', text))
 
 
+@accepts('forever, days such as 90d, or a size such as 200GB')
 def retention(text):
     """What is kept: None for everything, else ('days', n) or ('bytes', n)."""
     if text.lower() == 'forever':
         return None
     days = re.fullmatch(r'(\d{1,5}) ?d', text, re.I | re.A)
-    try:
-        return ('days', int(days[1])) if days else ('bytes', parse_size(text))
-    except ValueError:
-        raise ValueError('forever, days such as 90d, or a size such as 200GB') from None
+    return ('days', int(days[1])) if days else ('bytes', parse_size(text))
 
 
+@accepts('an IP address of this machine, such as 127.0.0.1, or 0.0.0.0 or ::')
 def listen_host(text):
-    """The address to listen on."""
-    try:
-        address = ipaddress.ip_address(text)
-    except ValueError:
-        address = None
-    if not address or address.is_multicast:
-        raise ValueError('an IP address of this machine, such as 127.0.0.1, or 0.0.0.0 or ::')
+    address = ipaddress.ip_address(text)
+    if address.is_multicast:
+        raise ValueError
     return str(address)
 
 
+@accepts('networks such as 192.168.1.0/24, separated by commas')
 def networks(text):
     """CIDR networks; a bare address is a network of one."""
-    try:
-        return tuple(ipaddress.ip_network(word) for word in word_list(text))
-    except ValueError:
-        raise ValueError('networks such as 192.168.1.0/24, separated by commas') from None
+    return tuple(map(ipaddress.ip_network, word_list(text)))
 
 
 CLIENTS = {  # RFC 1918, 6598 (Tailscale), 3927, 4193, loopback
@@ -380,21 +383,18 @@ def is_within(address, wanted):
 
 
 def clients(text):
-    """The networks whose clients may connect."""
     if not word_list(text):
         raise ValueError('private, any, or networks such as 192.168.1.0/24')
     return networks(CLIENTS.get(text.lower(), text))
 
 
+@accepts('an address such as https://pi.local:8443')
 def http_url(text):
     """An http or https address without query, fragment or final slash."""
-    try:
-        parts = urlsplit(text)
-        fine = parts.scheme in ('http', 'https') and parts.hostname and (parts.port or 1) > 0
-    except ValueError:
-        fine = False
+    parts = urlsplit(text)
+    fine = parts.scheme in ('http', 'https') and parts.hostname and (parts.port or 1)
     if not fine or parts.username is not None or re.search(r'[\s"<>\\?#]', text):
-        raise ValueError('an address such as https://pi.local:8443')
+        raise ValueError
     return text.rstrip('/')
 
 
@@ -406,7 +406,6 @@ def domain_list(text):
 
 
 def site_gaps(text):
-    """Seconds by site."""
     found = [re.fullmatch(r'([a-z0-9.-]+) +(\d{1,4}(?:\.\d)?)', word) for word in word_list(text)]
     if not all(found):
         raise ValueError('sites and seconds such as tiktok.com 2, instagram.com 6')
@@ -2186,9 +2185,8 @@ class Ending(BaseException):
 
     def __init__(self, reason, detail='', **changes):
         kind, text = ENDINGS[reason]
-        message = f'{text}: {detail}.' if detail else f'{text}.'
-        if reason == 'cancelled':
-            message = text  # document A's word
+        message = ': '.join(filter(None, (text, detail)))
+        message += '.' * (reason != 'cancelled')  # document A's word
         tries = 2 if reason in FEW_TRIES else math.inf
         self.reason_and_detail = reason, detail
         self.outcome = Outcome(kind, reason, message, tries=tries)._replace(**changes)
@@ -2600,16 +2598,18 @@ NETWORKING = re.compile(r'(?:/http/|/urllib/|/networking/|(?:^|/)(?:socket|ssl|s
 # -- what went wrong
 
 def chain(error):
-    """The error and its causes, each with the names of its classes."""
-    seen, waiting = [], [error]
-    while waiting:
-        error = waiting.pop(0)
-        if isinstance(error, BaseException) and error not in seen:
-            seen.append(error)
-            yield error, {kind.__name__ for kind in type(error).__mro__}
-            waiting += [getattr(error, 'cause', None), error.__cause__]
-            if not hasattr(error, 'orig_msg'):
-                waiting.append(error.__context__)
+    """The error and its causes."""
+    links = [error]
+    for link in links:  # it grows
+        context = None if hasattr(link, 'orig_msg') else link.__context__
+        for cause in (getattr(link, 'cause', None), link.__cause__, context):
+            if isinstance(cause, BaseException) and cause not in links:
+                links.append(cause)
+    return links
+
+
+def class_names(*errors):
+    return {kind.__name__ for error in errors for kind in type(error).__mro__}
 
 
 def has_ca_store():
@@ -2627,10 +2627,9 @@ def system_reason(error, output):
     """'disk', 'read_only' or 'output' if this error is about our own files: by its path, else by
     where it was raised. TLS has its own error numbers (5 is not EIO)."""
     number, path, files = error.errno, error.filename, where_raised(error)
+    ours = files and not any(map(NETWORKING.search, files))
     if path is not None:
         ours = str(path).startswith(str(output))
-    else:
-        ours = files and not any(NETWORKING.search(file) for file in files)
     if not output.is_dir() or ours and path and number in (errno.EACCES, errno.EPERM):
         return 'output'
     return DISK_ERRORS.get(number) if ours else None
@@ -2644,34 +2643,36 @@ def judge_words(error, classes, extraction, text, output):
     """The reason that yt-dlp's words give, else the place where it failed."""
     helper = 'PostProcessingError' in classes
     full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
-    reasons = [reason for name, reason in CLASSES.items() if name in classes]
-    reasons += [reason for reason, pattern in PATTERNS
-                if pattern.search(text) and (reason != 'disk' or full)]
+    for name, reason in CLASSES.items():
+        if name in classes:
+            return reason
+    for reason, pattern in PATTERNS:
+        if pattern.search(text) and (reason != 'disk' or full):
+            return reason
     if extraction:
-        reasons.append('unsupported' if extraction[0].expected else 'site_changed')
+        return 'unsupported' if extraction[0].expected else 'site_changed'
     if helper:
-        reasons.append('crash')
+        return 'crash'
     if 'DownloadError' in classes:
-        reasons.append('network')
-    files = where_raised(error)  # in yt-dlp: it tripped over what the site sent
-    reasons.append('site_changed' if files and '/yt_dlp/' in files[-1] else 'internal')
-    return reasons[0]
+        return 'network'
+    # In yt-dlp: it tripped over what the site sent.
+    return 'site_changed' if '/yt_dlp/' in ''.join(where_raised(error)[-1:]) else 'internal'
 
 
 def judge_error(error, output, in_page):
     """What an exception from yt-dlp means, in our words: its own go to the log. `in_page`: it came
     before any media."""
-    links = list(chain(error))
-    classes = set().union(*(names for _, names in links))
-    for link, _ in links:
+    links = chain(error)
+    classes = class_names(*links)
+    for link in links:
         reason = isinstance(link, OSError) and system_reason(link, output)
         if reason:
             return Ending(reason)
-    said = [str(getattr(link, 'orig_msg', link)) for link, names in links
-            if 'YoutubeDLError' in names]
+    said = [str(getattr(link, 'orig_msg', link)) for link in links
+            if 'YoutubeDLError' in class_names(link)]
     text = (' '.join(said) or str(error))[:2000]  # a site's words may be of any length
     told = re.search(r'HTTP Error (\d{3})', text)
-    status = next((link.status for link, names in links if 'HTTPError' in names),
+    status = next((link.status for link in links if hasattr(link, 'status')),
                   told and int(told[1]))
     if in_page and status in STATUSES:
         return Ending(STATUSES[status])
@@ -2684,7 +2685,7 @@ def judge_error(error, output, in_page):
         return Ending('network')
     if 'Requested format is not available' in text and which('ffmpeg'):
         return Ending('unsupported', 'not in the format asked for')
-    extraction = [link for link, _ in links if hasattr(link, 'orig_msg')]
+    extraction = [link for link in links if hasattr(link, 'orig_msg')]
     return Ending(judge_words(error, classes, extraction, text, output))
 
 
@@ -2728,9 +2729,9 @@ class Pictures:
 
     def _picture(self, info, urls, code):
         urls = list(filter(None, urls))
-        formats = [{'url': url, 'format_id': 'picture', 'ext': 'jpg'} for url in urls]
         return {**info, 'id': code or info.get('id'), 'pictures': [urls],
-                'formats': formats}  # without one, yt-dlp reports a failure
+                'formats': [  # without one, yt-dlp reports a failure
+                    {'url': url, 'format_id': 'picture', 'ext': 'jpg'} for url in urls]}
 
     def _extract_nodes(self, nodes, is_direct=False):  # what 2025's yt-dlp finds logged out
         for node in nodes:
@@ -3048,7 +3049,7 @@ def session_class(base):
     from yt_dlp.networking import Request
 
     class Session(base):
-        """The creator sets `attempt`."""
+        attempt = None  # set by whoever makes it
 
         def urlopen(self, req):
             if isinstance(req, str):
@@ -3096,7 +3097,6 @@ def only_python():
 
 
 def forget_package(package):
-    """Leave nothing of it in memory."""
     for name in [name for name in sys.modules if name.partition('.')[0] == package]:
         del sys.modules[name]
 
@@ -3118,9 +3118,8 @@ def import_curl(folder):
 
 
 def import_ytdlp(folder, impersonate=False):
-    """The class Session over the yt-dlp in `folder`, imported and guarded once per process.
-
-    Raises whatever a damaged copy raises, and leaves nothing of it: another one can be tried."""
+    """The class Session over the yt-dlp in `folder`, imported and guarded once per process. Raises
+    whatever a damaged copy raises, and leaves nothing of it."""
     with IMPORT_LOCK, within(None):  # so that compiled files can be written
         if 'Session' not in IMPORTED:
             os.environ['YTDLP_NO_PLUGINS'] = '1'
@@ -3238,11 +3237,11 @@ class Meter:
         with self._lock:
             percent = max(percent, self._progress.percent)
             self._progress = self._progress._replace(percent=percent, **changes)
-            due = now or time.monotonic() - self._told >= self.PAUSE
-            if due:
-                self._told = time.monotonic()
-                self.tell(self._progress)
-        return due
+            if not now and time.monotonic() - self._told < self.PAUSE:
+                return False
+            self._told = time.monotonic()
+            self.tell(self._progress)
+            return True
 
 
 # -- the folder of a download
@@ -4450,7 +4449,7 @@ class Site(http.server.BaseHTTPRequestHandler):
         self.send_header('Location', f'{name}://127.0.0.2/x.mp4')
         self.send_header('Content-Encoding', 'gzip' if name == 'packed' else 'identity')
         self.end_headers()
-        away = {'segment': 'http://127.0.0.2', 'key': 'http://127.0.0.2'}.get(name, here)
+        away = 'http://127.0.0.2' if name in ('segment', 'key') else here
         key = f'#EXT-X-KEY:METHOD=AES-128,URI="{away}/secret.key"' if name != 'segment' else ''
         text = (f'#EXTM3U\\n#EXT-X-TARGETDURATION:1\\n{key}\\n#EXTINF:1,\\n{away}/part.ts\\n'
                 f'#EXTINF:1,\\n{here}/busy.ts\\n#EXT-X-ENDLIST\\n').encode()
@@ -4569,7 +4568,6 @@ class Vendor:
         return safe and runs_here(requires) and name not in self.state().get('bad', ())
 
     def usable(self, folder):
-        """Does `folder` hold a yt-dlp that fits?"""
         version = version_in(folder)
         about = next(folder.glob('yt_dlp-*.dist-info/METADATA'), folder)
         requires = find_line(about, r'^Requires-Python: (.+)$')
@@ -4589,7 +4587,6 @@ class Vendor:
         return next((path for path in found if self.usable(path)), None)
 
     def version(self):
-        """The version of `current`."""
         return version_in(self.current() or Path(os.devnull)) or None
 
     def curl(self):
