@@ -543,7 +543,7 @@ def found_settings(file, env):
     for name, text in sorted(env.items(), reverse=True):  # PRT_… first: VIDEOSERVER_… wins
         section, key = OTHER_NAMES.get(name, ('', ''))
         if name.startswith('VIDEOSERVER_') and name not in SECRET_NAMES:
-            section, _, key = name[len('VIDEOSERVER_'):].lower().partition('_')
+            section, _, key = name.lower().partition('_')[2].partition('_')
         if section:
             yield f'environment {name}', section, key, text
 
@@ -577,12 +577,10 @@ def load_config(file, env):
     for where, section, key, text in found_settings(file, env):
         value = parse_setting(where, section, key, text, folder)
         setattr(getattr(config, section), key, value)
-    config.api_keys = word_list(env.get('VIDEOSERVER_API_KEYS', ''))
-    config.notify_secret = env.get('VIDEOSERVER_NOTIFY_SECRET', '')
-    config.aws_access_key_id = env.get('AWS_ACCESS_KEY_ID', '')
-    config.aws_secret_access_key = env.get('AWS_SECRET_ACCESS_KEY', '')
-    s3, keys = config.s3, config.aws_access_key_id and config.aws_secret_access_key
-    if s3.endpoint and not (s3.bucket and keys):
+    keys, *secrets = (env.get(name, '') for name in SECRET_NAMES)
+    config.api_keys = word_list(keys)
+    config.notify_secret, config.aws_access_key_id, config.aws_secret_access_key = secrets
+    if config.s3.endpoint and not (config.s3.bucket and all(secrets[1:])):
         raise ConfigError(f'{file or "environment"}: [s3] endpoint needs bucket, and '
                           f'{" and ".join(SECRET_NAMES[2:])} in the environment')
     return config
@@ -2571,7 +2569,7 @@ def watch_process():
 # one Attempt at a time downloads. Locks: Meter._lock guards the figures, NAMES_LOCK a free name
 # until its file exists. Called by scheduler (Attempt), daemon and http (forget_files).
 
-# yt-dlp's words for a reason of ENDINGS; the first that matches wins.
+# yt-dlp's words for a reason; the first that matches wins.
 PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
     ('disk', 'No space left on device|Disk quota exceeded'),
     ('ffmpeg', 'ffmpeg (?:is )?not (?:installed|found)|Requested format is not available'),
@@ -2660,8 +2658,7 @@ def judge_words(error, classes, extraction, text, output):
 
 
 def judge_error(error, output, in_page):
-    """What an exception from yt-dlp means, in our words: its own go to the log. `in_page`: it came
-    before any media."""
+    """What an exception from yt-dlp means, in our words. `in_page`: it came before any media."""
     links = chain(error)
     classes = class_names(*links)
     for link in links:
@@ -2773,8 +2770,8 @@ def seconds_of(value):
 
 
 def post_facts(info, url):
-    """What the site says about a post. For TikTok and Instagram, the title is the caption's first
-    line: their own is cut off or made up."""
+    """What the site says about a post. The title is the caption's first line where the site's own
+    is cut off or made up."""
     site, title = site_of(url), str(info.get('title') or '')
     caption = str(info.get('description') or '').strip()
     made_up = re.fullmatch(r'(?:Post|Video|Story) by (.+)', title)
@@ -2835,7 +2832,7 @@ def openssl_decrypt(data, key, iv):
 
 
 def no_ffmpeg(base):
-    """Keep HLS with yt-dlp's own downloader, which can be stopped and resumed."""
+    """yt-dlp's own downloader for HLS can be stopped and resumed."""
     class NoFFmpeg(base):
         available = classmethod(lambda cls, path=None: False)
 
@@ -2860,8 +2857,7 @@ def cache_context(make):
 
 
 def adapt_ytdlp():
-    """Replace five names in yt-dlp; the guard does the rest. Raises AttributeError or ImportError
-    if a release lacks one."""
+    """Replace five names in yt-dlp; the guard does the rest. Raises AttributeError, ImportError."""
     from yt_dlp.downloader import fragment, hls
     from yt_dlp.downloader.common import FileDownloader
     from yt_dlp.networking import common
@@ -2949,8 +2945,8 @@ def serve_visitor(sock):
 
 
 def open_door():
-    """The port of a proxy on loopback for CONNECT (RFC 9110 section 9.3.6): what C code asks for
-    passes here, so the same rules and stops hold for it. TLS stays end to end."""
+    """The port of a proxy on loopback for CONNECT (RFC 9110 section 9.3.6), so that C code is held
+    by the same rules and stops. TLS stays end to end."""
     listener = socket.create_server(('127.0.0.1', 0))
 
     def keep():
@@ -2976,8 +2972,8 @@ CUT_OFF = 0xFFFFFFFF  # CURL_WRITEFUNC_ERROR; an exception cannot pass through C
 
 
 class Page:
-    """The body of an answer to curl_cffi: not too large, and passed on in few pieces, since yt-dlp
-    copies all that came before for each."""
+    """The body of an answer to curl_cffi: not too large, and in few pieces, since yt-dlp copies all
+    that came before for each."""
 
     def __init__(self, reach, pass_on):
         self.reach, self.pass_on = reach, pass_on
@@ -3045,7 +3041,7 @@ def adapt_curl():
 # -- the session
 
 def session_class(base):
-    """A YoutubeDL that asks its attempt before it fetches, follows or writes anything."""
+    """A YoutubeDL that asks its attempt first."""
     from yt_dlp.networking import Request
 
     class Session(base):
@@ -3083,8 +3079,8 @@ def session_class(base):
 
 
 def only_python():
-    """Leave only Python itself on the path: a `requests` or `certifi` from site-packages, a .pth
-    file or the script's folder would bypass the guards."""
+    """Leave only Python itself on the path: a `requests` from site-packages, a .pth file or the
+    script's folder would bypass the guards."""
     home = os.path.dirname(os.__file__)
     archive = 'python{}{}.zip'.format(*sys.version_info)
     sys.path[:] = [entry for entry in sys.path
@@ -3197,7 +3193,6 @@ class Meter:
         self._bytes_before, self._bytes = 0, 0
 
     def enter(self, phase):
-        """A phase begins, or continues."""
         if phase != self.phase:
             self.phase, self.steps = phase, self.steps + 1
             self._report(True, phase=phase, speed=None, eta=None)
@@ -3211,7 +3206,6 @@ class Meter:
         self._parts, self._part = parts, -1
 
     def begin(self):
-        """A file begins."""
         self._part = min(self._part + 1, self._parts - 1)
         self._bytes_before, self._bytes = self._bytes_before + self._bytes, 0
         self.steps += 1
@@ -3269,8 +3263,7 @@ def plain_ascii(text):
 
 
 def free_names(output, result):
-    """Unused names in `output`: the best, then those that an encrypted folder or an old share
-    accepts."""
+    """Unused names in `output`: the best first, then for encrypted folders and old shares."""
     names = result['names']
     plain_names = {key: plain_ascii(text) for key, text in names.items()}
     for limit, fields in ((NAME_BYTES, names), (SHORT_NAME, names), (SHORT_NAME, plain_names),
@@ -3334,7 +3327,7 @@ class JobFolder:
         write_whole(self.file, json.dumps(note), durable=bool(self.missing))
 
     def begin(self, name, info):
-        """yt-dlp is about to fetch file `name`: keep what exists only if it can be continued."""
+        """yt-dlp is about to fetch this file: keep only what it can continue."""
         same = json.dumps([info.get(field) for field in SAME], default=str)
         plain_file = info.get('protocol') in ('http', 'https')
         if self.parts.get(name, {}).get('same') != same or not self._sound(name, plain_file):
@@ -3629,7 +3622,7 @@ FORCED = {
 
 
 def caller_params(options):
-    """What yt-dlp's own parser makes of the caller's options, where it differs from DEFAULTS."""
+    """What yt-dlp's own parser makes of the caller's options, beyond DEFAULTS."""
     words = [word for option in options if option[0].startswith('--') for word in option if word]
     if not words:
         return {}
@@ -3737,8 +3730,7 @@ class Cookies:
         return found
 
     def jar(self, url):
-        """The cookies for a URL, for yt-dlp to read and write; None if there are none, or the site
-        has just refused them."""
+        """The cookies for a URL, as yt-dlp takes them; None if there are none, or they rest."""
         site, cookies = last_labels(host_of(url)), None
         try:
             cookies = self.read().get(site)
@@ -3757,8 +3749,8 @@ class Cookies:
         return {}
 
     def judge(self, url, fine):
-        """Record whether the site of `url` accepted this login. A refusal is reported until the
-        file changes or the login works; the login is not used for an hour."""
+        """Record whether the site accepted this login. A refused one rests for an hour, and is
+        reported until the file changes or it works."""
         site, told = last_labels(host_of(url)), self.refused()
         if fine and not told.pop(site, 0):
             return
@@ -3840,7 +3832,7 @@ class Attempt:
         since, size, changed, steps = self._mark
         new_size, new_changed = self.folder.size()
         alive = self.meter.phase == 'file' or self.meter.phase == 'merge' and new_changed != changed
-        if not since or alive or steps != self.meter.steps or new_size >= size + FEWEST_BYTES:
+        if alive or steps != self.meter.steps or new_size >= size + FEWEST_BYTES:
             self._mark = now, new_size, new_changed, self.meter.steps
         elif now - since > self.config.downloader.timeout:
             self.stop('timeout')
@@ -4016,8 +4008,7 @@ class Attempt:
         raise failure
 
     def _fetch_video(self, process, info):
-        """A video with the picture and sound that its format announces, else the next best format;
-        if none has both, the best as it is."""
+        """The first format that brings the picture and sound it announces, else the best."""
         formats, best = self._formats(info), None
         while not best or formats:
             if formats:
@@ -4330,7 +4321,7 @@ def version_key(version):
 
 
 def runs_here(requires, python=sys.version_info[:3]):
-    """Is this Python within a Requires-Python such as '>=3.9,<4'?"""
+    """Is this Python within '>=3.9,<4'?"""
     bounds = re.findall(r'(>=|<)\s*(\d{1,9}(?:\.\d{1,9}){0,9})', requires, re.A)
     return all((python >= version_key(version)) == (sign == '>=') for sign, version in bounds)
 
@@ -4504,8 +4495,8 @@ ALONE = ('-I', '-S', '-X', 'no_debug_ranges', '-X', 'utf8')  # no packages, no c
 
 
 def bare_python(script, *words):
-    """The command line of `script` in a bare Python that imports this program as `v`; its words
-    start at argv[3]. Python's own modules come before files beside the program."""
+    """The command line of `script` in a bare Python with this program as `v`; its words start at
+    argv[3]. Python's own modules come before files beside the program."""
     begin = 'import pathlib, sys\nsys.path.append(sys.argv[1])\nv = __import__(sys.argv[2])\n'
     place = str(PROGRAM.parent), PROGRAM.stem
     return (sys.executable, *ALONE, '-c', begin + script, *place, *words)
@@ -4579,15 +4570,16 @@ class Vendor:
         return sorted(found, key=lambda path: version_key(path.name), reverse=True)
 
     def current(self):
-        """The folder for sys.path: the one the pointer names, else the last good one, one that `pip
-        install --target` put here, or any other release that this Python can use."""
+        """The folder for sys.path: the release in use, else the last good one, one by `pip install
+        --target`, or any that this Python can use."""
         state = self.state()
         named = [self.folder / state[key] for key in ('version', 'previous') if state.get(key)]
         found = [*named, self.folder, *self.unpacked()]
         return next((path for path in found if self.usable(path)), None)
 
     def version(self):
-        return version_in(self.current() or Path(os.devnull)) or None
+        current = self.current()
+        return current and version_in(current)
 
     def curl(self):
         """The folder of curl_cffi beside `current`; None if there is none."""
@@ -4606,9 +4598,9 @@ class Vendor:
     def held_back(self):
         """A sentence if newer releases do not run on this Python."""
         newest, requires = self.state().get('newest') or ('now', NEEDS)
-        why = self.state().get('no_curl')
+        _, why = self.state().get('no_curl') or ('', None)
         if runs_here(requires):
-            return why[1] if self.impersonate and why and not self.curl() else None
+            return why if self.impersonate and not self.curl() else None
         return (f'yt-dlp {newest} needs Python {requires}, and this is Python {PYTHON}: downloads '
                 'will break as the sites change. Fix: start the server with a newer Python')
 
@@ -4657,19 +4649,19 @@ class Vendor:
     def take_curl(self):
         """Try the curl_cffi that yt-dlp names and put it beside that. Raises BrokenRelease if none
         works here, Trouble, OSError."""
-        current, fresh = self.current(), self.folder / '.new'
-        pins = {}
+        current, fresh, pins = self.current(), self.folder / '.new', {}
         for about in current.glob('yt_dlp-*.dist-info/METADATA'):
             pins.update(re.findall(r'^Requires-Dist: (curl-cffi|cffi)==([\w.]+);.*pin-curl',
                                    about.read_text(encoding='utf-8'), re.M))
         remove_folder(fresh)
         fresh.mkdir()
         for name in ('curl-cffi', 'cffi'):
-            found = [release for file, release in self.files(name) if name in pins
-                     and release.version == pins[name] and wheel_fits(file)]
+            pin = pins.get(name, 'wheel')
+            found = [release for file, release in self.files(name)
+                     if release.version == pin and wheel_fits(file)]
             if not found:
-                missing = f'{name} {pins.get(name, "wheel")}'
-                raise BrokenRelease(f'there is no {missing} for Python {PYTHON} on this machine')
+                raise BrokenRelease(
+                    f'there is no {name} {pin} for Python {PYTHON} on this machine')
             wheel = fresh / f'{name}.whl'
             wheel.write_bytes(fetch_url(found[0].url))
             unpack(self.check(wheel, found[0]), fresh / CURL_FOLDER, CURL)
@@ -4680,8 +4672,7 @@ class Vendor:
         os.replace(fresh / CURL_FOLDER, current / CURL_FOLDER)
 
     def take(self, release):
-        """Make `release` the current one; fetch it, try it and put it in place atomically unless
-        it is here and works. Raises Trouble, OSError."""
+        """Make `release` the current one, fetched and tried if need be. Raises Trouble, OSError."""
         place, fresh = self.folder / release.version, self.folder / '.new'
         current, state = self.current(), self.state()
         if not self.usable(place) or try_out(place, release.version):
@@ -4696,11 +4687,9 @@ class Vendor:
                 os.replace(place, fresh / 'damaged')
             os.replace(fresh / 'tree', place)
         if state.get('version') != release.version:
-            good = None
-            if current not in (None, place):
-                good = os.path.relpath(current, self.folder)
-            self.remember(version=release.version, previous=good, before=state.get('sites', []),
-                          sites=[], searched=0)
+            good = current not in (None, place) and os.path.relpath(current, self.folder)
+            self.remember(version=release.version, previous=good or None,
+                          before=state.get('sites', []), sites=[], searched=0)
 
     def clean(self):
         """Remove what an interrupted installation left, and releases that no pointer names."""
@@ -4727,8 +4716,8 @@ class Vendor:
         return fitting
 
     def install(self, channel='stable'):
-        """Take the newest release that works here and return its version; `channel`: auto is a
-        pre-release if there is no newer final one. Raises Trouble, and changes nothing then."""
+        """Take the newest release that works here and return its version; auto: a pre-release if
+        there is no newer final one. Raises Trouble, and changes nothing then."""
         with self.locked():
             now = int(time.time())
             if channel == 'auto':
@@ -4785,8 +4774,8 @@ except v.Trouble as error:
 
 
 def update_due(now, last_checked, site_changed, failures=0, last_tried=0):
-    """Is it time to check for a newer yt-dlp? At most hourly when a site has changed, else weekly;
-    at growing intervals after failures. A clock set back by over a day also makes it due."""
+    """Is it time to check for a newer yt-dlp? Hourly when a site has changed, else weekly; later
+    after failures. A clock set back by over a day also makes it due."""
     if failures and 0 <= now - last_tried < backoff(failures, RETRY_GAPS):
         return False
     age = now - last_checked
@@ -4823,8 +4812,8 @@ class Freshness:
         self.site_changed |= outcome.reason == 'site_changed'
 
     def step(self, now):
-        """Do what is due at `now`, epoch seconds. Whether the daemon should re-execute itself when
-        idle, because it has imported a yt-dlp that is not the current one. Raises Trouble."""
+        """Do what is due at `now`, epoch seconds. True: the daemon has imported another yt-dlp than
+        the current one, and should re-execute itself when idle. Raises Trouble."""
         loaded, current, checked = self.loaded(), self.vendor.current(), 0.0
         if loaded in (None, current):
             self.judge()
@@ -4857,8 +4846,8 @@ class Freshness:
             self.failed.clear()
 
     def look(self, now, channel):
-        """Install the newest release in its own process: to save memory, and so it can be stopped.
-        """
+        """Install the newest release, in a process of its own: it can be stopped, and its memory
+        goes."""
         import subprocess
         self.failures, self.last_tried = self.failures + 1, now
         line = bare_python(INSTALL, str(self.vendor.folder), self.vendor.index,
