@@ -878,8 +878,8 @@ class TestLaw(unittest.TestCase):
 
     def test_the_settings_table_of_the_readme_is_the_one_of_the_code(self):
         rows = ['| section | key | default | meaning |', '| --- | --- | --- | --- |']
-        rows += [f'| {section} | `{key}` | {f"`{row.default}`" if row.default else "(empty)"} | {row.help} |'
-                 for section, keys in v.SETTINGS.items() for key, row in keys.items()]
+        rows += [f'| {section} | `{key}` | {f"`{default}`" if default else "(empty)"} | {told} |'
+                 for section, keys in v.SETTINGS.items() for key, (default, _, told) in keys.items()]
         self.assertIn('\n'.join(rows), (HERE / 'README.md').read_text(encoding='utf-8'))
 
 
@@ -2390,7 +2390,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     OWN: 'with_output switch_service check_relocation name_pattern site_gaps only_python end_leftovers '
          'host_addresses machine_names mobileconfig operation_of icloud_url '
          'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delay_list domain_list '
-         'http_url proxy_url notify_url location ROWS retention HOST_NAME',
+         'http_url proxy_url notify_url location SETTINGS retention HOST_NAME',
     128: 'parse_name UNSAFE whole', 255: 'wheel_fits texts_in Store forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
     2000: 'PATTERNS judge_error Notifier runs_here version_key',
@@ -3581,8 +3581,8 @@ class TestCommands(DaemonTest):
             self.assertEqual({action.dest for action in parser._actions if not action.help} - {'topic'}, set())
         settings = v.help_text('settings')
         for section, keys in v.SETTINGS.items():
-            for key, row in keys.items():
-                self.assertIn(f'[{section}] {key} = {row.default}\n    {row.help}', settings)
+            for key, (default, _, told) in keys.items():
+                self.assertIn(f'[{section}] {key} = {default}\n    {told}', settings)
 
     def test_where_a_service_is_installed_commands_by_hand_are_the_services(self):
         command = new_program(new_folder() / 'videoserverd', 'echo "the service: $*"')
@@ -9696,8 +9696,8 @@ class TestConfigFile(unittest.TestCase):
         text = (HERE / 'config.ini').read_text(encoding='utf-8')
         for section, keys in v.SETTINGS.items():
             body = text.partition(f'\n[{section}]\n')[2].partition('\n[')[0] + '\n'
-            for key, row in keys.items():
-                self.assertIn(f'# {row.help}\n{key} = {row.default}'.rstrip() + '\n', body)
+            for key, (default, _, told) in keys.items():
+                self.assertIn(f'# {told}\n{key} = {default}'.rstrip() + '\n', body)
 
     def test_what_is_accepted(self):
         for name, fine, values, bad in (

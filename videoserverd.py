@@ -272,16 +272,12 @@ class HttpClient:
 
 
 # ---------- settings ----------------------------------------------------------------------
-# Owns every key of config.ini: its row feeds checks, the environment, --help and the README's table.
+# Owns every key of config.ini: its row feeds checks, environment, --help and the README's table.
 # No lock: a Config is built once and never changed. Called by commands and tests.
 
 class ConfigError(Trouble):
     """A configuration that cannot be used: names file, section, key and what is accepted."""
     exit_code = 2
-
-
-# A key of config.ini. `parse` takes the text and raises ValueError(what is accepted).
-Setting = namedtuple('Setting', 'default parse help')
 
 
 def one_of(choices):
@@ -430,7 +426,7 @@ proxy_url = matching(
     'an address such as http://192.168.1.2:3128 or socks5h://127.0.0.1:1080')
 location = matching(r'|/(?:[\w.-]+/)*', 'a path such as /protected/')
 EVENTS = 'completed,failed,attention'
-ROWS = {  # section: {key: (default, parser, help)}
+SETTINGS = {  # section: {key: (default, parser, help)}; a parser's ValueError says what is accepted
     'server': {
         'host': ('0.0.0.0', listen_host, 'address to listen on; :: is IPv6 and IPv4'),
         'port': ('8443', whole(0, 65535), 'TCP port to listen on; 0 picks a free one'),
@@ -509,8 +505,6 @@ ROWS = {  # section: {key: (default, parser, help)}
         'backup_count': ('5', whole(0, 1000), 'rotated files kept'),
     },
 }
-SETTINGS = {
-    section: {key: Setting(*row) for key, row in rows.items()} for section, rows in ROWS.items()}
 
 # Document B's names for three of them.
 OTHER_NAMES = {
@@ -529,7 +523,7 @@ class Config(SimpleNamespace):
 def found_settings(file, env):
     """(where, section, key, text): built-in, in `file`, in `env`. Raises ConfigError."""
     for section, rows in SETTINGS.items():
-        yield from (('built-in', section, key, row.default) for key, row in rows.items())
+        yield from (('built-in', section, key, default) for key, (default, *_) in rows.items())
     import configparser
     parser = configparser.ConfigParser(interpolation=None, default_section='\0',
                                        inline_comment_prefixes=('#', ';'))
@@ -558,7 +552,7 @@ def parse_setting(where, section, key, text, folder):
     try:
         if '\0' in text or '\n' in text:
             raise ValueError('one line')
-        value = rows[key].parse(text.strip())
+        value = rows[key][1](text.strip())
     except ValueError as error:
         raise ConfigError(f'{where}: [{section}] {key} = {text!r} is not accepted: '
                           f'{error}') from None
@@ -10562,8 +10556,8 @@ def help_text(topic):
     """One screen of commands, or all settings if that is the topic."""
     if topic == 'settings':
         return 'Each can be set in the environment as VIDEOSERVER_<SECTION>_<KEY>.\n' + ''.join(
-            f'\n[{section}] {key} = {row.default}\n    {row.help}\n'
-            for section, keys in SETTINGS.items() for key, row in keys.items())
+            f'\n[{section}] {key} = {default}\n    {told}\n'
+            for section, rows in SETTINGS.items() for key, (default, _, told) in rows.items())
     return '\n'.join([
         'usage: videoserverd.py [--config FILE] [COMMAND]', '',
         'The video inbox people trust. Without a command: run the server.', '',
