@@ -5560,9 +5560,11 @@ class Scheduler:
         downloads = self.config.downloads
         if self._must_wait():
             return
-        if monotonic - self._heap_read > HEAP_SECONDS:
+        longest = max(downloads.retry_delays)
+        set_back = self._heap and self._heap[0][0] - now > longest + 1  # the clock was
+        if set_back or monotonic - self._heap_read > HEAP_SECONDS:
             self._heap_read = monotonic
-            rows = self.store.waiting(int(now), max(downloads.retry_delays), HEAP_SIZE)
+            rows = self.store.waiting(int(now), longest, HEAP_SIZE)
             self._heap = [(row['due'], place, row['id'], row['alone'])
                           for place, row in enumerate(rows)]
             heapq.heapify(self._heap)
