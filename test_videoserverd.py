@@ -707,7 +707,7 @@ def sources() -> Dict[Path, Tuple[str, ast.Module]]:
 
 LONGEST_FUNCTION = 40  # lines
 LONGEST_LINE = 120
-MOST_BYTES = 497_600  # of the program, and to fall to 420,000: when it is reached, two things are made one
+MOST_BYTES = 492_800  # of the program, and to fall to 420,000: when it is reached, two things are made one
 
 
 def first_definitions(tree: ast.Module) -> Dict[str, int]:
@@ -2991,7 +2991,7 @@ class TestFreeze(DaemonTest):
         return f'{self.site.http}{path}'
 
     def test_a_page_that_freezes_yt_dlp_costs_one_freeze_and_no_link(self):
-        daemon = self.new_daemon(start=False, hurry={'FREEZE_SECONDS': 2.0}, security=ANYWHERE, site=None)
+        daemon = self.new_daemon(start=False, hurry={'FREEZE_SECONDS': 3.0}, security=ANYWHERE, site=None)
         daemon.launch(from_source=True)  # with its parent
         for number, page in enumerate(self.PAGES, 1):
             wait_until(daemon.listens, 20)
