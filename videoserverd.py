@@ -2339,7 +2339,7 @@ class Here(threading.local):
 
     def __init__(self):
         super().__init__()
-        self.reach = vars(threading.current_thread()).get('reach', self.unknown)
+        self.reach = getattr(threading.current_thread(), 'reach', self.unknown)
         self.line = []
 
 
@@ -2359,8 +2359,7 @@ class Reach(Stopper):
         self.folder = os.path.abspath(folder)  # nothing is written outside of it
         self.largest = LARGEST_FRAGMENT  # bytes of one answer
         self.overrun = False  # whether curl_cffi was cut off in a large page
-        self.proxy_url = config.downloader.proxy or ''
-        proxy = urlsplit(self.proxy_url)
+        self.proxy_parts = proxy = urlsplit(config.downloader.proxy or '')
         self.proxy = proxy.hostname  # everything goes through it
         self._ports = (proxy.port,) if proxy.port else (80, 443, 1080)
         self._names_are_ours = not self.proxy or proxy.scheme == 'socks4'  # to resolve
@@ -2742,7 +2741,7 @@ class Pictures:
 
 
 def post_extractors():
-    """yt-dlp's post extractors, with `pictures`; instances, as a class would be looked up."""
+    """yt-dlp's extractors with `pictures`; instances, as a class would be looked up."""
     from yt_dlp.extractor import instagram, tiktok
 
     class TikTokIE(tiktok.TikTokIE):
@@ -2874,7 +2873,7 @@ DOOR_HEAD = re.compile(rb'CONNECT ([\w.:\[\]-]+):(\d{1,5}) HTTP/1\.[01](?s:.*)'
 def tunnel(reach, host, port):
     """A connection to it, by the proxy if there is one. Raises OSError, Ending."""
     reach.may_request(f'https://{host}:{port}/')
-    proxy = urlsplit(reach.proxy_url)
+    proxy = reach.proxy_parts
     if not reach.proxy:
         return socket.create_connection((host, port), CONNECT_SECONDS)
     if proxy.scheme == 'http':
@@ -2885,7 +2884,7 @@ def tunnel(reach, host, port):
         link.connect()
         return link.sock
     from yt_dlp.networking import _helper
-    options = _helper.make_socks_proxy_opts(reach.proxy_url)
+    options = _helper.make_socks_proxy_opts(proxy.geturl())
     found = socket.getaddrinfo(options['addr'], options['port'], 0, socket.SOCK_STREAM)
     return _helper.create_socks_proxy_socket(
         (host, port), options, found[0], CONNECT_SECONDS, None)
@@ -2911,7 +2910,7 @@ STRANGERS = threading.Semaphore(64)  # who has not said yet who it is
 
 def read_visitor(sock):
     """Whose it is, and where it wants to go: curl sends that in one piece. Raises OSError,
-    ValueError."""
+    ValueError, KeyError."""
     try:
         sock.settimeout(2)
         found = DOOR_HEAD.match(sock.recv(4096))
@@ -2920,14 +2919,12 @@ def read_visitor(sock):
     if not found:
         raise ValueError
     secret = binascii.a2b_base64(found[3])[2:].decode()
-    return REACHES.get(secret), found[1].decode().strip('[]'), int(found[2])
+    return REACHES[secret], found[1].decode().strip('[]'), int(found[2])
 
 
 def serve_visitor(sock):
-    with sock, suppress(OSError, ValueError, http.client.HTTPException):
+    with sock, suppress(OSError, ValueError, KeyError, http.client.HTTPException):
         reach, host, port = read_visitor(sock)
-        if reach is None:
-            return
         with within(reach):
             try:
                 reach.hold(sock)
@@ -3143,7 +3140,7 @@ NO_PAGES = ('/', '/api/v1/web/get_ruling_for_content/')  # requested before an I
 
 
 def way_of(job, config):
-    """Which browser this attempt poses as; 'impersonated': curl_cffi asks for all pages."""
+    """Which browser it poses as; 'impersonated': curl_cffi asks for all pages."""
     if not config.downloader.user_agent_rotation or '--user-agent' in dict(job.options):
         return 'own'
     ways = list(WAYS)
@@ -3174,8 +3171,7 @@ PACE = Pace()
 # -- how far it is
 
 class Meter:
-    """Progress: never falls, reported at most twice a second. Lock: yt-dlp calls it from several
-    threads."""
+    """Progress: never falls, told at most twice a second. yt-dlp calls it from several threads."""
     MEDIA = 97  # percent; the rest is checking and moving
     PAUSE = 0.5  # seconds
 
@@ -3271,9 +3267,8 @@ def free_names(output, result):
 
 
 class JobFolder:
-    """<output>/.incomplete/<id>: partial files; job.json says what they are and where results go.
-
-    It is written without a sync: after a reboot (detected on Linux only) it is not trusted."""
+    """<output>/.incomplete/<id>: partial files; job.json says what they are and where results go. It
+    is not synced, so after a reboot (seen on Linux only) it is not trusted."""
 
     def __init__(self, path):
         self.path, self.file = path, path / 'job.json'
@@ -3412,19 +3407,16 @@ class JobFolder:
                      for result in self.results)
 
     def _move(self, source, output, result):
-        refusal = None
-        for name in free_names(output, result) if source.exists() else ():
+        names = list(free_names(output, result)) if source.exists() else []
+        for name in names:
             result['name'] = name
             try:
                 (output / name).parent.mkdir(parents=True, exist_ok=True)
                 self.save()  # so that after a kill this file is found and not made again
                 return os.rename(source, output / name)
             except OSError as error:
-                if error.errno not in BAD_NAME:
+                if error.errno not in BAD_NAME or name == names[-1]:
                     raise
-                refusal = error
-        if refusal:
-            raise refusal
 
 
 def inside(output, name):
@@ -3725,21 +3717,22 @@ class Cookies:
 
     def jar(self, url):
         """The cookies for a URL, as yt-dlp takes them; None if there are none, or they rest."""
-        site, cookies = last_labels(host_of(url)), None
+        site = last_labels(host_of(url))
         try:
             cookies = self.read().get(site)
         except OSError as error:
             if self.configured:
                 log.warning('cookies_file cannot be read: %s', error.strerror)
-        if not cookies or time.time() - self.refused().get(site, 0) < REST_SECONDS:
             return None
-        return io.StringIO(cookies_txt(cookies))
+        rests = time.time() - self.refused().get(site, 0) < REST_SECONDS
+        return io.StringIO(cookies_txt(cookies)) if cookies and not rests else None
 
     def refused(self):
         """The sites that refused this file's login, and when."""
         with suppress(OSError, ValueError, AttributeError, TypeError):
-            told, changed = json.loads(self._refused.read_text()), os.stat(self.file).st_ctime
-            return {site: at for site, at in told.items() if at >= changed}
+            changed = os.stat(self.file).st_ctime
+            told = json.loads(self._refused.read_text()).items()
+            return {site: at for site, at in told if at >= changed}
         return {}
 
     def judge(self, url, fine):
@@ -3794,9 +3787,7 @@ class Cookies:
 
 
 class Attempt:
-    """One try at one job, in <output>/.incomplete/<job.id>.
-
-    run() in a worker's thread; stop() and check() from any other."""
+    """One try at one job: run() in a worker's thread; stop() and check() from any other."""
 
     def __init__(self, job, config, ytdlp, on_progress, on_identity=lambda site, media_id: None):
         self.job, self.config, self.ytdlp, self.on_identity = job, config, ytdlp, on_identity
