@@ -2306,8 +2306,7 @@ def host_of(url):
 
 
 def die_with_us():
-    """For preexec_fn: Linux kills the child when the thread that started it ends. Elsewhere the
-    next attempt does (`end_leftovers`)."""
+    """For preexec_fn: Linux kills the child when its thread ends; elsewhere `end_leftovers` does."""
     if not sys.platform.startswith('linux'):
         return None
     import ctypes
@@ -2321,8 +2320,8 @@ def die_with_us():
 
 
 def local_only(args):
-    """A command line that reads only files, even if a file names an address. Raises OSError for a
-    URL or another program, as if that were not installed."""
+    """A command line that reads only files, even if one names an address. Raises OSError for a URL
+    or another program."""
     name = os.path.basename(args[0])
     if name not in PROGRAMS or any(re.match(r'(?!file:)[a-z]+:', arg) for arg in args):
         raise FileNotFoundError(errno.ENOENT, 'not to be run', args[0])
@@ -2812,12 +2811,11 @@ CURL_FOLDER = 'curl-%d.%d' % sys.version_info[:2]  # beside yt_dlp: it is for on
 
 
 def openssl_decrypt(data, key, iv):
-    """AES-128 by the openssl command, b'' if that fails; yt-dlp's own takes 10 s per MB and ignores
-    a stop."""
+    """AES-128 by openssl, b'' if that fails: yt-dlp's own takes 10 s per MB and ignores a stop."""
     if len(key) != 16 or len(iv) != 16:  # openssl would refuse it
         raise Ending('bad_media')
     import subprocess
-    line = ['openssl', 'enc', '-d', '-aes-128-cbc', '-nopad', '-K', key.hex(), '-iv', iv.hex()]
+    line = f'openssl enc -d -aes-128-cbc -nopad -K {key.hex()} -iv {iv.hex()}'.split()
     with suppress(OSError):  # no timeout: waiting with one sleeps, which the try-out listens for
         return subprocess.run(line, input=data, stdout=subprocess.PIPE,
                               stderr=subprocess.DEVNULL).stdout  # whole blocks, even if it fails
@@ -3282,8 +3280,7 @@ class JobFolder:
         self.current = ''  # the part that a request is for, '' for other requests
 
     def open(self):
-        """Create it, or keep what can be continued; never creates the output folder. Raises
-        OSError."""
+        """Create it, never the output folder, or keep what can be continued. Raises OSError."""
         self.path.parent.mkdir(exist_ok=True)
         if not self.path.is_dir():
             self.path.mkdir()
@@ -3539,8 +3536,8 @@ def tracks(path):
             raise Ending('bad_media', 'it is incomplete') from None
     if not which('ffprobe'):
         return {'video', 'audio'}
-    listed = output_of(['ffprobe', '-v', 'error', '-show_entries', 'stream=codec_type',
-                        '-of', 'csv=p=0', f'file:{path}'], 60)
+    line = 'ffprobe -v error -show_entries stream=codec_type -of csv=p=0'.split()
+    listed = output_of([*line, f'file:{path}'], 60)
     return {'video', 'audio'}.intersection(listed.decode().split())
 
 
@@ -3964,13 +3961,10 @@ class Attempt:
     def _album(self, info, pictures):
         formats = info.pop('formats', None) or []
         sounds = [part['url'] for part in formats if part.get('vcodec') == 'none']
-        if len(pictures) == 1 and not sounds:
-            info.update(kind='picture', addresses=pictures[0])
-            return info
         items = [{**info, 'kind': 'picture', 'addresses': urls} for urls in pictures]
         if sounds:
             items.append({**info, 'kind': 'sound', 'addresses': sounds})
-        return {**info, '_type': 'playlist', 'entries': items}
+        return {**info, '_type': 'playlist', 'entries': items} if items[1:] else items[0]
 
     def _fetch_plain(self, info, extra):
         """A picture or a sound, from the first of its addresses that has it."""
@@ -4512,10 +4506,9 @@ class Vendor:
         """What a pointer says: version, previous, bad, newest; the sites that worked with version
         (sites) and previous (before); when the index was asked (checked; searched: for a
         pre-release)."""
-        try:
+        with suppress(OSError, ValueError, TypeError):
             return dict(json.loads((pointer or self.pointer).read_text(encoding='utf-8')))
-        except (OSError, ValueError, TypeError):
-            return {}
+        return {}
 
     @contextmanager
     def locked(self):
@@ -4613,9 +4606,9 @@ class Vendor:
         pinned, wheel = folder / 'requirements.txt', folder / 'yt-dlp.whl'
         pinned.write_text(f'yt-dlp=={release.version} --hash=sha256:{release.sha256}\n')
         pip = run_helper(
-            sys.executable, '-m', 'pip', 'download', '--quiet', '--no-input', '--retries', '1',
-            '--no-deps', '--disable-pip-version-check', '--only-binary', ':all:', '--dest',
-            str(folder), '--requirement', str(pinned),
+            sys.executable, *'-m pip download --quiet --no-input --retries 1 --no-deps '
+            '--disable-pip-version-check --only-binary :all: --dest'.split(), str(folder),
+            '--requirement', str(pinned),
             *['--index-url', f'{self.index}/simple'] * (self.index != INDEX))
         if pip.returncode == 0:
             os.replace(next(folder.glob('*-py3-none-any.whl')), wheel)
@@ -4632,8 +4625,8 @@ class Vendor:
         return wheel
 
     def take_curl(self):
-        """Try the curl_cffi that yt-dlp names and put it beside that. Raises BrokenRelease if none
-        works here, Trouble, OSError."""
+        """Put the curl_cffi that yt-dlp names beside it. Raises BrokenRelease if none works here,
+        Trouble, OSError."""
         current, fresh, pins = self.current(), self.folder / '.new', {}
         for about in current.glob('yt_dlp-*.dist-info/METADATA'):
             pins.update(re.findall(r'^Requires-Dist: (curl-cffi|cffi)==([\w.]+);.*pin-curl',
@@ -4691,8 +4684,8 @@ class Vendor:
         least = version_key(self.version() or '')
         if releases:
             newest = version_key(releases[0].version)
-            bad = [name for name in self.state().get('bad', ()) if version_key(name) >= newest]
-            self.remember(newest=releases[0][:2], bad=bad)
+            self.remember(newest=releases[0][:2], bad=[
+                name for name in self.state().get('bad', ()) if version_key(name) >= newest])
         fitting = [release for release in releases if version_key(release.version) >= least
                    and self.fits(release.version, release.version, release.requires)]
         final = [release for release in fitting if 'dev' not in release.version]
