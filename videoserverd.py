@@ -2306,7 +2306,7 @@ def host_of(url):
 
 
 def die_with_us():
-    """For preexec_fn: Linux kills the child when its thread ends; elsewhere `end_leftovers` does."""
+    """For preexec_fn: Linux kills the child when its thread ends, elsewhere end_leftovers does."""
     if not sys.platform.startswith('linux'):
         return None
     import ctypes
@@ -3265,8 +3265,8 @@ def free_names(output, result):
 
 
 class JobFolder:
-    """<output>/.incomplete/<id>: partial files; job.json says what they are and where results go. It
-    is not synced, so after a reboot (seen on Linux only) it is not trusted."""
+    """<output>/.incomplete/<id>: partial files; job.json says what they are and where results go.
+    It is not synced, so after a reboot (seen on Linux only) it is not trusted."""
 
     def __init__(self, path):
         self.path, self.file = path, path / 'job.json'
