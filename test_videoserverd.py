@@ -2394,14 +2394,14 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     128: 'parse_name UNSAFE whole', 255: 'wheel_fits texts_in Store forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
     2000: 'PATTERNS judge_error Notifier runs_here version_key',
-    4096: 'DOOR_HEAD PageHead parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
+    4096: 'DOOR_HEAD parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
     8192: 'post_url NO_POSTS post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
           'POST_LINK ADVERTISEMENT',
     16 << 10: 'B_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
               'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END BARE_LINE_END body_length check_signature '
               'parse_range',
     64 << 10: 'MARK wanted_members JobFolder YTDLP CURL Reach local_only xml_texts',
-    1 << 20: 'LINK make_cookie COOKIE_FIELDS',
+    1 << 20: 'LINK PageHead make_cookie COOKIE_FIELDS',
 }
 ASSIGNED = (ast.Assign, ast.AnnAssign)
 
@@ -5997,7 +5997,8 @@ class TestGuardImpersonated(TestGuard):
             outcome = self.fetch('https://www.example.com/large', config=config)
             self.assert_ends(outcome, 'give_up', 'unsupported')
             self.assertIn('a page has more than 8', outcome.message)
-        for coding in ('zstd', 'gzip, br'):  # libcurl would take 128 MB for each zstd
+        for coding in ('zstd', 'gzip, br', 'gzip, gzip', ' ' * 200 + 'ZSTD', '\r\n zstd'):
+            # libcurl would take 128 MB for each zstd
             self.site.add('www.example.com', '/coded', HTML, headers={'Content-Encoding': coding})
             self.assert_ends(self.fetch('https://www.example.com/coded', config=config), 'retry', 'network')
         self.assertNotIn('zstd', self.site.requests[-1].headers['Accept-Encoding'])

@@ -2971,8 +2971,9 @@ class Page:
     def write(self, data):
         self.size += len(data)
         self.kept += data
-        self.reach.overrun |= self.size > LARGEST_PAGE
-        if self.reach.overrun or self.reach.ended:
+        if self.size > LARGEST_PAGE:
+            self.reach.overrun = True
+        if self.size > LARGEST_PAGE or self.reach.ended:
             return CUT_OFF
         if self.size == len(data) or len(self.kept) > 65536:  # the first piece says that it begins
             return CUT_OFF if self.flush() == CUT_OFF else len(data)
@@ -2984,7 +2985,8 @@ class Page:
 
 
 class PageHead:
-    """Its header lines. Several codings, or zstd, could take any memory inside libcurl."""
+    """Its header lines, none folded. Several codings, or zstd, could take any memory or time inside
+    libcurl."""
 
     def __init__(self, lines):
         self.lines, self.codings = lines, []
@@ -2994,8 +2996,8 @@ class PageHead:
         if name.startswith(b'http/'):
             self.codings = []
         elif name in (b'content-encoding', b'transfer-encoding'):
-            self.codings += set(re.findall(rb'\w+', text[:99])) - {b'chunked', b'identity'}
-        if len(self.codings) > 1 or b'zstd' in self.codings:
+            self.codings += re.findall(rb'(?!chunked|identity)\b[\w-]+', text)
+        if len(self.codings) > 1 or b'zstd' in self.codings or line[:1] in (b' ', b'\t'):
             return CUT_OFF
         return self.lines.write(line)
 
