@@ -933,11 +933,12 @@ class TestMainJob(DaemonTest):
 
     def test_what_came_of_a_carousel_is_served_while_the_rest_is_tried_again(self):
         post = self.site.instagram('video', 'photo', 'video', kind='p')
-        post.media[2].set(status=404, hold_at=0)
+        post.media[1].set(hold_at=9)
+        post.media[2].set(status=404)
         id = self.daemon.submit(post)
-        post.media[2].wait_held()
+        post.media[1].wait_held()
         self.assertFalse(self.daemon.status(id)['files'])
-        post.media[2].release()
+        post.media[1].release()
         row = self.daemon.wait_for(id, lambda row: row['files'])
         self.assertEqual((row['filename'], row['file_size']),
                          (row['files'][0]['name'], sum(file['size'] for file in row['files'])))
