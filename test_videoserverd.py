@@ -2992,7 +2992,7 @@ class TestFreeze(DaemonTest):
         return f'{self.site.http}{path}'
 
     def test_a_page_that_freezes_yt_dlp_costs_one_freeze_and_no_link(self):
-        daemon = self.new_daemon(start=False, hurry={'FREEZE_SECONDS': 3.0}, security=ANYWHERE, site=None)
+        daemon = self.new_daemon(start=False, hurry={'FREEZE_SECONDS': 5.0}, security=ANYWHERE, site=None)
         daemon.launch(from_source=True)  # with its parent
         for number, page in enumerate(self.PAGES, 1):
             wait_until(daemon.listens, 20)
@@ -3778,6 +3778,12 @@ class TestCommands(DaemonTest):
 class TestSignals(DaemonTest):
     """SIGTERM stops, SIGHUP starts anew in place."""
     settings = None
+
+    def test_a_restart_in_place_loses_no_line_of_the_log(self):
+        daemon = self.new_daemon(hurry={'LOG_NAP': 3.0})
+        os.kill(daemon.pid, signal.SIGHUP)
+        wait_until(lambda: daemon.log().count('listening on') == 2, 30)
+        self.assertIn('stopping to restart in place', daemon.log())
 
     def test_a_wrong_new_configuration_is_logged_and_the_old_one_runs_on(self):
         daemon = self.new_daemon()

@@ -9911,6 +9911,8 @@ class Daemon:
         for fd in kept:
             os.set_inheritable(fd, True)
         os.environ[INHERIT] = f'{kept[0]} {kept[1]}'
+        for handler in log.handlers:
+            handler.flush()
         os.execv(sys.executable, bare_python(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for
