@@ -4365,7 +4365,7 @@ def wheel_fits(filename):
 
 
 YTDLP = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
-CURL = re.compile(r'(curl_cffi|_cffi_backend)[\w.+-]*(/[\w+-][\w.+-]*)*', re.A)  # two wheels'
+CURL = re.compile(r'(curl_cffi|_cffi_backend)[\w.+-]*(/[\w+-][\w.+-]*)*', re.A)  # of two wheels
 
 
 def unpack(wheel, folder, wanted=YTDLP):
