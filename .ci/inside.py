@@ -3,7 +3,7 @@
     python3 .ci/inside.py 1        the service at work, kill -9, upgrade; then the power is cut
     python3 .ci/inside.py 2        what the next boot finds; other folders, removal
 
-The stand-in and the client are those of test_videoserverd.py; what is tested is the installed
+The stand-in and the client are those of the tests (harness.py); what is tested is the installed
 service, in its sandbox, under a systemd that booted this system.
 """
 import contextlib
@@ -19,7 +19,7 @@ from pathlib import Path
 
 TOP = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(TOP))
-import test_videoserverd as t  # noqa: E402
+import harness as t  # noqa: E402
 
 CONFIG, SECRETS = Path('/etc/videoserver/config.ini'), Path('/etc/videoserver/environment')
 STATE, PROGRAM = Path('/var/lib/videoserver'), Path('/opt/videoserver/videoserverd.py')

@@ -33,37 +33,30 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import test_videoserverd  # noqa: E402
-import videoserverd as v  # noqa: E402
-from test_videoserverd import (  # noqa: E402
-    ANY_PLACE,
-    ANY_SITE,
+from harness import (  # noqa: E402
     ANYWHERE,
     HERE,
     IN_THE_CLEAR,
-    LISTED,
-    MEMORY,
     RUN,
-    SAME_AS_YTDLP,
-    SHARED,
     TINY_MP4,
-    TRAPS,
     Client,
     Daemon,
     KillTally,
     Standin,
     Strace,
-    TestAlone,
-    browser_host,
     finished,
-    free_port,
     path_without_ffmpeg,
     publish_config,
+    reserved,
     starts,
     tiktok_link,
     wait_until,
     ytdlp_folder,
 )
+
+import test_videoserverd  # noqa: E402
+import videoserverd as v  # noqa: E402
+from test_videoserverd import ANY_PLACE, ANY_SITE, LISTED, MEMORY, SAME_AS_YTDLP, SHARED, TRAPS, TestAlone, browser_host  # noqa: E402
 
 COMMANDS: Dict[str, Callable[[List[str]], Any]] = {}  # NAME: what `proofs.py NAME …` calls with the rest
 
@@ -77,6 +70,12 @@ def command(function: Callable[[List[str]], Any]) -> Callable[[List[str]], Any]:
 def option(args: List[str], name: str, default: float) -> float:
     """The number behind --name."""
     return float(args[args.index(f'--{name}') + 1]) if f'--{name}' in args else default
+
+
+def free_port() -> int:
+    """A port for a figure that needs to know it beforehand."""
+    with reserved() as probe:
+        return probe.getsockname()[1]
 
 
 # ---------- fuzz ------------------------------------------------------------------------
