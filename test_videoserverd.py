@@ -443,6 +443,22 @@ class TestSamePost(DaemonTest):
         self.assertEqual(len(post.media[0].requests), 2, 'nobody knows of the file that was kept')
         self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{third}').status, 200)
 
+    def test_half_a_carousel_keeps_what_came_of_it_when_another_link_brings_it_all(self):
+        daemon = self.new_daemon(downloads={'retry_delays': '900'})
+        post = self.site.instagram('video', 'video', 'video')
+        post.media[2].set(status=404)
+        first = daemon.submit(post, again=False)
+        half = daemon.wait_for(first, lambda row: row['next_attempt_at'])
+        self.assertEqual(len(half['files']), 2)
+        post.media[2].set(status=200)
+        second = daemon.wait_status(daemon.submit(self.site.share(post), again=False), 'completed')
+        daemon.client.post(f'/api/v1/download/{first}/retry')
+        row = daemon.wait_status(first, 'completed')
+        same_bytes(daemon, row, *post.media)
+        owned = {file['name'] for files in (row['files'], second['files']) for file in files}
+        self.assertEqual(set(daemon.files()), owned)
+        self.assertEqual(row['files'][:2], half['files'])
+
     def test_a_deleted_file_is_fetched_again_and_so_is_what_is_wanted_again(self):
         post = self.site.tiktok()
         first = self.get(post)
@@ -503,6 +519,7 @@ class TestCancel(DaemonTest):
         row = self.daemon.wait_status(id, 'failed')
         self.assertLess(time.monotonic() - began, fair(1))
         self.assertEqual((status, row['error_message']), (200, 'Cancelled'))
+        self.assertEqual(self.daemon.partials(id), {})
         self.daemon.download(self.site.direct())
         self.assertEqual(self.daemon.status(id)['status'], 'failed')  # it does not rise from the dead
         self.assertEqual(self.daemon.partials(id), {})
@@ -529,6 +546,7 @@ class TestCancel(DaemonTest):
         daemon.client.post(f'/api/v1/download/{id}/cancel')
         self.assertEqual(daemon.wait_status(id, 'failed')['error_message'], 'Cancelled')
         self.assertLess(time.monotonic() - began, fair(1))
+        self.assertEqual(daemon.partials(id), {})
         wait_until(lambda: [name for _, name in daemon.processes() if name == 'sleep'] == [], what='ffmpeg is gone')
 
     def sleepy_ffmpeg(self) -> str:
@@ -1517,6 +1535,45 @@ class TestKill9(DaemonTest):
             daemon.start()
         row = daemon.wait_status(id, 'failed')
         self.assertIn('The server crashed 3 times', row['error_message'])
+
+
+    def test_no_file_stays_of_one_that_is_given_up_after_three_kills_before_its_commit(self):
+        daemon = self.new_daemon(start=False, downloads={'max_retries': 0, 'filename': '%(uploader)s/%(id)s'},
+                                 hurry={'STORE_NAP': 2.5})  # a copy of its own
+        text, place = daemon.program.read_text(encoding='utf-8'), "        if step == 'finish':\n"
+        self.assertEqual(text.count(place), 1)
+        daemon.program.write_text(text.replace(place, f'{place}            os.kill(os.getpid(), 9)\n'),
+                                  encoding='utf-8')
+        done = daemon.run('add', str(self.site.tiktok()))
+        self.assertEqual(done.returncode, 0, done.stdout)
+        for _ in range(3):
+            daemon.launch()
+            self.assertEqual(daemon.wait_exit(30), -signal.SIGKILL)
+            self.assertEqual(daemon.files(), ['tester'])
+        daemon.start()
+        row = daemon.wait_status(daemon.rows()[0]['id'], 'failed')
+        self.assertIn('The server crashed 3 times', row['error_message'])
+        wait_until(lambda: not files_below(daemon.output).keys() - {daemon.output / v.MARKER},
+                   what=lambda: files_below(daemon.output))
+        self.assertEqual(daemon.files(), [])
+
+    def test_no_file_stays_of_one_that_is_cancelled_after_a_kill_before_its_commit(self):
+        daemon = self.new_daemon(hurry={'CARE_SECONDS': 0.2})
+        post = self.site.tiktok(hold_at=20_000)
+        id = daemon.half_way(post)
+        daemon.kill()
+        folder = daemon.output / '.incomplete' / id
+        note = json.loads((folder / 'job.json').read_text())
+        results = [{'item': at, 'part': '', 'ext': 'mp4', 'names': {}, 'size': 1, 'note': '', 'source': f'{at}.mp4',
+                    'name': name} for at, name in ((1, 'moved.mp4'), (2, 'not-yet.mp4'))]
+        (folder / 'job.json').write_text(json.dumps({**note, 'results': results}))
+        (folder / '2.mp4').write_text('2')
+        for name in ('moved.mp4', 'not-yet.mp4'):  # that name is another's by now
+            (daemon.output / name).write_text('1')
+        change_database(daemon.database, "UPDATE downloads SET status = 'failed'")
+        daemon.start()
+        wait_until(lambda: not folder.exists())
+        self.assertEqual(daemon.files(), ['not-yet.mp4'])
 
 
 class TestFreeze(DaemonTest):
@@ -3719,6 +3776,24 @@ class TestResume(DownloadTest):
             self.assertEqual(len(set(self.assert_done(self.fetch(post, 'crashed'), *post.media))), 2)
         self.assertEqual([route.hits for route in post.media], hits)
         self.assertEqual(len(self.finished()), 2)
+
+    def test_a_folder_that_is_emptied_while_a_file_is_moved_into_it_is_there(self):
+        config, threads = self.config(downloads={'filename': '%(uploader)s/%(id)s'}), []
+        (self.output / 'tester').mkdir()
+        old, save = self.output / 'tester/old.mp4', v.JobFolder.save
+        old.write_text('x')
+
+        def save_and_delete(folder):
+            save(folder)
+            if old.exists() and folder.results and 'name' in folder.results[0]:
+                threads.append(threading.Thread(target=v.forget_files, args=(config, '', ['tester/old.mp4'])))
+                threads[0].start()
+                wait_until(lambda: not old.exists())
+                threads[0].join(0.3)  # only a thread that has to wait takes that long
+        post = self.site.tiktok()
+        with unittest.mock.patch.object(v.JobFolder, 'save', save_and_delete):
+            self.assert_done(self.fetch(post, config=config), post.media[0])
+        threads[0].join()
 
     def test_results_that_somebody_took_away_are_fetched_again(self):
         post = self.site.tiktok()

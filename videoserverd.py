@@ -157,6 +157,13 @@ def write_whole(file, text, durable=True):
     os.replace(fresh, file)
 
 
+def read_note(file):
+    """The JSON object in a small file; {} where there is none."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads(file.read_text(encoding='utf-8')))
+    return {}
+
+
 def find_line(file, pattern):
     """The first group of the first line in `file` that matches; '' when there is none."""
     try:
@@ -2025,7 +2032,7 @@ class Lock:
                 break
             time.sleep(0.02)  # running() of another process has it for a moment
         else:
-            holder = self.holder()
+            holder = read_note(self.path)
             self.release()
             raise Trouble(f'{self.path}: another videoserverd (process {holder.get("pid", "?")}, '
                           f'port {holder.get("port", "?")}) uses this database; stop it first.')
@@ -2035,13 +2042,6 @@ class Lock:
         """Record in the file who holds it."""
         with suppress(OSError):  # a full disk: it is locked all the same
             os.ftruncate(self.fd, os.pwrite(self.fd, json.dumps(facts).encode(), 0))
-
-    def holder(self):
-        """What the holder recorded, {} if nothing."""
-        try:
-            return json.loads(self.path.read_text() or '{}')
-        except (OSError, ValueError):
-            return {}
 
     def running(self):
         """The facts of the server running on this database, {} if there is none."""
@@ -2053,7 +2053,7 @@ class Lock:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return {}
         except OSError:
-            return self.holder() or {'pid': 'unknown'}
+            return read_note(self.path) or {'pid': 'unknown'}
         finally:
             os.close(fd)
 
@@ -2532,7 +2532,6 @@ def watch_process():
     """Install the hook, once. All threads that exist by then are the program's own."""
     if Here.unknown:
         return
-    import http.client
     import subprocess
     import zlib
 
@@ -3288,8 +3287,8 @@ class JobFolder:
             self.path.mkdir()
             return
         end_leftovers(self.path)
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            note = json.loads(self.file.read_text())
+        note = read_note(self.file)
+        with suppress(ValueError, TypeError, KeyError):
             self.missing = {int(at): kind for at, kind in note['missing'].items()}
             self.post, self.total, self.results = note['post'], note['total'], note['results']
             if note['boot'] == BOOT_ID:
@@ -3331,9 +3330,9 @@ class JobFolder:
         if plain_file:
             return partial.stat().st_size < (self.parts[name].get('total') or 0)
         try:  # cut it to the size in its index, so that no fragment is in it twice
-            index = json.loads((self.path / (name + '.ytdl')).read_text())
+            index = read_note(self.path / (name + '.ytdl'))
             size = index['downloader']['extra_state']['size']
-        except (OSError, ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             return False
         if partial.stat().st_size < size:
             return False
@@ -3423,20 +3422,26 @@ def inside(output, name):
     return output.joinpath(*(part for part in name.split('/') if part not in ('', '.', '..')))
 
 
-def forget_files(config, job_id, files):
-    """Remove the folder of a download, and finished files by name, with emptied folders."""
-    output = config.downloads.output_directory
-    if re.fullmatch(r'[\w-]+', job_id):  # else it could point elsewhere
-        remove_folder(output / '.incomplete' / job_id)
-    for name in files:
+def forget_files(config, job_id, files, row=None):
+    """Remove finished files by name, with emptied folders, and the folder of a download. `row`:
+    the files of its row; others that it has moved go too (a kill came before they had one)."""
+    output, names = config.downloads.output_directory, set(files)
+    folder = output / '.incomplete' / job_id
+    if row is not None:
+        names |= {result['name'] for result in read_note(folder / 'job.json').get('results', ())
+                  if 'name' in result and not (folder / result['source']).exists()
+                  and result['name'] not in {file.name for file in row}}
+    for name in names:
         file = inside(output, name)
         try:
             file.unlink(missing_ok=True)
         except OSError as error:
             log.warning('download %s: cannot delete %s: %s', job_id, name, error)
-        with suppress(OSError):  # others are in it
-            for folder in list(file.parents)[:name.count('/')]:
-                folder.rmdir()
+        with suppress(OSError), NAMES_LOCK:  # others are in it
+            for parent in list(file.parents)[:name.count('/')]:
+                parent.rmdir()
+    if re.fullmatch(r'[\w-]+', job_id):  # else it could point elsewhere
+        remove_folder(folder)
 
 
 # -- is it media?
@@ -3728,10 +3733,9 @@ class Cookies:
 
     def refused(self):
         """The sites that refused this file's login, and when."""
-        with suppress(OSError, ValueError, AttributeError, TypeError):
+        with suppress(OSError, TypeError):
             changed = os.stat(self.file).st_ctime
-            told = json.loads(self._refused.read_text()).items()
-            return {site: at for site, at in told if at >= changed}
+            return {site: at for site, at in read_note(self._refused).items() if at >= changed}
         return {}
 
     def judge(self, url, fine):
@@ -4092,7 +4096,7 @@ class Attempt:
             part.get('size') or part.get('total') for part in self.folder.parts.values())
         fills_disk = outcome[:2] == ('pause', 'disk') and endless
         if fills_disk or outcome.kind in ('cancelled', 'give_up'):
-            forget_files(self.config, self.job.id, ())
+            forget_files(self.config, self.job.id, (), self.job.files)
         return outcome._replace(kind='retry') if fills_disk else outcome
 
     def _try(self):
@@ -4377,7 +4381,7 @@ def unpack(wheel, folder, wanted=YTDLP):
             for entry in archive.infolist():
                 if wanted.fullmatch(entry.filename):
                     archive.extract(entry, folder)
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as error:
         raise BrokenRelease(f'{wheel.name} cannot be unpacked ({error})') from None
 
 
@@ -4508,9 +4512,7 @@ class Vendor:
         """What a pointer says: version, previous, bad, newest; the sites that worked with version
         (sites) and previous (before); when the index was asked (checked; searched: for a
         pre-release)."""
-        with suppress(OSError, ValueError, TypeError):
-            return dict(json.loads((pointer or self.pointer).read_text(encoding='utf-8')))
-        return {}
+        return read_note(pointer or self.pointer)
 
     @contextmanager
     def locked(self):
@@ -5364,13 +5366,12 @@ class Run:
     """A download that a worker has; `attempt` and `job` are None until it is claimed. `alone`:
     nothing else may run."""
 
+    attempt = job = stop_reason = None
+    hung = False
+    post = None  # site, media id and what is asked of it, once yt-dlp knows
+
     def __init__(self, alone=False):
         self.alone = alone
-        self.attempt = None
-        self.stop_reason = None
-        self.hung = False
-        self.post = None  # site, media id and what is asked of it, once yt-dlp knows
-        self.job = None
 
 
 class Scheduler:
@@ -5639,8 +5640,8 @@ class Scheduler:
 
     def _here(self, job, site, media_id):
         """The outcome if the files of this post are already here; None: fetch it."""
-        if not media_id or ('again', None) in job.options:
-            return None
+        if not media_id or job.files or ('again', None) in job.options:
+            return None  # what of it was delivered stays
         folder = self.config.downloads.output_directory
         with suppress(StoreDown):
             for record in self.store.same_post(site, media_id, asked_of(job.options)):
@@ -5774,7 +5775,7 @@ def texts_in(file):
                     name = re.sub(r'.*/|(_\d{1,3})?\.\w{1,9}$', '', info.filename[-200:])
                     with archive.open(info) as stream:
                         yield GROUPS.get(name, ''), stream
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, NotImplementedError):
+        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError):
             raise Refused('bad_export', 'This zip file is damaged or has a password.') from None
 
 
@@ -9354,7 +9355,6 @@ def signed_shortcut(address):
     """A Shortcut that sends what is shared to `address`, signed by a Mac's `shortcuts sign`; b''
     where there is none, or it fails. Not tried on a Mac."""
     import plistlib
-    import subprocess
     import tempfile
     body = {'WFSerializationType': 'WFDictionaryFieldValue', 'Value': {
         'WFDictionaryFieldValueItems': [{
@@ -9372,11 +9372,11 @@ def signed_shortcut(address):
         'WFWorkflowActions': [
             {'WFWorkflowActionIdentifier': f'is.workflow.actions.{name}',
              'WFWorkflowActionParameters': parameters} for name, parameters in actions.items()]}
-    with tempfile.TemporaryDirectory() as folder, suppress(OSError, subprocess.SubprocessError):
+    with tempfile.TemporaryDirectory() as folder, suppress(OSError):
         plain, signed = Path(folder, 'Save video.shortcut'), Path(folder, 'signed.shortcut')
         plain.write_bytes(plistlib.dumps(workflow, fmt=plistlib.FMT_BINARY))
-        subprocess.run(['shortcuts', 'sign', '--mode', 'anyone', '--input', plain,
-                        '--output', signed], check=True, timeout=20, stdout=subprocess.DEVNULL)
+        output_of(['shortcuts', 'sign', '--mode', 'anyone', '--input', plain,
+                   '--output', signed], 20)
         return signed.read_bytes()
     return b''
 
@@ -9484,11 +9484,12 @@ class Care:
         """Once: remove partial downloads not in the queue, listed before asking it."""
         if self._tidy or not self.scheduler.ready or usable_output(self.config):
             return
-        folders = list((self.config.downloads.output_directory / '.incomplete').iterdir())
+        folders = os.listdir(self.config.downloads.output_directory / '.incomplete')
         wanted = self.store.unfinished()
-        for folder in folders:  # .incomplete may be a link: others' folders stay
-            if folder.name not in wanted and UUID_PATTERN.fullmatch(folder.name):
-                remove_folder(folder)
+        for name in folders:  # .incomplete may be a link: others' folders stay
+            if name not in wanted and UUID_PATTERN.fullmatch(name):
+                rows = self.store.records('id = ?', name)
+                forget_files(self.config, name, (), rows[0]['files'] if rows else None)
         self._tidy = True
 
     def renew_certificate(self, now):
@@ -9927,7 +9928,7 @@ class Daemon:
               f'outcome="{outcome.kind}"}}')
         if over:  # a carousel tells its files with each attempt
             count('downloaded_bytes_total', sum(file.size for file in outcome.files))
-            forget_files(self.config, job.id, ())
+            forget_files(self.config, job.id, (), outcome.files or job.files)
         for courier in self.couriers * over:
             courier.wake()
         self.care.heard(job, outcome)
@@ -9941,7 +9942,8 @@ class Daemon:
         files = self.store.forget(download_id, copies)
         if files is None:
             return False
-        forget_files(self.config, download_id, [file.name for file in files if not keep])
+        doomed = [file.name for file in files if not keep]
+        forget_files(self.config, download_id, doomed, record['files'])
         with suppress(OSError):
             (self.care.thumbs / f'{download_id}.jpg').unlink()
         for courier in self.couriers:
@@ -10313,11 +10315,10 @@ def check_downloads(config):
     if ignored and not config.downloader.proxy:
         yield (f'proxy: downloads ignore {ignored} in the environment',
                'set [downloader] proxy if they should use one, else unset it')
-    with suppress(sqlite3.Error), closing(sqlite3.connect(
-            f'{config.database.path.as_uri()}?mode=ro', uri=True)) as db:
-        turned_away, = db.execute(
+    with suppress(StoreDown):
+        turned_away = Store(config.database.path).read(
             "SELECT count(*) FROM downloads WHERE reason IN ('login', 'blocked') "
-            'AND last_updated > ?', (time.time() - 7 * DAY,)).fetchone()
+            'AND last_updated > ?', (time.time() - 7 * DAY,))[0][0]
         if turned_away and not config.downloader.impersonate:
             yield (f'downloads that the sites turned away this week: {turned_away}',
                    'set [downloader] impersonate=on, or add cookies')
