@@ -2565,7 +2565,7 @@ PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
     ('disk', 'No space left on device|Disk quota exceeded'),
     ('ffmpeg', 'ffmpeg (?:is )?not (?:installed|found)|Requested format is not available'),
     ('unsupported', r'No suitable extractor|no video in this|No video formats|\bDRM\b|live event'
-                    r'|not currently live'),
+                    r'|not currently live|curl: \(1\)'),
     ('geo', r'not available (?:in|from) your (?:country|region|location)|geo.?restrict'),
     ('private', r'\bprivate\b|permission to view|who follow this account'),
     ('login', r'\blog(?:ged)?.?in|\bsign in|cookies|not be comfortable'
@@ -2669,7 +2669,7 @@ def judge_error(error, output, in_page):
         return Ending('http', f'HTTP {status}', tries=math.inf if passing else 2)
     if 'SSLCertVerificationError' in classes and not has_ca_store():
         return Ending('ca_store')
-    if TRANSPORT & classes:
+    if TRANSPORT & classes and 'curl: (1)' not in text:  # a redirect to ftp
         return Ending('network')
     if 'Requested format is not available' in text and which('ffmpeg'):
         return Ending('unsupported', 'not in the format asked for')
@@ -4458,8 +4458,7 @@ for site in 'tiktok.com/@a/video/1', 'instagram.com/p/a/':
 server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
 threading.Thread(target=server.serve_forever, daemon=True).start()
 for path, reason in (('http.mp4', 'refused_address'), ('segment.m3u8', 'refused_address'),
-                     ('key.m3u8', 'refused_address'),
-                     ('ftp.mp4', 'network' if curl else 'unsupported'),
+                     ('key.m3u8', 'refused_address'), ('ftp.mp4', 'unsupported'),
                      ('aes.m3u8', 'http'), ('page', 'a page has'), ('packed', 'a page has')):
     came.clear()
     attempt = ends(f'http://127.0.0.1:{server.server_port}/{path}', reason)
