@@ -353,6 +353,14 @@ class Client:
             self.kept = None
 
 
+def resident(pid: int) -> float:
+    """A process's memory that is in RAM, in MB."""
+    try:
+        return int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{pid}/status').read_text())[1]) / 1024
+    except FileNotFoundError:
+        return int(subprocess.check_output(['ps', '-o', 'rss=', '-p', str(pid)])) / 1024
+
+
 class Daemon:
     """`videoserverd.py` as a process. Keyword arguments are sections of its config.ini.
 
@@ -599,10 +607,7 @@ class Daemon:
 
     def rss(self) -> float:
         """Its resident memory, in MB (Linux: of the daemon alone, not of what it started)."""
-        try:
-            return int(re.search(r'VmRSS:\s+(\d+)', Path(f'/proc/{self.pid}/status').read_text())[1]) / 1024
-        except FileNotFoundError:
-            return int(subprocess.check_output(['ps', '-o', 'rss=', '-p', str(self.pid)])) / 1024
+        return resident(self.pid)
 
     def threads(self) -> int:
         return len(os.listdir(f'/proc/{self.pid}/task'))

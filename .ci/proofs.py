@@ -48,6 +48,7 @@ from harness import (  # noqa: E402
     path_without_ffmpeg,
     publish_config,
     reserved,
+    resident,
     starts,
     tiktok_link,
     wait_until,
@@ -1103,6 +1104,14 @@ server.context.load_cert_chain(sys.argv[1], sys.argv[2])
 print(server.server_address[1], flush=True)
 server.serve_forever()
 '''
+# With NO_OP: the modules that the design names, TLS, a database and six threads; not a line of ours.
+EMPTY = '''
+import logging, sqlite3, threading
+database = sqlite3.connect(':memory:')
+database.execute('CREATE TABLE one (number)')
+for _ in range(6):
+    threading.Thread(target=threading.Event().wait, daemon=True).start()
+'''
 
 
 def load(port: int, ca: Path, threads: int, keep: bool, seconds: float = BENCH_SECONDS) -> List[float]:
@@ -1118,12 +1127,14 @@ def bench_row(what: str, value: str, reference: str = '', aim: str = '') -> None
 
 
 @contextlib.contextmanager
-def no_op_server(folder: Path) -> Any:
-    """http.server over TLS that parses JSON, stores nothing and answers: its port."""
-    pair = str(folder / 'certs/server.crt'), str(folder / 'certs/server.key')
-    process = subprocess.Popen([sys.executable, '-c', NO_OP, *pair], stdout=subprocess.PIPE, encoding='utf-8')
+def no_op_server(folder: Path, flags: Sequence[str] = (), more: str = '') -> Any:
+    """http.server over TLS that parses JSON, stores nothing and answers: its port and process id."""
+    pair = (str(folder / 'certs' / name) for name in ('server.crt', 'server.key'))
+    line = sys.executable, *flags, '-c', more + NO_OP, *pair
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, encoding='utf-8',
+                               env={**os.environ, 'MALLOC_ARENA_MAX': '1'})
     try:
-        yield int(process.stdout.readline())
+        yield int(process.stdout.readline()), process.pid
     finally:
         process.kill()
         process.wait()
@@ -1133,7 +1144,10 @@ def bench_memory(site: Standin) -> None:
     """RSS at each stage."""
     daemon = Daemon(site=site)
     daemon.client.get('/api/v1/health')
-    bench_row('RSS idle before the first download', f'{daemon.rss():.1f} MB', '', 'aim < 25')
+    with no_op_server(daemon.folder, v.ALONE, EMPTY) as (port, pid):
+        load(port, daemon.folder / 'certs/ca.crt', 1, keep=True, seconds=0.1)
+        empty = f'an empty server of the same modules: {resident(pid):.1f} MB'
+    bench_row('RSS idle before the first download', f'{daemon.rss():.1f} MB', empty, 'aim < 25')
     post = site.tiktok(size=50_000_000, speed=30_000_000)
     id = daemon.submit(post)
     peak = 0.0
@@ -1174,7 +1188,7 @@ def bench_acks(site: Standin) -> None:
     """Latency and rate of acknowledgements beside a server that stores nothing, and a bare commit loop."""
     daemon = Daemon(site=site, downloads={'min_free_space': '9000GB'})
     ca = daemon.folder / 'certs/ca.crt'
-    with no_op_server(daemon.folder) as port:
+    with no_op_server(daemon.folder) as (port, _):
         for threads, keep, what in ((1, False, 'ack, a new TLS connection each'), (1, True, 'ack, kept alive')):
             ours, bare = load(daemon.port, ca, threads, keep), load(port, ca, threads, keep)
             bench_row(what, f'{ours[1]:.1f} / {ours[2]:.1f} ms',
