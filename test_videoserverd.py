@@ -998,7 +998,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     OWN: 'with_output switch_service check_relocation name_pattern site_gaps only_python end_leftovers '
          'host_addresses machine_names mobileconfig operation_of icloud_url '
          'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delay_list domain_list '
-         'http_url proxy_url notify_url location SETTINGS retention HOST_NAME',
+         'http_url proxy_url notify_url location SETTINGS retention HOST_NAME known_output',
     128: 'parse_name UNSAFE whole', 255: 'wheel_fits texts_in Store forget_files content_disposition file_name',
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
     2000: 'PATTERNS judge_error Notifier runs_here version_key',
@@ -3199,6 +3199,31 @@ class TestFormats(DownloadTest):
             self.assert_ends(attempt.run(), 'give_up', 'unsupported')
 
     @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
+    def test_the_order_that_one_asks_for_is_not_that_of_another_who_asks_meanwhile(self):
+        v.import_ytdlp(ytdlp_folder())
+        from yt_dlp.utils import FormatSorter
+        real, turn, over = FormatSorter.calculate_preference, threading.Event(), threading.Event()
+
+        def between(sorter, part):
+            if sorter.ydl.params.get('format_sort') and not turn.is_set():
+                turn.set()
+                over.wait(20)
+            return real(sorter, part)
+
+        def other():
+            turn.wait(20)
+            self.assert_done(self.fetch(best), best.media[1])
+            over.set()
+        forms = ('h264_540p', 'h264_1080p')
+        small, best = self.site.tiktok(formats=forms), self.site.tiktok(formats=forms)
+        thread = threading.Thread(target=other)
+        thread.start()
+        with unittest.mock.patch.object(FormatSorter, 'calculate_preference', between):
+            outcome = self.fetch(small, options=['-S', 'res:540'])
+        thread.join()
+        self.assert_done(outcome, small.media[0])
+        self.assertTrue(over.is_set())
+
     def test_extracted_sound_is_a_file_like_others(self):
         outcome = self.fetch(self.site.tiktok(), options=['-x', '--audio-format', 'm4a'])
         self.assertEqual([(file.name[-4:], file.type) for file in outcome.files], [('.m4a', 'audio/mp4')], outcome)

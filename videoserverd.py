@@ -187,11 +187,11 @@ def which(name):
     return shutil.which(name)
 
 
-def output_of(command, seconds, data=b'', preexec_fn=None):
-    """What a program given `data` prints; b'' where it is missing, fails or takes too long."""
+def output_of(command, seconds, preexec_fn=None):
+    """What a program prints; b'' where it is missing, fails or takes too long."""
     import subprocess
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, input=data, stdout=subprocess.PIPE, timeout=seconds,
+        return subprocess.run(command, input=b'', stdout=subprocess.PIPE, timeout=seconds,
                               stderr=subprocess.DEVNULL, check=True, preexec_fn=preexec_fn).stdout
     return b''
 
@@ -1255,6 +1255,7 @@ SEARCHED_TEXT = ' || char(10) || '.join(f"ifnull(@{name}, '')" for name in SEARC
 # An index of every three characters (sqlite.org/fts5.html, "trigram"). A link enters it when it has
 # ended, so that storing it costs no page; what has not ended is searched as it is.
 ENDED = "status IN ('completed', 'failed')"
+UNFINISHED = "status IN ('queued', 'downloading')"
 NOT_INDEXED = (f'downloads.{ENDED} AND NOT EXISTS (SELECT 1 FROM search_docsize '
                'WHERE id = downloads.rowid)')
 LEAVES_INDEX = f''' WHEN old.{ENDED} AND EXISTS (
@@ -1574,8 +1575,7 @@ class Store:
             args.append('%' + re.sub(r'([%_\\])', r'\\\1', q) + '%')
             if self.indexed and len(q) > 2:
                 args.append('"' + q.replace('"', '""') + '"')
-                found = ('rowid IN (SELECT rowid FROM downloads WHERE status IN '
-                         f"('queued', 'downloading') AND {found} "
+                found = (f'rowid IN (SELECT rowid FROM downloads WHERE {UNFINISHED} AND {found} '
                          'UNION SELECT rowid FROM search WHERE search MATCH ?)')
             where += f' AND {found}'
             total = self.read(f'SELECT count(*) FROM downloads WHERE {where}', args)[0][0]
@@ -1609,7 +1609,7 @@ class Store:
     def since(self, created_at, ongoing):
         """Downloads created since then, or only the unfinished: newest first, 10,000 at most."""
         return self.read('SELECT id, status, file_size FROM downloads WHERE created_at >= ? '
-                         "AND (NOT ? OR status IN ('queued', 'downloading')) "
+                         f'AND (NOT ? OR {UNFINISHED}) '
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
     def waiting(self, now, longest, limit):
@@ -1619,7 +1619,7 @@ class Store:
         latest = now + longest
         rows = self.read(
             "SELECT id, coalesce(next_attempt_at, 0) AS due, reason IS 'freeze' AS alone "
-            "FROM downloads WHERE status IN ('queued', 'downloading') AND created_at > 0 "
+            f'FROM downloads WHERE {UNFINISHED} AND created_at > 0 '
             "AND (import_id IS NULL OR alone OR status = 'downloading' OR next_attempt_at > ?) "
             'ORDER BY due > ? DESC, due, created_at, rowid LIMIT ?', (latest, latest, limit))
         if not rows or rows[0]['due'] <= latest:
@@ -1630,8 +1630,8 @@ class Store:
 
     def unfinished(self):
         """Ids of all queued or running downloads, but not those of imports that did not begin."""
-        return {row['id'] for row in self.read('SELECT id FROM downloads WHERE created_at > 0 '
-                                               "AND status IN ('queued', 'downloading')")}
+        return {row['id'] for row in self.read(
+            f'SELECT id FROM downloads WHERE created_at > 0 AND {UNFINISHED}')}
 
     # -- submissions
 
@@ -2806,7 +2806,8 @@ def without_formats(formats, got, lacking):
 LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
 IMPORT_LOCK = threading.Lock()
 IMPORTED = {}  # 'Session': the class made below, once yt-dlp is imported; 'curl': if that works
-CURL_FOLDER = 'curl-%d.%d' % sys.version_info[:2]  # beside yt_dlp: it is for one Python
+PYTHON = '%d.%d' % sys.version_info[:2]
+CURL_FOLDER = f'curl-{PYTHON}'  # beside yt_dlp: it is for one Python
 
 
 def openssl_decrypt(data, key, iv):
@@ -2840,6 +2841,12 @@ def write_index(_, __, downloader, ctx):
     write_whole(Path(index), json.dumps({'downloader': note}), durable=False)
 
 
+def own_order(_, begin, sorter, *args):
+    """A FormatSorter's start: what a caller asks for stays out of the class, which all share."""
+    sorter.settings = {name: {**rule} for name, rule in sorter.settings.items()}
+    begin(sorter, *args)
+
+
 def cache_context(make):
     """Read all CAs once, and again after they have been installed."""
     cached = functools.lru_cache(2)(lambda _, *args, **more: make(*args, **more))
@@ -2847,14 +2854,16 @@ def cache_context(make):
 
 
 def adapt_ytdlp():
-    """Replace five names in yt-dlp; the guard does the rest. Raises AttributeError, ImportError."""
+    """Replace six names in yt-dlp; the guard does the rest. Raises AttributeError, ImportError."""
     from yt_dlp.downloader import fragment, hls
     from yt_dlp.downloader.common import FileDownloader
     from yt_dlp.networking import common
+    from yt_dlp.utils import FormatSorter
     replace(hls, 'FFmpegFD', no_ffmpeg)
     replace(common, 'make_ssl_context', cache_context)
     replace(FileDownloader, 'best_block_size', lambda best: staticmethod(
         lambda *measured: min(best(*measured), LARGEST_BLOCK)))
+    for_attempts(FormatSorter, '__init__', own_order)
     for_attempts(fragment.FragmentFD, '_write_ytdl_file', write_index)
     for_attempts(fragment, 'aes_cbc_decrypt_bytes', lambda _, decrypt, *args: (
         openssl_decrypt(*args) or decrypt(*args)))
@@ -3424,7 +3433,7 @@ def inside(output, name):
 
 def forget_files(config, job_id, files, row=None):
     """Remove finished files by name, with emptied folders, and the folder of a download. `row`:
-    the files of its row; others that it has moved go too (a kill came before they had one)."""
+    the files of its row; what else it had moved when a kill came goes too."""
     output, names = config.downloads.output_directory, set(files)
     folder = output / '.incomplete' / job_id
     if row is not None:
@@ -4285,7 +4294,6 @@ class Attempt:
 # Called by daemon (its thread `care`, through Freshness) and commands.
 
 INDEX = 'https://pypi.org'
-PYTHON = '%d.%d' % sys.version_info[:2]
 NEEDS = '>=3.11'  # yt-dlp since 2026.10.26; before any index tells
 OLDEST_SAFE = '2026.07.04'  # older ones have published holes; only Python 3.9 takes no newer one
 HELPER_TIMEOUT = 900  # seconds for pip, compiling, trying: a Pi Zero is slow, but not that slow
@@ -9284,9 +9292,7 @@ def user_name():
 
 def known_output(config):
     """Where this database's videos were last, '' if it is new."""
-    with suppress(OSError):
-        return Path(f'{config.database.path}.output').read_text(encoding='utf-8')
-    return ''
+    return find_line(Path(f'{config.database.path}.output'), '(?s)(.+)')
 
 
 def usable_output(config, make=True):
@@ -10357,7 +10363,7 @@ def tell_first_link(config, since):
     while not records or records[0]['created_at'] < since:
         time.sleep(1)
         with suppress(StoreDown):
-            records = config.database.path.exists() and store.page(1)[1]
+            records = store.page(1)[1]
     print_news(f'It works: {records[0]["url"]} from {records[0]["client_id"]}.')
 
 
