@@ -1624,6 +1624,19 @@ class TestFreeze(DaemonTest):
         self.assertIn('froze', daemon.wait_status(bad, 'failed')['error_message'])
         self.assertEqual(daemon.wait_status(held, 'completed')['retry_count'], 0)
 
+    def test_a_slow_disk_at_the_end_is_no_freeze(self):
+        daemon = self.new_daemon(hurry={'FREEZE_SECONDS': 4.0})
+        text, place = daemon.program.read_text(encoding='utf-8'), '        self.store.close()\n        if restart:\n'
+        self.assertEqual(text.count(place), 1)
+        slow = '        time.sleep(3)\n'
+        daemon.program.write_text(text.replace(place, slow + place), encoding='utf-8')
+        daemon.restart()
+        with socket.create_connection(('127.0.0.1', daemon.port)) as phone:  # it is waited for
+            phone.sendall(b'x')
+            daemon.signal(signal.SIGTERM)
+            self.assertEqual(daemon.wait_exit(20), 0)
+        self.assertFalse(v.dump_file(daemon.config).read_text())
+
     def test_a_freeze_that_is_not_yt_dlps_counts_as_a_crash(self):
         daemon = self.new_daemon(security=ANYWHERE, site=None)
         post = self.site.direct(hold_at=20_000)

@@ -9694,7 +9694,7 @@ class Daemon:
         self.bucket = Bucket(config) if config.s3.endpoint else None
         self.lock = Lock(config.database.path)
         self.server = None
-        self._dump = None  # the file for the watchdog's dump
+        self._set_back = lambda: None  # the watchdog
         self.next_socket = None  # for a restart that listens elsewhere
         self.wish = ''  # 'stop' or 'restart', once asked for
         # A signal handler may write into a pipe; an Event's lock could be held by its own thread.
@@ -9734,7 +9734,9 @@ class Daemon:
         vendor = str(self.config.downloader.ytdlp_directory)
         self.scheduler.frozen = vendor.encode('ascii', 'backslashreplace').decode() in found
         with suppress(OSError):  # a full disk; systemd's watchdog is left
-            self._dump = open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), 'w')
+            dump = open(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), 'w')
+            self._set_back = lambda: faulthandler.dump_traceback_later(
+                FREEZE_SECONDS, exit=True, file=dump)
 
     def _make_context(self):
         if not self.config.server.tls:
@@ -9845,8 +9847,7 @@ class Daemon:
         interpreter, which a single regular expression of yt-dlp can block for minutes."""
         pulse = min((int(os.environ.get('WATCHDOG_USEC', 0)) or 1e9) / 2e6, FREEZE_SECONDS / 4)
         while True:
-            if self._dump:
-                faulthandler.dump_traceback_later(FREEZE_SECONDS, exit=True, file=self._dump)
+            self._set_back()
             if select.select([self._wishes[0]], [], [], pulse)[0]:
                 os.read(self._wishes[0], 1 << 10)
                 wish, self.wish = self.wish, ''
@@ -9895,6 +9896,7 @@ class Daemon:
         for courier in self.couriers:
             courier.stop()
         self.care.freshness.stop()
+        self._set_back()  # the disk may be slow
         self.store.close()
         if restart:
             compile_program()
