@@ -6351,6 +6351,7 @@ class TestRelocate(DaemonTest):
         new = daemon.folder / 'new disk/videos'
         self.assertEqual(((new / first['filename']).stat().st_mtime, daemon.pid), (mtime, pid))
         self.assertTrue((daemon.output / first['filename']).exists(), 'the old one is left for its owner')
+        self.assertEqual(daemon.partials(), {}, 'but what nobody will go on with is not')
         self.assertEqual({status for status, _ in acknowledged}, {202})
         self.assertEqual(set(dict(map(reversed, acknowledged))) - {row['id'] for row in daemon.rows()}, set())
         self.assertEqual(daemon.client.get('/api/v1/health').json['paused'], None)

@@ -10534,6 +10534,7 @@ def cmd_relocate(config, options):
     else:
         switch_server(Lock(config.database.path), new)
     copy(began)  # what arrived meanwhile
+    remove_folder(old / '.incomplete')
     print(f'The videos are in {new} now. Look at them, then delete {old}.')
     return 0
 
