@@ -28,13 +28,13 @@ Threads: main waits for signals and re-arms the watchdog; `accept` takes connect
 ones; `request` threads (at most 128) do their own TLS handshake and never wait for yt-dlp;
 `commit` alone writes the database; `schedule` alone pops the heap; each download has a `worker-…`;
 `upload` and `notify` empty the outbox; `care` does daily and minutely chores; `log` writes the
-log; unnamed helpers wait for slow disks and name servers on behalf of an attempt. faulthandler's
-thread ends the process when no other thread has run for a minute.
+log; unnamed helpers wait for slow disks and name servers on behalf of an attempt, or end a late
+answer. faulthandler's thread ends the process when no other thread has run for a minute.
 
-Locks, never two at once: Store._tickets, Board._changed, Scheduler._changed, Courier._guard,
-Stopper._changed (sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is imported once),
-NAMES_LOCK (a free name is taken), Pace._lock, App.guard, Server._guard, LogWriter.writing;
-between processes flock on <database>.lock and <ytdlp_directory>/.lock.
+Locks, never two at once: Store._tickets, Board._changed, Scheduler._changed, Stopper._changed
+(sockets of an attempt), Meter._lock, IMPORT_LOCK (yt_dlp is imported once), NAMES_LOCK (a free name
+is taken), Pace._lock, App.guard, Server._guard, LogWriter.writing; between processes flock on
+<database>.lock and <ytdlp_directory>/.lock.
 """
 from __future__ import annotations
 
@@ -208,74 +208,43 @@ CONNECT_SECONDS = 10.0  # for connecting, and again for the TLS handshake
 BLOCK_SECONDS = 60.0  # for a block of what is sent
 
 
-class TimedReader(io.RawIOBase):
-    """Reads a socket until a deadline in time.monotonic(), however slowly the data comes."""
+def http_call(method, url, headers=(), body=None, answer_seconds=60.0, limit=1 << 20,
+              context=None):
+    """The program's own requests: (status, headers, body) of the answer, of at most `limit` bytes,
+    within `answer_seconds` in all. `body` is bytes or an iterator of blocks. No redirects, no
+    proxy. Raises OSError."""
+    parts, late = urlsplit(url), threading.Event()
+    kind = functools.partial(http.client.HTTPSConnection, context=context)
+    if parts.scheme == 'http':
+        kind = http.client.HTTPConnection
 
-    def __init__(self, connected, until):
-        super().__init__()
-        self.connected, self.until = connected, until
-
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        """See RawIOBase. Raises OSError."""
-        left = self.until - time.monotonic()
-        if left <= 0:
-            raise socket.timeout('timed out')
-        self.connected.settimeout(left)
-        return self.connected.recv_into(buffer)
-
-    def makefile(self, mode):
-        """What http.client wants of a socket."""
-        return io.BufferedReader(self)
-
-
-class HttpClient:
-    """The program's own requests: to the index, the bucket, the notification URL, the running
-    server. One at a time; no redirects, no proxy. `hang_up` from any thread."""
-
-    def __init__(self):
-        self.halted = threading.Event()  # set: the running request ends, and no new one starts
-        self._socket = None
-
-    def hang_up(self):
-        """End the running request and all later ones until `halted` is cleared."""
-        self.halted.set()
-        current = self._socket
-        if current:
-            with suppress(OSError):  # below TLS, whose goodbye could stall
-                socket.socket.shutdown(current, socket.SHUT_RDWR)
-
-    def call(self, method, url, headers=(), body=None, answer_seconds=60.0, limit=1 << 20,
-             context=None):
-        """(status, headers, body) of the answer, of at most `limit` bytes, within
-        `answer_seconds` in all. `body` is bytes or an iterator of blocks. Raises OSError."""
-        parts = urlsplit(url)
-        kind = functools.partial(http.client.HTTPSConnection, context=context)
-        if parts.scheme == 'http':
-            kind = http.client.HTTPConnection
-        try:
-            with closing(kind(parts.hostname, parts.port, timeout=CONNECT_SECONDS)) as line:
-                line.connect()
-                self._socket = line.sock
-                line.sock.settimeout(BLOCK_SECONDS)
-                if self.halted.is_set():
-                    raise ConnectionAbortedError('stopped')
-                target = parts._replace(scheme='', netloc='').geturl() or '/'
-                with suppress(ConnectionError):  # a refusing server may hang up before reading all
-                    line.request(method, target, body, dict(headers))
-                source = TimedReader(line.sock, time.monotonic() + answer_seconds)
-                with closing(http.client.HTTPResponse(source, method=method)) as answer:
-                    answer.begin()
-                    received = answer.read(limit + 1)
-                    if answer.length or len(received) > limit:
-                        raise ConnectionError('the answer was cut short, or is too long')
-                    return answer.status, answer.headers, received
-        except http.client.HTTPException as error:
-            raise ConnectionError(f'no HTTP: {error}') from None
-        finally:
-            self._socket = None
+    def hang_up():
+        late.set()
+        with suppress(OSError):  # below TLS, whose goodbye could stall
+            socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    deadline = threading.Timer(answer_seconds, hang_up)
+    deadline.daemon = True
+    try:
+        with closing(kind(parts.hostname, parts.port, timeout=CONNECT_SECONDS)) as line:
+            line.connect()
+            sock = line.sock
+            sock.settimeout(BLOCK_SECONDS)
+            target = parts._replace(scheme='', netloc='').geturl() or '/'
+            with suppress(ConnectionError):  # a refusing server may hang up before reading all
+                line.request(method, target, body, dict(headers))
+            sock.settimeout(answer_seconds)
+            deadline.start()  # the answer may come in drops
+            with line.getresponse() as answer:
+                received = answer.read(limit + 1)
+                if answer.length or len(received) > limit:
+                    raise ConnectionError('the answer was cut short, or is too long')
+                return answer.status, answer.headers, received
+    except http.client.HTTPException as error:
+        raise ConnectionError(f'no HTTP: {error}') from None
+    finally:
+        deadline.cancel()
+        if late.is_set():
+            raise TimeoutError('timed out') from None
 
 
 # ---------- settings ----------------------------------------------------------------------
@@ -4323,8 +4292,8 @@ def fetch_url(url):
     """The body at `url`. Raises Trouble."""
     host = urlsplit(url).hostname
     try:
-        status, _, body = HttpClient().call('GET', url, {'User-Agent': f'videoserverd/{VERSION}'},
-                                            answer_seconds=HELPER_TIMEOUT, limit=DOWNLOAD_LIMIT)
+        status, _, body = http_call('GET', url, {'User-Agent': f'videoserverd/{VERSION}'},
+                                    answer_seconds=HELPER_TIMEOUT, limit=DOWNLOAD_LIMIT)
     except OSError as error:
         raise Trouble(f'no answer from {host} ({error})') from None
     if status != 200:
@@ -4866,9 +4835,8 @@ class Freshness:
 
 # ---------- publish -----------------------------------------------------------------------
 # Owns access to finished files: links and their signatures, the bucket (AWS Signature 4, parts),
-# the threads that empty the store's outbox (`upload`, `notify`), thumbnails. Lock:
-# `Courier._guard` guards what is under way; never held across the network. Called by http (links)
-# and daemon.
+# the threads that empty the store's outbox (`upload`, `notify`), thumbnails. No lock. Called by
+# http (links) and daemon.
 
 MARKER = '.videoserverd'  # in the output folder: the empty folder of an unplugged disk lacks it
 BLOCK = 256 << 10  # bytes read and sent at a time: large enough that TLS is the limit
@@ -5046,13 +5014,11 @@ def xml_texts(answer, tag):
 
 
 class Bucket:
-    """The bucket of [s3]; one request at a time, which may raise Trouble. `presign` from any
-    thread."""
+    """The bucket of [s3]; what asks it may raise Trouble."""
 
     def __init__(self, config):
         self.s3 = config.s3
         self.keys = Keys(config.aws_access_key_id, config.aws_secret_access_key, config.s3.region)
-        self.client = HttpClient()
 
     def key(self, download_id, name):
         """The object's name, with the id, so that downloads of the same name never collide."""
@@ -5129,8 +5095,8 @@ class Bucket:
         signed['Content-Length'] = str(body.size)  # not signed: some proxies drop a zero
         url = f'{base}{path}?{canonical_query(query)}'
         try:
-            status, found, answer = self.client.call(method, url, signed, body.blocks(),
-                                                     answer_seconds=JOIN_SECONDS)
+            status, found, answer = http_call(method, url, signed, body.blocks(),
+                                              answer_seconds=JOIN_SECONDS)
         except OSError as error:
             text = excerpt(' '.join(str(error).split()), 200)
             if isinstance(error, ssl.SSLCertVerificationError):
@@ -5153,27 +5119,20 @@ class Courier:
     returns what Store.settle records, or raises Trouble; `fails` begins the sentence about its
     error in health."""
 
-    def __init__(self, client, store, delays):
+    def __init__(self, store, delays):
         self.error = None  # why it fails at present, a sentence
-        self.client, self.store, self.delays = client, store, delays
-        self._guard = threading.Lock()
-        self._current, self._stopping = '', False
-        self._woken = threading.Event()
+        self.store, self.delays = store, delays
+        self._stopping, self._woken = False, threading.Event()
         self._pause_until = 0.0
         self.thread = threading.Thread(target=self._run, name=self.kinds[0], daemon=True)
 
-    def wake(self, forgotten=''):
-        """There may be something to do; end what is running for the download `forgotten`."""
-        with self._guard:
-            if forgotten and self._current == forgotten:
-                self.client.hang_up()
+    def wake(self):
+        """There may be something to do."""
         self._woken.set()
 
     def stop(self):
-        """End, whatever it is doing; a name look-up may take longer."""
-        with self._guard:
-            self._stopping = True
-        self.client.hang_up()
+        """End; what takes longer than a moment ends with the process, and is done again."""
+        self._stopping = True
         self.wake()
         self.thread.join(0.8)
 
@@ -5198,22 +5157,14 @@ class Courier:
             return COURIER_NAP
         if 0 < item['due'] - now <= LONGEST_DELAY:
             return min(item['due'] - now, COURIER_NAP)
-        with self._guard:
-            self._current = item['download_id'] or ''
-            if not self._stopping:
-                self.client.halted.clear()
         try:
             noted = self.send(item, int(now))
         except StoreDown:
             raise
         except Exception as error:  # whatever it is, it must not hold up the others
-            if self.client.halted.is_set():
-                return 0
             if not isinstance(error, Trouble):
                 log.exception('%s: failed unexpectedly', self.thread.name)
             return self._postpone(item, str(error), int(now))
-        finally:
-            self._current = ''
         self.store.settle(item, int(now), None, *noted)
         self.error = None
         return 0
@@ -5239,7 +5190,7 @@ class Uploader(Courier):
     fails = 'Copies to the bucket fail'
 
     def __init__(self, config, bucket, store):
-        super().__init__(bucket.client, store, config.downloads.retry_delays)
+        super().__init__(store, config.downloads.retry_delays)
         self.bucket, self.output = bucket, config.downloads.output_directory
 
     def send(self, item, now):
@@ -5279,7 +5230,7 @@ class Notifier(Courier):
     fails = 'Notifications fail'
 
     def __init__(self, config, store, describe, page, problems):
-        super().__init__(HttpClient(), store, config.downloads.retry_delays)
+        super().__init__(store, config.downloads.retry_delays)
         self.describe, self.page, self.problems = describe, page, problems
         self.events, self.secret = config.notify.events, config.notify_secret.encode()
         self.url = config.notify.url.replace('ntfy+', '', 1)
@@ -5311,7 +5262,7 @@ class Notifier(Courier):
                 return ()
         headers, body = self._compose(event, told, now)
         try:
-            status, _, _ = self.client.call('POST', self.url, headers, body)
+            status, _, _ = http_call('POST', self.url, headers, body)
         except OSError as error:
             raise Trouble(f'{self.host} cannot be reached: {excerpt(str(error), 200)}') from None
         if not 200 <= status < 300:
@@ -9954,7 +9905,7 @@ class Daemon:
         with suppress(OSError):
             (self.care.thumbs / f'{download_id}.jpg').unlink()
         for courier in self.couriers:
-            courier.wake(download_id)
+            courier.wake()
         self.board.post(download_id)
         return True
 
@@ -10069,7 +10020,7 @@ def call_server(config, method, path, body=None, file=None):
     try:
         if facts.get('tls', config.server.tls):
             scheme, context = 'https', client_context(config.server.cert_file)
-        answer = HttpClient().call(
+        answer = http_call(
             method, f'{scheme}://{host}:{facts.get("port", config.server.port)}{path}', headers,
             data, 600.0 if file else 60.0, context=context)
         return json.loads(answer[2])
