@@ -1225,18 +1225,19 @@ SEARCHED_TEXT = ' || char(10) || '.join(f"ifnull(@{name}, '')" for name in SEARC
 # ended, so that storing it costs no page; what has not ended is searched as it is.
 ENDED = "status IN ('completed', 'failed')"
 UNFINISHED = "status IN ('queued', 'downloading')"
-NOT_INDEXED = (f'downloads.{ENDED} AND NOT EXISTS (SELECT 1 FROM search_docsize '
-               'WHERE id = downloads.rowid)')
-LEAVES_INDEX = f''' WHEN old.{ENDED} AND EXISTS (
-    SELECT 1 FROM search_docsize WHERE id = old.rowid) BEGIN
+ENTERS_INDEX = f'''ON downloads WHEN new.{ENDED} BEGIN
+    INSERT INTO search (rowid, text)
+    VALUES (new.rowid, {SEARCHED_TEXT.replace('@', 'new.')}); END;'''
+LEAVES_INDEX = f'''ON downloads WHEN old.{ENDED} BEGIN
     INSERT INTO search (search, rowid, text)
     VALUES ('delete', old.rowid, {SEARCHED_TEXT.replace('@', 'old.')}); END;'''
-SEARCH_TRIGGERS = f'''
-CREATE TRIGGER search_in AFTER UPDATE OF status, {', '.join(SEARCHED)} ON downloads
-    WHEN new.{ENDED} BEGIN INSERT INTO search (rowid, text)
-    VALUES (new.rowid, {SEARCHED_TEXT.replace('@', 'new.')}); END;
-CREATE TRIGGER search_out BEFORE UPDATE OF status, {', '.join(SEARCHED)} ON downloads {LEAVES_INDEX}
-CREATE TRIGGER search_end BEFORE DELETE ON downloads {LEAVES_INDEX}
+SEARCH_SCHEMA = f'''
+CREATE TRIGGER search_new AFTER INSERT {ENTERS_INDEX}
+CREATE TRIGGER search_in AFTER UPDATE OF status, {', '.join(SEARCHED)} {ENTERS_INDEX}
+CREATE TRIGGER search_out BEFORE UPDATE OF status, {', '.join(SEARCHED)} {LEAVES_INDEX}
+CREATE TRIGGER search_end BEFORE DELETE {LEAVES_INDEX}
+INSERT INTO search (rowid, text)
+    SELECT rowid, {SEARCHED_TEXT.replace('@', '')} FROM downloads WHERE {ENDED};
 '''
 HAS_FILES = "status = 'completed' AND reason IS NULL"  # else they were deleted to make room
 REPEAT_SECONDS = 600  # within which the same link from the same phone is a repeat
@@ -1340,7 +1341,7 @@ def prepare_search(db):
             db.execute('DROP TABLE IF EXISTS search')  # it may lack something
             db.execute("CREATE VIRTUAL TABLE search USING fts5(text, content='', "
                        "tokenize='trigram')")
-            db.executescript(f'BEGIN; {SEARCH_TRIGGERS} COMMIT;')
+            db.executescript(f'BEGIN; {SEARCH_SCHEMA} COMMIT;')
         db.execute('SELECT rowid FROM search LIMIT 1')
         return True
     except sqlite3.OperationalError as error:
@@ -1370,8 +1371,7 @@ class Store:
     def __init__(self, path, links_per_hour=0):
         self.path, self.links_per_hour = path, links_per_hour
         self.error = None  # why the last commit failed, None when it did not
-        self.searches = self.indexed = False  # whether there is an index, and it has all
-        self._index_from = 0  # the first rowid that it may lack
+        self.searches = False  # whether there is an index
         self.outgoing = {}  # kind of an item for the outbox: the verbs that cause one
         self._repeats = {}  # by client: start of its hour, how many
         self._commits, self._counted = 0, (-1, {})  # commits so far; `counts` as of which commit
@@ -1542,7 +1542,7 @@ class Store:
         if q:
             found = rf"{SEARCHED_TEXT.replace('@', '')} LIKE ? ESCAPE '\'"
             args.append('%' + re.sub(r'([%_\\])', r'\\\1', q) + '%')
-            if self.indexed and len(q) > 2:
+            if self.searches and len(q) > 2:
                 args.append('"' + q.replace('"', '""') + '"')
                 found = (f'rowid IN (SELECT rowid FROM downloads WHERE {UNFINISHED} AND {found} '
                          'UNION SELECT rowid FROM search WHERE search MATCH ?)')
@@ -1555,20 +1555,6 @@ class Store:
         return total, self.records(f'rowid IN (SELECT rowid FROM downloads WHERE {where} {newest} '
                                    f'LIMIT ? OFFSET ?) {newest}', *args, limit, offset)
 
-    def index_some(self):
-        """Index a few downloads that ended before there was an index; whether there may be more."""
-        text, first = SEARCHED_TEXT.replace('@', ''), None
-        if self.searches and not self.indexed:
-            first = self.read('SELECT min(rowid) FROM downloads WHERE rowid >= ? '
-                              f'AND {NOT_INDEXED}', (self._index_from,))[0][0]
-            self.indexed = first is None
-        if first is None:
-            return False
-        self._index_from = first + 50
-        self.write(lambda db: db.execute(
-            f'INSERT INTO search (rowid, text) SELECT rowid, {text} FROM downloads '
-            f'WHERE rowid >= ? AND rowid < ? AND {NOT_INDEXED}', (first, first + 50)))
-        return True
 
     def ids(self, begin):
         """The first few ids with this prefix."""
@@ -9419,8 +9405,7 @@ class Care:
     def _loop(self):
         tasks = {'leftovers': self.remove_leftovers, 'certificate': self.renew_certificate,
                  'backup': self.copy_database, 'pictures': self.make_pictures,
-                 'ytdlp': self.update_ytdlp, 'room': self.make_room, 'imports': self.imports.tidy,
-                 'search': self.index_downloads}
+                 'ytdlp': self.update_ytdlp, 'room': self.make_room, 'imports': self.imports.tidy}
         while True:
             for name, task in tasks.items():
                 try:
@@ -9458,10 +9443,6 @@ class Care:
             self.server.app.hosts = known_hosts(config)
             self._certificate_seen = file.stat().st_mtime_ns, day
 
-    def index_downloads(self, now):
-        """For searching: once, a few in each commit."""
-        while self.store.index_some():
-            pass
 
     def copy_database(self, now):
         """One copy a day; keep the newest `backups`. A bad copy never replaces a good one."""
