@@ -38,12 +38,15 @@ from harness import (  # noqa: E402
     HERE,
     IN_THE_CLEAR,
     RUN,
+    SAME_AS_YTDLP,
     TINY_MP4,
+    TRAPS,
     Client,
     Daemon,
     KillTally,
     Standin,
     Strace,
+    browser_host,
     finished,
     path_without_ffmpeg,
     publish_config,
@@ -57,7 +60,7 @@ from harness import (  # noqa: E402
 
 import test_videoserverd  # noqa: E402
 import videoserverd as v  # noqa: E402
-from test_videoserverd import ANY_PLACE, ANY_SITE, LISTED, MEMORY, SAME_AS_YTDLP, SHARED, TRAPS, TestAlone, browser_host  # noqa: E402
+from test_videoserverd import ANY_PLACE, ANY_SITE, LISTED, MEMORY, SHARED, TestAlone  # noqa: E402
 
 COMMANDS: Dict[str, Callable[[List[str]], Any]] = {}  # NAME: what `proofs.py NAME …` calls with the rest
 
