@@ -63,24 +63,25 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 from urllib.parse import parse_qs, quote, urlsplit
 
 import videoserverd as v
 
 sys.path.insert(0, str(Path(__file__).absolute().parent / '.ci'))
 from harness import (  # noqa: E402, I001
-    ANYWHERE, Answer, BROKEN, Browser, CHROMIUM, CONNECTED, COOKIE_ROWS, Classes, Daemon, DaemonTest, DownloadTest,
-    ENTER, FILES_KEY, FilesTest, FreshDaemon, HARD_NAMES, HERE, HTML, IN_THE_CLEAR, Index, KillTally, LIBRESSL,
-    Listener, LocalServer, MAKER, NOW, Nginx, ONE_ROW, OpenBucket, OtherSite, PART, PageTest, QuietHandler,
-    REAL_TRY_OUT, ROWS, RUN, Relay, SAME_AS_YTDLP, STUB, Standin, Strace, TINY_MP4, TINY_TS, TRAPS, USE_YTDLP,
-    WithBucket, YEAR, banners, be_lenient, browser_host, certificates, change_database, clean_environment, contents,
+    ANYWHERE, ANY_PLACE, ANY_SITE, Answer, BROKEN, Browser, CHROMIUM, CONNECTED, COOKIE_ROWS, Classes, Daemon,
+    DaemonTest, DownloadTest, ENTER, FILES_KEY, FilesTest, FreshDaemon, HARD_NAMES, HERE, HTML, IN_THE_CLEAR, Index,
+    KillTally, LIBRESSL, LISTED, Listener, LocalServer, MAKER, NOW, Nginx, ONE_ROW, OpenBucket, OtherSite, PART,
+    PageTest, QuietHandler, REAL_TRY_OUT, ROWS, RUN, Relay, S3_DOCS, S3_DOCS_CASES, S3_DOCS_NOW, S3_DOCS_PRESIGNED,
+    SAME_AS_YTDLP, SHARED, STUB, SUITE, SUITE_CASES, SUITE_NOW, Standin, Strace, TINY_MP4, TINY_TS, TRAPS, USE_YTDLP,
+    WithBucket, WithIndex, YEAR, banners, browser_host, certificates, change_database, clean_environment, contents,
     cookie_files, fair, fetch, fields_of, files_below, first_definitions, full_disk, functions, global_uses,
-    handshake, imported, judge, largest_fall, last_of, make_wheel, movie, new_config, new_folder, new_program, no_pip,
-    open_store, openssl, patched, path_without_ffmpeg, picture, probe, publish_config, ran, real_files,
-    reserved, run_openssl, same_bytes, self_signed, shared_links, sign_by_hand, slowest, some_files, sound, starts,
-    streams, swift, tiktok_export, tiktok_link, unpack_compiled, vendored, vendored_curl, verdict, wait_until,
-    with_pattern, ytdlp_folder, ytdlp_says, zipped,
+    handshake, imported, in_time, judge, largest_fall, last_of, make_wheel, movie, new_config, new_folder,
+    new_program, no_pip, open_store, openssl, patched, path_without_ffmpeg, picture, probe, publish_config,
+    ran, real_files, reserved, run_openssl, same_bytes, security, self_signed, shared_links, sign_by_hand, slowest,
+    some_files, sound, starts, streams, swift, tiktok_export, tiktok_link, unpack_compiled, vendored, vendored_curl,
+    verdict, wait_until, with_pattern, ytdlp_folder, ytdlp_says, zipped,
 )
 
 # ---------- law ---------------------------------------------------------------------------
@@ -232,7 +233,6 @@ class TestLaw(unittest.TestCase):
 # ---------- the main job ------------------------------------------------------------------
 # From a phone's POST to a playable file on disk: the real daemon, the real yt-dlp, the stand-in.
 
-
 class TestMainJob(DaemonTest):
     """A shared link is stored, acknowledged, downloaded."""
     settings = {'downloads': {'max_concurrent': 2, 'max_retries': 2}}
@@ -247,14 +247,6 @@ class TestMainJob(DaemonTest):
         self.assertIsNotNone(row['completed_at'])
         same_bytes(self.daemon, row, post.media[0])
         self.assertIn(row['filename'], self.daemon.files())
-
-    def test_instagram_post_reel_and_tv(self):
-        posts = [self.site.instagram(kind=kind) for kind in ('p', 'reel', 'tv')]
-        for post, id in [(post, self.daemon.submit(post)) for post in posts]:
-            with self.subTest(post):
-                row = self.daemon.wait_status(id, 'completed')
-                self.assertTrue(row['filename'].endswith(f'_{post.id}.mp4'), row['filename'])
-                same_bytes(self.daemon, row, post.media[0])
 
     def test_what_came_of_a_carousel_is_served_while_the_rest_is_tried_again(self):
         post = self.site.instagram('video', 'photo', 'video', kind='p')
@@ -285,13 +277,6 @@ class TestMainJob(DaemonTest):
                 self.assertIn(row['retry_count'], (1, 2) if LIBRESSL else (2,))  # there a reset is an early end
                 self.assertIsNone(row['error_message'])
 
-    def test_passing_failure_of_the_media_is_got_over(self):
-        posts = {name: self.site.tiktok(size=200_000, fail=[name, name] if name == 503 else [name])
-                 for name in (503, 403, 'half', 'reset', 'html')}
-        for name, id in [(name, self.daemon.submit(post)) for name, post in posts.items()]:
-            with self.subTest(name):
-                same_bytes(self.daemon, self.daemon.wait_status(id, 'completed'), posts[name].media[0])
-
     def test_retries_end_and_say_why(self):
         post = self.site.tiktok(page={'fail': [503] * 99})
         row = self.daemon.fails(post)
@@ -315,6 +300,7 @@ class TestMainJob(DaemonTest):
         post = self.site.tiktok(title='half', size=400_000, hold_at=200_000)
         id = self.daemon.submit(post)
         post.media[0].wait_held()
+        self.assertEqual(self.daemon.status(id)['phase'], 'media')
         self.assertEqual([name for name in self.daemon.files() if post.id in name], [])
         post.media[0].release()
         self.assertIn(self.daemon.wait_status(id, 'completed')['filename'], self.daemon.files())
@@ -323,9 +309,8 @@ class TestMainJob(DaemonTest):
     def test_progress_is_monotone_and_visible_within_a_second(self):
         post = self.site.instagram('video', 'video', kind='p', size=1_400_000, speed=700_000)
         id = self.daemon.submit(post)
-        began = time.monotonic()
-        self.daemon.wait_for(id, lambda row: 0 < row['progress'] < 100, 5)
-        self.assertLess(time.monotonic() - began, fair(2))
+        with in_time(2):
+            self.daemon.wait_for(id, lambda row: 0 < row['progress'] < 100, 5)
         rows = self.daemon.watch(id)
         self.assertTrue(all(row['title'] for row in rows), 'the title is known before the end')
         seen = [row['progress'] for row in rows]
@@ -359,11 +344,16 @@ class TestSamePost(DaemonTest):
             self.assertEqual(len({row['download_id'] for row in rows}), 1 + len(others))
             self.assertEqual([row['title'] for row in rows], [rows[0]['title']] * len(rows))
 
-    def test_two_links_that_run_at_the_same_moment_bring_one_file(self):
+    def twins(self) -> Tuple[Any, List[str]]:
+        """A post in the middle of being fetched, and the ids of two links to it."""
         post = self.site.tiktok(size=2_000_000, hold_at=1_000_000)
         links = [self.site.short(post), self.site.short(post, 'vt')]
         ids = [self.daemon.client.post('/api/v1/download', {'url': link}).json['download_id'] for link in links]
         wait_until(lambda: post.page.hits >= 2 and post.media[0].held, 10, 'both have read the page')
+        return post, ids
+
+    def test_two_links_that_run_at_the_same_moment_bring_one_file(self):
+        post, ids = self.twins()
         self.assertEqual([self.daemon.status(id)['status'] for id in ids], ['downloading'] * 2)
         post.media[0].release()
         rows = [self.daemon.wait_status(id, 'completed') for id in ids]
@@ -371,10 +361,7 @@ class TestSamePost(DaemonTest):
         self.assertEqual(post.media[0].hits, 1)
 
     def test_a_twin_goes_on_by_itself_once_the_first_is_cancelled(self):
-        post = self.site.tiktok(size=2_000_000, hold_at=1_000_000)
-        links = [self.site.short(post), self.site.short(post, 'vt')]
-        ids = [self.daemon.client.post('/api/v1/download', {'url': link}).json['download_id'] for link in links]
-        wait_until(lambda: post.page.hits >= 2 and post.media[0].held, 10, 'both have read the page')
+        post, ids = self.twins()
         holder, other = ids if self.daemon.partials(ids[0]) else reversed(ids)
         self.assertEqual(self.daemon.client.post(f'/api/v1/download/{holder}/cancel').status, 200)
         post.media[0].wait_held(2)
@@ -444,31 +431,15 @@ class TestDirectLinks(DaemonTest):
         self.assertNotEqual(row['status'], 'completed')
 
 
-class TestWithoutFfmpeg(DaemonTest):
-    """A machine that has no ffmpeg."""
-    settings = {'downloader': {'proxy': ''}, 'security': ANYWHERE}
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.env = {'PATH': path_without_ffmpeg()}
-        super().setUpClass()
-
-    def test_mp4_and_hls_without_ffmpeg(self):
-        post = self.site.direct(size=250_000)
-        same_bytes(self.daemon, self.daemon.download(post), post.page)
-        self.assertGreater(self.daemon.download(self.site.direct('hls'))['file_size'], 10_000)
-
-
 class TestCancel(DaemonTest):
     """Cancel works in under a second; TestStop has every phase."""
     settings = {'downloader': {'proxy': ''}, 'security': ANYWHERE}
 
     def cancel(self, id: str) -> None:
         """Cancels; under a second later it has failed, nothing is left and the worker is free."""
-        began = time.monotonic()
-        status = self.daemon.client.post(f'/api/v1/download/{id}/cancel').status
-        row = self.daemon.wait_status(id, 'failed')
-        self.assertLess(time.monotonic() - began, fair(1))
+        with in_time(1):
+            status = self.daemon.client.post(f'/api/v1/download/{id}/cancel').status
+            row = self.daemon.wait_status(id, 'failed')
         self.assertEqual((status, row['error_message']), (200, 'Cancelled'))
         self.assertEqual(self.daemon.partials(id), {})
         self.daemon.download(self.site.direct())
@@ -487,57 +458,33 @@ class TestCancel(DaemonTest):
     def test_cancel_while_the_media_stalls(self):
         self.cancel(self.daemon.half_way(self.site.direct(size=300_000, hold_at=100_000)))
 
-    @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
-    def test_cancel_during_the_merge(self):
-        daemon = self.new_daemon(env={'PATH': self.sleepy_ffmpeg()}, **self.settings)
-        id = daemon.submit(self.site.direct('dash'))
-        wait_until(lambda: [name for _, name in daemon.processes() if name == 'sleep'], 20, 'ffmpeg is at work')
-        self.assertEqual(daemon.status(id)['phase'], 'merge')
-        began = time.monotonic()
-        daemon.client.post(f'/api/v1/download/{id}/cancel')
-        self.assertEqual(daemon.wait_status(id, 'failed')['error_message'], 'Cancelled')
-        self.assertLess(time.monotonic() - began, fair(1))
-        self.assertEqual(daemon.partials(id), {})
-        wait_until(lambda: [name for _, name in daemon.processes() if name == 'sleep'] == [], what='ffmpeg is gone')
-
-    def sleepy_ffmpeg(self) -> str:
-        """A PATH whose ffmpeg tells its version and never ends a merge."""
-        folder = new_folder()
-        new_program(folder / 'ffmpeg',
-                    f'case "$*" in *-c*copy*) exec sleep 60;; esac\nexec {shutil.which("ffmpeg")} "$@"')
-        (folder / 'ffprobe').symlink_to(shutil.which('ffprobe'))
-        return f'{folder}{os.pathsep}{os.environ["PATH"]}'
-
 
 class TestEndAndResume(DaemonTest):
     """Stopped, killed, stalled: what a download that did not finish goes through."""
     settings = None
 
-    def finish(self, daemon: Daemon, post: Any, id: str) -> Dict[str, Any]:
-        """Starts the daemon again; the download ends well, without an attempt counted."""
-        post.media[0].release()
-        daemon.start()
-        row = daemon.wait_status(id, 'completed')
-        same_bytes(daemon, row, post.media[0])
-        self.assertEqual(len([file for file in daemon.files() if post.id in file]), 1)
-        return row
-
-    def test_sigterm_stops_in_under_5_seconds_and_the_next_start_resumes(self):
+    def test_however_a_life_ends_the_next_resumes_from_the_partial_file_and_no_attempt_is_counted(self):
         daemon = self.new_daemon()
-        post = self.site.tiktok(size=3_000_000, hold_at=2_000_000)
-        id = daemon.half_way(post)
-        self.assertLess(daemon.terminate(), fair(5))
-        self.assertEqual((daemon.row(id)['status'], daemon.row(id)['retry_count']), ('queued', 0))
-        self.assertEqual(self.finish(daemon, post, id)['retry_count'], 0)
-        self.assertRegex(post.media[0].ranges_asked[-1], r'^bytes=\d{6,}-')
-
-    def test_resumes_from_the_partial_file_after_kill_9(self):
-        daemon = self.new_daemon(downloader={'proxy': ''}, security=ANYWHERE)
-        post = self.site.direct(size=3_000_000, hold_at=2_000_000)
-        id = daemon.half_way(post)
-        daemon.kill()
-        self.assertEqual(self.finish(daemon, post, id)['retry_count'], 0)
-        self.assertRegex(post.page.ranges_asked[-1], r'^bytes=\d{6,}-')
+        for number, end in enumerate((signal.SIGTERM, signal.SIGKILL, signal.SIGHUP), 1):
+            with self.subTest(end):
+                post = self.site.tiktok(size=3_000_000, hold_at=2_000_000)
+                id, began = daemon.half_way(post), time.monotonic()
+                daemon.signal(end)
+                if end == signal.SIGHUP:  # the same process goes on
+                    wait_until(lambda number=number: starts(daemon) == number + 1, 20)
+                    post.media[0].wait_held(2)
+                else:
+                    daemon.wait_exit()
+                    self.assertLess(time.monotonic() - began, fair(5))
+                    self.assertEqual(daemon.row(id)['status'], 'queued' if end == signal.SIGTERM else 'downloading')
+                post.media[0].release()
+                if end != signal.SIGHUP:
+                    daemon.start()
+                row = daemon.wait_status(id, 'completed')
+                same_bytes(daemon, row, post.media[0])
+                there = [file for file in daemon.files() if post.id in file]
+                self.assertEqual((row['retry_count'], len(there)), (0, 1))
+                self.assertRegex(post.media[0].ranges_asked[-1], r'^bytes=\d{6,}-')
 
     def test_timeout_ends_an_attempt_without_progress(self):
         daemon = self.new_daemon(downloader={'timeout': 5}, downloads={'max_concurrent': 3, 'max_retries': 0})
@@ -546,22 +493,14 @@ class TestEndAndResume(DaemonTest):
         ids = [daemon.submit(post) for post in posts]
         for route in (posts[0].media[0], posts[1].media[0], posts[2].page):
             route.wait_hits()
-        began = time.monotonic()
-        for id in ids:
-            row = daemon.wait_status(id, 'failed')
-            self.assertRegex(row['error_message'], 'stopped sending')
-        self.assertLess(time.monotonic() - began, fair(9))
+        with in_time(9):
+            for id in ids:
+                row = daemon.wait_status(id, 'failed')
+                self.assertRegex(row['error_message'], 'stopped sending')
 
 
 # ---------- jobs --------------------------------------------------------------------------
 # Pure functions, judged by others: a browser's idea of a URL (WHATWG), yt-dlp's own parser.
-
-def security(domains: Sequence[str] = ('tiktok.com', 'instagram.com'), private: bool = False) -> Any:
-    return v.SimpleNamespace(allowed_domains=tuple(domains), allow_private_targets=private, max_url_length=2048)
-
-
-LISTED, ANY_SITE, ANY_PLACE = security(), security(['*']), security(['*'], private=True)
-
 
 def refusal(function: Callable[..., Any], *args: Any) -> str:
     """The code of the Refused that function(*args) raises; '' if it raises none."""
@@ -611,8 +550,7 @@ class TestOneUrl(unittest.TestCase):
                      'https://%74iktok.com/', 'https://xn--tiktok-.com/', 'https://xn--BCHER.de/', 'http://a.b:0/',
                      'http://a.b:65536/', 'http://a.b:1e3/', 'http://0x7f.1/', 'http://0177.0.0.1/'):
             for settings in (LISTED, ANY_PLACE):
-                with self.subTest(text=text):
-                    self.assertEqual(refusal(v.check_url, text, settings), 'bad_url')
+                self.assertEqual(refusal(v.check_url, text, settings), 'bad_url', text)
 
     @unittest.skipUnless(shutil.which('node'), 'node is not installed')
     def test_a_real_url_parser_agrees(self):
@@ -632,8 +570,7 @@ class TestOneUrl(unittest.TestCase):
                                check=True, timeout=60)
         self.assertGreater(len(accepted), 100)
         for (text, url), (there, here) in zip(accepted, json.loads(found.stdout)):
-            with self.subTest(text=text, url=url):
-                self.assertEqual(there, here)
+            self.assertEqual(there, here, (text, url))
 
     def test_canonical_form(self):
         for text, settings, url in [
@@ -647,8 +584,7 @@ class TestOneUrl(unittest.TestCase):
                 ('http://[2606:4700:0:0::1111]:8080/', ANY_SITE, 'http://[2606:4700::1111]:8080/'),
                 ('http://127.0.0.1:5000/v.mp4', ANY_PLACE, 'http://127.0.0.1:5000/v.mp4'),
                 ('http://nas/v', ANY_PLACE, 'http://nas/v')]:
-            with self.subTest(text=text):
-                self.assertEqual(v.check_url(text, settings), url)
+            self.assertEqual(v.check_url(text, settings), url, text)
 
     def test_refusals_have_stable_codes(self):
         for text, settings, code in [
@@ -667,8 +603,7 @@ class TestOneUrl(unittest.TestCase):
                 ('http://127.0.0.1/', security(['127.0.0.1']), 'private_address'),
                 ('http://192.168.1.1/', ANY_PLACE, ''), ('http://2130706433/', ANY_PLACE, 'bad_url'),
                 ('http://127.1/', ANY_PLACE, 'bad_url')]:
-            with self.subTest(text=text[:80]):
-                self.assertEqual(refusal(v.check_url, text, settings), code)
+            self.assertEqual(refusal(v.check_url, text, settings), code, text[:80])
 
     def test_addresses_of_no_public_place(self):
         for address in ('127.0.0.1', '10.1.2.3', '172.16.0.1', '192.168.0.1', '169.254.1.1', '100.64.0.1', '0.0.0.0',
@@ -676,66 +611,10 @@ class TestOneUrl(unittest.TestCase):
                         'fe80::1%eth0', 'fc00::1', 'fec0::1', 'ff02::1', '2001:db8::1', '::ffff:127.0.0.1',
                         '::ffff:a00:1', '::127.0.0.1', '64:ff9b::7f00:1', '64:ff9b:1::1', '2002:7f00:1::', '2001::1',
                         '100::1'):
-            with self.subTest(address=address):
-                self.assertFalse(v.is_public(address))
+            self.assertFalse(v.is_public(address), address)
         for address in ('8.8.8.8', '2606:4700::1111', '::ffff:8.8.8.8', '64:ff9b::808:808', '2002:808:808::1',
                         '192.0.3.1'):
-            with self.subTest(address=address):
-                self.assertTrue(v.is_public(address))
-
-
-SHARED = [  # what arrives, and the canonical links that are in it
-    ('https://vm.tiktok.com/ZMabc123/', ['https://vm.tiktok.com/ZMabc123/']),
-    ('vm.tiktok.com/ZMabc123', ['https://vm.tiktok.com/ZMabc123']),
-    ('vt.tiktok.com/ZSabc/', ['https://vt.tiktok.com/ZSabc/']),
-    ('Www.TikTok.com/@a.b_c/video/7123?is_from_webapp=1&sender_device=pc',
-     ['https://www.tiktok.com/@a.b_c/video/7123?is_from_webapp=1&sender_device=pc']),
-    ('https://www.tiktok.com/t/ZTabc/?k=1', ['https://www.tiktok.com/t/ZTabc/?k=1']),
-    ('https://www.tiktok.com/@user/photo/7123', ['https://www.tiktok.com/@user/photo/7123']),
-    ('https://www.instagram.com/reel/C1_-x/?igsh=MWx5==', ['https://www.instagram.com/reel/C1_-x/?igsh=MWx5==']),
-    ('https://www.instagram.com/reels/C1x/', ['https://www.instagram.com/reels/C1x/']),
-    ('https://www.instagram.com/p/C1x-', ['https://www.instagram.com/p/C1x-']),
-    ('https://instagram.com/tv/C1x_', ['https://instagram.com/tv/C1x_']),
-    ('https://www.instagram.com/stories/some.one/31/', ['https://www.instagram.com/stories/some.one/31/']),
-    ('https://www.instagram.com/some.one/reel/C1x/', ['https://www.instagram.com/some.one/reel/C1x/']),
-    ('https://www.instagram.com/share/reel/BAx?igsh=1', ['https://www.instagram.com/share/reel/BAx?igsh=1']),
-    ('Look at this! https://vm.tiktok.com/ZM1/', ['https://vm.tiktok.com/ZM1/']),
-    ('Check out Anna\'s video! #TikTok > https://vm.tiktok.com/ZM1/ Get the app: https://www.tiktok.com/tiktoklite',
-     ['https://vm.tiktok.com/ZM1/']),
-    ('Schau dir Müllers Video an – „https://vm.tiktok.com/ZM1/“!', ['https://vm.tiktok.com/ZM1/']),
-    ('«https://vm.tiktok.com/ZM1»', ['https://vm.tiktok.com/ZM1']),
-    ('(https://vm.tiktok.com/ZM1/).', ['https://vm.tiktok.com/ZM1/']),
-    ('[a](https://vm.tiktok.com/ZM1)', ['https://vm.tiktok.com/ZM1']),
-    ('<https://vm.tiktok.com/ZM1>', ['https://vm.tiktok.com/ZM1']),
-    ('**https://vm.tiktok.com/ZM1**', ['https://vm.tiktok.com/ZM1']),
-    ('"https://vm.tiktok.com/ZM1",', ['https://vm.tiktok.com/ZM1']),
-    ("'https://vm.tiktok.com/ZM1'?!…", ['https://vm.tiktok.com/ZM1']),
-    ('https://vm.tiktok.com/ZM1🔥🔥', ['https://vm.tiktok.com/ZM1']),
-    ('🔥https://vm.tiktok.com/ZM1/❤️', ['https://vm.tiktok.com/ZM1/']),
-    ('看看这个视频https://vm.tiktok.com/ZM1/，太好笑了！', ['https://vm.tiktok.com/ZM1/']),
-    ('复制打开：vm.tiktok.com/ZM1。快看', ['https://vm.tiktok.com/ZM1']),
-    ('この動画https://vm.tiktok.com/ZM1/面白い', ['https://vm.tiktok.com/ZM1/']),
-    ('شاهد هذا \u200fhttps://vm.tiktok.com/ZM1/\u200f', ['https://vm.tiktok.com/ZM1/']),
-    ('\u2068https://vm.tiktok.com/ZM1/\u2069', ['https://vm.tiktok.com/ZM1/']),
-    ('\ufeffhttps://vm.tiktok.com/ZM1/\u200b', ['https://vm.tiktok.com/ZM1/']),
-    ('Смотри https://vm.tiktok.com/ZM1/, класс', ['https://vm.tiktok.com/ZM1/']),
-    ('https://vm.tiktok.com/ZM1/\nhttps://vm.tiktok.com/ZM2/\r\nvm.tiktok.com/ZM3',
-     [f'https://vm.tiktok.com/ZM{n}' + '/' * (n < 3) for n in (1, 2, 3)]),
-    ('https://vm.tiktok.com/ZM1,https://vm.tiktok.com/ZM2;https://vm.tiktok.com/ZM3',
-     [f'https://vm.tiktok.com/ZM{n}' for n in (1, 2, 3)]),
-    ('https://vm.tiktok.com/ZM1https://vm.tiktok.com/ZM2', [f'https://vm.tiktok.com/ZM{n}' for n in (1, 2)]),
-    ('https://www.tiktok.com/login?redirect_url=https://www.tiktok.com/@a/video/1',
-     ['https://www.tiktok.com/login?redirect_url=https://www.tiktok.com/@a/video/1']),
-    ('HTTPS://VM.TIKTOK.COM/ZM1', ['https://vm.tiktok.com/ZM1']),
-    ('http://vm.tiktok.com/ZM1', ['https://vm.tiktok.com/ZM1']),
-    ('https://www.tiktok.com/@a(b)/video/1 (https://www.tiktok.com/@a(b))',
-     ['https://www.tiktok.com/@a(b)/video/1', 'https://www.tiktok.com/@a(b)']),
-    ('https://tiktok.com\nhttps://vm.tiktok.com/1', ['https://tiktok.com/', 'https://vm.tiktok.com/1']),
-    ('https://tiktok.com\nNice', []), ('https://tiktok.com\u3002evil.com/x', []),
-    ('https://tiktok.com\n.evil.com/x', []), ('me@tiktok.com/x', []), ('https://evil.com/vm.tiktok.com/ZM1', []),
-    ('eviltiktok.com/x', []), ('étiktok.com/x', []), ('no link', []), ('', []),
-    ('Do you know tiktok.com? Or and/or e.g./i.e.', []), ('https://', []), ('http:// https:// ://', []),
-]
+            self.assertTrue(v.is_public(address), address)
 
 
 class TestSharedText(unittest.TestCase):
@@ -754,13 +633,10 @@ class TestSharedText(unittest.TestCase):
                     self.assertIn(refusal(v.parse_submission, {'url': text}, LISTED),
                                   ('no_url', 'bad_url', 'domain_not_allowed'))
 
-    def test_listed_domains_need_no_scheme(self):
-        self.assertEqual(v.parse_submission({'url': 'see youtu.be/abc'}, security(['youtu.be'])).url,
-                         'https://youtu.be/abc')
-
-    def test_the_first_link_that_can_be_taken(self):
-        self.assertEqual(v.parse_submission({'url': 'https://evil.com/ https://vm.tiktok.com/1'}, LISTED).url,
-                         'https://vm.tiktok.com/1')
+    def test_the_first_link_that_can_be_taken_and_listed_domains_need_no_scheme(self):
+        for text, settings, url in (('see youtu.be/abc', security(['youtu.be']), 'https://youtu.be/abc'),
+                                    ('https://evil.com/ https://vm.tiktok.com/1', LISTED, 'https://vm.tiktok.com/1')):
+            self.assertEqual(v.parse_submission({'url': text}, settings).url, url)
         self.assertEqual(refusal(v.parse_submission, {'url': 'https://evil.com/ https://u@tiktok.com/1'}, LISTED),
                          'domain_not_allowed')
 
@@ -863,16 +739,14 @@ class TestPatterns(unittest.TestCase):
         self.assertEqual({name for name, _, _ in found} - set(limits), set(), 'add these to LARGEST, with their size')
         for name, method, pattern in found:
             if limits[name]:
-                with self.subTest(name=name, pattern=pattern.pattern[:60]):
-                    self.assertLess(slowest(pattern, method, limits[name]), (30, ''))
+                self.assertLess(slowest(pattern, method, limits[name]), (30, ''), (name, pattern.pattern[:60]))
 
     def test_the_test_itself_sees_what_is_slow(self):
         double = r'(?:\[ ?\w+ ?(?:=|<=) ?\?? ?\w+ ?\])+'
         for text, method, size in ((double, 'fullmatch', 300), ('(a+)+b', 'search', 100),
                                    (r'<meta .*?x', 'search', 16384), (r'^\s+|\s+$', 'sub', 16384),
                                    (r'\s*;', 'search', 16384)):
-            with self.subTest(pattern=text):
-                self.assertGreater(slowest(re.compile(text, re.S), method, size), (30, ''))
+            self.assertGreater(slowest(re.compile(text, re.S), method, size), (30, ''), text)
 
 
 class TestOptions(unittest.TestCase):
@@ -928,8 +802,7 @@ class TestOptions(unittest.TestCase):
                       ['-I', '٣'], ['-I', '1,' * 40 + '1'], ['--audio-format', 'exe'], ['--audio-format', 'm4a>mp3'],
                       ['--sub-langs', 'en.*'], ['--sub-langs', '(a+)+$'], ['--sub-langs', ''], ['-xy'],
                       ['--embed-subs=yes'], ['--mtime=']):
-            with self.subTest(words=words):
-                self.assertEqual(refusal(v.parse_options, words), 'bad_option')
+            self.assertEqual(refusal(v.parse_options, words), 'bad_option', words)
 
     def test_numbers_are_held_to_a_limit(self):
         words = '-N 99 -R 999 --socket-timeout 9999 --fragment-retries 100 --extractor-retries 50'
@@ -944,8 +817,7 @@ class TestOptions(unittest.TestCase):
         self.assertEqual(v.parse_options([]), ())
         for value in ("-f 'b", '-f b\\', 'x' * 5000, ' ' * 4096 + '-x', ['-x'] * 65, '-x ' * 65, ['-f', 'b' * 5000], 5,
                       {}, [5], [['-f']], b'-x'):
-            with self.subTest(value=str(value)[:20]):
-                self.assertEqual(refusal(v.parse_options, value), 'bad_field')
+            self.assertEqual(refusal(v.parse_options, value), 'bad_field', str(value)[:20])
 
     def test_what_is_accepted_does_no_harm_inside_ytdlp(self):
         """No option takes long, and none stays in the process for the next download."""
@@ -1074,7 +946,6 @@ class TestStates(unittest.TestCase):
 # ---------- promises ----------------------------------------------------------------------
 # Acknowledged is stored: what reaches the disk and when, kill -9, the phone's repeats, limits, bad
 # starts, commands. Each test bears the words of the promise it holds.
-
 
 @unittest.skipUnless(shutil.which('strace'), 'strace is not installed')
 class TestStoredBeforeAcknowledged(DaemonTest):
@@ -1333,14 +1204,14 @@ class TestPhone(DaemonTest):
 
     def test_same_client_url_timestamp_gets_the_same_id(self):
         link = 'https://vm.tiktok.com/ZM1/'  # which tells nothing of the post
-        first = self.post(url=link, client_id='a', timestamp=9)
-        again = self.post(url=link, client_id='a', timestamp=9)
+        first = self.post(url=link, client_id='a', timestamp=10 ** 60)  # any number, only ever compared
+        again = self.post(url=link, client_id='a', timestamp=10 ** 60)
         self.assertEqual((first.status, again.status), (202, 200))
         self.assertEqual(first.json['download_id'], again.json['download_id'])
-        for fields in ({'client_id': 'b', 'timestamp': 9}, {'client_id': 'a', 'timestamp': 10}, {'client_id': 'a'}):
-            self.assertEqual(self.post(url=link, **fields).status, 202, fields)
+        for client_id, timestamp in (('b', 10 ** 60), ('a', 9), ('a', None)):
+            self.assertEqual(self.post(url=link, client_id=client_id, timestamp=timestamp).status, 202, timestamp)
         self.daemon.restart()
-        self.assertEqual(self.post(url=link, client_id='a', timestamp=9).json['download_id'],
+        self.assertEqual(self.post(url=link, client_id='a', timestamp=10 ** 60).json['download_id'],
                          first.json['download_id'])
 
     def test_a_post_that_is_on_its_way_by_any_of_its_links(self):
@@ -1374,15 +1245,6 @@ class TestPhone(DaemonTest):
         with ThreadPoolExecutor(12) as pool:
             answers = [pool.submit(self.daemon.new_client().post, '/api/v1/download', wanted) for _ in range(12)]
         self.assertEqual(len({answer.result().json['download_id'] for answer in answers}), 1)
-
-    def test_a_timestamp_of_any_size_is_only_compared(self):
-        huge = 10 ** 60
-        first = self.post(url=tiktok_link(3), client_id='a', timestamp=huge)
-        self.assertEqual(first.status, 202)
-        self.assertEqual(self.post(url=tiktok_link(3), client_id='a', timestamp=huge).json['download_id'],
-                         first.json['download_id'])
-        for bad in (-1, 1.5, '1', True):
-            self.assertEqual(self.post(url=tiktok_link(3), timestamp=bad).status, 400, bad)
 
     def test_a_whole_offline_list_in_one_commit_each_link_answered_for(self):
         before = self.daemon.rows('SELECT count(*) AS n FROM downloads')[0]['n']
@@ -1494,9 +1356,9 @@ class TestRepeats(DaemonTest):
             time.sleep(0.2)
         self.assertEqual((len(ends), ends.count(200), ends.count(429)), (4000, 3, 3997))
         self.assertLess(max(waits), fair(1))
-        cpu = TestCrowd.cpu(self.daemon.pid)
+        cpu = self.daemon.cpu()
         time.sleep(1)
-        self.assertLess(TestCrowd.cpu(self.daemon.pid) - cpu, 0.1, 'no stale entry keeps the processor busy')
+        self.assertLess(self.daemon.cpu() - cpu, 0.1, 'no stale entry keeps the processor busy')
 
 
 class TestWhoIsAnswered(DaemonTest):
@@ -1678,14 +1540,6 @@ class TestBadStarts(DaemonTest):
         away.rename(daemon.output)
         daemon.wait_status(id, 'completed')
 
-    def test_a_full_disk_pauses_the_queue_and_it_resumes_by_itself(self):
-        daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})
-        id = daemon.submit(self.site.tiktok())
-        self.assertEqual(daemon.status(id)['status'], 'queued')
-        daemon.configure(downloads={'min_free_space': '1MB'})
-        daemon.signal(signal.SIGHUP)
-        daemon.wait_status(id, 'completed')
-
 
 class TestCommands(DaemonTest):
     """add, list, doctor, backup beside a running daemon and without one."""
@@ -1742,9 +1596,14 @@ class TestCommands(DaemonTest):
         rows = [row for row in shown.splitlines() if 'https' in row]
         self.assertEqual({len(re.sub('\33.*?m', '', row)) for row in rows}, {60})
         self.assertIn('\33[33mqueued', shown)
+        daemon.change_env({'PYTHONIOENCODING': 'latin-1'})  # which lacks letters
+        self.assertIn('\\u2026 and 210 older ones: list --all', daemon.run('list').stdout)
 
-    def test_log_shows_its_end_and_goes_on(self):
-        daemon = self.new_daemon()
+    def test_log_is_empty_at_first_then_shows_its_end_and_goes_on(self):
+        daemon = self.new_daemon(start=False)
+        done = daemon.run('log')
+        self.assertEqual((done.returncode, done.stdout), (0, ''))
+        daemon.start()
         with subprocess.Popen(daemon.command_line('log', '-f'), env=daemon.env, stdout=subprocess.PIPE,
                               encoding='utf-8') as shown:
             try:
@@ -1757,10 +1616,6 @@ class TestCommands(DaemonTest):
                     daemon.restart()
             finally:
                 shown.kill()
-
-    def test_log_of_a_server_that_has_not_run_is_empty(self):
-        done = self.new_daemon(start=False).run('log')
-        self.assertEqual((done.returncode, done.stdout), (0, ''))
 
     def test_help_fits_a_screen_and_explains_everything(self):
         screen = subprocess.check_output([sys.executable, str(HERE / 'videoserverd.py'), '--help'], encoding='utf-8')
@@ -1782,12 +1637,6 @@ class TestCommands(DaemonTest):
             self.assertEqual(shown, f'the service: {" ".join(words)}\n')
         self.assertEqual(sorted(os.listdir(daemon.program.parent)), ['__pycache__', 'videoserverd.py'])
         self.assertIn('no database yet', daemon.run('list').stdout)  # --config is another one's
-
-    def test_a_terminal_that_lacks_letters_shows_the_list_all_the_same(self):
-        daemon = self.new_daemon(start=False)
-        daemon.run('add', *map(tiktok_link, range(21)))
-        daemon.change_env({'PYTHONIOENCODING': 'latin-1'})
-        self.assertIn('\\u2026 and 1 older ones: list --all', daemon.run('list').stdout)
 
     def test_doctor_names_each_fault_and_what_fixes_it(self):
         daemon = self.new_daemon()
@@ -1839,20 +1688,21 @@ class TestCommands(DaemonTest):
         wait_until(lambda: sorted(file.name for file in folder.iterdir()) == [
             'downloads-2020-01-03.db', f'downloads-{time.strftime("%Y-%m-%d")}.db'], 10)
 
-    def test_setup_only_provisions(self):
+    def test_setup_only_provisions_with_a_config_named_before_or_after_it(self):
         daemon = self.new_daemon(start=False)
         shutil.rmtree(daemon.folder / 'certs')
-        for words in ('made', 'kept'):
-            done = daemon.run('setup')
-            self.assertEqual(done.returncode, 0, done.stdout)
-            self.assertIn(words, done.stdout)
+        for said, words in (('made', ['--config', daemon.file, 'setup']), ('kept', ['setup', '--config', daemon.file])):
+            done = ran([sys.executable, str(daemon.program), *map(str, words)], env=daemon.env)
+            self.assertEqual((done.returncode, said in done.stdout), (0, True), done.stdout)
         self.assertEqual(stat.S_IMODE((daemon.folder / 'certs/server.key').stat().st_mode), 0o600)
 
-    def test_doctor_goes_on_where_the_certificate_cannot_be_read(self):
+    def test_doctor_goes_on_where_certificate_or_key_cannot_be_read(self):
         daemon = self.new_daemon()
         (daemon.folder / 'certs/server.crt').write_text('rubbish')
         done = daemon.run('doctor')
         self.assertRegex(done.stdout, r'BAD +The server does not answer .*\n +fix: [^\0]*\d+ to fix\.')
+        daemon = self.new_daemon(start=False, server={'key_file': 'k' * 300})
+        self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: [^\0]*\d+ to fix\.')
 
     def test_doctor_has_one_command_for_each_kind_of_installation(self):
         config = v.load_config(None, {'VIDEOSERVER_DATABASE_PATH': f'{RUN}/none/d.db', 'VIDEOSERVER_SERVER_PORT': '0'})
@@ -1931,10 +1781,6 @@ class TestCommands(DaemonTest):
         self.assertEqual((done.returncode, len(daemon.rows('SELECT id FROM downloads'))), (0, 3), done.stdout)
         self.assertEqual(v.Lock(daemon.database).running(), {})
 
-    def test_doctor_goes_on_where_a_key_cannot_be_looked_at(self):
-        daemon = self.new_daemon(start=False, server={'key_file': 'k' * 300})
-        self.assertRegex(daemon.run('doctor').stdout, r'BAD +certificate: [^\0]*\d+ to fix\.')
-
     def test_phone_has_nothing_to_hand_out_behind_a_proxy(self):
         daemon = self.new_daemon(start=False, **IN_THE_CLEAR)
         done = daemon.run('phone', '--port', '0', seconds=10)
@@ -1957,12 +1803,6 @@ class TestCommands(DaemonTest):
             done = daemon.run('add', tiktok_link(1))
             self.assertEqual(done.returncode, 0, done.stdout)
 
-    def test_a_config_before_or_after_the_command(self):
-        daemon = self.new_daemon(start=False)
-        for words in (['--config', str(daemon.file), 'setup'], ['setup', '--config', str(daemon.file)]):
-            done = ran([sys.executable, str(HERE / 'videoserverd.py'), *words], env=daemon.env)
-            self.assertEqual(done.returncode, 0, done.stdout)
-
 
 class TestSignals(DaemonTest):
     """SIGTERM stops, SIGHUP starts anew in place."""
@@ -1973,13 +1813,6 @@ class TestSignals(DaemonTest):
         os.kill(daemon.pid, signal.SIGHUP)
         wait_until(lambda: daemon.log().count('listening on') == 2, 30)
         self.assertIn('stopping to restart in place', daemon.log())
-
-    def test_a_wrong_new_configuration_is_logged_and_the_old_one_runs_on(self):
-        daemon = self.new_daemon()
-        daemon.configure(downloads={'max_retries': 'many'})
-        daemon.signal(signal.SIGHUP)
-        wait_until(lambda: 'restart refused' in daemon.log(), 10)
-        daemon.download(self.site.tiktok())
 
     def test_it_starts_with_stdin_stdout_and_stderr_closed(self):
         daemon = self.new_daemon(start=False)
@@ -2013,20 +1846,25 @@ class TestSignals(DaemonTest):
         answers = [daemon.client.post('/api/v1/download', {'url': tiktok_link(number)}) for number in (1, 2)]
         self.assertEqual([answer.status for answer in answers], [202, 429])
 
-    def test_a_refused_restart_leaves_nothing_in_the_way_of_the_next_one(self):
+    def test_with_a_wrong_new_configuration_the_old_one_runs_on_and_nothing_is_in_the_way_of_the_next_restart(self):
         daemon = self.new_daemon()
-        fine, text = (daemon.folder / 'certs/server.crt').read_bytes(), daemon.program.read_text(encoding='utf-8')
+        daemon.configure(downloads={'max_retries': 'many'})
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: 'restart refused' in daemon.log(), 10)
+        daemon.download(self.site.tiktok())
+        daemon.configure(downloads={'max_retries': '3'})
+        fine = (daemon.folder / 'certs/server.crt').read_bytes()
         place = reserved()
         self.addCleanup(place.close)
         port = place.getsockname()[1]
         daemon.configure(server={'port': str(port)})
         (daemon.folder / 'certs/server.crt').write_text('rubbish')
         daemon.signal(signal.SIGHUP)
-        wait_until(lambda: 'restart refused' in daemon.log(), 10)
+        wait_until(lambda: daemon.log().count('restart refused') == 2, 10)
         (daemon.folder / 'certs/server.crt').write_bytes(fine)
         daemon.signal(signal.SIGHUP)
         wait_until(lambda: f'listening on 127.0.0.1 port {port}' in daemon.log(), 10)
-        self.assertNotIn('Traceback', text and daemon.log())
+        self.assertNotIn('Traceback', daemon.log())
 
     def test_a_program_with_holes_is_not_taken_up(self):
         daemon = self.new_daemon(hurry={'VERSION': '1.0.0'})  # a copy of its own
@@ -2399,9 +2237,38 @@ class TestLeftovers(unittest.TestCase):
 
 
 class TestSignalsBetweenTwoLives(DaemonTest):
-    """A second SIGHUP while the first is being answered."""
+    """The running daemon re-executes itself, its listening socket kept open; a signal while that is under way."""
     settings = None
 
+    def test_posts_through_re_executions_see_no_refused_connection_and_lose_no_link(self) -> None:
+        daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})  # paused: only links are taken
+        pid, wanted = daemon.pid, 4
+        ids: List[str] = []
+        failed: List[str] = []
+
+        def post() -> None:
+            client, url = daemon.new_client(timeout=30), 'https://www.tiktok.com/@a/video/'
+            while not failed and (len(ids) < 120 or starts(daemon) < wanted):
+                try:
+                    answer = client.post('/api/v1/download', {'url': f'{url}{uuid.uuid4().int}'})
+                    assert answer.status == 202, answer
+                    ids.append(answer.json['download_id'])
+                except Exception as error:
+                    failed.append(f'after {len(ids)} posts, in life {starts(daemon)}: {error!r}')
+        threads = [threading.Thread(target=post) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for life in range(1, wanted):
+            before = len(ids)
+            wait_until(lambda before=before: failed or len(ids) >= before + 20, 30)
+            daemon.signal(signal.SIGHUP)
+            wait_until(lambda life=life: failed or starts(daemon) > life, 30)
+        for thread in threads:
+            thread.join(60)
+        self.assertEqual(failed, [])
+        self.assertEqual((daemon.pid, daemon.running()), (pid, True))
+        self.assertEqual({row['id'] for row in daemon.rows()}, set(ids))
+        self.assertGreaterEqual(len(ids), 120)
     def test_a_sigterm_just_before_the_next_life_stops_that(self):
         daemon = self.new_daemon(hurry={'DRAIN_SECONDS': 5.0})
         text = daemon.program.read_text(encoding='utf-8')
@@ -2427,7 +2294,6 @@ class TestSignalsBetweenTwoLives(DaemonTest):
 # ---------- download ----------------------------------------------------------------------
 # Real yt-dlp in this very process against the stand-in; what has to die, grow or start afresh
 # runs in a process of its own (DownloadTest.driver).
-
 
 class TestPosts(DownloadTest):
     """Links to posts become files."""
@@ -2637,20 +2503,7 @@ class TestPosts(DownloadTest):
             with self.assertRaises(v.ConfigError):
                 self.config(downloader={'page_pace': bad})
 
-    def test_the_cdn_of_a_video_gets_the_same_browser_name_and_no_cookie_of_the_site(self):
-        jar = self.folder / 'cookies.txt'
-        jar.write_text('# Netscape HTTP Cookie File\n.instagram.com\tTRUE\t/\tTRUE\t4000000000\tsessionid\tsecret\n')
-        config = self.config(downloader={'proxy': self.site.proxy, 'cookies_file': str(jar)})
-        post = self.site.story()  # asked for twice: cookies come only when they are asked for
-        seen = len(self.site.requests)
-        self.assert_done(self.fetch(post, config=config), post.media[0])
-        asked = self.site.requests[seen:]
-        carried = {request.host for request in asked if 'secret' in request.headers.get('Cookie', '')}
-        self.assertTrue(carried and all(host.endswith('.instagram.com') for host in carried), carried)
-        self.assertIn('cdninstagram.com', {'.'.join(request.host.split('.')[-2:]) for request in asked})
-        self.assertEqual(len({request.headers['User-Agent'] for request in asked}), 1)
-
-    def test_cookies_go_to_their_own_site_only_and_their_file_is_never_written(self):
+    def test_cookies_go_to_their_own_site_only_not_to_its_cdn_and_their_file_is_never_written(self):
         jar = self.folder / 'cookies.txt'
         jar.write_text('# Netscape HTTP Cookie File\n'
                        '#HttpOnly_.instagram.com\tTRUE\t/\tTRUE\t4000000000\tsessionid\tsecret\n'
@@ -2662,19 +2515,21 @@ class TestPosts(DownloadTest):
         self.assertEqual((given.count('secret'), given.count('other')), (1, 0))
         story = self.site.story()
         self.assert_ends(self.fetch(story), 'retry', 'login', 2)
-        asked = len(self.site.requests)
+        seen = len(self.site.requests)
         self.assert_done(self.fetch(story, config=config), story.media[0])
-        carried = ['secret' in request.headers.get('Cookie', '') for request in self.site.requests[asked:]
+        asked = self.site.requests[seen:]
+        carried = ['secret' in request.headers.get('Cookie', '') for request in asked
                    if request.host == 'www.instagram.com']
         self.assertEqual((carried[0], carried[-1]), (False, True))  # anonymous first, then at once
+        self.assertIn('cdninstagram.com', {'.'.join(request.host.split('.')[-2:]) for request in asked})
+        self.assertEqual(len({request.headers['User-Agent'] for request in asked}), 1)
         self.assert_done(self.fetch(self.site.tiktok(), config=config), self.site.routes[
             'v16-webapp-prime.us.tiktok.com', self.site.asked('us.tiktok.com', '/video')[-1].path.rstrip('/')])
         self.assertEqual(jar.read_bytes(), before)
         for request in self.site.requests:
             cookies = request.headers.get('Cookie', '')
-            self.assertFalse('secret' in cookies and not request.host.endswith('instagram.com'), request)
-            self.assertFalse('other' in cookies and not request.host.endswith('tiktok.com'), request)
-
+            self.assertFalse('secret' in cookies and not request.host.endswith('.instagram.com'), request)
+            self.assertFalse('other' in cookies and not request.host.endswith('.tiktok.com'), request)
 
     def test_a_login_that_is_no_longer_taken_is_a_reason_of_its_own(self):
         jar, story, reel = self.folder / 'cookies.txt', self.site.story(), self.site.instagram('reel')
@@ -2770,13 +2625,11 @@ class TestCookies(unittest.TestCase):
 class TestFormats(DownloadTest):
     """The best that an iPhone plays, as mp4."""
 
-    def test_the_best_quality_is_taken_whether_h264_or_hevc(self):
+    def test_the_best_quality_is_taken_whether_h264_or_hevc_before_a_better_vp9_or_av1(self):
         post = self.site.tiktok(formats=('h264_540p', 'bytevc1_1080p', 'h264_720p'))
         self.assert_done(self.fetch(post), post.media[1])
         post = self.site.tiktok(formats=('h264_540p', 'bytevc1_540p', 'bytevc2_1080p', 'h264_720p'))
         self.assert_done(self.fetch(post), post.media[3])
-
-    def test_h264_comes_before_a_better_vp9_or_av1(self):
         for codec in ('vp9', 'av1'):
             post = self.site.instagram(dash=codec)
             self.assert_done(self.fetch(post), post.media[0])
@@ -2885,7 +2738,6 @@ class TestFormats(DownloadTest):
         self.assertGreaterEqual(len([told for told in self.told if 0 < told.percent < 97 and told.speed]), 1)
         self.assertGreaterEqual(self.told[-1].percent, 90)
         self.assertLess(self.told[-1].percent, 100)
-
 
     def test_a_format_that_comes_without_its_sound_is_struck_off_and_the_next_best_fetched(self):
         forms = ('h264_540p', 'bytevc1_1080p', 'bytevc1_720p')
@@ -3036,9 +2888,7 @@ class TestFailures(DownloadTest):
                 post = self.site.tiktok(fail=[trouble] * 9)
                 self.assert_ends(self.fetch(post, options=['-R', '0']), 'retry', *expected)
         self.assertEqual(self.finished(), {})
-
-    def test_a_short_stumble_is_not_even_noticed(self):
-        post = self.site.tiktok(fail=['half', 503])
+        post = self.site.tiktok(fail=['half', 503])  # a short stumble
         self.assert_done(self.fetch(post), post.media[0])
 
     def test_what_is_no_video_never_appears(self):
@@ -3313,7 +3163,18 @@ class TestResume(DownloadTest):
             self.assert_done(self.fetch(post, 'resumed'), post.media[0])
         self.assertEqual(post.media[0].ranges_asked, ['', ''])
 
-    def broken_off(self, kind: str, change: Callable[[Path], Any]) -> None:
+    # What may happen to the folder of a download that was stopped, and to its partial file.
+    CHANGES = {
+        'append': lambda folder, part: part.write_bytes(part.read_bytes() + b'x' * 3000),
+        'shorten': lambda folder, part: part.write_bytes(part.read_bytes()[:-3000]),
+        'lose index': lambda folder, part: next(folder.glob('*.ytdl')).unlink(),
+        'spoil index': lambda folder, part: next(folder.glob('*.ytdl')).write_text('{"downl'),
+        'spoil fragment': lambda folder, part: (folder / (part.name + '-Frag7.part')).write_bytes(b'x' * 3000),
+        'too long': lambda folder, part: part.write_bytes(part.read_bytes() + b'x' * 900_000),
+        'half of a finished file': lambda folder, part: part.rename(folder / part.name[:-len('.part')]),
+        'spoil note': lambda folder, part: (folder / 'job.json').write_text('[')}
+
+    def broken_off(self, kind: str, change: str) -> None:
         """A download is stopped in the middle, `change` happens to its folder, and it becomes whole all the same."""
         config, post = self.direct_config(), self.site.direct(kind, size=1_000_000, parts=10)
         held = post.media[6 if kind == 'hls' else 0].set(hold_at=50_000 if kind == 'hls' else 500_000)
@@ -3324,47 +3185,19 @@ class TestResume(DownloadTest):
         attempt.stop('stopped')
         run.wait()
         held.release()
-        change(attempt.folder.path)
+        self.CHANGES[change](attempt.folder.path, next(attempt.folder.path.glob('0-*[4s].part')))
         outcome = self.fetch(post, 'broken', config=config)
         v.forget_files(config, 'broken', ())
         self.assert_done(outcome, b''.join(route.body for route in post.media))
-        if kind == 'hls' and change.__name__ in ('append', 'spoil_fragment'):
+        if kind == 'hls' and change in ('append', 'spoil fragment'):
             self.assertEqual(post.media[0].hits, 1)  # the rest was continued
 
     def test_whatever_a_kill_leaves_behind_no_byte_comes_twice_or_is_missing(self):
-        def append(folder):
-            part = next(folder.glob('0-*[4s].part'))
-            part.write_bytes(part.read_bytes() + b'x' * 3000)
-
-        def shorten(folder):
-            part = next(folder.glob('0-*[4s].part'))
-            part.write_bytes(part.read_bytes()[:-3000])
-
-        def lose_index(folder):
-            next(folder.glob('*.ytdl')).unlink()
-
-        def spoil_index(folder):
-            next(folder.glob('*.ytdl')).write_text('{"downl')
-
-        def spoil_fragment(folder):
-            part = next(folder.glob('0-*[4s].part'))
-            (folder / (part.name + '-Frag7.part')).write_bytes(b'x' * 3000)
-
-        def too_long(folder):
-            part = next(folder.glob('0-*[4s].part'))
-            part.write_bytes(part.read_bytes() + b'x' * 900_000)
-
-        def half_of_a_finished_file(folder):
-            part = next(folder.glob('0-*[4s].part'))
-            part.rename(folder / part.name[:-5])
-
-        def spoil_note(folder):
-            (folder / 'job.json').write_text('[')
         with unittest.mock.patch.dict(os.environ, {'PATH': path_without_ffmpeg()}):  # ffmpeg would change the bytes
-            for kind, changes in (('hls', (append, shorten, lose_index, spoil_index, spoil_fragment, spoil_note)),
-                                  ('mp4', (shorten, too_long, half_of_a_finished_file, spoil_note))):
-                for change in changes:
-                    with self.subTest(kind=kind, change=change.__name__):
+            for kind, left_out in (('hls', {'too long', 'half of a finished file'}),
+                                   ('mp4', {'append', 'lose index', 'spoil index', 'spoil fragment'})):
+                for change in self.CHANGES.keys() - left_out:
+                    with self.subTest(kind=kind, change=change):
                         self.broken_off(kind, change)
 
     def test_kill_9_at_any_moment_never_leads_to_a_wrong_file(self):
@@ -3987,11 +3820,6 @@ class TestGuard(DownloadTest):
         self.assertEqual([route.hits for route in post.media], [0] * len(post.media))
 
 
-MEMORY = """
-            def rss(field='VmRSS'):
-                return int(Path('/proc/self/status').read_text().split(field + ':')[1].split()[0]) / 1024"""
-
-
 class TestGuardImpersonated(TestGuard):
     """The same with impersonate=on, where curl_cffi asks for all pages: nothing is reached but by the door."""
     together = 'impersonated'  # curl_cffi is imported once
@@ -4071,10 +3899,9 @@ class TestGuardImpersonated(TestGuard):
             attempt = self.attempt(post, config=self.config(security={'allowed_domains': '*'}))
             run = self.in_background(attempt)
             post.page.wait_hits()
-            began = time.monotonic()
-            attempt.stop('cancelled')
-            self.assertEqual(run.wait().reason, 'cancelled')
-            self.assertLess(time.monotonic() - began, fair(1))
+            with in_time(1):
+                attempt.stop('cancelled')
+                self.assertEqual(run.wait().reason, 'cancelled')
 
     def test_a_large_page_does_not_fill_the_memory(self):
         page = b'<html>' * (v.LARGEST_PAGE // 5)
@@ -4092,11 +3919,10 @@ class TestGuardImpersonated(TestGuard):
 
     def test_an_answer_that_nobody_reads_is_not_waited_for(self):
         self.site.add('www.example.com', '/never', HTML * 9, status=403, hold_at=5)
-        began = time.monotonic()
-        outcome = self.fetch('https://www.example.com/never', config=self.config(security={'allowed_domains': '*'}))
-        self.assert_ends(outcome, 'retry', 'blocked', 3)
-        gc.collect()
-        self.assertLess(time.monotonic() - began, fair(5))
+        with in_time(5):
+            outcome = self.fetch('https://www.example.com/never', config=self.config(security={'allowed_domains': '*'}))
+            self.assert_ends(outcome, 'retry', 'blocked', 3)
+            gc.collect()
 
     def test_the_door_opens_only_to_an_attempt_that_runs(self):
         port, reach = v.open_door(), self.attempt(tiktok_link(1), config=self.open_config).reach
@@ -4154,12 +3980,6 @@ class TestImpersonate(DaemonTest):
 class TestAlone(DownloadTest):
     """yt-dlp in a process of its own: what is imported, and what it costs."""
 
-    def said(self, code: str, env: Optional[Dict[str, str]] = None) -> List[str]:
-        process = self.driver(code, env=env)
-        text, _ = process.communicate(timeout=60)
-        self.assertEqual(process.returncode, 0)
-        return text.splitlines()
-
     def test_only_the_vendored_copy_and_python_itself_are_used(self):
         extra = self.folder / 'extra'
         (extra / 'site-packages' / 'requests').mkdir(parents=True)
@@ -4198,7 +4018,7 @@ class TestAlone(DownloadTest):
 
     def test_yt_dlp_costs_little_memory_and_no_more_with_each_download(self):
         posts = [str(self.site.tiktok(size=2_000_000, pictures=at % 2 * 5)) for at in range(8)]
-        found = self.said(MEMORY + f'''
+        found = self.said(f'''
             say(rss())
             for number, url in enumerate({posts!r}):
                 assert attempt(url, f'job{{number}}').run().kind == 'done'
@@ -4212,20 +4032,8 @@ class TestAlone(DownloadTest):
 
 # ---------- vendor ------------------------------------------------------------------------
 
-
-class TestVendor(unittest.TestCase):
+class TestVendor(WithIndex):
     """yt-dlp stays fresh: fetched, checked, tried out, switched, rolled back; against a fake index."""
-
-    def setUp(self) -> None:
-        self.index = Index()
-        self.addCleanup(self.index.end)
-        self.folder = new_folder()
-        self.vendor = v.Vendor(self.folder, self.index.url)
-        be_lenient(self)
-        self.environment(PYTHONPATH=str(no_pip()), VIDEOSERVER_API_KEYS='secret')
-
-    def environment(self, **names: str) -> None:
-        patched(self, unittest.mock.patch.dict(os.environ, names))
 
     def with_pip(self) -> None:
         if importlib.util.find_spec('pip') is None:
@@ -4264,11 +4072,12 @@ class TestVendor(unittest.TestCase):
         else:
             self.assertIn(f'yt-dlp now needs Python >=3.11, and this is Python {v.PYTHON}', told)
 
-    def test_pip_fetches_where_there_is_one_and_the_hash_is_that_of_the_index(self) -> None:
+    def test_pip_fetches_where_there_is_one_and_the_program_itself_where_there_is_none(self) -> None:
+        self.install('9999.1.1')
+        self.assertEqual(self.index.fetched('9999.1.1'), ['videoserverd'])
         self.with_pip()
-        self.index.add('9999.1.1')
-        self.assertEqual(self.vendor.install(), '9999.1.1')
-        self.assertEqual(self.index.fetched('9999.1.1'), ['pip'])
+        self.install('9999.1.2')
+        self.assertEqual(self.index.fetched('9999.1.2'), ['pip'])
 
     def test_a_pip_that_lies_where_somebody_called_us_is_not_run(self) -> None:
         folder = new_folder()
@@ -4295,18 +4104,12 @@ class TestVendor(unittest.TestCase):
             with self.assertRaises(v.BrokenRelease):
                 v.unpack(wheel, self.folder / 'tree')
 
-    def test_without_pip_it_fetches_itself(self) -> None:
-        self.index.add('9999.1.1')
-        self.assertEqual(self.vendor.install(), '9999.1.1')
-        self.assertEqual(self.index.fetched('9999.1.1'), ['videoserverd'])
-
     def test_an_answer_that_is_an_error_is_trouble(self) -> None:
         with Standin() as site, self.assertRaisesRegex(v.Trouble, '404'):
             v.fetch_url(site.http + '/nowhere')
 
     def test_a_wrong_hash_is_refused_and_nothing_changes(self) -> None:
-        self.index.add('9999.1.1')
-        self.vendor.install()
+        self.install('9999.1.1')
         self.index.add('9999.2.2', wrong_hash=True)
         for prepare in (lambda: None, self.with_pip):
             prepare()
@@ -4315,8 +4118,7 @@ class TestVendor(unittest.TestCase):
             self.assertEqual(self.vendor.version(), '9999.1.1')
 
     def test_a_broken_release_is_not_used_and_not_fetched_again(self) -> None:
-        self.index.add('9999.1.1')
-        self.vendor.install()
+        self.install('9999.1.1')
         self.index.add('9999.2.2', BROKEN)
         with self.assertLogs('videoserverd', 'WARNING') as logs:
             self.assertEqual(self.vendor.install(), '9999.1.1')
@@ -4324,8 +4126,7 @@ class TestVendor(unittest.TestCase):
         self.assertIn('a_module_that_is_not_there', logs.output[0])
         self.assertEqual(self.vendor.install(), '9999.1.1')
         self.assertEqual(len(self.index.fetched('9999.2.2')), 1)
-        self.index.add('9999.3.3')
-        self.assertEqual(self.vendor.install(), '9999.3.3')
+        self.install('9999.3.3')
         self.assertEqual(self.leftovers(), ['9999.1.1', '9999.3.3'])
 
     def test_where_the_newest_is_broken_the_one_before_is_taken(self) -> None:
@@ -4335,8 +4136,7 @@ class TestVendor(unittest.TestCase):
             self.assertEqual(self.vendor.install(), '9999.1.1')
 
     def test_an_index_that_has_fallen_behind_takes_nothing_back(self) -> None:
-        self.index.add('9999.2.2')
-        self.vendor.install()
+        self.install('9999.2.2')
         del self.index.files['9999.2.2']
         self.index.add('9999.1.1')
         self.assertEqual(self.vendor.install(), '9999.2.2')
@@ -4345,8 +4145,7 @@ class TestVendor(unittest.TestCase):
 
     def test_roll_back_to_the_last_good_one(self) -> None:
         for version in ('9999.1.1', '9999.2.2'):
-            self.index.add(version)
-            self.vendor.install()
+            self.install(version)
         self.assertIsNone(self.vendor.roll_back('9999.1.1'))  # `update` has replaced it while we waited for the lock
         self.assertEqual(self.vendor.roll_back('9999.2.2'), '9999.1.1')
         self.assertEqual(self.vendor.install(), '9999.1.1')  # the broken one is remembered …
@@ -4356,15 +4155,13 @@ class TestVendor(unittest.TestCase):
 
     def test_the_last_good_one_is_kept_and_so_is_what_another_python_uses(self) -> None:
         for version in ('9999.1.1', '9999.1.2', '9999.1.3', '9999.1.4'):
-            self.index.add(version)
-            self.vendor.install()
+            self.install(version)
             if version == '9999.1.1':
                 shutil.copy(self.folder / f'current-{v.PYTHON}', self.folder / 'current-2.7')
         self.assertEqual(self.leftovers(), ['9999.1.1', '9999.1.3', '9999.1.4', 'current-2.7'])
 
     def test_an_installation_killed_at_any_moment_leaves_the_old_one(self) -> None:
-        self.index.add('9999.1.1')
-        self.vendor.install()
+        self.install('9999.1.1')
         self.index.add('9999.2.2')
         self.index.stall.clear()
         child = self.child()
@@ -4393,8 +4190,7 @@ class TestVendor(unittest.TestCase):
         self.assertEqual(self.vendor.version(), '9999.1.1')
 
     def test_a_damaged_release_is_fetched_again(self) -> None:
-        self.index.add('9999.1.1')
-        self.vendor.install()
+        self.install('9999.1.1')
         (self.folder / '9999.1.1/yt_dlp/__init__.py').write_bytes(b'\0' * 300)
         self.assertEqual(self.vendor.install(), '9999.1.1')
         self.assertEqual(len(self.index.fetched('9999.1.1')), 2)
@@ -4434,16 +4230,14 @@ class TestVendor(unittest.TestCase):
         make = io.BytesIO(make_wheel('9999.1.1', STUB))
         zipfile.ZipFile(make).extractall(self.folder)
         self.assertEqual((self.vendor.current(), self.vendor.version()), (self.folder, '9999.1.1'))
-        self.index.add('9999.2.2')
-        self.assertEqual(self.vendor.install(), '9999.2.2')
+        self.install('9999.2.2')
         self.assertEqual((self.vendor.roll_back(self.vendor.state()['version']), self.vendor.current()),
                          ('9999.1.1', self.folder))
         (self.folder / 'yt_dlp/version.py').write_text("__version__ = '2026.07.03'\n")
         self.assertEqual(self.vendor.current() is None, sys.version_info >= (3, 10))
 
     def test_a_pointer_of_rubbish_costs_nothing(self) -> None:
-        self.index.add('9999.1.1')
-        self.vendor.install()
+        self.install('9999.1.1')
         for rubbish in (b'', b'\0' * 99, b'[]', b'{"version": "9999.7.7"}', b'{"version": "..'):
             (self.folder / f'current-{v.PYTHON}').write_bytes(rubbish)
             self.assertEqual(self.vendor.version(), '9999.1.1', rubbish)
@@ -4502,6 +4296,8 @@ class TestVendor(unittest.TestCase):
                                                      '    def _write_state'}, "{'write_index'}"),
                 (fragment, {r'unpad_pkcs7\(aes_': 'unpad_pkcs7(__import__("yt_dlp.aes").aes.aes_'},
                  'openssl_decrypt'),
+                ('downloader/http.py', {r'def real_download\(self, filename, info_dict\)':
+                                        'def real_download(self, filename)'}, 'ends with site_changed'),
                 ('downloader/hls.py', {'FFmpegFD(?=[.(])': '__import__("yt_dlp").downloader.FFmpegFD'},
                  'ends with crash'),
                 ('utils/_utils.py', {r'time\.sleep\(delay\)': 'threading.Event().wait(delay)',
@@ -4623,16 +4419,12 @@ class TestVendor(unittest.TestCase):
             v.try_out(root, version)
 
 
-class TestFreshness(unittest.TestCase):
+class TestFreshness(WithIndex):
     """What the daemon's thread `care` does about yt-dlp; no daemon needed."""
 
     def setUp(self) -> None:
-        self.index = Index()
-        self.addCleanup(self.index.end)
-        self.vendor = v.Vendor(new_folder(), self.index.url)
+        super().setUp()
         self.loaded: Optional[Path] = None
-        be_lenient(self)
-        patched(self, unittest.mock.patch.dict(os.environ, PYTHONPATH=str(no_pip())))
 
     def freshness(self, automatic: bool = True, channel: str = 'stable') -> Any:
         settings = SimpleNamespace(auto_update=automatic, channel=channel)
@@ -4644,8 +4436,7 @@ class TestFreshness(unittest.TestCase):
         for version in versions:
             if self.vendor.version():
                 self.vendor.remember(sites=['instagram.com', 'tiktok.com'])
-            self.index.add(version)
-            self.vendor.install()
+            self.install(version)
         self.loaded = self.vendor.current()
         return self.freshness(channel=channel)
 
@@ -4680,17 +4471,6 @@ class TestFreshness(unittest.TestCase):
         self.index.add('9999.2.2')
         self.freshness(automatic=False).step(time.time() + 8 * v.DAY)
         self.assertEqual(self.vendor.version(), '9999.1.1')
-
-    def test_no_network_is_told_and_it_is_fetched_when_there_is_one(self) -> None:
-        self.vendor.index, fresh, now = 'http://127.0.0.1:9', self.freshness(), time.time()
-        fresh.step(now)
-        self.assertRegex(fresh.trouble, 'connect this machine to the internet')
-        self.vendor.index = self.index.url
-        self.index.add('9999.1.1')
-        fresh.step(now + 59)
-        self.assertIsNone(self.vendor.version())
-        fresh.step(now + 60)
-        self.assertEqual((self.vendor.version(), fresh.trouble), ('9999.1.1', ''))
 
     def test_site_changed_brings_the_new_one_within_the_day_and_asks_for_a_re_execution(self) -> None:
         fresh, now = self.installed('9999.1.1'), time.time()
@@ -4788,61 +4568,14 @@ class TestFreshness(unittest.TestCase):
         thread = threading.Thread(target=fresh.step, args=(time.time(),))
         thread.start()
         wait_until(lambda: list(self.vendor.folder.glob('.new/tree/yt_dlp/__pycache__')))
-        began = time.monotonic()
-        fresh.stop()
-        thread.join(fair(10))
-        self.assertLess(time.monotonic() - began, fair(1))
+        with in_time(1):
+            fresh.stop()
+            thread.join(fair(10))
         self.assertEqual(fresh.trouble, 'the update of yt-dlp was stopped')
 
 
-# ---------- re-execution ------------------------------------------------------------------
-# SIGHUP and new releases of yt-dlp on the real daemon: nobody is refused, nothing is lost.
-
-
-class TestReexec(DaemonTest):
-    """The running daemon re-executes itself, its listening socket kept open."""
-    settings = None
-
-    def test_posts_through_re_executions_see_no_refused_connection_and_lose_no_link(self) -> None:
-        daemon = self.new_daemon(downloads={'min_free_space': '9000GB'})  # paused: only links are taken
-        pid, wanted = daemon.pid, 4
-        ids: List[str] = []
-        failed: List[str] = []
-
-        def post() -> None:
-            client, url = daemon.new_client(timeout=30), 'https://www.tiktok.com/@a/video/'
-            while not failed and (len(ids) < 120 or starts(daemon) < wanted):
-                try:
-                    answer = client.post('/api/v1/download', {'url': f'{url}{uuid.uuid4().int}'})
-                    assert answer.status == 202, answer
-                    ids.append(answer.json['download_id'])
-                except Exception as error:
-                    failed.append(f'after {len(ids)} posts, in life {starts(daemon)}: {error!r}')
-        threads = [threading.Thread(target=post) for _ in range(3)]
-        for thread in threads:
-            thread.start()
-        for life in range(1, wanted):
-            before = len(ids)
-            wait_until(lambda before=before: failed or len(ids) >= before + 20, 30)
-            daemon.signal(signal.SIGHUP)
-            wait_until(lambda life=life: failed or starts(daemon) > life, 30)
-        for thread in threads:
-            thread.join(60)
-        self.assertEqual(failed, [])
-        self.assertEqual((daemon.pid, daemon.running()), (pid, True))
-        self.assertEqual({row['id'] for row in daemon.rows()}, set(ids))
-        self.assertGreaterEqual(len(ids), 120)
-
-    def test_a_running_download_resumes_after_sighup_and_no_attempt_is_counted(self) -> None:
-        daemon, post = self.new_daemon(), self.site.tiktok(size=900_000, hold_at=500_000)
-        id = daemon.half_way(post)
-        daemon.signal(signal.SIGHUP)
-        wait_until(lambda: starts(daemon) == 2, 20)
-        post.media[0].wait_held(2)
-        post.media[0].release()
-        self.assertEqual(daemon.wait_status(id, 'completed')['retry_count'], 0)
-        self.assertRegex(post.media[0].ranges_asked[-1], r'bytes=[1-9]\d+-')
-
+# ---------- new releases ------------------------------------------------------------------
+# New releases of yt-dlp on the real daemon: nobody is refused, nothing is lost.
 
 class TestFreshDaemon(DaemonTest):
     """A new yt-dlp comes into use by itself, a broken one goes out of use by itself."""
@@ -4900,14 +4633,6 @@ class TestFreshDaemon(DaemonTest):
         self.assertEqual((daemon.download(self.site.tiktok())['status'], starts(daemon)), ('completed', 1))
         self.assertRegex('\n'.join(daemon.health()['problems']), 'A restart was refused: .*rubbish')
 
-    def test_a_broken_release_is_not_used_and_logged(self) -> None:
-        self.index.add('9999.2.2', some_files(downloader__http=('def real_download(self, filename, info_dict):',
-                                                                'def real_download(self, filename):')))
-        daemon = self.fresh_daemon(some_files())
-        wait_until(lambda: 'yt-dlp 9999.2.2 does not work here' in daemon.log(), 40)
-        daemon.download(self.site.tiktok())
-        self.assertEqual((daemon.health()['ytdlp_version'], starts(daemon)), ('9999.1.1', 1))
-
     def test_without_a_network_it_runs_says_so_and_fetches_yt_dlp_when_it_can(self) -> None:
         self.index.json_is_there = False
         self.index.add('9999.1.1', some_files())
@@ -4945,51 +4670,6 @@ class TestFreshDaemon(DaemonTest):
 
 # ---------- publish -----------------------------------------------------------------------
 # Links, SigV4 (judge: AWS's published vectors), the bucket (judge: OpenStack Swift), thumbnails.
-
-SUITE = v.Keys('AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY', 'us-east-1', 'service')
-SUITE_NOW = 1440938160  # 20150830T123600Z
-UNRESERVED = '-._~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
-SUITE_CASES = [  # AWS's Signature 4 test suite: name, method, path, query, headers, body, signature
-    ('get-vanilla', 'GET', '/', (), {}, b'', '5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31'),
-    ('get-utf8', 'GET', '/%E1%88%B4', (), {}, b'',
-     '8318018e0b0f223aa2bbf98705b62bb787dc9c0e678f255a891fd03141be5d85'),
-    ('get-space', 'GET', '/example%20space/', (), {}, b'',
-     '652487583200325589f1fba4c7e578f72c47cb61beeca81406b39ddec1366741'),
-    ('get-unreserved', 'GET', '/' + UNRESERVED, (), {}, b'',
-     '07ef7494c76fa4850883e2b006601f940f8a34d404d0cfa977f52a65bbf5f24f'),
-    ('get-vanilla-query-order-key-case', 'GET', '/', (('Param2', 'value2'), ('Param1', 'value1')), {}, b'',
-     'b97d918cfa904a5beff61c982a1b6f458b799221646efd99d3219ec94cdf2500'),
-    ('get-vanilla-query-order-key', 'GET', '/', (('Param1', 'value2'), ('Param1', 'Value1')), {}, b'',
-     'eedbc4e291e521cf13422ffca22be7d2eb8146eecf653089df300a15b2382bd1'),
-    ('get-vanilla-query-unreserved', 'GET', '/', ((UNRESERVED, UNRESERVED),), {}, b'',
-     '9c3e54bfcdf0b19771a7f523ee5669cdf59bc7cc0884027167c21bb143a40197'),
-    ('get-vanilla-utf8-query', 'GET', '/', (('\u1234', 'bar'),), {}, b'',
-     '2cdec8eed098649ff3a119c94853b13c643bcf08f8b0a1d91e12c9027818dd04'),
-    ('get-header-value-trim', 'GET', '/', (), {'My-Header1': ' value1', 'My-Header2': ' "a   b   c"'}, b'',
-     'acc3ed3afb60bb290fc8d2dd0098b9911fcaa05412b367055dee359757a9c736'),
-    ('post-vanilla', 'POST', '/', (), {}, b'', '5da7c1a2acd57cee7505fc6676e4e544621c30862966e37dddb68e92efbe5d6b'),
-    ('post-x-www-form-urlencoded', 'POST', '/', (), {'Content-Type': 'application/x-www-form-urlencoded'},
-     b'Param1=value1', 'ff11897932ad3f4e8b18135d722051e5ac45fc38421b1da7b9d196a0fe09473a'),
-]
-S3_DOCS = v.Keys('AKIAIOSFODNN7EXAMPLE', 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY', 'us-east-1')
-S3_DOCS_NOW = 1369353600  # 20130524T000000Z
-S3_DOCS_CASES = [  # "Signature Calculations for the Authorization Header", Amazon S3 API Reference
-    ('GET object', 'GET', '/test.txt', (), {'Range': 'bytes=0-9'}, b'',
-     'f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41'),
-    ('PUT object', 'PUT', '/test%24file.text', (), {
-        'Date': 'Fri, 24 May 2013 00:00:00 GMT', 'x-amz-storage-class': 'REDUCED_REDUNDANCY'},
-     b'Welcome to Amazon S3.', '98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd'),
-    ('GET bucket lifecycle', 'GET', '/', (('lifecycle', ''),), {}, b'',
-     'fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543'),
-    ('GET bucket', 'GET', '/', (('prefix', 'J'), ('max-keys', '2')), {}, b'',
-     '34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7'),
-]
-S3_DOCS_PRESIGNED = (
-    'https://examplebucket.s3.amazonaws.com/test.txt?X-Amz-Algorithm=AWS4-HMAC-SHA256'
-    '&X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F20130524%2Fus-east-1%2Fs3%2Faws4_request'
-    '&X-Amz-Date=20130524T000000Z&X-Amz-Expires=86400&X-Amz-SignedHeaders=host'
-    '&X-Amz-Signature=aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404')
-
 
 def given(query: str) -> Dict[str, str]:
     return {name: values[0] for name, values in parse_qs(query).items()}
@@ -5073,8 +4753,7 @@ class TestSigV4(unittest.TestCase):
 
     def test_published_suite(self):
         for case in SUITE_CASES:
-            with self.subTest(case[0]):
-                self.assertEqual(self.signature(SUITE, SUITE_NOW, 'example.amazonaws.com', case), case[-1])
+            self.assertEqual(self.signature(SUITE, SUITE_NOW, 'example.amazonaws.com', case), case[-1], case[0])
 
     def test_documented_s3_examples(self):
         for case in S3_DOCS_CASES:
@@ -5111,6 +4790,9 @@ class TestBucket(WithBucket):
                 status, headers, body = self.stored(path)
                 self.assertEqual((status, headers['Content-Type'], body), (200, 'video/mp4', path.read_bytes()))
                 self.assertEqual(headers['Content-Disposition'], v.content_disposition(name))
+        path = self.file(size=0)
+        self.put(path)
+        self.assertEqual(self.stored(path)[::2], (200, b''))
 
     def test_an_expired_or_changed_presigned_link_is_refused(self):
         path = self.file()
@@ -5137,12 +4819,8 @@ class TestBucket(WithBucket):
             self.put(path)
             self.assertEqual(self.stored(path)[2], path.read_bytes())
 
-    def test_an_empty_file(self):
-        path = self.file(size=0)
-        self.put(path)
-        self.assertEqual(self.stored(path)[::2], (200, b''))
-
-    def test_wrong_key_missing_bucket_and_server_down_say_what_to_do(self):
+    def test_wrong_key_missing_file_or_bucket_and_server_down_say_what_to_do(self):
+        self.assertIn('No such file', str(self.refused(self.output / 'gone.mp4')))
         path = self.file()
         down = reserved()
         self.addCleanup(down.close)
@@ -5155,20 +4833,6 @@ class TestBucket(WithBucket):
             bucket.keys = bucket.keys._replace(**{key: change[key] for key in change if key in v.Keys._fields})
             error = self.refused(path, bucket=bucket)
             self.assertRegex(str(error), said)
-
-    def test_a_missing_file_and_a_server_without_sense_are_errors_of_one_line(self):
-        self.assertIn('No such file', str(self.refused(self.output / 'gone.mp4')))
-        listener = socket.create_server(('127.0.0.1', 0))
-        self.addCleanup(listener.close)
-
-        def nonsense():
-            with listener.accept()[0] as client:
-                client.recv(65536)
-                client.sendall(b'SSH-2.0-OpenSSH_9.6\r\n')
-        threading.Thread(target=nonsense, daemon=True).start()
-        nowhere = f'http://127.0.0.1:{listener.getsockname()[1]}'
-        error = self.refused(self.file(), bucket=self.new_bucket(endpoint=nowhere))
-        self.assertRegex(str(error), 'SSH-2.0')
 
     def test_what_swift_never_says(self):
         answers = []
@@ -5225,25 +4889,19 @@ class TestBucket(WithBucket):
         self.assertRegex(str(error), 'connection to .* failed')
         self.relay.limit, self.relay.received, self.bucket = None, 0, self.new_bucket()
 
-    def test_an_upload_lost_in_the_middle_resumes_behind_the_last_whole_part(self):
-        path = self.file(size=6 * PART)
-        self.lose(path)
-        self.assertEqual(self.stored(path)[0], 404)
-        self.put(path)
-        self.assertLess(self.relay.received, 3 * PART + 20_000)
-        self.assertEqual((self.stored(path)[2], self.uploads()), (path.read_bytes(), []))
-
-    def test_an_upload_resumes_after_the_server_was_killed(self):
-        path = self.file(size=6 * PART)
-        self.lose(path)
-        self.swift.kill()
-        self.assertRegex(str(self.refused(path)), 'connection to the S3 server .* failed')
-        self.swift.start()
-        self.relay.target = self.swift.port
-        self.relay.received = 0
-        self.put(path)
-        self.assertLess(self.relay.received, 3 * PART + 20_000)
-        self.assertEqual(self.stored(path)[2], path.read_bytes())
+    def test_an_upload_lost_in_the_middle_resumes_behind_the_last_whole_part_also_when_the_server_was_killed(self):
+        for killed in (False, True):
+            path = self.file(f'{killed}.mp4', 6 * PART)
+            self.lose(path)
+            self.assertEqual(self.stored(path)[0], 404)
+            if killed:
+                self.swift.kill()
+                self.assertRegex(str(self.refused(path)), 'connection to the S3 server .* failed')
+                self.swift.start()
+                self.relay.target, self.relay.received = self.swift.port, 0
+            self.put(path)
+            self.assertLess(self.relay.received, 3 * PART + 20_000)
+            self.assertEqual((self.stored(path)[2], self.uploads()), (path.read_bytes(), []))
 
     def test_parts_of_another_file_are_not_taken_for_this_one(self):
         path = self.file(size=6 * PART)
@@ -5363,9 +5021,8 @@ class TestUploader(WithBucket):
         id = self.finish('cat.mp4', size=30 << 20)
         self.uploader.thread.start()
         self.assertTrue(self.relay.stalled.wait(fair(10)))
-        begun = time.monotonic()
-        self.uploader.stop()
-        self.assertLess(time.monotonic() - begun, fair(0.9))
+        with in_time(0.9):
+            self.uploader.stop()
         self.assertTrue(self.uploader.thread.is_alive())  # it ends with the process
         self.store.close()
         self.relay.close()
@@ -5459,11 +5116,9 @@ class TestHostileServer(unittest.TestCase):
                     contextlib.closing(socket.create_server(('127.0.0.1', 0))) as door:
                 gone = threading.Event()
                 threading.Thread(target=self.serve, args=(door, blocks, pause, gone), daemon=True).start()
-                begun = time.monotonic()
-                with self.assertRaisesRegex(OSError, said), \
+                with in_time(2), self.assertRaisesRegex(OSError, said), \
                         unittest.mock.patch.object(http.client.HTTPConnection, 'response_class', Kept):
                     v.http_call('GET', f'http://127.0.0.1:{door.getsockname()[1]}/', answer_seconds=0.5, limit=1000)
-                self.assertLess(time.monotonic() - begun, fair(2))
                 gone.set()
         self.assertEqual([answer.closed for answer in answers], [True] * 6, 'nothing is left to the garbage collector')
 
@@ -6039,9 +5694,8 @@ class TestThumbnails(unittest.TestCase):
         pipe = self.folder / 'pipe.mp4'
         os.mkfifo(pipe)
         with unittest.mock.patch.object(v, 'THUMBNAIL_SECONDS', 0.3):
-            begun = time.monotonic()
-            self.assertFalse(v.make_thumbnail(pipe, self.picture))
-            self.assertLess(time.monotonic() - begun, fair(3))
+            with in_time(3):
+                self.assertFalse(v.make_thumbnail(pipe, self.picture))
 
 
 # ---------- finished files, metrics, OpenAPI ----------------------------------------------
@@ -6078,12 +5732,9 @@ class TestFiles(FilesTest):
             self.assertEqual((head.status, head.json), (whole.status, b''))
             self.assertEqual([pair for pair in head.headers.items() if pair[0] != 'Date'],
                              [pair for pair in whole.headers.items() if pair[0] != 'Date'])
-
-    def test_head_knows_no_range(self):
-        """RFC 9110 section 14.2: GET is the only method that has ranges."""
-        head = self.daemon.client.request('HEAD', self.path(), Range='bytes=0-9')
-        self.assertEqual((head.status, head.headers['Content-Length']), (200, '50000'))
-        self.assertEqual(self.daemon.client.request('HEAD', self.path(), Range='bytes=50000-').status, 200)
+        for text in ('0-9', '50000-'):  # GET is the only method that has ranges (RFC 9110, 14.2)
+            head = self.daemon.client.request('HEAD', self.path(), Range=f'bytes={text}')
+            self.assertEqual((head.status, head.headers['Content-Length']), (200, '50000'))
 
     def test_any_single_range(self):
         data = self.data()
@@ -6103,6 +5754,8 @@ class TestFiles(FilesTest):
                 self.assertEqual((status, headers['Content-Range']), (416, 'bytes */50000'))
                 self.assertIn('message', body)
         self.assertEqual(self.get(self.path('empty'), Range='bytes=0-').status, 416)
+        status, headers, body = self.get(self.path('empty'))
+        self.assertEqual((status, headers['Content-Length'], body), (200, '0', b''))
 
     def test_what_is_no_single_range_gets_the_whole_file(self):
         for text in ('bytes=0-1,5-6', 'bytes=', 'bytes=-', 'bytes=5-4', 'bytes=a-b', 'lines=0-1', 'bytes=0x0-1',
@@ -6116,8 +5769,7 @@ class TestFiles(FilesTest):
         for validator, status in [
                 (headers['ETag'], 206), (headers['Last-Modified'], 206), ('"other"', 200), ('nonsense', 200),
                 ('W/' + headers['ETag'], 200), ('Sat, 01 Jan 2000 00:00:00 GMT', 200)]:
-            with self.subTest(validator):
-                self.assertEqual(self.get(Range='bytes=0-9', If_Range=validator).status, status)
+            self.assertEqual(self.get(Range='bytes=0-9', If_Range=validator).status, status, validator)
         self.assertEqual(self.get(Range='bytes=50000-', If_Range='"other"').status, 200)
 
     def test_if_none_match_and_if_modified_since(self):
@@ -6147,10 +5799,6 @@ class TestFiles(FilesTest):
                 status, headers, body = self.get(v.file_path(self.names, name))
                 self.assertEqual((status, len(body), headers['Content-Type']), (200, 1000, 'video/mp4'))
                 self.assertEqual(headers['Content-Disposition'], v.content_disposition(name))
-
-    def test_an_empty_file(self):
-        status, headers, body = self.get(self.path('empty'))
-        self.assertEqual((status, headers['Content-Length'], body), (200, '0', b''))
 
     def test_html_is_harmless(self):
         _, headers, _ = self.get(self.path('html'))
@@ -6349,6 +5997,7 @@ class TestSignedLinks(FilesTest):
 
     def test_forged_expired_and_moved_links_get_403(self):
         good = self.signed(time.time() + 100)
+        self.daemon.restart()  # which it outlives
         self.assertEqual(self.get(good).status, 200)
         for path in [self.signed(time.time() - 1), good[:-1], good + '0',
                      good.replace('expires=1', 'expires=2'), self.signed(time.time() + 100, self.path('empty')),
@@ -6362,11 +6011,6 @@ class TestSignedLinks(FilesTest):
         self.assertEqual(self.get(X_API_Key=FILES_KEY).status, 200)
         for path, headers in ((self.path(), {}), (self.path() + '?', {}), (self.path(), {'X_API_Key': 'wrong'})):
             self.assertEqual(self.get(path, **headers).status, 401)
-
-    def test_links_outlive_a_restart(self):
-        good = self.signed(time.time() + 100)
-        self.daemon.restart()
-        self.assertEqual(self.get(good).status, 200)
 
     def test_a_signature_opens_nothing_but_its_file(self):
         query = self.signed(time.time() + 100).partition('?')[2]
@@ -6436,37 +6080,20 @@ class TestCopies(DaemonTest):
         self.copied(id)
         wait_until(lambda: not self.problems())
 
-    def test_a_copy_is_deleted_though_the_bucket_was_away_and_kill_9_came(self):
-        self.daemon.start()
-        id = self.daemon.download(self.site.tiktok())['download_id']
-        self.copied(id)
-        link = self.public_url(id).json['publicURL']
-        target, self.relay.limit = fetch(link), 0
-        self.assertEqual(target[0], 200)
-        self.assertEqual(self.daemon.client.delete(f'/api/v1/download/{id}').status, 200)
-        self.daemon.kill()
-        self.relay.limit = None
-        self.daemon.start()
-        wait_until(lambda: fetch(link)[0] == 404, 90)
-        self.assertEqual(self.daemon.files(), [])
-
-    def test_a_copy_lost_in_the_middle_is_finished_after_kill_9(self):
+    def test_a_copy_lost_in_the_middle_is_finished_after_kill_9_and_delays_no_sigterm(self):
         self.relay.limit, self.relay.stall = 200_000, True
         self.daemon.start()
         id = self.daemon.download(self.site.tiktok(size=3_000_000))['download_id']
         self.assertTrue(self.relay.stalled.wait(fair(20)))
         self.daemon.kill()
+        self.relay.stalled.clear()
+        self.daemon.start()
+        self.assertTrue(self.relay.stalled.wait(fair(20)))
+        self.assertLess(self.daemon.terminate(), fair(4))
         self.relay.limit = None
         self.daemon.start()
         self.copied(id)
         self.assertEqual(len(fetch(self.public_url(id).json['publicURL'])[2]), 3_000_000)
-
-    def test_sigterm_takes_no_longer_though_the_bucket_stalls(self):
-        self.relay.limit, self.relay.stall = 200_000, True
-        self.daemon.start()
-        self.daemon.download(self.site.tiktok(size=3_000_000))
-        self.assertTrue(self.relay.stalled.wait(fair(20)))
-        self.assertLess(self.daemon.terminate(), fair(4))
 
 
 class TestMetrics(DaemonTest):
@@ -6555,7 +6182,6 @@ class TestOpenAPI(unittest.TestCase):
 
 # ---------- certificate -------------------------------------------------------------------
 # The openssl command is the judge of what an iPhone would say; kills and full disks are real.
-
 
 class TestCertificateForAnIPhone(unittest.TestCase):
     """Every point of what an iPhone asks for, by the openssl command's word."""
@@ -6679,13 +6305,6 @@ class TestRenewal(unittest.TestCase):
         config = new_config()
         v.ensure_certificate(config, NOW)
         self.assertEqual(config.server.ca_file.parent.stat().st_mode & 0o066, 0)
-
-    def test_an_own_certificate_with_no_folder_for_a_ca_takes_no_lock(self):
-        own = self.config.folder / 'own'
-        self.config.server.ca_file.parent.rename(own)
-        self.config.server.cert_file, self.config.server.key_file = own / 'server.crt', own / 'server.key'
-        with unittest.mock.patch.object(v.fcntl, 'flock', side_effect=AssertionError):
-            self.assertTrue(v.ensure_certificate(self.config, NOW)[0].own)
 
     def test_under_30_days_left_gives_a_new_leaf_from_the_same_ca(self):
         later = NOW + 366 * v.DAY + 60
@@ -6860,7 +6479,8 @@ class TestOwnCertificate(unittest.TestCase):
     def test_an_own_certificate_needs_no_folder_for_the_ca(self):
         config = new_config(ca_file='/proc/1/nothing/ca.crt')
         self_signed(config.server.cert_file, config.server.key_file, 'DNS:nas.example.org', 'DNS:*.nas.example.org')
-        self.assertTrue(v.ensure_certificate(config, NOW)[0].own)
+        with unittest.mock.patch.object(v.fcntl, 'flock', side_effect=AssertionError):  # and no lock
+            self.assertTrue(v.ensure_certificate(config, NOW)[0].own)
         with self.assertRaisesRegex(v.Trouble, 'ca.crt is missing'):
             v.mobileconfig(config)
 
@@ -6899,7 +6519,7 @@ class TestClock(unittest.TestCase):
 
 
 class TestDailyCare(unittest.TestCase):
-    """What is wrong with the certificate stays in health until it is mended."""
+    """What is wrong with the certificate stays in health until it is fixed."""
 
     def test_a_certificate_that_cannot_be_used_is_told_each_time(self):
         config = new_config()
@@ -6915,7 +6535,9 @@ class TestDailyCare(unittest.TestCase):
             with self.assertRaises(v.Trouble):
                 care.renew_certificate(morning + v.DAY)
         config.server.key_file.write_bytes(key)
-        care.renew_certificate(morning + v.DAY)
+        for moment in (morning + v.DAY, morning + 500 * v.DAY):  # it expired meanwhile: renewed once the clock is right
+            care.renew_certificate(moment)
+            self.assertGreater(care.certificate.not_after, moment + 300 * v.DAY)
 
     def test_the_first_minute_without_yt_dlp_is_no_fault(self):
         daemon = v.Daemon(new_config())
@@ -6927,15 +6549,6 @@ class TestDailyCare(unittest.TestCase):
             report = daemon.health.report()
             self.assertEqual((report['preparing'], report['status']), (not problems, status), report)
             self.assertIn('yt-dlp is', report['paused'])
-
-    def test_a_certificate_that_expired_meanwhile_is_renewed_once_the_clock_is_right(self):
-        config, now = new_config(), time.time()
-        v.ensure_certificate(config, now)
-        care = v.Daemon(config).care
-        care.server = SimpleNamespace(app=SimpleNamespace())
-        for moment in (now, now + 500 * v.DAY):
-            care.renew_certificate(moment)
-            self.assertGreater(care.certificate.not_after, moment + 300 * v.DAY)
 
     def test_the_watchdog_is_fed_only_while_every_thread_comes_round(self):
         daemon = v.Daemon(new_config())
@@ -7411,7 +7024,6 @@ class TestContainerFiles(unittest.TestCase):
 # deploy/nginx.conf itself, run by the real nginx with only names, ports and folders replaced, in
 # front of a real daemon with tls = off.
 
-
 @unittest.skipUnless(shutil.which('nginx'), 'nginx is not installed')
 class TestBehindNginx(DaemonTest):
     """Page, both APIs and files under https://…/videodownloader, files served by nginx itself."""
@@ -7532,17 +7144,12 @@ class TestBehindNginx(DaemonTest):
         for source, claim, wanted in (('127.0.0.1', '127.0.0.2', 200), ('127.0.0.1', '127.0.0.3', 403),
                                       ('127.0.0.3', '127.0.0.2', 403), ('127.0.0.2', '127.0.0.3', 200)):
             with self.subTest((source, claim)):
-                link = http.client.HTTPConnection('127.0.0.1', self.daemon.port, timeout=10, source_address=(source, 0))
-                with contextlib.closing(link):
-                    link.request('GET', '/api/v1/health', headers={'X-Forwarded-For': claim})
-                    self.assertEqual(link.getresponse().status, wanted)
+                client = self.daemon.new_client(source=source)
+                self.assertEqual(client.get('/api/v1/health', X_Forwarded_For=claim).status, wanted)
 
     def test_file_asked_for_past_the_proxy_comes_from_the_daemon(self):
-        link = http.client.HTTPConnection('127.0.0.1', self.daemon.port, timeout=10, source_address=('127.0.0.2', 0))
-        with contextlib.closing(link):
-            link.request('GET', self.path)
-            reply = link.getresponse()
-            self.assertEqual((reply.status, len(reply.read()), reply.headers['X-Accel-Redirect']), (200, 300_000, None))
+        status, headers, body = self.daemon.new_client(source='127.0.0.2').get(self.path)
+        self.assertEqual((status, len(body), headers['X-Accel-Redirect']), (200, 300_000, None))
 
 
 @unittest.skipUnless(shutil.which('nginx'), 'nginx is not installed')
@@ -7564,6 +7171,12 @@ class TestNginxAlone(unittest.TestCase):
 
 # ---------- a hostile network -------------------------------------------------------------
 # What a phone never sends, but a television, a guest or a web page might.
+
+WHOLE_REQUEST = b'GET /api/v1/health HTTP/1.1\r\nHost: localhost\r\n\r\n'
+WAITS_AFTER = ('G', 'GET ', 'GET /api', 'GET /api/v1/health ', 'HTTP', 'HTTP/1.1', 'HTTP/1.1\r', 'HTTP/1.1\r\n', 'Hos',
+               'Host:', 'Host: ', 'localhost', 'localhost\r', 'localhost\r\n',
+               'localhost\r\n\r')  # 15 places where a request may be cut
+
 
 def http_answers(data: bytes) -> List[int]:
     return [int(code) for code in re.findall(rb'(?:^|\r\n\r\n|[}>\n])HTTP/1\.1 (\d{3}) ', data)]
@@ -7595,13 +7208,13 @@ class TestRequests(DaemonTest):
         for foreign in ('evil.example', 'localhost.evil.example', '1.2.3.4', '127.0.0.1.nip.io', '[::2]'):
             self.refused(421, self.get(host=f'Host: {foreign}'))
         own_name = f'{socket.gethostname().split(".")[0]}.local'
-        for ours in ('localhost', 'LOCALHOST:8443', '127.0.0.1', '[::1]:99', own_name):
-            data = self.get('GET /api/v1/health HTTP/1.1', 'Connection: close', host=f'Host: {ours}')
+        for ours in ('localhost', 'LOCALHOST:8443', '\t127.0.0.1', '[::1]:99', own_name):
+            data = self.get('GET /api/v1/health HTTP/1.1', 'Connection: close', host=f'hoSt:{ours}')
             self.assertEqual(http_answers(data), [200], ours)
 
     def test_content_length_is_digits_and_only_once(self):
         post, json_type = 'POST /api/v1/download HTTP/1.1', 'Content-Type: application/json'
-        for bad in ('-1', '+3', '1_0', '0x3', '3, 3', ' ', '3 3', '\xb2', '9' * 30):
+        for bad in ('-1', '+3', '1_0', '0x3', '3, 3', ' ', '3 3', '\xb2', '9' * 30, '-' + '9' * 27, 'abc'):
             self.refused(400, self.get(post, json_type, f'Content-Length: {bad}', body='{}x'))
         self.refused(400, self.get(post, json_type, 'Content-Length: 2', 'Content-Length: 3', body='{}x'))
         self.refused(400, self.get(post, json_type))
@@ -7642,23 +7255,38 @@ class TestRequests(DaemonTest):
             self.assertGreaterEqual(answers[0], 400, fields)
         self.assertEqual(len(self.daemon.rows()), before)
 
+    def test_a_fragment_is_waited_for_and_the_rest_of_it_answered(self):
+        with contextlib.ExitStack() as stack:
+            links = []
+            for end in WAITS_AFTER:
+                cut = WHOLE_REQUEST.index(end.encode()) + len(end)
+                link = stack.enter_context(self.daemon.client.socket())
+                link.sendall(WHOLE_REQUEST[:cut])
+                links.append((link, WHOLE_REQUEST[cut:]))
+            self.assertEqual(select.select([link for link, _ in links], [], [], 0.6)[0], [])
+            for link, rest in links:
+                link.sendall(rest)
+                self.assertEqual(link.recv(12), b'HTTP/1.1 200', rest)
+
     def test_odd_first_lines_and_headers_are_refused(self):
         for line in ('GET  / HTTP/1.1', 'GET / HTTP/1.1 x', 'GET /', 'GET / HTTP/2.0', 'GET / HTTP/0.9',
                      'GET / http/1.1', 'get\t/ HTTP/1.1', '(GET) / HTTP/1.1', 'GET http://localhost/ HTTP/1.1',
                      'GET * HTTP/1.1', 'CONNECT localhost:1 HTTP/1.1', 'GET /a#b HTTP/1.1', 'GET /\\..\\x HTTP/1.1',
-                     'GET /\xe4 HTTP/1.1', 'GET /a|b HTTP/1.1'):
+                     'GET /\xe4 HTTP/1.1', 'GET /a|b HTTP/1.1', 'GET / ', 'GET / HTTP/9.9', 'Extra lineGET / HTTP/1.1',
+                     'GET HTTPZ://localhost/ HTTP/1.1'):
             self.refused(400, self.get(line))
         for path in ('/../etc/passwd', '/files/%2e%2e/x', '/%2E%2E/', '/files/a%2fb', '/a%5cb', '//localhost/', '/a//b',
                      '/%', '/%zz', '/%00', '/./x', '/%ff'):
             self.refused(400, self.get(f'GET {path} HTTP/1.1'))
         for field in ('no colon', ': empty', 'sp ace: x', 'tab\t: x', ' folded: x', 'ctl: a\x01b', 'n\x00l: x',
-                      'b\xe4d: x', 'x: \x7f'):
+                      'b\xe4d: x', 'x: \x7f', 'brackets[]: x', 'bell: a\x07', '\rbare-cr: x'):
             self.refused(400, self.get('GET / HTTP/1.1', field))
         self.refused(400, self.daemon.client.raw(b'GET / HTTP/1.1\nHost: localhost\n\n', 3))
         self.refused(400, self.daemon.client.raw(b'GET / HTTP/1.1\r\nHost: localhost\n\n', 3))
         self.refused(400, self.daemon.client.raw(b'GET / HTTP/1.1\r\nHost: localhost\r\nx: a\rb\r\n\r\n', 3))
         self.refused(405, self.get('BREW /api/v1/health HTTP/1.1', 'Connection: close'))
         self.refused(404, self.get('BREW /nowhere HTTP/1.1', 'Connection: close'))
+        self.refused(404, self.get('POST /hello HTTP/1.1', 'Connection: close', 'Content-Length: 5', body='hello'))
         self.refused(417, self.get('POST /api/v1/download HTTP/1.1', 'Expect: tea', 'Content-Length: 2', body='{}'))
 
     def test_long_lines_and_headers_over_16_kb_are_refused(self):
@@ -7671,6 +7299,7 @@ class TestRequests(DaemonTest):
     def test_fine_requests_are_answered(self):
         close = 'Connection: close'
         for line, fields, body in (('GET /api/v1/health HTTP/1.0', (), ''), ('HEAD / HTTP/1.1', (close,), ''),
+                                   ('GET / HTTP/1.1', (close, 'With-Space: '), ''),
                                    ('GET /api/v1/health?x=%41+b HTTP/1.1', (close, 'Empty:', 'Odd!#$: \xfc'), ''),
                                    ('GET /api/v1/health HTTP/1.1', ('Content-Length: 3', close), 'abc')):
             data = self.get(line, *fields, body=body)
@@ -7681,6 +7310,7 @@ class TestRequests(DaemonTest):
         data = self.get('POST /api/v1/download HTTP/1.1', 'Content-Type: application/json', close,
                         'Expect: 100-continue', 'Content-Length: 2', body='{}')
         self.assertTrue(data.startswith(b'HTTP/1.1 100 Continue\r\n'))
+        self.assertEqual(http_answers(self.get('GET / HTTP/1.1', close, 'Expect: 100-continue'))[-1], 200)
         data = self.get('POST /api/v1/download HTTP/1.0', 'Content-Type: application/json',  # it knows no 100
                         'Expect: 100-continue', 'Content-Length: 2', body='{}')
         self.assertEqual(http_answers(data), [400])
@@ -7700,12 +7330,11 @@ class TestRequests(DaemonTest):
                 pass
 
     def test_plain_http_to_the_tls_port_gets_a_quick_close_and_no_traceback(self):
-        began = time.monotonic()
-        with socket.create_connection(('127.0.0.1', self.daemon.port), 5) as link:
-            link.sendall(b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n')
-            while link.recv(4096):
-                pass
-        self.assertLess(time.monotonic() - began, fair(2))
+        with in_time(2):
+            with socket.create_connection(('127.0.0.1', self.daemon.port), 5) as link:
+                link.sendall(b'GET / HTTP/1.1\r\nHost: localhost\r\n\r\n')
+                while link.recv(4096):
+                    pass
         self.assertNotIn('Traceback', self.daemon.log())
 
 
@@ -7760,11 +7389,17 @@ class TestCrowd(DaemonTest):
             times.append(time.monotonic() - began)
         self.assertLess(sorted(times)[3], fair(seconds), times)
 
-    def test_stalled_handshakes(self):
-        with contextlib.ExitStack() as stack:
-            for _ in range(300):
-                stack.enter_context(socket.create_connection(('127.0.0.1', self.daemon.port), 10))
-            self.answered_in(0.1)
+    def test_stalled_handshakes_slow_headers_and_slow_readers(self):
+        for number, connect, data in (
+                (300, lambda: socket.create_connection(('127.0.0.1', self.daemon.port), 10), b''),
+                (300, self.daemon.client.socket, b'GET / HTTP/1.1\r\nHost: loc'),
+                (150, self.daemon.client.socket, b'GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n' * 40)):
+            with self.subTest(data[:25]), contextlib.ExitStack() as stack:
+                for _ in range(number):
+                    with contextlib.suppress(OSError):  # the oldest are sent home
+                        stack.enter_context(connect()).sendall(data)
+                self.answered_in(0.1)
+                self.assertLess(self.daemon.threads(), 150)
 
     def test_eight_pages_wait_for_news_the_ninth_is_told_when_to_come_again(self):
         daemon = self.new_daemon()
@@ -7778,23 +7413,6 @@ class TestCrowd(DaemonTest):
             daemon.submit(self.site.tiktok())
         self.assertLess(time.monotonic() - began, fair(5))
         self.assertEqual([answer.result().json['poll_after'] for answer in answers], [0] * v.WATCHERS)
-
-    def test_slow_headers(self):
-        with contextlib.ExitStack() as stack:
-            for _ in range(300):
-                with contextlib.suppress(OSError):  # the oldest are sent home
-                    link = stack.enter_context(self.daemon.client.socket())
-                    link.sendall(b'GET / HTTP/1.1\r\nHost: loc')
-            self.answered_in(0.1)
-            self.assertLess(self.daemon.threads(), 150)
-
-    def test_slow_readers(self):
-        with contextlib.ExitStack() as stack:
-            for _ in range(150):
-                with contextlib.suppress(OSError):
-                    link = stack.enter_context(self.daemon.client.socket())
-                    link.sendall(b'GET /page.js HTTP/1.1\r\nHost: localhost\r\n\r\n' * 40)
-            self.answered_in(0.1)
 
     def test_a_head_that_drips_ends_after_its_deadline(self):
         with self.daemon.client.socket() as link:
@@ -7819,16 +7437,11 @@ class TestCrowd(DaemonTest):
                 with contextlib.suppress(OSError):
                     stack.enter_context(socket.create_connection(('127.0.0.1', daemon.port), 2))
             before = os.times()
-            used = self.cpu(daemon.pid)
+            used = daemon.cpu()
             time.sleep(1.0)
-            self.assertLess(self.cpu(daemon.pid) - used, 0.4, before)
+            self.assertLess(daemon.cpu() - used, 0.4, before)
         wait_until(lambda: self.works(daemon), 15)
         self.assertNotIn('Traceback', daemon.log())
-
-    @staticmethod
-    def cpu(pid: int) -> float:
-        fields = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
     @staticmethod
     def works(daemon: Daemon) -> bool:
@@ -7936,29 +7549,18 @@ class TestFailingDisk(DaemonTest):
     settings = {'downloads': {'max_retries': 9}, 'logging': {'level': 'WARNING'}}
     hurry = {'PAUSE_SECONDS': 2}
 
-    def survives(self, calls: str, rule: str, path: str) -> None:
-        """A download during which `rule` holds for files of `path` ends well once the disk does."""
-        post = self.site.tiktok(size=1_500_000, hold_at=1_000_000)
-        id = self.daemon.half_way(post)
-        with Strace(self.daemon, rule, calls=calls, paths=path) as trace:
-            post.media[0].release()
-            wait_until(trace.met, 20, 'the fault is met')
-            self.assertNotEqual(self.daemon.row(id)['status'], 'completed')
-        row = self.daemon.wait_status(id, 'completed', 60)
-        same_bytes(self.daemon, row, post.media[0])
-        self.assertTrue(self.daemon.client.get('/api/v1/health').status == 200)
-
-    def test_no_room_for_the_media(self):
-        self.survives('write', 'write:error=ENOSPC', str(self.daemon.output / '.incomplete'))
-
-    def test_no_sync_of_the_finished_file(self):
-        self.survives('fsync', 'fsync:error=EIO', '')
-
-    def test_no_commit_of_the_outcome(self):
-        self.survives('fdatasync', 'fdatasync:error=EIO', '')
-
-    def test_no_rename(self):
-        self.survives('rename,renameat,renameat2,link,linkat', 'rename,renameat,renameat2,link,linkat:error=EIO', '')
+    def test_a_download_that_met_a_fault_ends_well_once_the_disk_works(self):
+        for calls, error, path in (('write', 'ENOSPC', str(self.daemon.output / '.incomplete')), ('fsync', 'EIO', ''),
+                                   ('fdatasync', 'EIO', ''), ('rename,renameat,renameat2,link,linkat', 'EIO', '')):
+            with self.subTest(calls):
+                post = self.site.tiktok(size=1_500_000, hold_at=1_000_000)
+                id = self.daemon.half_way(post)
+                with Strace(self.daemon, f'{calls}:error={error}', calls=calls, paths=path) as trace:
+                    post.media[0].release()
+                    wait_until(trace.met, 20, 'the fault is met')
+                    self.assertNotEqual(self.daemon.row(id)['status'], 'completed')
+                same_bytes(self.daemon, self.daemon.wait_status(id, 'completed', 60), post.media[0])
+                self.assertEqual(self.daemon.client.get('/api/v1/health').status, 200)
 
     def test_no_room_for_the_log(self):
         log = str(self.daemon.folder / 'logs/server.log')
@@ -7987,12 +7589,12 @@ class TestWallClock(DaemonTest):
                 post = self.site.direct(page={'fail': [503]})  # without TLS: certificates have dates, too
                 id = daemon.submit(post)
                 daemon.wait_for(id, lambda row: row['next_attempt_at'])
-                used = TestCrowd.cpu(daemon.pid)
+                used = daemon.cpu()
                 control.write_text(jump)
                 daemon.wait_status(id, 'completed')
                 if jump == '-1d':
                     self.assertGreater(post.page.requests[1].time - post.page.requests[0].time, 2)
-                self.assertLess(TestCrowd.cpu(daemon.pid) - used, 4)
+                self.assertLess(daemon.cpu() - used, 4)
 
 
 class TestLittleOfEverything(DaemonTest):
@@ -8015,9 +7617,9 @@ class TestLittleOfEverything(DaemonTest):
         self.assertEqual(daemon.client.get('/api/v1/health').json['queue_size'], 10_000)
         daemon.submit(tiktok_link(77))
         self.assertLess(daemon.rss(), 45)
-        used = TestCrowd.cpu(daemon.pid)
+        used = daemon.cpu()
         time.sleep(1)
-        self.assertLess(TestCrowd.cpu(daemon.pid) - used, 0.3)
+        self.assertLess(daemon.cpu() - used, 0.3)
 
 
 # ---------- page --------------------------------------------------------------------------
@@ -8111,12 +7713,6 @@ class TestPage(PageTest):
         self.browser.click('#paste')
         self.browser.until('#box', 'value === "https://vm.tiktok.com/ZMabc/"')
 
-    def test_the_servers_own_sentence_when_it_refuses_and_the_link_is_back_in_the_box(self):
-        self.expected = '403'
-        self.send('https://example.org/clip')
-        self.browser.until('#refusal', 'textContent.includes("example.org")')
-        self.assertEqual(self.browser.get('#box', 'value'), 'https://example.org/clip')
-
     def test_a_long_list_on_one_line_is_sent_in_parts(self):
         many = self.new_daemon(downloads={'min_free_space': '900TB'})
         self.visit(daemon=many)
@@ -8124,7 +7720,12 @@ class TestPage(PageTest):
         self.browser.wait('return document.querySelector("#outbox").hidden && box.value === ""')
         self.assertEqual(len({row['url'] for row in many.rows()}), 700)
 
-    def test_several_links_one_a_line(self):
+    def test_of_several_links_one_a_line_what_is_refused_is_back_in_the_box_with_the_servers_own_sentence(self):
+        self.expected = '403'
+        self.send('https://example.org/clip')
+        self.browser.until('#refusal', 'textContent.includes("example.org")')
+        self.assertEqual(self.browser.get('#box', 'value'), 'https://example.org/clip')
+        self.browser.run('document.querySelector("#box").value = ""')
         posts = [str(self.site.tiktok()), str(self.site.tiktok())]
         self.send(f'{posts[0]}\n\nhttps://example.org/clip\n  {posts[1]}  ')
         self.browser.until('#box', 'value === "https://example.org/clip"')
@@ -8233,10 +7834,6 @@ class TestPage(PageTest):
 @unittest.skipUnless(CHROMIUM and shutil.which('chromedriver'), 'chromium and chromedriver are not installed')
 class TestPageAtLarge(PageTest):
     """The page with many videos, of every width, without a server, without a key, before there is anything."""
-
-    def before_each_page(self, script: str) -> None:
-        made = self.browser.devtools('Page.addScriptToEvaluateOnNewDocument', source=script)
-        self.addCleanup(self.browser.devtools, 'Page.removeScriptToEvaluateOnNewDocument', **made)
 
     def test_search_filter_and_several_at_once(self):
         failed = "SELECT * FROM downloads WHERE status = 'failed'"
@@ -8375,30 +7972,24 @@ class TestPageAtLarge(PageTest):
         self.browser.until('#outbox', 'hidden')
         self.assertEqual(self.newest()['id'], row['id'])
 
-    def test_the_key_is_asked_for_once_and_stays_in_the_browser(self):
-        locked = self.new_daemon(env={'VIDEOSERVER_API_KEYS': 'sesame'})
-        locked.new_client(key='sesame').post('/api/v1/download', {'url': str(self.site.tiktok())})
+    def test_the_key_is_asked_for_once_and_stays_in_the_browser_also_with_letters_that_no_header_has(self):
+        locked = self.new_daemon(env={'VIDEOSERVER_API_KEYS': 'sésame'})
+        locked.new_client(key='sésame'.encode().decode('latin-1')).post('/api/v1/download', {'url': self.site.tiktok()})
         self.visit(daemon=locked)
-        self.browser.type('#key', 'wrong' + ENTER)
-        self.browser.until('[open] #key-text', 'textContent.includes("does not know")')
-        self.browser.type('#key', 'sesame' + ENTER)
+        for wrong in ('wrong', 'sésame\u200b'):
+            self.browser.type('#key', wrong + ENTER)
+            self.browser.until('[open] #key-text', 'textContent.includes("does not know")')
+        self.browser.type('#key', 'sésame' + ENTER)
         self.browser.click('article [value=play]')
         self.browser.until('video', 'readyState >= 2')
         if shutil.which('ffmpeg'):
             self.browser.until('.thumb img', 'naturalWidth')
         self.visit(daemon=locked)
         self.browser.until('article [value=play]', 'checkVisibility()')
-        self.assertFalse([request['url'] for request in self.browser.requests() if 'sesame' in request['url']])
+        self.assertFalse([request['url'] for request in self.browser.requests() if 'same' in request['url']])
         self.browser.click('summary')
         self.browser.click('#forget')
         self.browser.until('#door', 'open')
-
-    def test_a_key_with_letters_that_no_header_has(self):
-        self.visit(daemon=self.new_daemon(env={'VIDEOSERVER_API_KEYS': 'sésame'}))
-        self.browser.type('#key', 'sésame\u200b' + ENTER)
-        self.browser.until('[open] #key-text', 'textContent.includes("does not know")')
-        self.browser.type('#key', 'sésame' + ENTER)
-        self.browser.wait('return !document.querySelector("#door").open && list.ariaBusy === "false"')
 
     def test_a_page_opened_while_links_cannot_be_stored_says_so_and_asks_for_no_key(self):
         self.expected = '503'
@@ -8409,30 +8000,6 @@ class TestPageAtLarge(PageTest):
             self.visit(daemon=daemon)
             self.browser.until('#health', 'innerText.includes("Links cannot be stored: database is locked")')
             self.assertFalse(self.browser.get('#door', 'open'))
-
-    def full_daemon(self) -> Daemon:
-        """A daemon with 40 finished videos of long titles, each with a picture of a restless video."""
-        full = self.new_daemon(start=False)
-        thumbs = full.database.parent / 'thumbs'
-        store = v.Store(full.database)
-        store.open()
-        video = full.folder / 'restless.mp4'
-        subprocess.run(['ffmpeg', '-nostdin', '-v', 'error', '-f', 'lavfi', '-i',
-                        'mandelbrot=size=540x960:rate=2:start_scale=0.3', '-t', '2', '-vf', 'noise=alls=12',
-                        str(video)], check=True)
-        thumbs.mkdir(exist_ok=True)
-        self.assertTrue(v.make_thumbnail(video, thumbs / 'one.jpg'))
-        for number in range(40):
-            submission = v.Submission(f'https://www.tiktok.com/@somebody/video/{7300000000000000000 + number}', 'phone',
-                                      None, ())
-            id = store.add_many([submission], 1_763_000_000 + 3600 * number)[0].id
-            title = f'{number} things that nobody tells you of cats, boxes and {random.random()} more #fyp ' * 3
-            file = v.MediaFile(f'{title[:150]}_{number}.mp4', 5_000_000 + number, 'video/mp4')
-            store.claim(id, 1_763_000_000)
-            store.finish(id, v.Outcome('done', title=title, files=(file,)), full.output, 1_763_000_000)
-            shutil.copy(thumbs / 'one.jpg', thumbs / f'{id}.jpg')
-        store.close()
-        return full.start()
 
     @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
     def test_first_paint_of_a_full_list_is_small_and_takes_few_requests(self):
@@ -8837,72 +8404,6 @@ class TestSetupPage(unittest.TestCase):
         for page in (v.PAGE_HTML, v.setup_page(self.facts)):
             self.assertNotRegex(page, r'(?i)<style|\sstyle=|\son\w+=|<script(?! type="module" src="\w+\.js"></script>)')
         self.assertNotRegex(v.PAGE_JS, r'innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(')
-
-
-# ---------- conformance -------------------------------------------------------------------
-# What every HTTP server has to answer, case by case. What takes minutes, or a machine of its own, is
-# in .ci/proofs.py.
-
-
-WHOLE_REQUEST = b'GET /api/v1/health HTTP/1.1\r\nHost: example.com\r\n\r\n'
-WAITS_AFTER = ('G', 'GET ', 'GET /api', 'GET /api/v1/health ', 'HTTP', 'HTTP/1.1', 'HTTP/1.1\r', 'HTTP/1.1\r\n', 'Hos',
-               'Host:', 'Host: ', 'example.com', 'example.com\r', 'example.com\r\n',
-               'example.com\r\n\r')  # 15 places where a request may be cut
-CONFORMANCE = (  # (what, first line, further lines, accepted answers): 18 more, as in uNetworking/h1spec
-    ('a GET', 'GET / HTTP/1.1', ('Host: example.com',), (200,)),
-    ('a GET of HTTP/1.0', 'GET / HTTP/1.0', ('Host: example.com',), (200,)),
-    ('odd but valid fields', 'GET / HTTP/1.1', ('hoSt:\texample.com', 'empty:'), (200,)),
-    ('an empty field with a space', 'GET / HTTP/1.1', ('Host: example.com', 'X-Empty: '), (200,)),
-    ('Expect', 'GET / HTTP/1.1', ('Host: example.com', 'Expect: 100-continue'), (100, 200)),
-    ('a POST with a body', 'POST /hello HTTP/1.1',  # `/`: 405
-     ('Host: example.com', 'Content-Length: 5', '', 'hello'), (404,)),
-    ('no version', 'GET / ', (), (400,)),
-    ('a version that is none', 'GET / HTTP/9.9', ('Host: example.com',), (400,)),
-    ('something before the method', 'Extra lineGET / HTTP/1.1', ('Host: example.com',), (400,)),
-    ('brackets in a name', 'GET / HTTP/1.1', ('Host: example.com', 'X-Invalid[]: test'), (400,)),
-    ('a control character', 'GET / HTTP/1.1', ('Host: example.com', 'X-Bad: test\x07'), (400,)),
-    ('a bare CR for a line break', 'GET / HTTP/1.1', ('Host: example.com', '\rSome-Header: Test'), (400,)),
-    ('no Host', 'GET / HTTP/1.1', ('Content-Length: 5',), (400,)),
-    ('two Hosts', 'GET / HTTP/1.1', ('Host: example.com', 'Host: example.org'), (400,)),
-    ('a negative length', 'GET / HTTP/1.1', ('Host: example.com', 'Content-Length: -1234'), (400,)),
-    ('a huge negative length', 'GET / HTTP/1.1',
-     ('Host: example.com', 'Content-Length: -123456789123456789123456789'), (400,)),
-    ('a length that is no number', 'GET / HTTP/1.1', ('Host: example.com', 'Content-Length: abc'), (400,)),
-    ('chunked and a length', 'GET / HTTP/1.1',
-     ('Host: example.com', 'Transfer-Encoding: chunked', 'Content-Length: 5'), (400,)),
-)
-OUR_OWN = (  # valid by RFC 9112, refused by our contract: nobody but a proxy, or a trick, sends them
-    ('absolute-form', 'GET http://example.com/ HTTP/1.1', ('Host: example.com',), (400,)),
-    ('absolute-form of a scheme that is none', 'GET HTTPZ://example.com/ HTTP/1.1', ('Host: example.com',), (400,)),
-    ('a chunked body', 'POST /hello HTTP/1.1',
-     ('Host: example.com', 'Transfer-Encoding: chunked', '', '0', ''), (411,)),
-)
-
-
-class TestHTTPConformance(DaemonTest):
-    """h1spec's list, or an equal one, without a failure."""
-    settings = {'server': {'tls': 'off', 'names': 'example.com, example.org'},
-                'downloads': {'min_free_space': '9000GB'}}
-
-    def test_a_fragment_is_waited_for_and_the_rest_of_it_answered(self):
-        with contextlib.ExitStack() as stack:
-            links = []
-            for end in WAITS_AFTER:
-                cut = WHOLE_REQUEST.index(end.encode()) + len(end)
-                link = stack.enter_context(self.daemon.client.socket())
-                link.sendall(WHOLE_REQUEST[:cut])
-                links.append((link, WHOLE_REQUEST[cut:]))
-            self.assertEqual(select.select([link for link, _ in links], [], [], 0.6)[0], [])
-            for link, rest in links:
-                link.sendall(rest)
-                self.assertEqual(link.recv(12), b'HTTP/1.1 200', rest)
-
-    def test_each_request_gets_the_answer_that_it_should(self):
-        for what, line, fields, accepted in CONFORMANCE + OUR_OWN:
-            with self.subTest(what), self.daemon.client.socket() as link:
-                link.settimeout(fair(5))
-                link.sendall('\r\n'.join([line, *fields, *([] if '' in fields else ['', ''])]).encode('latin-1'))
-                self.assertIn(int(link.recv(12)[9:]), accepted)
 
 
 class TestIdleIsSmall(unittest.TestCase):

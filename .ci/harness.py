@@ -75,6 +75,15 @@ def fair(seconds: float) -> float:
     return seconds * min(max(1.0, 1.5 * os.getloadavg()[0] / (os.cpu_count() or 1), 5 * waiting), 5.0)
 
 
+@contextlib.contextmanager
+def in_time(seconds: float) -> Any:
+    """AssertionError if what is inside takes longer than fair(seconds)."""
+    began = time.monotonic()
+    yield
+    took = time.monotonic() - began
+    assert took < fair(seconds), f'it took {took:.2f} s, and not {seconds}'
+
+
 def wait_until(happens: Callable[[], Any], seconds: float = 10, what: Any = '') -> Any:
     """The first true value of happens(); AssertionError after fair(seconds), telling `what`.
 
@@ -291,15 +300,16 @@ class Client:
     """A phone: HTTPS with only our CA trusted. A connection per request, or one kept alive."""
 
     def __init__(self, port: int, ca: Optional[Path], key: str = '', keep_alive: bool = False, host: str = '127.0.0.1',
-                 timeout: float = 20):
+                 timeout: float = 20, source: str = ''):
+        self.options = {'timeout': timeout, 'source_address': (source, 0) if source else None}
         self.port, self.host, self.key, self.keep_alive, self.timeout = port, host, key, keep_alive, timeout
         self.context = trusting(ca) if ca else None
         self.kept: Any = None
 
     def connection(self) -> Any:
         if not self.context:
-            return http.client.HTTPConnection(self.host, self.port, timeout=self.timeout)
-        return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=self.context)
+            return http.client.HTTPConnection(self.host, self.port, **self.options)
+        return http.client.HTTPSConnection(self.host, self.port, context=self.context, **self.options)
 
     def request(self, method: str, path: str, body: Any = None, **headers: str) -> Answer:
         """One request; a body that is not bytes goes as JSON; headers: X_Forwarded_For='…'."""
@@ -611,6 +621,11 @@ class Daemon:
     def rss(self) -> float:
         """Its resident memory, in MB (Linux: of the daemon alone, not of what it started)."""
         return resident(self.pid)
+
+    def cpu(self) -> float:
+        """The seconds of processor time that it has used."""
+        fields = Path(f'/proc/{self.pid}/stat').read_text().rpartition(')')[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
     def threads(self) -> int:
         return len(os.listdir(f'/proc/{self.pid}/task'))
@@ -1594,6 +1609,8 @@ def attempt(url, id='job', options=(), number=1, told=lambda progress: None):
     return v.Attempt(v.Job(id, url, tuple(options), number), config, Path(sys.argv[3]), told)
 def say(*words):
     print(*words, flush=True)
+def rss(field='VmRSS'):
+    return int(Path('/proc/self/status').read_text().split(field + ':')[1].split()[0]) / 1024
 '''
 
 
@@ -1692,6 +1709,13 @@ class DownloadTest(unittest.TestCase):
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         return process
+
+    def said(self, code: str, env: Optional[Dict[str, str]] = None) -> List[str]:
+        """The lines that such a process prints."""
+        process = self.driver(code, env=env)
+        text, _ = process.communicate(timeout=60)
+        self.assertEqual(process.returncode, 0)
+        return text.splitlines()
 
     def finished(self) -> Dict[str, bytes]:
         """What is visible in the output folder."""
@@ -1833,6 +1857,13 @@ def browser_name(name: str) -> Optional[str]:
     return name.rstrip('.')
 
 
+def security(domains: Sequence[str] = ('tiktok.com', 'instagram.com'), private: bool = False) -> Any:
+    return v.SimpleNamespace(allowed_domains=tuple(domains), allow_private_targets=private, max_url_length=2048)
+
+
+LISTED, ANY_SITE, ANY_PLACE = security(), security(['*']), security(['*'], private=True)
+
+
 # Traps: what URL parsers have disagreed about (WPT's urltestdata.json, Orange Tsai's list, FACTS of our own).
 TRAPS = [
     r'http://127.0.0.1\@tiktok.com/', r'https://tiktok.com\@evil.com/', r'https://tiktok.com\.evil.com/',
@@ -1873,6 +1904,58 @@ TRAPS = [
     'https://tiktok.com/%2e%2e/', 'https://tiktok.com/@evil.com', 'https://tiktok.com?@evil.com',
     'https://tiktok.com#@evil.com', 'https://tiktok.com/?u=http://evil.com', 'https://tiktok.com/a b',
     'https://tiktok.com/ü?ü#ü', 'https://tiktok.com/<>"{}|^`',
+]
+SHARED = [  # what arrives, and the canonical links that are in it
+    ('https://vm.tiktok.com/ZMabc123/', ['https://vm.tiktok.com/ZMabc123/']),
+    ('vm.tiktok.com/ZMabc123', ['https://vm.tiktok.com/ZMabc123']),
+    ('vt.tiktok.com/ZSabc/', ['https://vt.tiktok.com/ZSabc/']),
+    ('Www.TikTok.com/@a.b_c/video/7123?is_from_webapp=1&sender_device=pc',
+     ['https://www.tiktok.com/@a.b_c/video/7123?is_from_webapp=1&sender_device=pc']),
+    ('https://www.tiktok.com/t/ZTabc/?k=1', ['https://www.tiktok.com/t/ZTabc/?k=1']),
+    ('https://www.tiktok.com/@user/photo/7123', ['https://www.tiktok.com/@user/photo/7123']),
+    ('https://www.instagram.com/reel/C1_-x/?igsh=MWx5==', ['https://www.instagram.com/reel/C1_-x/?igsh=MWx5==']),
+    ('https://www.instagram.com/reels/C1x/', ['https://www.instagram.com/reels/C1x/']),
+    ('https://www.instagram.com/p/C1x-', ['https://www.instagram.com/p/C1x-']),
+    ('https://instagram.com/tv/C1x_', ['https://instagram.com/tv/C1x_']),
+    ('https://www.instagram.com/stories/some.one/31/', ['https://www.instagram.com/stories/some.one/31/']),
+    ('https://www.instagram.com/some.one/reel/C1x/', ['https://www.instagram.com/some.one/reel/C1x/']),
+    ('https://www.instagram.com/share/reel/BAx?igsh=1', ['https://www.instagram.com/share/reel/BAx?igsh=1']),
+    ('Look at this! https://vm.tiktok.com/ZM1/', ['https://vm.tiktok.com/ZM1/']),
+    ('Check out Anna\'s video! #TikTok > https://vm.tiktok.com/ZM1/ Get the app: https://www.tiktok.com/tiktoklite',
+     ['https://vm.tiktok.com/ZM1/']),
+    ('Schau dir Müllers Video an – „https://vm.tiktok.com/ZM1/“!', ['https://vm.tiktok.com/ZM1/']),
+    ('«https://vm.tiktok.com/ZM1»', ['https://vm.tiktok.com/ZM1']),
+    ('(https://vm.tiktok.com/ZM1/).', ['https://vm.tiktok.com/ZM1/']),
+    ('[a](https://vm.tiktok.com/ZM1)', ['https://vm.tiktok.com/ZM1']),
+    ('<https://vm.tiktok.com/ZM1>', ['https://vm.tiktok.com/ZM1']),
+    ('**https://vm.tiktok.com/ZM1**', ['https://vm.tiktok.com/ZM1']),
+    ('"https://vm.tiktok.com/ZM1",', ['https://vm.tiktok.com/ZM1']),
+    ("'https://vm.tiktok.com/ZM1'?!…", ['https://vm.tiktok.com/ZM1']),
+    ('https://vm.tiktok.com/ZM1🔥🔥', ['https://vm.tiktok.com/ZM1']),
+    ('🔥https://vm.tiktok.com/ZM1/❤️', ['https://vm.tiktok.com/ZM1/']),
+    ('看看这个视频https://vm.tiktok.com/ZM1/，太好笑了！', ['https://vm.tiktok.com/ZM1/']),
+    ('复制打开：vm.tiktok.com/ZM1。快看', ['https://vm.tiktok.com/ZM1']),
+    ('この動画https://vm.tiktok.com/ZM1/面白い', ['https://vm.tiktok.com/ZM1/']),
+    ('شاهد هذا \u200fhttps://vm.tiktok.com/ZM1/\u200f', ['https://vm.tiktok.com/ZM1/']),
+    ('\u2068https://vm.tiktok.com/ZM1/\u2069', ['https://vm.tiktok.com/ZM1/']),
+    ('\ufeffhttps://vm.tiktok.com/ZM1/\u200b', ['https://vm.tiktok.com/ZM1/']),
+    ('Смотри https://vm.tiktok.com/ZM1/, класс', ['https://vm.tiktok.com/ZM1/']),
+    ('https://vm.tiktok.com/ZM1/\nhttps://vm.tiktok.com/ZM2/\r\nvm.tiktok.com/ZM3',
+     [f'https://vm.tiktok.com/ZM{n}' + '/' * (n < 3) for n in (1, 2, 3)]),
+    ('https://vm.tiktok.com/ZM1,https://vm.tiktok.com/ZM2;https://vm.tiktok.com/ZM3',
+     [f'https://vm.tiktok.com/ZM{n}' for n in (1, 2, 3)]),
+    ('https://vm.tiktok.com/ZM1https://vm.tiktok.com/ZM2', [f'https://vm.tiktok.com/ZM{n}' for n in (1, 2)]),
+    ('https://www.tiktok.com/login?redirect_url=https://www.tiktok.com/@a/video/1',
+     ['https://www.tiktok.com/login?redirect_url=https://www.tiktok.com/@a/video/1']),
+    ('HTTPS://VM.TIKTOK.COM/ZM1', ['https://vm.tiktok.com/ZM1']),
+    ('http://vm.tiktok.com/ZM1', ['https://vm.tiktok.com/ZM1']),
+    ('https://www.tiktok.com/@a(b)/video/1 (https://www.tiktok.com/@a(b))',
+     ['https://www.tiktok.com/@a(b)/video/1', 'https://www.tiktok.com/@a(b)']),
+    ('https://tiktok.com\nhttps://vm.tiktok.com/1', ['https://tiktok.com/', 'https://vm.tiktok.com/1']),
+    ('https://tiktok.com\nNice', []), ('https://tiktok.com\u3002evil.com/x', []),
+    ('https://tiktok.com\n.evil.com/x', []), ('me@tiktok.com/x', []), ('https://evil.com/vm.tiktok.com/ZM1', []),
+    ('eviltiktok.com/x', []), ('étiktok.com/x', []), ('no link', []), ('', []),
+    ('Do you know tiktok.com? Or and/or e.g./i.e.', []), ('https://', []), ('http:// https:// ://', []),
 ]
 # Each option of OPTIONS at least once; what follows it is given to yt-dlp's own parser too.
 SAME_AS_YTDLP = [
@@ -2254,6 +2337,27 @@ class Index(LocalServer):
         super().end()
 
 
+class WithIndex(unittest.TestCase):
+    """An index and a folder of each test's own, and no pip; what is published need only look like a yt-dlp."""
+
+    def setUp(self) -> None:
+        self.index = Index()
+        self.addCleanup(self.index.end)
+        self.folder = new_folder()
+        self.vendor = v.Vendor(self.folder, self.index.url)
+        be_lenient(self)
+        self.environment(PYTHONPATH=str(no_pip()), VIDEOSERVER_API_KEYS='secret')
+
+    def environment(self, **names: str) -> None:
+        """Sets variables until the end of the test."""
+        patched(self, unittest.mock.patch.dict(os.environ, names))
+
+    def install(self, version: str, *files: Any, **more: Any) -> None:
+        """Publishes a release, which is taken."""
+        self.index.add(version, *files, **more)
+        self.assertEqual(self.vendor.install(), version)
+
+
 class IndexHandler(QuietHandler):
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers.get('User-Agent', '').split('/')[0]))
@@ -2304,7 +2408,53 @@ def starts(daemon: Daemon) -> int:
 
 
 # ---------- bucket and notices ------------------------------------------------------------
-# OpenStack Swift, which verifies signatures, behind a relay that can lose, stall and refuse; a webhook.
+# AWS's published vectors of Signature 4; OpenStack Swift, which verifies signatures, behind a relay that can
+# lose, stall and refuse; a webhook.
+
+SUITE = v.Keys('AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY', 'us-east-1', 'service')
+SUITE_NOW = 1440938160  # 20150830T123600Z
+UNRESERVED = '-._~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
+SUITE_CASES = [  # AWS's Signature 4 test suite: name, method, path, query, headers, body, signature
+    ('get-vanilla', 'GET', '/', (), {}, b'', '5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31'),
+    ('get-utf8', 'GET', '/%E1%88%B4', (), {}, b'',
+     '8318018e0b0f223aa2bbf98705b62bb787dc9c0e678f255a891fd03141be5d85'),
+    ('get-space', 'GET', '/example%20space/', (), {}, b'',
+     '652487583200325589f1fba4c7e578f72c47cb61beeca81406b39ddec1366741'),
+    ('get-unreserved', 'GET', '/' + UNRESERVED, (), {}, b'',
+     '07ef7494c76fa4850883e2b006601f940f8a34d404d0cfa977f52a65bbf5f24f'),
+    ('get-vanilla-query-order-key-case', 'GET', '/', (('Param2', 'value2'), ('Param1', 'value1')), {}, b'',
+     'b97d918cfa904a5beff61c982a1b6f458b799221646efd99d3219ec94cdf2500'),
+    ('get-vanilla-query-order-key', 'GET', '/', (('Param1', 'value2'), ('Param1', 'Value1')), {}, b'',
+     'eedbc4e291e521cf13422ffca22be7d2eb8146eecf653089df300a15b2382bd1'),
+    ('get-vanilla-query-unreserved', 'GET', '/', ((UNRESERVED, UNRESERVED),), {}, b'',
+     '9c3e54bfcdf0b19771a7f523ee5669cdf59bc7cc0884027167c21bb143a40197'),
+    ('get-vanilla-utf8-query', 'GET', '/', (('\u1234', 'bar'),), {}, b'',
+     '2cdec8eed098649ff3a119c94853b13c643bcf08f8b0a1d91e12c9027818dd04'),
+    ('get-header-value-trim', 'GET', '/', (), {'My-Header1': ' value1', 'My-Header2': ' "a   b   c"'}, b'',
+     'acc3ed3afb60bb290fc8d2dd0098b9911fcaa05412b367055dee359757a9c736'),
+    ('post-vanilla', 'POST', '/', (), {}, b'', '5da7c1a2acd57cee7505fc6676e4e544621c30862966e37dddb68e92efbe5d6b'),
+    ('post-x-www-form-urlencoded', 'POST', '/', (), {'Content-Type': 'application/x-www-form-urlencoded'},
+     b'Param1=value1', 'ff11897932ad3f4e8b18135d722051e5ac45fc38421b1da7b9d196a0fe09473a'),
+]
+S3_DOCS = v.Keys('AKIAIOSFODNN7EXAMPLE', 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY', 'us-east-1')
+S3_DOCS_NOW = 1369353600  # 20130524T000000Z
+S3_DOCS_CASES = [  # "Signature Calculations for the Authorization Header", Amazon S3 API Reference
+    ('GET object', 'GET', '/test.txt', (), {'Range': 'bytes=0-9'}, b'',
+     'f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41'),
+    ('PUT object', 'PUT', '/test%24file.text', (), {
+        'Date': 'Fri, 24 May 2013 00:00:00 GMT', 'x-amz-storage-class': 'REDUCED_REDUNDANCY'},
+     b'Welcome to Amazon S3.', '98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd'),
+    ('GET bucket lifecycle', 'GET', '/', (('lifecycle', ''),), {}, b'',
+     'fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543'),
+    ('GET bucket', 'GET', '/', (('prefix', 'J'), ('max-keys', '2')), {}, b'',
+     '34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7'),
+]
+S3_DOCS_PRESIGNED = (
+    'https://examplebucket.s3.amazonaws.com/test.txt?X-Amz-Algorithm=AWS4-HMAC-SHA256'
+    '&X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F20130524%2Fus-east-1%2Fs3%2Faws4_request'
+    '&X-Amz-Date=20130524T000000Z&X-Amz-Expires=86400&X-Amz-SignedHeaders=host'
+    '&X-Amz-Signature=aeeed9bbccd4d02ee5c0109b86d86835f995330da4c265957d157751f604d404')
+
 
 def publish_config(**s3) -> v.Config:
     """A configuration with an own output folder and these values in [s3]."""
@@ -2748,24 +2898,13 @@ class Nginx:
             self.close()
             raise
 
-    def client(self, source: str = '127.0.0.1', key: str = '') -> 'NginxClient':
+    def client(self, source: str = '127.0.0.1', key: str = '') -> Client:
         """A client that comes from `source`, an address of the loopback."""
-        client = NginxClient(self.port, certificates() / 'ca.crt', key)
-        client.source = source
-        return client
+        return Client(self.port, certificates() / 'ca.crt', key, source=source)
 
     def close(self) -> None:
         self.process.terminate()
         self.process.wait(10)
-
-
-class NginxClient(Client):
-    """A client with an address of its own."""
-    source = '127.0.0.1'
-
-    def connection(self) -> Any:
-        return http.client.HTTPSConnection(self.host, self.port, timeout=self.timeout, context=self.context,
-                                           source_address=(self.source, 0))
 
 
 # ---------- browser -----------------------------------------------------------------------
@@ -2950,6 +3089,34 @@ class PageTest(DaemonTest):
 
     def newest(self) -> Any:
         return (self.daemon.rows('SELECT * FROM downloads ORDER BY rowid DESC LIMIT 1') or [None])[0]
+
+    def before_each_page(self, script: str) -> None:
+        made = self.browser.devtools('Page.addScriptToEvaluateOnNewDocument', source=script)
+        self.addCleanup(self.browser.devtools, 'Page.removeScriptToEvaluateOnNewDocument', **made)
+
+    def full_daemon(self) -> Daemon:
+        """A daemon with 40 finished videos of long titles, each with a picture of a restless video."""
+        full = self.new_daemon(start=False)
+        thumbs = full.database.parent / 'thumbs'
+        store = v.Store(full.database)
+        store.open()
+        video = full.folder / 'restless.mp4'
+        subprocess.run(['ffmpeg', '-nostdin', '-v', 'error', '-f', 'lavfi', '-i',
+                        'mandelbrot=size=540x960:rate=2:start_scale=0.3', '-t', '2', '-vf', 'noise=alls=12',
+                        str(video)], check=True)
+        thumbs.mkdir(exist_ok=True)
+        self.assertTrue(v.make_thumbnail(video, thumbs / 'one.jpg'))
+        for number in range(40):
+            submission = v.Submission(f'https://www.tiktok.com/@somebody/video/{7300000000000000000 + number}', 'phone',
+                                      None, ())
+            id = store.add_many([submission], 1_763_000_000 + 3600 * number)[0].id
+            title = f'{number} things that nobody tells you of cats, boxes and {random.random()} more #fyp ' * 3
+            file = v.MediaFile(f'{title[:150]}_{number}.mp4', 5_000_000 + number, 'video/mp4')
+            store.claim(id, 1_763_000_000)
+            store.finish(id, v.Outcome('done', title=title, files=(file,)), full.output, 1_763_000_000)
+            shutil.copy(thumbs / 'one.jpg', thumbs / f'{id}.jpg')
+        store.close()
+        return full.start()
 
     def clipboard(self) -> str:
         return self.browser.run('return navigator.clipboard.readText()')

@@ -34,15 +34,20 @@ from urllib.parse import urlsplit
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from harness import (  # noqa: E402
+    ANY_PLACE,
+    ANY_SITE,
     ANYWHERE,
     HERE,
     IN_THE_CLEAR,
+    LISTED,
     RUN,
     SAME_AS_YTDLP,
+    SHARED,
     TINY_MP4,
     TRAPS,
     Client,
     Daemon,
+    DownloadTest,
     KillTally,
     Standin,
     Strace,
@@ -60,7 +65,6 @@ from harness import (  # noqa: E402
 
 import test_videoserverd  # noqa: E402
 import videoserverd as v  # noqa: E402
-from test_videoserverd import ANY_PLACE, ANY_SITE, LISTED, MEMORY, SHARED, TestAlone  # noqa: E402
 
 COMMANDS: Dict[str, Callable[[List[str]], Any]] = {}  # NAME: what `proofs.py NAME …` calls with the rest
 
@@ -444,11 +448,11 @@ def cmd_soak(args: List[str]) -> int:
 @command
 def cmd_rss(args: List[str]) -> int:
     """Memory of one process over fifty TikTok downloads."""
-    TestAlone.setUpClass()
-    case = TestAlone()
+    DownloadTest.setUpClass()
+    case = DownloadTest()
     case.setUp()
     posts = [str(case.site.tiktok(size=5_000_000)) for _ in range(int(args[0]) if args else 50)]
-    for line in case.said(MEMORY + f'''
+    for line in case.said(f'''
             say('before', rss())
             for number, url in enumerate({posts!r}):
                 assert attempt(url, f'job{{number}}').run().kind == 'done'
