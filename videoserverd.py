@@ -1247,6 +1247,7 @@ CRASH_LIMIT = 3  # unclean ends in a row that count as one failed attempt
 FROZE = 'This page froze the whole server for a minute; it will not be tried again.'
 SUSPECT = 'The server froze while downloading this and others; each is tried again alone.'
 CHECK_SECONDS = 0.25  # of quick_check at the start; each daily copy is checked in full
+LONGEST_DELAY = 6 * 3600  # seconds between tries of what is in the outbox
 
 # The link that must be an hour old before the client may send another; future ones do not count.
 HOUR_FULL = ('SELECT created_at FROM downloads WHERE client_id = ? AND created_at > ? '
@@ -1555,7 +1556,6 @@ class Store:
         return total, self.records(f'rowid IN (SELECT rowid FROM downloads WHERE {where} {newest} '
                                    f'LIMIT ? OFFSET ?) {newest}', *args, limit, offset)
 
-
     def ids(self, begin):
         """The first few ids with this prefix."""
         return [row['id'] for row in self.read(
@@ -1567,21 +1567,22 @@ class Store:
                          f'AND (NOT ? OR {UNFINISHED}) '
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
-    def waiting(self, now, longest, limit):
-        """(id, due, alone) of the first that may start; not those of imports. `alone`: it was
-        running when yt-dlp froze. After a clock that was ahead none waits for more than `longest`
-        seconds. One whose claim was reported as failed may be 'downloading'."""
-        latest = now + longest
-        rows = self.read(
-            "SELECT id, coalesce(next_attempt_at, 0) AS due, reason IS 'freeze' AS alone "
-            f'FROM downloads WHERE {UNFINISHED} AND created_at > 0 '
-            "AND (import_id IS NULL OR alone OR status = 'downloading' OR next_attempt_at > ?) "
-            'ORDER BY due > ? DESC, due, created_at, rowid LIMIT ?', (latest, latest, limit))
-        if not rows or rows[0]['due'] <= latest:
-            return rows
-        self.write(lambda db: db.execute(
-            'UPDATE downloads SET next_attempt_at = ? WHERE next_attempt_at > ?', (latest,) * 2))
-        return self.waiting(now, longest, limit)
+    def waiting(self, limit):
+        """(due, id, alone, paced) of the first that may start; those of imports come from
+        `next_of_imports`. `alone`: it was running when yt-dlp froze. One whose claim was reported
+        as failed may be 'downloading'."""
+        return self.read(
+            "SELECT coalesce(next_attempt_at, 0) AS due, id, reason IS 'freeze' AS alone, "
+            f'0 AS paced FROM downloads WHERE {UNFINISHED} AND created_at > 0 '
+            "AND (import_id IS NULL OR alone OR status = 'downloading') "
+            'ORDER BY due, created_at, rowid LIMIT ?', (limit,))
+
+    @committed
+    def pull_in(self, db, now, longest):
+        """The clock was ahead: no attempt is due in more than `longest` seconds."""
+        db.execute(f'UPDATE downloads SET next_attempt_at = :due WHERE {UNFINISHED} '
+                   'AND next_attempt_at > :due', {'due': now + longest})
+        db.execute('UPDATE outbox SET due = ? WHERE due > ?', (now, now + LONGEST_DELAY))
 
     def unfinished(self):
         """Ids of all queued or running downloads, but not those of imports that did not begin."""
@@ -1846,12 +1847,12 @@ class Store:
         self.write(work)
 
     def next_of_imports(self, now):
-        """The id of the next post of a running import, None if none is due."""
-        rows = self.read(
-            'SELECT downloads.id FROM imports JOIN downloads ON import_id = imports.id '
-            "WHERE state = 'running' AND status = 'queued' AND coalesce(next_attempt_at, 0) <= ? "
-            'ORDER BY next_attempt_at IS NULL, downloads.rowid LIMIT 1', (now,))
-        return rows[0]['id'] if rows else None
+        """As `waiting`: the next post of a running import, if one is due; due now."""
+        return self.read(
+            'SELECT ? AS due, id, 0 AS alone, 1 AS paced FROM downloads WHERE import_id IN '
+            "(SELECT id FROM imports WHERE state = 'running') AND status = 'queued' AND "
+            'coalesce(next_attempt_at, 0) <= ? ORDER BY next_attempt_at IS NULL, rowid LIMIT 1',
+            (now, now))
 
     @committed
     def end_import(self, db, import_id, now, sentence):
@@ -1897,12 +1898,11 @@ class Store:
         if over or begun:
             self.write(work)
 
-    def next_outgoing(self, kinds, latest):
-        """The first item due of these kinds; one due after `latest` goes first: the clock was
-        ahead."""
+    def next_outgoing(self, kinds):
+        """The first item due of these kinds, or None."""
         marks = ', '.join('?' * len(kinds))
-        rows = self.read(f'SELECT * FROM outbox WHERE kind IN ({marks}) '
-                         'ORDER BY due > ? DESC, due, id LIMIT 1', (*kinds, latest))
+        rows = self.read(f'SELECT * FROM outbox WHERE kind IN ({marks}) ORDER BY due, id LIMIT 1',
+                         kinds)
         return rows[0] if rows else None
 
     @committed
@@ -4829,7 +4829,6 @@ BLOCK = 256 << 10  # bytes read and sent at a time: large enough that TLS is the
 MULTIPART_ABOVE = 100 << 20  # where AWS advises parts
 PART_SIZE = 16 << 20  # what a lost connection costs at most; S3 takes 10,000
 JOIN_SECONDS = 300.0  # for an answer: joining many parts takes a server long
-LONGEST_DELAY = 6 * 3600  # seconds between tries
 COURIER_NAP = 60.0  # seconds between looks when nothing is due, and after a failure
 THUMBNAIL_SECONDS = 20.0  # a Pi needs two for a frame of a 4K video
 THUMBNAIL_FILTER = ("crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',"
@@ -5138,10 +5137,10 @@ class Courier:
         pause, so that a server that is down is not asked for each of many items."""
         if 0 < self._pause_until - now <= COURIER_NAP:  # more: the clock was set back
             return self._pause_until - now
-        item = self.store.next_outgoing(self.kinds, int(now) + LONGEST_DELAY)
+        item = self.store.next_outgoing(self.kinds)
         if not item:
             return COURIER_NAP
-        if 0 < item['due'] - now <= LONGEST_DELAY:
+        if item['due'] > now:
             return min(item['due'] - now, COURIER_NAP)
         try:
             noted = self.send(item, int(now))
@@ -5290,14 +5289,14 @@ def make_thumbnail(video, picture):
 
 
 # ---------- scheduler ---------------------------------------------------------------------
-# Owns the workers and the heap of what they may start, read from the store when something changed;
-# claim decides.
+# Owns the workers and the heap of what they may start, read from the store at each look; claim
+# decides.
 # Lock: `_changed` guards `_running` and what is said of it; never held across the store, a
 # download or a socket. Called by http (push, cancel), daemon (start, stop) and its own threads.
 
 MAX_NAP = 5.0  # seconds: a wall clock that jumps (a Pi has no RTC) is noticed after this
-HEAP_SECONDS = 60  # how long the heap is believed; a clock that was ahead delays all in it
-HEAP_SIZE = 1000
+SET_BACK = 5.0  # seconds that the wall clock loses on the monotonic one if it was set back
+HEAP_SIZE = 100  # more than there are workers
 WATCH_NAP = 1.0  # seconds between looks at running attempts and at what pauses the queue
 PAUSE_SECONDS = 30  # how long the queue pauses after an attempt reports a full disk
 HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never end
@@ -5333,11 +5332,10 @@ class Scheduler:
         self.paused = None  # why nothing starts, a sentence
         self.beat = time.monotonic()  # when the loop last came round: for the watchdog
         self._pause_until, self._pause_message = -math.inf, ''  # monotonic
-        self._looked = -math.inf  # monotonic, when the pause was last looked at
+        self._clock = math.inf  # epoch less monotonic seconds: falls when the clock is set back
         self._changed = threading.Condition()
         self._news = False  # whether something changed since the loop last looked
-        self._heap = []  # (due, place, id, alone)
-        self._heap_read = -math.inf  # monotonic; too long ago: it is read again
+        self._heap = []  # (due, place, row of Store.waiting)
         self._running = {}
         self._import_due = -math.inf  # monotonic, when the next post of an import may start
         self._stopping = threading.Event()
@@ -5350,12 +5348,11 @@ class Scheduler:
 
     def _wake(self):
         with self._changed:
-            self._news, self._heap_read = True, -math.inf
+            self._news = True
             self._changed.notify_all()
 
     def push(self, download_id):
         """It is queued now; claim verifies that."""
-        self._heap_read = -math.inf
         if not self.paused and not self._must_wait():  # else the loop comes by itself
             self._wake()
         self.board.post(download_id)
@@ -5423,7 +5420,6 @@ class Scheduler:
                     log.error('scheduler: waiting for the database: %s', error)
                 else:
                     log.exception('scheduler: continuing after this')
-                self._heap_read = -math.inf
                 self._stopping.wait(STORE_NAP)
             with self._changed:
                 self._changed.wait_for(lambda: self._news, self._nap(time.time()))
@@ -5433,10 +5429,10 @@ class Scheduler:
         """One look at everything: pause, what runs, what is due. `now` is epoch seconds."""
         self.beat = monotonic
         self._watch(monotonic)
-        idle = not self.paused and not self._must_wait()
-        if idle or monotonic - self._looked >= WATCH_NAP:
-            self._looked = monotonic
-            self._refresh_pause(monotonic)
+        self._refresh_pause(monotonic)
+        if now - monotonic < self._clock - SET_BACK:
+            self.store.pull_in(int(now), max(self.config.downloads.retry_delays))
+        self._clock = now - monotonic
         if not self.ready:
             for job, outcome in self.store.recover(int(now), self.frozen):
                 self._settle(job, outcome)
@@ -5486,32 +5482,25 @@ class Scheduler:
                 or any(alone or run.alone for run in runs))
 
     def _start_due(self, now, monotonic):
-        """While workers are free, start what is due, then, at the pace of imports, one of their
-        posts."""
-        downloads = self.config.downloads
+        """While workers are free, start what is due, and behind it, at the pace of imports, one of
+        their posts."""
         if self._must_wait():
             return
-        longest = max(downloads.retry_delays)
-        set_back = self._heap and self._heap[0][0] - now > longest + 1  # the clock was
-        if set_back or monotonic - self._heap_read > HEAP_SECONDS:
-            self._heap_read = monotonic
-            rows = self.store.waiting(int(now), longest, HEAP_SIZE)
-            self._heap = [(row['due'], place, row['id'], row['alone'])
-                          for place, row in enumerate(rows)]
-            heapq.heapify(self._heap)
+        rows = self.store.waiting(HEAP_SIZE)
+        if monotonic >= self._import_due:
+            self._import_due = monotonic + MAX_NAP
+            rows += self.store.next_of_imports(int(now))
+        self._heap = [(row['due'], place, row) for place, row in enumerate(rows)]
+        heapq.heapify(self._heap)
         while self._heap and self._heap[0][0] <= now:
-            _, _, download_id, alone = self._heap[0]
-            if self._must_wait(alone):
+            row = self._heap[0][2]
+            if self._must_wait(row['alone']):
                 return
             heapq.heappop(self._heap)
-            self._employ(download_id, alone)
-        if self._must_wait() or monotonic < self._import_due:
-            return
-        found = self.store.next_of_imports(int(now))
-        self._import_due = monotonic + MAX_NAP
-        if found:
-            self._import_due = monotonic + downloads.import_pace * (0.75 + os.urandom(1)[0] / 510)
-            self._employ(found)
+            if row['paced']:
+                pace = self.config.downloads.import_pace
+                self._import_due = monotonic + pace * (0.75 + os.urandom(1)[0] / 510)
+            self._employ(row['id'], row['alone'])
 
     def _watch(self, monotonic):
         """Let each attempt check its limits; one that ignores a stop makes us restart in place."""
@@ -9442,7 +9431,6 @@ class Care:
             self.server.context = server_context(config)
             self.server.app.hosts = known_hosts(config)
             self._certificate_seen = file.stat().st_mtime_ns, day
-
 
     def copy_database(self, now):
         """One copy a day; keep the newest `backups`. A bad copy never replaces a good one."""
