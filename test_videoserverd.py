@@ -4429,10 +4429,11 @@ class TestFreshness(WithIndex):
     def setUp(self) -> None:
         super().setUp()
         self.loaded: Optional[Path] = None
+        patched(self, unittest.mock.patch.object(v, 'loaded_ytdlp', lambda: self.loaded))
 
     def freshness(self, automatic: bool = True, channel: str = 'stable') -> Any:
         settings = SimpleNamespace(auto_update=automatic, channel=channel)
-        return v.Freshness(self.vendor, settings, lambda: self.loaded)
+        return v.Freshness(self.vendor, settings)
 
     def installed(self, *versions: str, channel: str = 'stable') -> Any:
         """A Freshness whose process has imported the last of these, which were installed one after the other. With
@@ -4509,6 +4510,24 @@ class TestFreshness(WithIndex):
                 self.assertEqual(self.vendor.version(), '9999.1.1' if rolled_back else '9999.2.2')
                 self.assertEqual(self.vendor.state().get('sites', []), sorted(two) if rolled_back else
                                  ['tiktok.com'] if done in dict(heard).values() or heard[0][1] is done else [])
+
+    def test_what_fails_with_the_older_release_as_well_is_not_the_newer_ones_fault(self) -> None:
+        changed, now = v.Outcome('retry', 'site_changed'), time.time()
+        self.installed('9999.1.1', '9999.2.2')
+
+        def both_fail(*worked: str) -> str:
+            """What is in use after both sites have failed in a new process, and an hour."""
+            self.loaded, fresh = self.vendor.current(), self.freshness()
+            for site in ('tiktok.com', 'instagram.com'):
+                fresh.heard(site, changed)
+            for site in worked:
+                fresh.heard(site, v.Outcome('done'))
+            before = self.vendor.version()
+            self.assertEqual(fresh.step(now + v.HOUR + 9), self.vendor.version() != before)
+            return self.vendor.version()
+        self.assertEqual([both_fail() for _ in range(4)], ['9999.1.1', '9999.2.2'] * 2, 'neither works')
+        self.assertEqual([both_fail(), both_fail('tiktok.com')], ['9999.1.1'] * 2, 'the older one works')
+        self.assertEqual(self.vendor.state()['bad'], ['9999.2.2'])
 
     def test_a_bad_mark_ends_with_the_next_release(self) -> None:
         self.installed('9999.1.1', '9999.2.2')

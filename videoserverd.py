@@ -196,6 +196,13 @@ def output_of(command, seconds, preexec_fn=None):
     return b''
 
 
+def spawn(target, *args, name=None):
+    """A thread that runs it and does not keep the process from ending."""
+    thread = threading.Thread(target=target, args=args, name=name, daemon=True)
+    thread.start()
+    return thread
+
+
 def free_space(folder):
     """Bytes free for us on its disk. Raises OSError."""
     disk = os.statvfs(folder)
@@ -2194,7 +2201,7 @@ class Stopper:
                 answer.set_exception(error)
             with self._changed:
                 self._changed.notify_all()
-        threading.Thread(target=work, daemon=True).start()
+        spawn(work)
         with self._changed:
             self._changed.wait_for(lambda: answer.done() or self.ended)
         self.go_on()
@@ -2797,7 +2804,7 @@ def write_index(_, __, downloader, ctx):
 
 
 def own_order(_, begin, sorter, *args):
-    """A FormatSorter's start: what a caller asks for stays out of the class, which all share."""
+    """A FormatSorter's start, with its own copy of the settings, which its class shares."""
     sorter.settings = {name: {**rule} for name, rule in sorter.settings.items()}
     begin(sorter, *args)
 
@@ -2906,11 +2913,11 @@ def open_door():
             STRANGERS.acquire()
             try:
                 sock, _ = listener.accept()
-                threading.Thread(target=serve_visitor, args=(sock,), daemon=True).start()
+                spawn(serve_visitor, sock)
             except (OSError, RuntimeError):  # no descriptor or thread is free
                 STRANGERS.release()
                 time.sleep(1)
-    threading.Thread(target=keep, daemon=True).start()
+    spawn(keep)
     return listener.getsockname()[1]
 
 
@@ -3802,10 +3809,8 @@ class Attempt:
         if request.extensions.get('impersonate'):
             request.headers.setdefault('Accept-Encoding', 'gzip, deflate, br')  # see PageHead
         site, gap = self._pace_of(request.url, request.method)
-        wait = gap and PACE.turn(site, gap, time.monotonic())
-        while wait:
+        for wait in iter(lambda: gap and PACE.turn(site, gap, time.monotonic()), 0):
             self.reach.nap(wait)
-            wait = PACE.turn(site, gap, time.monotonic())
         try:
             response = urlopen(request)
         except Exception as error:
@@ -4107,8 +4112,8 @@ class Attempt:
                 self.reach.unless_stopped(sync, folder.path / result['source'])
         files = folder.move(self.output)
         folder.clear({folder.file.name})  # job.json tells a second run that all is done
-        names = {file.name for file in files}
-        forget_files(self.config, '', [old.name for old in self.job.files if old.name not in names])
+        forget_files(self.config, '', {old.name for old in self.job.files}
+                     - {file.name for file in files})
         return self._outcome(files)
 
     def _fetch_missing(self, items):
@@ -4358,7 +4363,7 @@ def version_in(folder):
 # Internet, then sets a trap for each guard; forbidden addresses are on 127.0.0.2. With curl_cffi,
 # whose connections no hook sees, all that come to the site must have passed the door.
 TRY_OUT = '''
-import gzip, http.server, threading
+import gzip, http.server
 folder, output, curl = pathlib.Path(sys.argv[3]), sys.argv[4], sys.argv[5]
 public, tunnel = v.is_public, v.tunnel
 reached, heard, came, passed = set(), set(), set(), set()
@@ -4419,7 +4424,7 @@ if curl:
 for site in 'tiktok.com/@a/video/1', 'instagram.com/p/a/':
     ends(f'https://www.{site}', 'network', 'http://127.0.0.1:1')
 server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Site)
-threading.Thread(target=server.serve_forever, daemon=True).start()
+v.spawn(server.serve_forever)
 for path, reason in (('http.mp4', 'refused_address'), ('segment.m3u8', 'refused_address'),
                      ('key.m3u8', 'refused_address'), ('ftp.mp4', 'unsupported'),
                      ('aes.m3u8', 'http'), ('page', 'a page has'), ('packed', 'a page has')):
@@ -4470,11 +4475,11 @@ class Vendor:
         self.folder, self.index, self.impersonate = folder, index, impersonate
         self.pointer = folder / f'current-{PYTHON}'
 
-    def state(self, pointer=None):
+    def state(self):
         """What a pointer says: version, previous, bad, newest; the sites that worked with version
         (sites) and previous (before); when the index was asked (checked; searched: for a
         pre-release)."""
-        return read_note(pointer or self.pointer)
+        return read_note(self.pointer)
 
     @contextmanager
     def locked(self):
@@ -4637,7 +4642,7 @@ class Vendor:
 
     def clean(self):
         """Remove what an interrupted installation left, and releases that no pointer names."""
-        states = [self.state(file) for file in self.folder.glob('current-*')]
+        states = [read_note(file) for file in self.folder.glob('current-*')]
         named = {state.get(key) for state in states for key in ('version', 'previous')}
         for path in [self.folder / '.new', *self.unpacked()]:
             if path.name not in named and path != self.current():
@@ -4719,7 +4724,7 @@ except v.Trouble as error:
 
 def update_due(now, last_checked, site_changed, failures=0, last_tried=0):
     """Is it time to check for a newer yt-dlp? Hourly when a site has changed, else weekly; later
-    after failures. A clock set back by over a day also makes it due."""
+    after failures; also when the clock was set back by over a day."""
     if failures and 0 <= now - last_tried < backoff(failures, RETRY_GAPS):
         return False
     age = now - last_checked
@@ -4736,8 +4741,8 @@ class Freshness:
     """Keeps the daemon's yt-dlp up to date, and drops a release that proves broken. Any thread may
     call `heard` and `stop`, only `care` calls `step`."""
 
-    def __init__(self, vendor, downloader, loaded=loaded_ytdlp):
-        self.vendor, self.settings, self.loaded = vendor, downloader, loaded
+    def __init__(self, vendor, downloader):
+        self.vendor, self.settings = vendor, downloader
         self.site_changed = self.unusable = self.stopped = False
         self.worked = set()  # sites
         self.failed = set()  # sites, in a way that may be yt-dlp's
@@ -4758,7 +4763,7 @@ class Freshness:
     def step(self, now):
         """Do what is due at `now`, epoch seconds. True: the daemon has imported another yt-dlp than
         the current one, and should re-execute itself when idle. Raises Trouble."""
-        loaded, current, checked = self.loaded(), self.vendor.current(), 0.0
+        loaded, current, checked = loaded_ytdlp(), self.vendor.current(), 0.0
         if loaded in (None, current):
             self.judge()
         channel = self.settings.channel
@@ -4777,12 +4782,16 @@ class Freshness:
 
     def judge(self):
         """A release is trusted once a download worked. Until then it is rolled back if two sites
-        fail that worked with the previous one: a single site proves nothing."""
-        state, worked, failed = self.vendor.state(), set(self.worked), set(self.failed)
+        fail that worked with the previous one: a single site proves nothing. Where they fail with
+        that one too, the release may come again: whichever works first stays."""
+        state, worked, failed = self.vendor.state(), self.worked, self.failed
         version, sites = state.get('version'), set(state.get('sites', ()))
         if version and not worked <= sites and len(sites) < 50:
             with self.vendor.locked():
                 self.vendor.remember(sites=sorted(sites | worked))
+        elif state.get('bad') and not worked and len(failed & sites) > 1:
+            with self.vendor.locked():
+                self.vendor.remember(bad=[])
         elif not sites and len(failed & set(state.get('before', ()))) > 1 \
                 and self.vendor.roll_back(version):
             log.error('yt-dlp %s fails where %s worked: rolled back', version,
@@ -5407,9 +5416,8 @@ class Scheduler:
     # -- the thread that schedules
 
     def _spawn(self, name, target):
-        thread = threading.Thread(target=target, name=name, daemon=True)
+        thread = spawn(target, name=name)
         self._threads = [old for old in self._threads if old.is_alive()] + [thread]
-        thread.start()
 
     def _loop(self):
         while not self._stopping.is_set():
@@ -9081,7 +9089,7 @@ class LogWriter(logging.Handler):
         if self.file:
             self._open()
         self.to_stderr = self.fd < 0 or self.by_systemd or sys.stderr.isatty()
-        threading.Thread(target=self._loop, name='log', daemon=True).start()
+        spawn(self._loop, name='log')
 
     def format(self, record):
         """One line of limited length, whatever a client sent."""
@@ -9382,7 +9390,7 @@ class Care:
 
     def start(self, server):
         self.server = server
-        threading.Thread(target=self._loop, name='care', daemon=True).start()
+        spawn(self._loop, name='care')
 
     def heard(self, job, outcome):
         """A download ended: a finished one needs a thumbnail, a changed site a newer yt-dlp."""
@@ -9693,8 +9701,7 @@ class Daemon:
         self._start_couriers(app)
         self.server = Server(sock, app, context)
         self.scheduler.start()
-        threading.Thread(target=self.server.serve_forever, name='accept',
-                         daemon=True).start()
+        spawn(self.server.serve_forever, name='accept')
         self.care.start(self.server)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
@@ -9807,8 +9814,7 @@ class Daemon:
         sd_notify(f'RELOADING=1\nMONOTONIC_USEC={time.monotonic_ns() // 1000}' if restart
                   else 'STOPPING=1')
         self.board.release()
-        stopper = threading.Thread(target=self.scheduler.stop, daemon=True)
-        stopper.start()
+        stopper = spawn(self.scheduler.stop)
         self.server.drain(DRAIN_SECONDS if restart else 2.0)
         if not restart:
             self.server.server_close()
@@ -9908,7 +9914,7 @@ def server_at_hand(config):
         sock = listen('127.0.0.1', 0)
         port = sock.getsockname()[1]
         server = Server(sock, daemon.make_app(port), None)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        spawn(server.serve_forever)
         daemon.lock.tell({'pid': os.getpid(), 'host': '127.0.0.1', 'port': port, 'tls': False})
         yield
     finally:
@@ -10321,8 +10327,8 @@ def cmd_phone(config, options):
     if not running:
         print(f'The server is not running yet: start it with  {program(config)}')
     print(f'This page stays up for {options.minutes} minutes; Ctrl-C ends it now.', flush=True)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    threading.Thread(target=tell_first_link, args=(config, int(time.time())), daemon=True).start()
+    spawn(server.serve_forever)
+    spawn(tell_first_link, config, int(time.time()))
     with suppress(KeyboardInterrupt):
         time.sleep(60 * options.minutes)
     return 0
