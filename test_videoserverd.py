@@ -104,7 +104,7 @@ def sources() -> Dict[Path, Tuple[str, ast.Module]]:
 
 LONGEST_FUNCTION = 40  # lines
 LONGEST_LINE = 120
-MOST_BYTES = 489_100  # of the program, and to fall to 420,000: when it is reached, two things are made one
+MOST_BYTES = 488_100  # of the program, and to fall to 420,000: when it is reached, two things are made one
 
 
 class TestLaw(unittest.TestCase):
@@ -1906,16 +1906,14 @@ class TestAccidents(unittest.TestCase):
         return [row['id'] for row in self.store.waiting(2)] == [self.download_id]
 
     def test_half_an_emoji_in_a_title_is_stored(self):
-        self.store.claim(self.download_id, 2)
         outcome = v.Outcome('done', title='a\n\ud83d', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),))
-        self.assertTrue(self.store.finish(self.download_id, outcome, Path('/tmp'), 3))
+        self.assertTrue(self.store.end('finish', self.store.claim(self.download_id, 2), outcome, 3, Path('/tmp')))
         self.assertEqual(self.store.get(self.download_id)['title'], 'a \ufffd')
 
     def test_search_finds_captions_and_authors_and_takes_no_sign_for_another(self):
-        self.store.claim(self.download_id, 2)
         outcome = v.Outcome('done', title='a', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),),
                             post={'uploader': 'Zoë_k', 'description': 'a\nTen 50% \\ hills'})
-        self.store.finish(self.download_id, outcome, Path('/tmp'), 3)
+        self.store.end('finish', self.store.claim(self.download_id, 2), outcome, 3, Path('/tmp'))
         for indexed in (self.store.searches, False):
             self.store.searches = indexed
             for q, found in (('zoë_', 1), ('HILLS', 1), ('50%', 1), ('% \\', 1), ('o_k', 0), ('Te%s', 0), ('"', 0),
@@ -1934,9 +1932,9 @@ class TestAccidents(unittest.TestCase):
         self.store.write(lambda db: [db.execute(f'DROP TRIGGER {name}') for name in (
             'search_new', 'search_in', 'search_out', 'search_end')])  # as an SQLite without FTS5 leaves it
         self.store.move('retry', self.download_id, 4)
-        self.store.claim(self.download_id, 5)
         file = v.MediaFile('a.mp4', 1, 'video/mp4')
-        self.store.finish(self.download_id, v.Outcome('done', title='Larks', files=(file,)), Path('/tmp'), 6)
+        self.store.end('finish', self.store.claim(self.download_id, 5),
+                       v.Outcome('done', title='Larks', files=(file,)), 6, Path('/tmp'))
         self.store.close()
         self.store = open_store(self, self.config.database.path)
         self.assertEqual(self.searched('lark'), 1)
@@ -1989,7 +1987,7 @@ class TestAccidents(unittest.TestCase):
 
     def test_those_that_were_stored_first_start_first_and_a_retry_when_it_is_due(self):
         job = self.store.claim(self.download_id, 2)
-        self.store.fail('retry_later', job, v.Outcome('retry'), 3, Path(), 50)
+        self.store.end('retry_later', job, v.Outcome('retry'), 3, Path(), 50)
         links = [v.parse_submission({'url': f'https://www.tiktok.com/@a/video/{n}'}, self.config.security)
                  for n in (2, 3)]
         ids = [self.store.add_many([link], 4)[0].id for link in links]
@@ -2000,7 +1998,7 @@ class TestAccidents(unittest.TestCase):
         self.scheduler.config.downloads.max_concurrent = 2
         self.scheduler._import_due = v.math.inf
         job = self.store.claim(self.download_id, 2)
-        self.store.fail('retry_later', job, v.Outcome('retry'), 3, Path(), 8)
+        self.store.end('retry_later', job, v.Outcome('retry'), 3, Path(), 8)
         self.scheduler.step(5, 5)
         self.assertEqual((self.scheduler._nap(5), self.scheduler._nap(9)), (3, 0))
         self.assertFalse(self.scheduler._news)
@@ -2050,7 +2048,7 @@ class TestAccidents(unittest.TestCase):
 
     def test_a_clock_that_was_ahead_holds_up_nothing_for_longer_than_the_longest_delay(self):
         job = self.store.claim(self.download_id, 2)
-        self.store.fail('retry_later', job, v.Outcome('retry'), 3, Path(), 1 << 40)
+        self.store.end('retry_later', job, v.Outcome('retry'), 3, Path(), 1 << 40)
         due = lambda: self.store.get(self.download_id)['next_attempt_at']  # noqa: E731
         self.scheduler.paused, self.scheduler.preflight = 'x', lambda: 'x'
         self.scheduler.step(5, 5)
@@ -2126,13 +2124,13 @@ class TestAccidents(unittest.TestCase):
 
     def test_one_that_is_not_due_after_all_keeps_its_place(self):
         job = self.store.claim(self.download_id, 2)
-        self.store.fail('retry_later', job, v.Outcome('retry'), 3, Path(), 1 << 40)
+        self.store.end('retry_later', job, v.Outcome('retry'), 3, Path(), 1 << 40)
         self.scheduler._attempt(self.download_id, v.Run())
         self.assertTrue(self.is_waiting())
 
     def test_a_retry_that_was_stored_before_waits_all_the_same(self):
         job = self.store.claim(self.download_id, 2)
-        self.store.fail('retry_later', job, v.Outcome('retry'), 3, Path(), 99)
+        self.store.end('retry_later', job, v.Outcome('retry'), 3, Path(), 99)
         self.scheduler._store_outcome(job, v.Outcome('retry', 'network', 'x'), 4)
         self.assertTrue(self.is_waiting())
 
@@ -4988,8 +4986,7 @@ class TestUploader(WithBucket):
         media = tuple(v.MediaFile(self.file(name, size).name, size, 'video/mp4') for name in names)
         item = v.parse_submission({'url': tiktok_link(next(self.numbers))}, self.config.security)
         id = self.store.add_many([item], now)[0].id
-        self.store.claim(id, now)
-        self.store.finish(id, v.Outcome('done', title='a', files=media), self.output, now)
+        self.store.end('finish', self.store.claim(id, now), v.Outcome('done', title='a', files=media), now, self.output)
         return id
 
     def copy(self, id):
@@ -5161,7 +5158,7 @@ class TestNotify(DaemonTest):
         return self.new_daemon(env=env, hurry=hurry, downloads={'max_retries': 0, 'retry_delays': 1})
 
     def test_an_import_is_announced_once_when_it_is_done_and_not_post_by_post(self):
-        daemon = self.new_daemon(env={'VIDEOSERVER_NOTIFY_URL': self.listener.url}, hurry={'COURIER_NAP': 0.5},
+        daemon = self.new_daemon(env={'VIDEOSERVER_NOTIFY_URL': self.listener.url}, hurry={'COURIER_NAP': 600},
                                  downloads={'import_pace': '0', 'max_retries': 0})
         links = [str(self.site.tiktok()), *shared_links(2)]
         row = daemon.client.post('/api/v1/imports?name=links.txt', '\n'.join(links).encode(),
@@ -5217,11 +5214,7 @@ class TestNotify(DaemonTest):
         for number, end in enumerate(('finish', 'give_up')):
             item = v.parse_submission({'url': tiktok_link(number)}, v.load_config(None, {}).security)
             id = store.add_many([item], 1)[0].id
-            job = store.claim(id, 1)
-            if end == 'give_up':
-                store.fail('give_up', job, outcome, 1, Path('/'))
-            else:
-                store.finish(id, outcome, Path('/'), 1)
+            store.end(end, store.claim(id, 1), outcome, 1, Path('/'))
         self.assertEqual([row['kind'] for row in store.read('SELECT kind FROM outbox ORDER BY id')],
                          ['upload', 'notify'])
         store.forget(store.read('SELECT download_id FROM outbox')[0][0])
@@ -5231,7 +5224,7 @@ class TestNotify(DaemonTest):
         config = v.load_config(None, {'VIDEOSERVER_NOTIFY_URL': self.listener.url})
         store = open_store(self, notify=['give_up'])
         id = store.add_many([v.parse_submission({'url': tiktok_link(1)}, config.security)], 0)[0].id
-        store.fail('give_up', store.claim(id, 0), v.Outcome('give_up'), 0, Path('/'))
+        store.end('give_up', store.claim(id, 0), v.Outcome('give_up'), 0, Path('/'))
         store.note_problems(['x'], {'x': 'The disk is full.'}, 1)
         notifier = v.Notifier(config, store, lambda record: 1 // 0, '', lambda: [])
         with self.assertLogs(v.log, 'WARNING'):
@@ -5289,8 +5282,8 @@ class TestKeep(unittest.TestCase):
         now, file = day * v.DAY, v.MediaFile(name, 100, 'video/mp4')
         item = v.parse_submission({'url': tiktok_link(time.time_ns())}, self.config.security)
         id = self.store.add_many([item], now)[0].id
-        self.store.claim(id, now)
-        self.store.finish(id, v.Outcome('done', title='a', files=(file,)), self.output, now)
+        outcome = v.Outcome('done', title='a', files=(file,))
+        self.store.end('finish', self.store.claim(id, now), outcome, now, self.output)
         self.store.write(lambda db: db.execute(
             "UPDATE downloads SET site = 't', media_id = ? WHERE id = ?", (name, id)))
         return id
@@ -6135,7 +6128,7 @@ class TestMetrics(DaemonTest):
         self.assertLessEqual({('ack_seconds_count', 0), ('ack_seconds_sum', 0)}, {*v.Board(1).counters()})
 
     def test_the_files_of_a_carousel_are_counted_when_its_row_is_over(self):
-        daemon = unittest.mock.MagicMock(couriers=[])
+        daemon = unittest.mock.MagicMock()
         outcome = unittest.mock.Mock(files=[unittest.mock.Mock(size=7)])
         with unittest.mock.patch.multiple(v, site_of=unittest.mock.DEFAULT, way_of=unittest.mock.DEFAULT,
                                           forget_files=unittest.mock.DEFAULT):

@@ -594,10 +594,9 @@ Progress = namedtuple('Progress', 'percent phase downloaded total speed eta titl
                       defaults=('', 0, None, None, None, ''))
 
 
-# One try at one download: attempt 1 is the first; earlier ones delivered `files`. `site` and
-# `media_id` identify the post, if its link does. `imported`: the import it comes from.
-Job = namedtuple('Job', 'id url options attempt files site media_id imported',
-                 defaults=((), None, None, None))
+# One try at one download: attempt 1 is the first; earlier ones delivered `files`. `imported`: the
+# import it comes from.
+Job = namedtuple('Job', 'id url options attempt files imported', defaults=((), None))
 
 
 # How a try ended: done, retry, give_up, cancelled, stopped or pause. `reason` is a stable word,
@@ -1302,7 +1301,7 @@ def job_of(row):
     """The next try at this download."""
     options = tuple(map(tuple, json.loads(row['options'] or '[]')))
     return Job(row['id'], row['url'], options, (row['retry_count'] or 0) + 1,
-               record_of(row)['files'], row['site'], row['media_id'], row['import_id'])
+               record_of(row)['files'], row['import_id'])
 
 
 def full_sync(file):
@@ -1381,6 +1380,8 @@ class Store:
         self.error = None  # why the last commit failed, None when it did not
         self.searches = False  # whether there is an index
         self.outgoing = {}  # kind of an item for the outbox: the verbs that cause one
+        self.couriers = []  # woken after a commit that put something into it
+        self._sent = False
         self._repeats = {}  # by client: start of its hour, how many
         self._commits, self._counted = 0, (-1, {})  # commits so far; `counts` as of which commit
         self._queue = deque()
@@ -1457,7 +1458,7 @@ class Store:
             if self._writer is None:
                 self._connect_writer()
             self._writer.execute('BEGIN IMMEDIATE')
-            changes = self._writer.total_changes
+            changes, self._sent = self._writer.total_changes, False
             for ticket in batch:
                 try:  # a verb refuses before it writes, so the others' work is not affected
                     ticket.result = ticket.work(self._writer)
@@ -1468,6 +1469,8 @@ class Store:
             self._commits += 1
             if self._writer.total_changes > changes:  # a commit of nothing needs no disk
                 self.error = None
+            for courier in self.couriers * self._sent:
+                courier.wake()
         except Exception as error:  # this thread must live on, and nobody may be told 'stored'
             self._fail(batch, error)
         for ticket in batch:
@@ -1698,19 +1701,27 @@ class Store:
                    (now, download_id))
         return job
 
-    def finish(self, download_id, outcome, folder, now):
-        """Completed: the files are on disk and synced. False if they were a deleted download's."""
-        columns = {'completed_at': now, **self._delivered(outcome, folder)}
-        if 'upload' in self.outgoing:
-            columns['s3_state'] = 'waiting'
-
-        def work(db):
-            if outcome.shared and not db.execute(
-                    f'SELECT 1 FROM downloads WHERE id = ? AND files = ? AND {HAS_FILES}',
-                    (outcome.shared, columns['files'])).fetchone():
-                return False
-            return self._change(db, 'finish', download_id, now, **columns)
-        return self.write(work)
+    @committed
+    def end(self, db, verb, job, outcome, now, folder, due=None):
+        """An attempt ended: finish (its files are synced), retry_later at `due`, give_up, or
+        requeue, also if the files were those of a download deleted meanwhile. Whether it is over:
+        completed or failed."""
+        columns = self._delivered(outcome, folder) if outcome.files else {}
+        if outcome.shared and not db.execute(
+                f'SELECT 1 FROM downloads WHERE id = ? AND files = ? AND {HAS_FILES}',
+                (outcome.shared, columns['files'])).fetchone():
+            verb = 'requeue'
+        if verb == 'requeue':
+            columns = {}
+        elif verb == 'finish':
+            columns['completed_at'] = now
+            if 'upload' in self.outgoing:
+                columns['s3_state'] = 'waiting'
+        else:
+            columns.update(retry_count=job.attempt - (verb == 'give_up'), next_attempt_at=due,
+                           reason=outcome.reason, error_message=excerpt(outcome.message, 500))
+        self._change(db, verb, job.id, now, **columns)
+        return verb in ('finish', 'give_up')
 
     def same_post(self, site, media_id, asked):
         """Completed downloads of this post, newest first."""
@@ -1729,13 +1740,6 @@ class Store:
                 'filename': files[0].name, 'file_path': str(folder / files[0].name),
                 'file_size': sum(file.size for file in files), 'files': json.dumps(files),
                 'note': excerpt(outcome.note, 500) or None, 'duration': post.get('duration')}
-
-    def fail(self, verb, job, outcome, now, folder, due=None):
-        """The attempt failed: retry_later at `due`, or give_up."""
-        columns = self._delivered(outcome, folder) if outcome.files else {}
-        return self.move(verb, job.id, now, retry_count=job.attempt - (verb == 'give_up'),
-                         next_attempt_at=due, reason=outcome.reason,
-                         error_message=excerpt(outcome.message, 500), **columns)
 
     @committed
     def forget(self, db, download_id, copies=()):
@@ -1880,11 +1884,13 @@ class Store:
     # -- the outbox
 
     def _send(self, db, *item):
+        self._sent = True
         db.execute('INSERT INTO outbox (kind, payload, due) VALUES (?, ?, ?)', item)
 
     def _announce(self, db, verb, download_id, now):
         for kind, verbs in self.outgoing.items():
             if verb in verbs:  # 'notify' not for each post of an import
+                self._sent = True
                 db.execute(
                     'INSERT INTO outbox (kind, download_id, payload, due) SELECT ?, id, ?, ? '
                     "FROM downloads WHERE id = ? AND (import_id IS NULL OR ? <> 'notify')",
@@ -5552,10 +5558,6 @@ class Scheduler:
             return
         log.info('download %s: attempt %d starts: %s', job.id, job.attempt, job.url)
         self.board.post(job.id, Progress(0.0, 'page'))
-        found = self._here(job, job.site, job.media_id)
-        if found:
-            self._settle(job, found)
-            return
         attempt = self.new_attempt(job, lambda progress: self.board.post(job.id, progress),
                                    lambda *post: self._identify(run, *post))
         with self._changed:
@@ -5577,15 +5579,11 @@ class Scheduler:
                 run.attempt.meter.steps += 1  # a sign of life, or its time would be up
                 self._changed.wait(WATCH_NAP)
             run.post = mine
-        return self._here(run.job, *post)
-
-    def _here(self, job, site, media_id):
-        """The outcome if the files of this post are already here; None: fetch it."""
-        if not media_id or job.files or ('again', None) in job.options:
-            return None  # what of it was delivered stays
+        if run.job.files:  # what of it was delivered stays
+            return None
         folder = self.config.downloads.output_directory
         with suppress(StoreDown):
-            for record in self.store.same_post(site, media_id, asked_of(job.options)):
+            for record in self.store.same_post(*mine):
                 if all((folder / file.name).is_file() for file in record['files']):
                     return Outcome('done', title=record['title'] or '', files=record['files'],
                                    note=record['note'] or '', post=record, shared=record['id'])
@@ -5604,29 +5602,22 @@ class Scheduler:
         self.on_outcome(job, outcome, over)
 
     def _store_outcome(self, job, outcome, now):
-        """Whether it is over: completed or failed. Raises StoreDown."""
+        """Whether it is over. Raises StoreDown."""
         downloads = self.config.downloads
         step, delay = next_step(outcome, job.attempt, downloads.max_retries, downloads.retry_delays)
         level = logging.INFO if step in ('finish', 'requeue') else logging.WARNING
         log.log(level, 'download %s: attempt %d ends: %s %s %s', job.id, job.attempt, step,
                 outcome.reason, outcome.message or ', '.join(file.name for file in outcome.files))
-        if step == 'finish':
-            over = self.store.finish(job.id, outcome, downloads.output_directory, int(now))
-            if over or not outcome.shared:
-                return over
-        if step in ('finish', 'requeue'):  # as before, no attempt counted
-            if outcome.kind == 'pause':
-                self._pause_until = time.monotonic() + PAUSE_SECONDS
-                self._pause_message = outcome.message
-            self.store.move('requeue', job.id, int(now))
-            return False
+        if outcome.kind == 'pause':
+            self._pause_until = time.monotonic() + PAUSE_SECONDS
+            self._pause_message = outcome.message
         due = int(now + delay) if step == 'retry_later' else None
         if step == 'give_up' and outcome.kind == 'retry' and job.attempt > 1:
             outcome = outcome._replace(message=f'{outcome.message} Tried {job.attempt} times.')
-        self.store.fail(step, job, outcome, int(now), downloads.output_directory, due)
+        over = self.store.end(step, job, outcome, int(now), downloads.output_directory, due)
         if due and job.imported and outcome.reason in FEW_TRIES:
             self._import_due = time.monotonic() + delay  # a site that blocks us is left alone
-        return not due
+        return over
 
 
 # ---------- imports -----------------------------------------------------------------------
@@ -9523,9 +9514,8 @@ GETTING_READY = 'Getting ready: yt-dlp is being fetched.'  # the first minute; n
 class Health:
     """What pauses the queue, what is wrong, and the figures for /metrics."""
 
-    def __init__(self, config, store, board, care, couriers):
+    def __init__(self, config, store, board, care):
         self.config, self.store, self.board, self.care = config, store, board, care
-        self.couriers = couriers
         self.started = time.time()
 
     def preflight(self, make=True):
@@ -9563,7 +9553,7 @@ class Health:
         if days is not None and days < CERTIFICATE_WARNING_DAYS:
             found.append(f'The certificate expires in {days} days. '
                          f'Fix: `{program(self.config)} cert`')
-        found += [f'{courier.fails}: {courier.error}' for courier in self.couriers
+        found += [f'{courier.fails}: {courier.error}' for courier in self.store.couriers
                   if courier.error]
         found += [f'Cookies: {told}' for fine, told in Cookies(self.config).report(time.time())
                   if not fine]
@@ -9612,8 +9602,7 @@ class Daemon:
         self.board = Board(int(time.time()) % 10 ** 8)
         restart = functools.partial(self._ask, 'restart')
         self.care = Care(config, self.store, self.board, restart)
-        self.couriers = []
-        self.health = Health(config, self.store, self.board, self.care, self.couriers)
+        self.health = Health(config, self.store, self.board, self.care)
         self.scheduler = Scheduler(
             config, self.store, self.board,
             lambda job, *hooks: Attempt(job, config, self.care.ytdlp, *hooks),
@@ -9710,15 +9699,15 @@ class Daemon:
         notify, outgoing = self.config.notify, self.store.outgoing
         if self.bucket:
             outgoing['upload'] = ['finish']
-            self.couriers.append(Uploader(self.config, self.bucket, self.store))
+            self.store.couriers.append(Uploader(self.config, self.bucket, self.store))
         if notify.url:
             verbs = {'completed': 'finish', 'failed': 'give_up', 'attention': 'import'}
             outgoing['notify'] = [verbs[event] for event in notify.events]
-            self.couriers.append(Notifier(
+            self.store.couriers.append(Notifier(
                 self.config, self.store, app.describe, public_base(self.config, app.port),
                 lambda: self.health.problems(
                     not self.care.restart_when_idle and self.health.preflight() or None)))
-        for courier in self.couriers:
+        for courier in self.store.couriers:
             courier.thread.start()
 
     def make_app(self, port):
@@ -9819,7 +9808,7 @@ class Daemon:
         if not restart:
             self.server.server_close()
         stopper.join(5)
-        for courier in self.couriers:
+        for courier in self.store.couriers:
             courier.stop()
         self.care.freshness.stop()
         self._set_back()  # the disk may be slow
@@ -9852,7 +9841,7 @@ class Daemon:
     # -- what the scheduler and http ask for
 
     def _on_outcome(self, job, outcome, over):
-        """Count it, remove partial files if it is over, wake the couriers."""
+        """Count it, remove partial files if it is over."""
         site, count = site_of(job.url), self.board.count
         if site not in SITES:
             site = 'other'
@@ -9862,8 +9851,6 @@ class Daemon:
         if over:  # a carousel tells its files with each attempt
             count('downloaded_bytes_total', sum(file.size for file in outcome.files))
             forget_files(self.config, job.id, (), outcome.files or job.files)
-        for courier in self.couriers * over:
-            courier.wake()
         self.care.heard(job, outcome)
 
     def _forget(self, record, keep):
@@ -9879,8 +9866,6 @@ class Daemon:
         forget_files(self.config, download_id, doomed, record['files'])
         with suppress(OSError):
             (self.care.thumbs / f'{download_id}.jpg').unlink()
-        for courier in self.couriers:
-            courier.wake()
         self.board.post(download_id)
         return True
 

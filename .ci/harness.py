@@ -2691,9 +2691,8 @@ def finished(daemon: Daemon, *files: Tuple[str, int]) -> str:
     store.open()
     fields = {'url': tiktok_link(time.monotonic_ns()), 'client_id': 'test'}
     id = store.add_many([v.parse_submission(fields, daemon.config.security)], now)[0].id
-    store.claim(id, now)
     media = tuple(v.MediaFile(name, size, v.media_type(name)) for name, size in files)
-    store.finish(id, v.Outcome('done', title='T', files=media), daemon.output, now)
+    store.end('finish', store.claim(id, now), v.Outcome('done', title='T', files=media), now, daemon.output)
     store.close()
     for name, size in files:
         with open(daemon.output / name, 'wb') as file:
@@ -3112,8 +3111,8 @@ class PageTest(DaemonTest):
             id = store.add_many([submission], 1_763_000_000 + 3600 * number)[0].id
             title = f'{number} things that nobody tells you of cats, boxes and {random.random()} more #fyp ' * 3
             file = v.MediaFile(f'{title[:150]}_{number}.mp4', 5_000_000 + number, 'video/mp4')
-            store.claim(id, 1_763_000_000)
-            store.finish(id, v.Outcome('done', title=title, files=(file,)), full.output, 1_763_000_000)
+            outcome = v.Outcome('done', title=title, files=(file,))
+            store.end('finish', store.claim(id, 1_763_000_000), outcome, 1_763_000_000, full.output)
             shutil.copy(thumbs / 'one.jpg', thumbs / f'{id}.jpg')
         store.close()
         return full.start()
