@@ -2839,7 +2839,6 @@ def adapt_ytdlp():
 
 # -- curl_cffi, which no hook sees
 
-CONNECT_SECONDS = 20
 DOOR_HEAD = re.compile(rb'CONNECT ([\w.:\[\]-]+):(\d{1,5}) HTTP/1\.[01](?s:.*)'
                        rb'\r\nProxy-Authorization: Basic ([\w+/=]{1,99})\r\n')
 
