@@ -187,11 +187,11 @@ def which(name):
     return shutil.which(name)
 
 
-def output_of(command, seconds, preexec_fn=None):
-    """What a program prints; b'' where it is missing, fails or takes too long."""
+def output_of(command, seconds, data=b'', preexec_fn=None):
+    """What a program makes of `data`; b'' where it is missing, fails or takes too long."""
     import subprocess
     with suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, input=b'', stdout=subprocess.PIPE, timeout=seconds,
+        return subprocess.run(command, input=data, stdout=subprocess.PIPE, timeout=seconds,
                               stderr=subprocess.DEVNULL, check=True, preexec_fn=preexec_fn).stdout
     return b''
 
@@ -2490,9 +2490,12 @@ def read_answer(reach, real, answer, size=None):
 
 
 def start_process(reach, real, process, args, *rest, **more):
-    """Popen.__init__ for a child that only reads files, and ends with us or at a stop."""
+    """Popen.__init__ for a child of the lowest priority that only reads files, and ends with us or
+    at a stop."""
     here.line = local_only(args)
     real(process, here.line, *rest, **{**more, 'preexec_fn': die_with_us()})
+    with suppress(OSError):  # it has ended
+        os.setpriority(os.PRIO_PROCESS, process.pid, 19)
     reach.adopt(process)
 
 
@@ -2771,23 +2774,22 @@ def without_formats(formats, got, lacking):
 
 # -- yt-dlp, imported and held
 
-LARGEST_BLOCK = 1 << 20  # bytes read at a time; yt-dlp's 4 MB are no faster and cost memory
 IMPORT_LOCK = threading.Lock()
-IMPORTED = {}  # 'Session': the class made below, once yt-dlp is imported; 'curl': if that works
+# 'Session': the class made below, once yt-dlp is imported from 'folder'; 'curl': if that works
+IMPORTED = {}
 PYTHON = '%d.%d' % sys.version_info[:2]
 CURL_FOLDER = f'curl-{PYTHON}'  # beside yt_dlp: it is for one Python
 
 
-def openssl_decrypt(data, key, iv):
-    """AES-128 by openssl, b'' if that fails: yt-dlp's own takes 10 s per MB and ignores a stop."""
+def openssl_decrypt(reach, decrypt, data, key, iv):
+    """AES-128 by openssl: yt-dlp's own takes 10 s per MB and ignores a stop."""
     if len(key) != 16 or len(iv) != 16:  # openssl would refuse it
         raise Ending('bad_media')
-    import subprocess
     line = f'openssl enc -d -aes-128-cbc -nopad -K {key.hex()} -iv {iv.hex()}'.split()
-    with suppress(OSError):  # no timeout: waiting with one sleeps, which the try-out listens for
-        return subprocess.run(line, input=data, stdout=subprocess.PIPE,
-                              stderr=subprocess.DEVNULL).stdout  # whole blocks, even if it fails
-    return b''
+    # No timeout: waiting with one sleeps, which the try-out listens for.
+    plain = output_of(line, None, data[:len(data) & -16])  # whole blocks
+    reach.go_on()
+    return plain or decrypt(data, key, iv)
 
 
 def no_ffmpeg(base):
@@ -2822,19 +2824,15 @@ def cache_context(make):
 
 
 def adapt_ytdlp():
-    """Replace six names in yt-dlp; the guard does the rest. Raises AttributeError, ImportError."""
+    """Replace five names in yt-dlp; the guard does the rest. Raises AttributeError, ImportError."""
     from yt_dlp.downloader import fragment, hls
-    from yt_dlp.downloader.common import FileDownloader
     from yt_dlp.networking import common
     from yt_dlp.utils import FormatSorter
     replace(hls, 'FFmpegFD', no_ffmpeg)
     replace(common, 'make_ssl_context', cache_context)
-    replace(FileDownloader, 'best_block_size', lambda best: staticmethod(
-        lambda *measured: min(best(*measured), LARGEST_BLOCK)))
     for_attempts(FormatSorter, '__init__', own_order)
     for_attempts(fragment.FragmentFD, '_write_ytdl_file', write_index)
-    for_attempts(fragment, 'aes_cbc_decrypt_bytes', lambda _, decrypt, *args: (
-        openssl_decrypt(*args) or decrypt(*args)))
+    for_attempts(fragment, 'aes_cbc_decrypt_bytes', openssl_decrypt)
 
 
 # -- curl_cffi, which no hook sees
@@ -3044,20 +3042,6 @@ def session_class(base):
     return Session
 
 
-def only_python():
-    """Leave only Python itself on the path: a `requests` from site-packages, a .pth file or the
-    script's folder would bypass the guards."""
-    home = os.path.dirname(os.__file__)
-    archive = 'python{}{}.zip'.format(*sys.version_info)
-    sys.path[:] = [entry for entry in sys.path
-                   if entry == home or os.path.basename(entry) in ('lib-dynload', archive)]
-    sys.meta_path[:] = [finder for finder in sys.meta_path
-                        if getattr(finder, '__module__', '').startswith('_frozen_importlib')]
-    for name, module in list(sys.modules.items()):
-        if re.search('/(?:site|dist)-packages/', getattr(module, '__file__', None) or ''):
-            del sys.modules[name]
-
-
 def forget_package(package):
     for name in [name for name in sys.modules if name.partition('.')[0] == package]:
         del sys.modules[name]
@@ -3085,7 +3069,6 @@ def import_ytdlp(folder, impersonate=False):
     with IMPORT_LOCK, within(None):  # so that compiled files can be written
         if 'Session' not in IMPORTED:
             os.environ['YTDLP_NO_PLUGINS'] = '1'
-            only_python()
             sys.path.insert(0, str(folder))
             if impersonate and (folder / CURL_FOLDER).is_dir():
                 try:
@@ -3096,7 +3079,7 @@ def import_ytdlp(folder, impersonate=False):
                 import yt_dlp.extractor.instagram
                 import yt_dlp.extractor.tiktok
                 adapt_ytdlp()
-                IMPORTED['Session'] = session_class(yt_dlp.YoutubeDL)
+                IMPORTED.update(Session=session_class(yt_dlp.YoutubeDL), folder=folder)
                 gc.freeze()  # all this stays; a collection then takes a millisecond
             except BaseException:
                 forget_package('yt_dlp')
@@ -3532,38 +3515,27 @@ SLIDE = ('scale=1080:1920:force_original_aspect_ratio=decrease:force_divisible_b
          'out_range=tv,pad=1080:1920:-1:-1,setsar=1,format=yuv420p,loop={}:1:0,setpts=N/{}/TB')
 
 
-def run_gently(name, options, *more):
-    """A program's output, run at the lowest priority. Raises CalledProcessError, OSError."""
-    import subprocess
-    command = [name, '-v', 'error', *options.split(), *map(str, more)]
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.DEVNULL, encoding='utf-8') as child:
-        os.setpriority(os.PRIO_PROCESS, child.pid, 19)
-        said = child.communicate()[0]
-    if child.returncode:
-        raise subprocess.CalledProcessError(child.returncode, name)
-    return said
-
-
 def make_slideshow(pictures, sound, video):
     """A video of the pictures, each for its share of the sound. Raises CalledProcessError, OSError.
 
     Piecewise, so that only one picture is in memory; MPEG-TS pieces can simply be joined."""
-    told = run_gently('ffprobe', '-show_entries format=duration -of csv=p=0', f'file:{sound}')
-    frames = math.ceil(max(float(told.strip()) / len(pictures), SLIDE_SECONDS) * SLIDE_RATE)
-    piece = video.with_suffix('.piece')
+    import subprocess
+
+    def run(name, options, *more):
+        command = [name, '-v', 'quiet', *options.split(), *more]
+        return subprocess.check_output(command, stdin=subprocess.DEVNULL)
+    told = run('ffprobe', '-show_entries format=duration -of csv=p=0', f'file:{sound}')
+    frames = math.ceil(max(float(told) / len(pictures), SLIDE_SECONDS) * SLIDE_RATE)
     with open(video.with_suffix('.ts'), 'wb') as joined:
         for at, path in enumerate(pictures):
-            run_gently('ffmpeg', '-y -threads 1', *still_format(path), '-i', f'file:{path}', *(
+            joined.write(run('ffmpeg', '-threads 1', *still_format(path), '-i', f'file:{path}', *(
                 f'-frames:v {frames} -r {SLIDE_RATE} -c:v libx264 -threads 1 -preset ultrafast '
                 f'-tune stillimage -output_ts_offset {at * frames / SLIDE_RATE} -f mpegts').split(),
-                '-vf', SLIDE.format(frames - 1, SLIDE_RATE), f'file:{piece}')
-            joined.write(piece.read_bytes())
+                '-vf', SLIDE.format(frames - 1, SLIDE_RATE), '-'))
     codec = 'copy' if sound.suffix == '.m4a' else 'aac'
-    run_gently('ffmpeg', '-y', '-i', f'file:{joined.name}', '-stream_loop', -1,
-               '-i', f'file:{sound}', *f'-map 0:v -map 1:a -c:v copy -c:a {codec}'.split(),
-               '-movflags', '+faststart', '-t', len(pictures) * frames / SLIDE_RATE,
-               f'file:{video}')
+    run('ffmpeg', '-y -stream_loop -1', '-i', f'file:{sound}', '-i', f'file:{joined.name}',
+        *f'-map 1:v -map 0:a -c:v copy -c:a {codec} -movflags +faststart'.split(),
+        '-t', str(len(pictures) * frames / SLIDE_RATE), f'file:{video}')
 
 
 # -- what yt-dlp is told
@@ -3584,6 +3556,7 @@ FORCED = {
     'quiet': True, 'noprogress': True, 'color': 'never', 'progress_delta': 1, 'cachedir': False,
     'skip_unavailable_fragments': False, 'hls_prefer_native': True, 'overwrites': False,
     'nopart': False, 'compat_opts': {'no-certifi'},
+    'buffersize': 1 << 16, 'noresizebuffer': True,  # yt-dlp's 4 MB are no faster and cost memory
     'outtmpl': {'default': '%(playlist_index|0)s-%(id).60B.%(ext)s'}}
 
 
@@ -4315,30 +4288,24 @@ def run_helper(*command):
 
 
 def machine():
-    """The system's tag and version, and the machine, that a wheel must be for."""
+    """The system and the machine that a wheel must be for."""
     name = os.uname().machine
     if sys.maxsize < 1 << 32:  # a Python of 32 bits on a kernel of 64
         name = {'aarch64': 'armv7l', 'x86_64': 'i686'}.get(name, name)
-    if sys.platform == 'darwin':
-        import platform
-        return 'macosx', platform.mac_ver()[0], name
-    try:
-        return 'manylinux', os.confstr('CS_GNU_LIBC_VERSION').partition(' ')[2], name
-    except (ValueError, AttributeError):  # musl
-        return '', '', name
+    return 'macosx' if sys.platform == 'darwin' else 'manylinux', name
 
 
 def wheel_fits(filename):
-    """Does this Python on this machine take the wheel? By its tags
-    (packaging.python.org/specifications/platform-compatibility-tags)."""
+    """Is the wheel for this Python and machine? By its tags
+    (packaging.python.org/specifications/platform-compatibility-tags); an older libc or macOS than
+    it needs shows when it is tried out."""
     match = re.fullmatch(r'.*-cp3(\d{1,3})-(\w+)-([\w.]+)\.whl', filename[-200:], re.A)
     ours = sys.version_info[1]
     if not match or match[2] != f'cp3{ours}' and (match[2] != 'abi3' or int(match[1]) > ours):
         return False
-    system, version, name = machine()
-    return any(kind == system and version_key(least.replace('_', '.')) <= version_key(version)
-               and arch in (name, 'universal2') for kind, least, arch in
-               re.findall(r'(manylinux|macosx)_(\d+_\d+)_(\w+)', match[3]))
+    system, name = machine()
+    return any(tag.startswith(system) and tag.endswith((f'_{name}', '_universal2'))
+               for tag in match[3].split('.'))
 
 
 YTDLP = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
@@ -4453,8 +4420,10 @@ ALONE = ('-I', '-S', '-X', 'no_debug_ranges', '-X', 'utf8')  # no packages, no c
 
 def bare_python(script, *words):
     """The command line of `script` in a bare Python with this program as `v`; its words start at
-    argv[3]. Python's own modules come before files beside the program."""
-    begin = 'import pathlib, sys\nsys.path.append(sys.argv[1])\nv = __import__(sys.argv[2])\n'
+    argv[3]. Python's own modules come before files beside the program, and a `requests` that lies
+    there or in site-packages, out of the guards' reach, is not found."""
+    begin = ('import pathlib, sys\nsys.path.append(sys.argv[1])\nv = __import__(sys.argv[2])\n'
+             'sys.path.pop()\n')
     place = str(PROGRAM.parent), PROGRAM.stem
     return (sys.executable, *ALONE, '-c', begin + script, *place, *words)
 
@@ -4736,12 +4705,6 @@ def update_due(now, last_checked, site_changed, failures=0, last_tried=0):
     return age >= (HOUR if site_changed else 7 * DAY) or age < -DAY
 
 
-def loaded_ytdlp():
-    """The folder that this process has imported yt_dlp from; None before it has."""
-    module = sys.modules.get('yt_dlp')
-    return Path(module.__file__).parents[1] if module else None
-
-
 class Freshness:
     """Keeps the daemon's yt-dlp up to date, and drops a release that proves broken. Any thread may
     call `heard` and `stop`, only `care` calls `step`."""
@@ -4768,7 +4731,7 @@ class Freshness:
     def step(self, now):
         """Do what is due at `now`, epoch seconds. True: the daemon has imported another yt-dlp than
         the current one, and should re-execute itself when idle. Raises Trouble."""
-        loaded, current, checked = loaded_ytdlp(), self.vendor.current(), 0.0
+        loaded, current, checked = IMPORTED.get('folder'), self.vendor.current(), 0.0
         if loaded in (None, current):
             self.judge()
         channel = self.settings.channel

@@ -123,8 +123,20 @@ OWN_VARIABLES = ('VIDEOSERVER_', 'PRT_', 'AWS_', 'SSL_CERT_', 'HTTP_PROXY', 'HTT
 
 
 @functools.lru_cache(maxsize=None)
+def only_python() -> None:
+    """Leaves only Python itself on this process's path, as yt-dlp finds it in a server (v.bare_python)."""
+    home, archive = os.path.dirname(os.__file__), 'python{}{}.zip'.format(*sys.version_info)
+    sys.path[:] = [entry for entry in sys.path if entry == home or os.path.basename(entry) in ('lib-dynload', archive)]
+    sys.meta_path[:] = [finder for finder in sys.meta_path
+                        if getattr(finder, '__module__', '').startswith('_frozen_importlib')]
+    for name, module in list(sys.modules.items()):
+        if re.search('/(?:site|dist)-packages/', getattr(module, '__file__', None) or ''):
+            del sys.modules[name]
+
+
 def vendored() -> str:
     """The version of yt-dlp in <repo>/vendor, fetched from the index if there is none yet."""
+    only_python()
     vendor = v.Vendor(HERE / 'vendor')
     return vendor.version() or vendor.install()
 
@@ -1599,14 +1611,12 @@ def dash_manifest(sets: Sequence[Tuple[str, str, str, int, str]]) -> str:
 # runs in a process of its own (DRIVER).
 
 DRIVER = '''
-import json, logging, os, sys
-sys.path.insert(0, sys.argv[1])
-import videoserverd as v
+import json, logging, os
 from pathlib import Path
 logging.basicConfig(level=logging.ERROR)
-config = v.load_config(Path(sys.argv[2]), {})
+config = v.load_config(Path(sys.argv[3]), {})
 def attempt(url, id='job', options=(), number=1, told=lambda progress: None):
-    return v.Attempt(v.Job(id, url, tuple(options), number), config, Path(sys.argv[3]), told)
+    return v.Attempt(v.Job(id, url, tuple(options), number), config, Path(sys.argv[4]), told)
 def say(*words):
     print(*words, flush=True)
 def rss(field='VmRSS'):
@@ -1703,7 +1713,7 @@ class DownloadTest(unittest.TestCase):
         variables = {**os.environ, **(env or {})}
         variables.pop('PYTHONDONTWRITEBYTECODE', None)  # compiling costs more than the rest
         process = subprocess.Popen(
-            [sys.executable, '-c', DRIVER + textwrap.dedent(code), str(HERE), str(config.file), str(ytdlp_folder())],
+            v.bare_python(DRIVER + textwrap.dedent(code), str(config.file), str(ytdlp_folder())),
             stdout=subprocess.PIPE, encoding='utf-8', env=variables)
         self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait)
@@ -2314,7 +2324,7 @@ class Index(LocalServer):
 
     def add_curl(self, tags: str = '', text: str = '', wrong_hash: bool = False) -> None:
         """Puts curl_cffi and cffi on the index, as wheels for this Python and machine or these tags."""
-        system, version, name = v.machine()
+        system, name = v.machine()
         python = f'cp3{sys.version_info[1]}'
         for package, release, file in CURL_PARTS:
             names = f'{package.replace("-", "_")}-{release}'
@@ -2322,7 +2332,7 @@ class Index(LocalServer):
             with zipfile.ZipFile(stream, 'w') as archive:
                 for entry in (file, f'{names}.dist-info/METADATA', 'elsewhere/x.py'):
                     archive.writestr(entry, text)
-            wheel = f'{names}-{tags or f"{python}-{python}-{system}_{version.replace(chr(46), chr(95))}_{name}"}.whl'
+            wheel = f'{names}-{tags or f"{python}-{python}-{system}_2_17_{name}"}.whl'
             self.wheels[wheel] = stream.getvalue() + b'\0' * wrong_hash
             self.packages[package] = {release: [
                 {'filename': name, 'url': f'../../wheels/{name}', 'requires_python': '', 'yanked': False,
