@@ -461,6 +461,19 @@ class TestCancel(DaemonTest):
         self.assertEqual((status, body['status'], body['error_message']), (200, 'failed', 'Cancelled'))
         self.cancel(running)
 
+    def test_cancel_while_it_waits_for_another_try(self):
+        daemon = self.new_daemon(downloads={'retry_delays': '900'}, hurry={'CARE_SECONDS': 0.2}, **self.settings)
+        post = self.site.direct(size=3_000_000, hold_at=2_000_000)
+        id = daemon.half_way(post)
+        post.media[0].set(status=500)
+        daemon.kill()
+        post.media[0].release()
+        daemon.start()
+        daemon.wait_for(id, lambda row: row['next_attempt_at'])
+        self.assertTrue(daemon.partials(id), 'to go on with')
+        self.assertEqual(daemon.client.post(f'/api/v1/download/{id}/cancel').status, 200)
+        wait_until(lambda: not daemon.partials(id))
+
     def test_cancel_while_the_media_stalls(self):
         self.cancel(self.daemon.half_way(self.site.direct(size=300_000, hold_at=100_000)))
 
@@ -2223,7 +2236,11 @@ class TestLeftovers(unittest.TestCase):
         self.assertIsNone(v.usable_output(self.config))
         shutil.rmtree(self.output)
         self.daemon.care.remove_leftovers(time.time())
-        self.assertFalse(self.daemon.care._tidy)
+        left = self.output / '.incomplete' / v.new_id()
+        left.mkdir(parents=True)
+        (self.output / v.MARKER).touch()
+        self.daemon.care.remove_leftovers(time.time())
+        self.assertFalse(left.exists(), 'it is plugged in again')
 
     def test_an_unplugged_disk_is_known_in_any_locale(self):
         self.assertIsNone(v.usable_output(self.config))

@@ -1594,11 +1594,6 @@ class Store:
                    'AND next_attempt_at > :due', {'due': now + longest})
         db.execute('UPDATE outbox SET due = ? WHERE due > ?', (now, now + LONGEST_DELAY))
 
-    def unfinished(self):
-        """Ids of all queued or running downloads, but not those of imports that did not begin."""
-        return {row['id'] for row in self.read(
-            f'SELECT id FROM downloads WHERE created_at > 0 AND {UNFINISHED}')}
-
     # -- submissions
 
     def add_many(self, submissions, now, window=0):
@@ -9335,7 +9330,6 @@ class Care:
         self.problems = {}
         self.restart_when_idle = False
         self._due = threading.Event()  # something may be due now
-        self._tidy = False
         self._certificate_seen = (0, 0)  # when it was written, the day it was read
         self._room_made = -math.inf
         self.imports = Imports(config, store, lambda: self.scheduler.wake_imports())
@@ -9372,16 +9366,14 @@ class Care:
             self._due.clear()
 
     def remove_leftovers(self, now):
-        """Once: remove partial downloads not in the queue, listed before asking it."""
-        if self._tidy or not self.scheduler.ready or usable_output(self.config):
+        """Remove partial downloads not in the queue, listed before asking it."""
+        if not self.scheduler.ready or usable_output(self.config):
             return
         folders = os.listdir(self.config.downloads.output_directory / '.incomplete')
-        wanted = self.store.unfinished()
-        for name in folders:  # .incomplete may be a link: others' folders stay
-            if name not in wanted and UUID_PATTERN.fullmatch(name):
-                rows = self.store.records('id = ?', name)
-                forget_files(self.config, name, (), rows[0]['files'] if rows else None)
-        self._tidy = True
+        for name in filter(UUID_PATTERN.fullmatch, folders):  # it may be a link: the rest stays
+            row, = self.store.records('id = ?', name) or [{'status': '', 'files': None}]
+            if row['status'] not in ('queued', 'downloading'):
+                forget_files(self.config, name, (), row['files'])
 
     def renew_certificate(self, now):
         """Each day by the clock, so also when that was set: a new leaf if names, addresses or time
