@@ -8,7 +8,6 @@ What runs them is in .ci/harness.py. Nothing here leaves this machine: the sites
 127.0.0.1 (see `Standin`), reached through [downloader] proxy, in the shapes that yt-dlp's own
 extractors parse. Only a missing vendored yt-dlp is fetched once, from PyPI.
 """
-import _socket
 import _thread
 import ast
 import base64
@@ -25,7 +24,6 @@ import gzip
 import hashlib
 import hmac
 import http.client
-import importlib.util
 import io
 import ipaddress
 import itertools
@@ -71,18 +69,19 @@ import videoserverd as v
 
 sys.path.insert(0, str(Path(__file__).absolute().parent / '.ci'))
 from harness import (  # noqa: E402, I001
-    ANYWHERE, ANY_PLACE, ANY_SITE, Answer, BROKEN, Browser, CHROMIUM, CONNECTED, COOKIE_ROWS, Classes, Daemon,
-    DaemonTest, DownloadTest, ENTER, FILES_KEY, FilesTest, FreshDaemon, HARD_NAMES, HERE, HTML, IN_THE_CLEAR, Index,
-    KillTally, LIBRESSL, LISTED, Listener, LocalServer, MAKER, NOW, Nginx, ONE_ROW, OpenBucket, OtherSite, PART,
-    PageTest, QuietHandler, REAL_TRY_OUT, ROWS, RUN, Relay, S3_DOCS, S3_DOCS_NOW, S3_DOCS_PRESIGNED,
-    SAME_AS_YTDLP, SHARED, SIGNED, STUB, Standin, Strace, TINY_MP4, TINY_TS, TRAPS, USE_YTDLP,
-    WithBucket, WithIndex, YEAR, banners, browser_host, certificates, change_database, clean_environment, contents,
+    ANYWHERE, ANY_PLACE, ANY_SITE, Answer, BROKEN, Browser, CHROMIUM, CONNECTED, COOKIE_ROWS, Classes, CookiesTest,
+    CopiesTest, Daemon, DaemonTest, DownloadTest, ENTER, FILES_KEY, FilesTest, FreshDaemonTest, FreshnessTest,
+    GuardTest, HARD_NAMES, HERE, HTML, IN_THE_CLEAR, ImportTest, KeepTest, KillTally, LARGEST, LIBRESSL, LISTED,
+    Listener, LocalServer, LogTest, NOW, Nginx, NginxTest, ONE_ROW, OpenBucket, OtherSite, PART, PageTest,
+    QuietHandler, REAL_TRY_OUT, ROWS, RUN, S3_DOCS, S3_DOCS_NOW, S3_DOCS_PRESIGNED, SAME_AS_YTDLP, SHARED, SIGNED,
+    STUB, ServerTest, ShareTest, Standin, Strace, TINY_MP4, TINY_TS, TRAPS, USE_YTDLP, WithBucket, WithIndex,
+    WithUploader, YEAR, banners, browser_host, certificates, change_database, clean_environment, contents,
     cookie_files, fair, fetch, fields_of, files_below, first_definitions, full_disk, functions, global_uses,
     handshake, imported, in_time, judge, largest_fall, last_of, make_wheel, movie, new_config, new_folder,
-    new_program, no_pip, open_store, openssl, patched, path_without_ffmpeg, picture, probe, publish_config,
-    ran, real_files, reserved, run_openssl, same_bytes, security, self_signed, shared_links, sign_by_hand, slowest,
-    some_files, sound, starts, streams, swift, tiktok_export, tiktok_link, unpack_compiled, vendored, vendored_curl,
-    verdict, wait_until, with_pattern, ytdlp_folder, ytdlp_says, zipped,
+    new_program, no_pip, open_store, openssl, own_config, patched, path_without_ffmpeg, picture, probe,
+    publish_config, ran, real_files, reserved, run_maker, run_openssl, same_bytes, security, self_signed,
+    shared_links, sign_by_hand, slowest, some_files, sound, starts, streams, tiktok_export, tiktok_link,
+    unpack_compiled, vendored, vendored_curl, verdict, wait_until, with_pattern, ytdlp_folder, ytdlp_says, zipped,
 )
 
 # ---------- law ---------------------------------------------------------------------------
@@ -235,6 +234,12 @@ class TestLaw(unittest.TestCase):
         rows += [f'| {section} | `{key}` | {f"`{default}`" if default else "(empty)"} | {told} |'
                  for section, keys in v.SETTINGS.items() for key, (default, _, told) in keys.items()]
         self.assertIn('\n'.join(rows), (HERE / 'README.md').read_text(encoding='utf-8'))
+
+    def test_the_idle_daemon_does_not_bring_what_it_has_no_use_for(self):
+        heavy = {'pickle', 'hmac', 'plistlib', 'zipfile', 'argparse', 'urllib.request', 'logging.handlers', 'yt_dlp'}
+        script = 'import sys; sys.path.insert(0, sys.argv[1]); import videoserverd; print(*sys.modules)'
+        found = subprocess.check_output([sys.executable, '-I', '-S', '-c', script, str(HERE)], encoding='utf-8')
+        self.assertEqual(heavy & set(found.split()), set())
 
 
 # ---------- the main job ------------------------------------------------------------------
@@ -414,12 +419,33 @@ class TestSamePost(DaemonTest):
         self.assertEqual(len(post.media[0].requests), 4, 'the first short link had the files of the second try')
 
 
-class TestDirectLinks(DaemonTest):
-    """Direct links of any site, loopback allowed; into folders."""
+class TestCancel(DaemonTest):
+    """Direct links, loopback allowed; cancel works in under a second (TestStop has every phase)."""
     settings = {'downloader': {'proxy': ''}, 'security': ANYWHERE,
-                'downloads': {'max_concurrent': 2, 'filename': '%(site)s/%(id)s/%(title)s'}}
+                'downloads': {'filename': '%(site)s/%(id)s/%(title)s'}}
 
-    def test_mp4(self):
+    def cancel(self, id: str) -> None:
+        """Cancels; under a second later it has failed, nothing is left and the worker is free."""
+        with in_time(1):
+            status = self.daemon.client.post(f'/api/v1/download/{id}/cancel').status
+            row = self.daemon.wait_status(id, 'failed')
+        self.assertEqual((status, row['error_message']), (200, 'Cancelled'))
+        self.assertEqual(self.daemon.partials(id), {})
+        self.daemon.download(self.site.direct())
+        self.assertEqual(self.daemon.status(id)['status'], 'failed')  # it does not rise from the dead
+        self.assertEqual(self.daemon.partials(id), {})
+
+    def test_cancel_while_queued_and_while_the_media_stalls(self):
+        self.cancel(self.daemon.half_way(self.site.direct(size=300_000, hold_at=100_000)))
+        first = self.site.direct(hold_at=1)
+        running = self.daemon.submit(first)
+        first.page.wait_hits(2)
+        waiting = self.daemon.submit(self.site.direct())
+        status, _, body = self.daemon.client.post(f'/api/v1/download/{waiting}/cancel')
+        self.assertEqual((status, body['status'], body['error_message']), (200, 'failed', 'Cancelled'))
+        self.cancel(running)
+
+    def test_direct_links_of_any_site_go_into_folders(self):
         for https in (False, True):
             post = self.site.direct(https=https, size=250_000)
             row = self.daemon.download(post)
@@ -437,33 +463,8 @@ class TestDirectLinks(DaemonTest):
         row = self.daemon.wait_for(id, lambda row: row['retry_count'] or row['status'] == 'failed')
         self.assertNotEqual(row['status'], 'completed')
 
-
-class TestCancel(DaemonTest):
-    """Cancel works in under a second; TestStop has every phase."""
-    settings = {'downloader': {'proxy': ''}, 'security': ANYWHERE}
-
-    def cancel(self, id: str) -> None:
-        """Cancels; under a second later it has failed, nothing is left and the worker is free."""
-        with in_time(1):
-            status = self.daemon.client.post(f'/api/v1/download/{id}/cancel').status
-            row = self.daemon.wait_status(id, 'failed')
-        self.assertEqual((status, row['error_message']), (200, 'Cancelled'))
-        self.assertEqual(self.daemon.partials(id), {})
-        self.daemon.download(self.site.direct())
-        self.assertEqual(self.daemon.status(id)['status'], 'failed')  # it does not rise from the dead
-        self.assertEqual(self.daemon.partials(id), {})
-
-    def test_cancel_while_queued(self):
-        first = self.site.direct(hold_at=1)
-        running = self.daemon.submit(first)
-        first.page.wait_hits(2)
-        waiting = self.daemon.submit(self.site.direct())
-        status, _, body = self.daemon.client.post(f'/api/v1/download/{waiting}/cancel')
-        self.assertEqual((status, body['status'], body['error_message']), (200, 'failed', 'Cancelled'))
-        self.cancel(running)
-
     def test_cancel_while_it_waits_for_another_try(self):
-        daemon = self.new_daemon(downloads={'retry_delays': '900'}, hurry={'CARE_SECONDS': 0.2}, **self.settings)
+        daemon = self.new_daemon(hurry={'CARE_SECONDS': 0.2}, **{**self.settings, 'downloads': {'retry_delays': '900'}})
         post = self.site.direct(size=3_000_000, hold_at=2_000_000)
         id = daemon.half_way(post)
         post.media[0].set(status=500)
@@ -474,9 +475,6 @@ class TestCancel(DaemonTest):
         self.assertTrue(daemon.partials(id), 'to go on with')
         self.assertEqual(daemon.client.post(f'/api/v1/download/{id}/cancel').status, 200)
         wait_until(lambda: not daemon.partials(id))
-
-    def test_cancel_while_the_media_stalls(self):
-        self.cancel(self.daemon.half_way(self.site.direct(size=300_000, hold_at=100_000)))
 
 
 class TestEndAndResume(DaemonTest):
@@ -730,26 +728,6 @@ class TestSubmission(unittest.TestCase):
         json.dumps(item).encode('utf-8')
 
 
-OWN = 0  # what these see is the owner's, the system's or ours
-LARGEST = {  # the longest text that each pattern may see, by the name or the function that has it
-    OWN: 'with_output switch_service check_relocation name_pattern site_gaps end_leftovers '
-         'host_addresses machine_names mobileconfig operation_of icloud_url '
-         'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delay_list domain_list '
-         'http_url proxy_url notify_url location SETTINGS retention HOST_NAME known_output',
-    128: 'parse_name UNSAFE whole', 255: 'wheel_fits texts_in Store forget_files content_disposition file_name',
-    300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
-    2000: 'PATTERNS judge_error Notifier runs_here version_key',
-    4096: 'DOOR_HEAD parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
-    8192: 'post_url NO_POSTS post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
-          'POST_LINK ADVERTISEMENT',
-    16 << 10: 'B_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
-              'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END BARE_LINE_END body_length check_signature '
-              'parse_range',
-    64 << 10: 'MARK wanted_members JobFolder YTDLP CURL Reach local_only xml_texts',
-    1 << 20: 'LINK PageHead make_cookie COOKIE_FIELDS',
-}
-
-
 class TestPatterns(unittest.TestCase):
     """No text from outside, however long it may be, makes a pattern take more than linear time."""
 
@@ -840,7 +818,6 @@ class TestOptions(unittest.TestCase):
             self.assertEqual(refusal(v.parse_options, value), 'bad_field', str(value)[:20])
 
     def test_what_is_accepted_does_no_harm_inside_ytdlp(self):
-        """No option takes long, and none stays in the process for the next download."""
         names = 'hasvid lang quality source proto hdr id res height fps br size fs_approx codec ext vext acodec other'
         fields = [plus + field + limit for plus in ('', '+') for field in names.split()
                   for limit in ('', ':1', '~9', ':999999999', ':x', ':mp4', ':1k')]
@@ -937,14 +914,12 @@ class TestStates(unittest.TestCase):
         sources = [before for before, after, _ in v.TRANSITIONS.values() if after == 'downloading']
         self.assertEqual(sources, [('queued',)])
 
-    def test_tried_again_after_1_5_and_15_minutes(self):
+    def test_tried_again_after_1_5_and_15_minutes_and_the_last_delay_repeats(self):
+        self.assertEqual([v.backoff(attempt, (1, 2)) for attempt in (1, 2, 3, 50)], [1, 2, 2, 2])
         delays = (60, 300, 900)
         self.assertEqual([v.next_step(v.Outcome('retry'), attempt, 3, delays) for attempt in (1, 2, 3, 4)],
                          [('retry_later', 60), ('retry_later', 300), ('retry_later', 900),
                           ('give_up', 0)])
-
-    def test_the_last_delay_repeats(self):
-        self.assertEqual([v.backoff(attempt, (1, 2)) for attempt in (1, 2, 3, 50)], [1, 2, 2, 2])
 
     def test_what_follows_an_outcome(self):
         for kind, step in {'done': 'finish', 'give_up': 'give_up', 'cancelled': 'give_up', 'stopped': 'requeue',
@@ -1165,24 +1140,8 @@ class TestFreeze(DaemonTest):
         self.assertRegex(daemon.log(), 'watchdog stopped it: Timeout')
 
 
-class TestLog(unittest.TestCase):
+class TestLog(LogTest):
     """One writer: lines cost a request no system call, and what matters is on disk before anything may end."""
-
-    def setUp(self):
-        folder = new_folder()
-        self.file = folder / 'logs/server.log'
-        self.writer = v.LogWriter(SimpleNamespace(file=self.file, max_size=0, backup_count=0))
-        self.addCleanup(self.writer.close)
-        self.writes: List[bytes] = []
-
-        def write(fd, data, real=os.write):
-            if fd == self.writer.fd:
-                self.writes.append(data)
-            return real(fd, data)
-        patched(self, unittest.mock.patch.object(os, 'write', write))
-
-    def say(self, message, level=logging.INFO):
-        self.writer.handle(logging.LogRecord('x', level, '', 0, message, (), None))
 
     def test_lines_are_written_in_batches_and_in_order(self):
         began = time.monotonic()
@@ -1346,41 +1305,6 @@ class TestPhone(DaemonTest):
         self.assertTrue(all(line.isprintable() for line in self.daemon.log().split('\n')))
 
 
-class TestRepeats(DaemonTest):
-    """A phone that sends the same link again and again."""
-    settings = {'security': {'requests_per_hour': '3'}, 'downloads': {'min_free_space': '9000GB'}}
-
-    def test_repeats_are_limited_and_hold_up_nobody(self):
-        link = {'url': 'https://vm.tiktok.com/ZRepeat/', 'client_id': 'again', 'timestamp': 1}
-        id, ends = self.daemon.client.post('/api/v1/download', link).json['download_id'], []
-
-        def send():
-            client = self.daemon.new_client(keep_alive=True)
-            self.addCleanup(client.close)
-            for _ in range(500):
-                answer = client.post('/api/v1/download', link)
-                ends.append(answer.status)
-                if answer.status == 429:
-                    self.assertTrue(0 < int(answer.headers['Retry-After']) <= 3600)
-                else:
-                    self.assertEqual(answer.json['download_id'], id)
-        threads = [threading.Thread(target=send) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        waits = []
-        while any(thread.is_alive() for thread in threads):
-            began = time.monotonic()
-            self.assertEqual(self.daemon.client.post('/api/v1/download', {
-                'url': tiktok_link(time.monotonic_ns()), 'client_id': f'other {len(waits)}'}).status, 202)
-            waits.append(time.monotonic() - began)
-            time.sleep(0.2)
-        self.assertEqual((len(ends), ends.count(200), ends.count(429)), (4000, 3, 3997))
-        self.assertLess(max(waits), fair(1))
-        cpu = self.daemon.cpu()
-        time.sleep(1)
-        self.assertLess(self.daemon.cpu() - cpu, 0.1, 'no stale entry keeps the processor busy')
-
-
 class TestWhoIsAnswered(DaemonTest):
     """Rate limit per client_id, keys, allowed clients."""
     settings = {'security': {'requests_per_hour': '3'}, 'downloads': {'min_free_space': '9000GB'}}
@@ -1423,10 +1347,41 @@ class TestWhoIsAnswered(DaemonTest):
         daemon = self.new_daemon(security={'allowed_clients': '192.168.77.0/24'})
         self.assertEqual(daemon.client.get('/api/v1/health').status, 403)
 
+    def test_repeats_are_limited_and_hold_up_nobody(self):
+        link = {'url': 'https://vm.tiktok.com/ZRepeat/', 'client_id': 'again', 'timestamp': 1}
+        near = self.daemon.new_client(key='first-key')
+        id, ends = near.post('/api/v1/download', link).json['download_id'], []
+
+        def send():
+            client = self.daemon.new_client(key='first-key', keep_alive=True)
+            self.addCleanup(client.close)
+            for _ in range(500):
+                answer = client.post('/api/v1/download', link)
+                ends.append(answer.status)
+                if answer.status == 429:
+                    self.assertTrue(0 < int(answer.headers['Retry-After']) <= 3600)
+                else:
+                    self.assertEqual(answer.json['download_id'], id)
+        threads = [threading.Thread(target=send) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        waits = []
+        while any(thread.is_alive() for thread in threads):
+            began = time.monotonic()
+            self.assertEqual(near.post('/api/v1/download', {
+                'url': tiktok_link(time.monotonic_ns()), 'client_id': f'other {len(waits)}'}).status, 202)
+            waits.append(time.monotonic() - began)
+            time.sleep(0.2)
+        self.assertEqual((len(ends), ends.count(200), ends.count(429)), (4000, 3, 3997))
+        self.assertLess(max(waits), fair(1))
+        cpu = self.daemon.cpu()
+        time.sleep(1)
+        self.assertLess(self.daemon.cpu() - cpu, 0.1, 'no stale entry keeps the processor busy')
+
 
 class TestTriedKeys(DaemonTest):
-    """Who tries keys is slowed down, and nobody else."""
-    settings = {'server': {'trusted_proxies': '127.0.0.1'}}
+    """Behind a trusted proxy, who tries keys is slowed down, and nobody else; strangers learn little."""
+    settings = {'server': {'trusted_proxies': '127.0.0.1'}, 'security': {'allowed_clients': 'any'}}
     env = {'VIDEOSERVER_API_KEYS': 'right'}
     hurry = {'WRONG_KEY_DELAY': 0.02}
 
@@ -1449,12 +1404,7 @@ class TestTriedKeys(DaemonTest):
         self.assertGreater(self.seconds('fd00::1', 'wrong') + self.seconds('fd00::2', 'wrong'), 0.06)
         self.assertLess(self.seconds('192.168.1.7', 'wrong'), fair(0.2))
 
-
-class TestAddressesOfTheHome(DaemonTest):
-    """The set-up page and its rules name the machine's addresses to clients of private networks only."""
-    settings = {'server': {'trusted_proxies': '127.0.0.1'}, 'security': {'allowed_clients': 'any'}}
-
-    def test_others_learn_none(self):
+    def test_clients_of_private_networks_alone_learn_the_addresses_of_the_machine(self):
         own = [ip for ip in v.host_addresses() if not v.ipaddress.ip_address(ip).is_loopback]
         if not own:
             self.skipTest('this machine has no address but its loopback')
@@ -1508,11 +1458,6 @@ class TestBadStarts(DaemonTest):
         self.ends(daemon, 1, 'server.key')
         self.assertEqual((daemon.folder / 'certs/server.key').read_text(), 'nonsense')
 
-    def test_missing_openssl(self):
-        daemon = self.new_daemon(start=False, env={'PATH': str(RUN / 'nothing-here')})
-        shutil.rmtree(daemon.folder / 'certs')
-        self.ends(daemon, 1, 'openssl')
-
     def test_corrupt_database_destroys_nothing_and_says_how_to_restore(self):
         daemon = self.new_daemon()
         daemon.client.post('/api/v1/downloads', {'text': ' '.join(tiktok_link(number) for number in range(200))})
@@ -1559,6 +1504,18 @@ class TestBadStarts(DaemonTest):
         daemon.output.rmdir()
         away.rename(daemon.output)
         daemon.wait_status(id, 'completed')
+
+    def test_sigterm_while_waiting_for_the_clock(self):
+        daemon = self.new_daemon(start=False, hurry={'BUILT': 1 << 40})
+        shutil.rmtree(daemon.folder / 'certs')
+        process = subprocess.Popen([sys.executable, str(daemon.program), '--config', str(daemon.file)], env=daemon.env,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.kill)
+        wait_until(lambda: 'the clock shows' in daemon.log(), 20)
+        process.terminate()
+        self.assertEqual(process.wait(fair(5)), 0)
+        self.assertIn('stopped', daemon.log())
 
 
 class TestCommands(DaemonTest):
@@ -1914,10 +1871,8 @@ class TestAccidents(unittest.TestCase):
     """Whatever goes wrong, a link is stored and gets its turn."""
 
     def setUp(self):
-        folder = new_folder()
-        self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(folder),
-                                           'VIDEOSERVER_DATABASE_PATH': str(folder / 'd.db')})
-        self.store = open_store(self, folder / 'd.db')
+        self.config = own_config()
+        self.store = open_store(self, self.config.database.path)
         self.scheduler = v.Scheduler(self.config, self.store, v.Board(), None, lambda: None, lambda *_: None, None)
         submission = v.parse_submission({'url': 'https://www.tiktok.com/@a/video/1'}, self.config.security)
         self.download_id = self.store.add_many([submission], 1)[0].id
@@ -2212,11 +2167,8 @@ class TestLeftovers(unittest.TestCase):
     """What nobody waits for any more goes; nothing else does."""
 
     def setUp(self):
-        folder = new_folder()
-        self.output = folder / 'Müller'
-        self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(self.output),
-                                           'VIDEOSERVER_DATABASE_PATH': str(folder / 'data/d.db'),
-                                           'VIDEOSERVER_DATABASE_BACKUPS': '2'})
+        self.output = new_folder() / 'Müller'
+        self.config = own_config(downloads_output_directory=self.output, database_backups=2)
         self.daemon = v.Daemon(self.config)
         self.daemon.store.open()
         self.addCleanup(self.daemon.store.close)
@@ -2233,7 +2185,7 @@ class TestLeftovers(unittest.TestCase):
         self.daemon.care.remove_leftovers(time.time())
         self.assertEqual(os.listdir(elsewhere), ['certs'])
 
-    def test_a_disk_that_is_not_there_is_one_problem_in_words(self):
+    def test_an_unplugged_disk_is_one_problem_in_words_and_known_in_any_locale(self):
         self.assertIsNone(v.usable_output(self.config))
         shutil.rmtree(self.output)
         self.daemon.care.remove_leftovers(time.time())
@@ -2242,9 +2194,6 @@ class TestLeftovers(unittest.TestCase):
         (self.output / v.MARKER).touch()
         self.daemon.care.remove_leftovers(time.time())
         self.assertFalse(left.exists(), 'it is plugged in again')
-
-    def test_an_unplugged_disk_is_known_in_any_locale(self):
-        self.assertIsNone(v.usable_output(self.config))
         shutil.rmtree(self.output)
         read = Path.read_text
 
@@ -2340,11 +2289,6 @@ class TestPosts(DownloadTest):
 
     def names(self, post: Any, *kinds: str, title: str = 'A caption') -> List[str]:
         return [f'{title}_{post.id}_{at}.{kind}' for at, kind in enumerate(kinds, 1)]
-
-    def test_a_carousel_gives_all_its_videos_and_pictures_in_their_order(self):
-        post = self.site.instagram('video', 'photo', 'video', 'video')
-        self.assertEqual(self.assert_done(self.fetch(post), *post.media), self.names(post, 'mp4', 'jpg', 'mp4', 'mp4'))
-        self.assertLess(largest_fall(self.told), 1e-9)
 
     def test_photo_posts_give_their_pictures_in_full_size_and_tiktok_the_sound(self):
         post = self.site.tiktok(pictures=3, title='Three\nof them')
@@ -2570,26 +2514,8 @@ class TestPosts(DownloadTest):
         self.assertNotIn('secret', str([request.headers.get('Cookie') for request in self.site.requests[asked:]]))
 
 
-class TestCookies(unittest.TestCase):
+class TestCookies(CookiesTest):
     """cookies.txt as people have it; what is said of it; nothing of its values is ever said."""
-
-    def setUp(self):
-        self.folder = new_folder()
-        self.file = self.folder / 'mine.txt'
-        self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADER_COOKIES_FILE': str(self.file),
-                                           'VIDEOSERVER_DATABASE_PATH': str(self.folder / 'd.db')})
-        self.cookies = v.Cookies(self.config)
-        vendored()
-        v.import_ytdlp(v.Vendor(HERE / 'vendor').current())
-
-    def loaded(self, cookies):
-        """What yt-dlp makes of it."""
-        from yt_dlp.cookies import YoutubeDLCookieJar
-        jar = YoutubeDLCookieJar(cookies.jar('https://www.instagram.com/p/x'))
-        with contextlib.redirect_stderr(io.StringIO()) as said:
-            jar.load()
-        self.assertEqual(said.getvalue(), '')
-        return sorted((one.name, one.value, one.domain.lstrip('.'), one.expires) for one in jar)
 
     def test_every_usual_form_is_read_and_odd_rows_are_left_out(self):
         wanted = [('csrftoken', 'secret2', 'instagram.com', None), ('mid', 'secret3', 'instagram.com', None),
@@ -2635,8 +2561,7 @@ class TestCookies(unittest.TestCase):
     def test_the_page_may_keep_them_where_no_file_is_configured(self):
         with self.assertRaises(v.Refused):
             self.cookies.save(b'')
-        config = v.load_config(None, {'VIDEOSERVER_DATABASE_PATH': str(self.folder / 'd.db')})
-        kept = v.Cookies(config)
+        kept = v.Cookies(own_config())
         self.assertEqual(kept.report(time.time()), [])
         with self.assertRaises(v.Refused):
             kept.save(b'rubbish')
@@ -2661,12 +2586,14 @@ class TestFormats(DownloadTest):
             self.assert_done(self.fetch(post), post.media[0])
 
     @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
-    def test_a_better_h264_without_sound_is_merged_with_the_sound(self):
+    def test_a_better_h264_without_sound_is_merged_with_the_sound_and_sound_is_extracted(self):
         post = self.site.instagram(dash='h264', size=300_000)
         outcome = self.fetch(post)
         self.assertEqual((outcome.kind, post.media[0].hits), ('done', 0), outcome)
         self.assertEqual(streams(self.output / outcome.files[0].name), ['aac', 'h264'])
         self.assertIn('merge', [told.phase for told in self.told])
+        outcome = self.fetch(self.site.tiktok(), options=['-x', '--audio-format', 'm4a'])
+        self.assertEqual([(file.name[-4:], file.type) for file in outcome.files], [('.m4a', 'audio/mp4')], outcome)
 
     def test_without_ffmpeg_it_takes_what_comes_in_one_piece(self):
         with unittest.mock.patch.dict(os.environ, {'PATH': path_without_ffmpeg()}):
@@ -2713,10 +2640,6 @@ class TestFormats(DownloadTest):
         thread.join()
         self.assert_done(outcome, small.media[0])
         self.assertTrue(over.is_set())
-
-    def test_extracted_sound_is_a_file_like_others(self):
-        outcome = self.fetch(self.site.tiktok(), options=['-x', '--audio-format', 'm4a'])
-        self.assertEqual([(file.name[-4:], file.type) for file in outcome.files], [('.m4a', 'audio/mp4')], outcome)
 
     def test_hls_encrypted_hls_and_dash_stay_with_yt_dlp_and_become_whole_files(self):
         for kind in ('hls', 'hls_aes') + ('dash',) * bool(shutil.which('ffmpeg')):
@@ -2931,10 +2854,6 @@ class TestFailures(DownloadTest):
                     self.assert_ends(self.fetch(post, options=['-R', '0']), 'retry', 'bad_media' if body else 'network')
         self.assertEqual(self.finished(), {})
 
-    @unittest.skipUnless(shutil.which('ffprobe'), 'ffmpeg is not installed')
-    def test_what_only_begins_like_a_video_is_none(self):
-        self.assert_ends(self.fetch(self.site.tiktok(body=TINY_MP4[:40] + b'junk' * 500)), 'retry', 'bad_media')
-
     def test_an_mp4_tells_by_itself_and_ffprobe_tells_of_the_others(self):
         v.import_ytdlp(ytdlp_folder())
         file = self.folder / 'x.mp4'
@@ -2975,6 +2894,7 @@ class TestFailures(DownloadTest):
             route = self.site.routes['scontent.cdninstagram.com', f'/o1/{post.id}-v.mp4']
             route.set(body=route.body[:-20_000])
             self.assert_ends(self.fetch(post), 'retry', 'bad_media')
+            self.assert_ends(self.fetch(self.site.tiktok(body=TINY_MP4[:40] + b'junk' * 500)), 'retry', 'bad_media')
         self.assertEqual(self.finished(), {})
 
     def test_what_yt_dlp_says_is_for_the_log_and_not_for_a_person(self):
@@ -3077,34 +2997,20 @@ class TestFailures(DownloadTest):
         with unittest.mock.patch('os.statvfs', return_value=SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096)):
             self.assertGreater(v.free_space(self.output), 1 << 40)
 
-    def test_a_missing_output_folder_pauses_the_queue_and_is_not_made(self):
-        self.output.rmdir()
-        self.assert_ends(self.fetch(self.site.tiktok()), 'pause', 'output')
-        self.assertFalse(self.output.exists())
-
-    def test_an_output_folder_that_vanishes_meanwhile_pauses_the_queue(self):
+    def test_an_output_folder_that_vanishes_meanwhile_pauses_the_queue_and_is_not_made(self):
         post = self.site.tiktok(size=3_000_000, hold_at=1_000_000)
         run = self.in_background(self.attempt(post))
         post.media[0].wait_held()
         self.output.rename(self.folder / 'unplugged')
         post.media[0].release()
         self.assert_ends(run.wait(), 'pause', 'output')
+        self.assert_ends(self.fetch(self.site.tiktok()), 'pause', 'output')
+        self.assertFalse(self.output.exists())
 
 
 class TestResume(DownloadTest):
     """A partial file is continued if it is the same format and size, and never spliced with another."""
     together = 'attempts'
-
-    def begin(self, post: Any, at: int = 500_000, **more: Any) -> None:
-        media = post.media[0].set(hold_at=at)
-        attempt = self.attempt(post, 'resumed', **more)
-        run = self.in_background(attempt)
-        held = media.held + 1
-        media.wait_held(held)
-        wait_until(lambda: attempt.folder.size()[0] > at // 2, what='bytes on disk')
-        attempt.stop('stopped')
-        self.assert_ends(run.wait(), 'stopped', 'stopped')
-        media.release()
 
     def test_a_stopped_download_goes_on_from_its_partial_file(self):
         for post in (self.site.tiktok(size=1_000_000), self.site.instagram(size=1_000_000)):
@@ -3319,9 +3225,6 @@ class TestResume(DownloadTest):
         self.assertTrue((self.folder / 'outside').exists())
 
 
-SLEEPER = 'case "$*" in *-bsfs*) echo "ffmpeg version 6.0";; *) echo "$*" > "$0.args"; exec sleep 60;; esac'
-
-
 class TestStop(DownloadTest):
     """Cancel works in under a second in every phase; what was started ends with it."""
     together = 'attempts'
@@ -3351,12 +3254,10 @@ class TestStop(DownloadTest):
         attempt.stop('cancelled')  # the first reason stays
         self.assert_ends(attempt.run(), 'stopped', 'stopped')
 
-    def test_in_the_page(self):
+    def test_in_page_and_media_even_if_the_server_drips_a_byte_a_second(self):
         for trouble in ({'fail': ['hang']}, {'drip': 0.5}):
             post = self.site.tiktok(page=trouble)
             self.stops(self.attempt(post), lambda post=post: post.page.hits)
-
-    def test_in_the_media_even_if_the_server_drips_a_byte_a_second(self):
         for trouble in ({'drip': 1.0}, {'fail': ['hang']}, {'hold_at': 50_000}, {'speed': 30_000}):
             post = self.site.tiktok(size=3_000_000, **trouble)
             self.stops(self.attempt(post), lambda post=post: post.media[0].hits)
@@ -3430,11 +3331,6 @@ class TestStop(DownloadTest):
         stopper._sockets = Sockets()
         stopper.hang_up()
         self.assertEqual(taken, [False])
-
-    def fake_ffmpeg(self) -> Path:
-        """A program that passes for ffmpeg and takes its time."""
-        (self.folder / 'bin').mkdir()
-        return new_program(self.folder / 'bin/ffmpeg', SLEEPER)
 
     @unittest.skipUnless(sys.platform.startswith('linux'), 'elsewhere the next attempt does it')
     def test_kill_9_takes_ffmpeg_along(self):
@@ -3555,10 +3451,6 @@ class TestLimits(DownloadTest):
 class TestHostileSites(DownloadTest):
     """What a site sends to use up memory or time ends this one download."""
 
-    def direct(self, path: str, body: bytes, type: str = 'text/html', **more: Any) -> Any:
-        self.site.add('127.0.0.1', path, body, type, **more)
-        return self.fetch(self.site.http + path, config=self.direct_config())
-
     def test_a_page_without_end_is_not_read_into_memory(self):
         page = b'<html><title>x</title>' + b'x' * (v.LARGEST_PAGE + 1000)
         bare = zlib.compressobj(wbits=-15)
@@ -3613,35 +3505,10 @@ class TestHostileSites(DownloadTest):
             self.assertLess(time.thread_time() - began, 0.5, options)
 
 
-class TestGuard(DownloadTest):
+class TestGuard(GuardTest):
     """No connection to anything that is not on the Internet, at any hop."""
     PRIVATE = (
         '127.0.0.1', '192.168.1.1', '169.254.169.254', '0.0.0.0', '::1', 'fe80::1', '::ffff:10.0.0.1', '2002:7f00:1::')
-
-    def setUp(self) -> None:
-        super().setUp()
-        self.connected = CONNECTED
-        CONNECTED.clear()
-        self.open_config = self.config(proxy=False, security={'allowed_domains': '*'})
-
-    def resolve(self, *addresses: str) -> Any:
-        """Patches the name service: every name has these addresses."""
-        real = _socket.getaddrinfo
-
-        def look_up(host, *args, **more):
-            hosts = addresses if host.endswith('.com') else [host]
-            return [found for address in hosts for found in real(address, *args, **more)]
-        return unittest.mock.patch('_socket.getaddrinfo', look_up)
-
-    def named(self, name: str) -> str:
-        """http://name:port of the stand-in, without a proxy."""
-        return f'http://{name}:{self.site.http.rpartition(":")[2]}'
-
-    def trust(self, *addresses: str) -> Any:
-        """Patches is_public: these are the Internet for now."""
-        real = v.is_public
-        return unittest.mock.patch.multiple(v, own_networks=lambda: [], is_public=lambda address: (
-            address in addresses or real(address)))
 
     def test_addresses_that_are_not_public_are_never_connected_to(self):
         for address in self.PRIVATE:
@@ -4068,20 +3935,6 @@ class TestAlone(DownloadTest):
 class TestVendor(WithIndex):
     """yt-dlp stays fresh: fetched, checked, tried out, switched, rolled back; against a fake index."""
 
-    def with_pip(self) -> None:
-        if importlib.util.find_spec('pip') is None:
-            self.skipTest('this Python has no pip')
-        self.environment(PYTHONPATH='', PIP_NO_CACHE_DIR='1')
-
-    def child(self) -> 'subprocess.Popen[bytes]':
-        """Another process that installs into the same folder."""
-        line = v.bare_python(v.INSTALL, str(self.folder), self.index.url, '600', 'stable', 'False')
-        return subprocess.Popen(line, stderr=subprocess.DEVNULL)
-
-    def leftovers(self) -> List[str]:
-        return sorted(path.name for path in self.folder.iterdir()
-                      if path.name not in ('.lock', f'current-{v.PYTHON}'))
-
     def test_newest_release_that_this_python_can_run_is_taken(self) -> None:
         self.index.add('9999.1.1')
         self.index.add('9999.1.10')
@@ -4123,10 +3976,6 @@ class TestVendor(WithIndex):
         self.assertEqual(self.vendor.install(), '9999.1.1')
         self.assertFalse((folder / 'ran').exists())
 
-    def test_nobody_else_can_hold_its_lock(self) -> None:
-        with self.vendor.locked():
-            self.assertEqual(stat.S_IMODE((self.folder / '.lock').stat().st_mode), 0o600)
-
     def test_a_wheel_that_was_published_damaged_is_a_broken_release(self) -> None:
         wheel = self.folder / 'a.whl'
         with zipfile.ZipFile(wheel, 'w', zipfile.ZIP_DEFLATED) as archive:
@@ -4136,10 +3985,6 @@ class TestVendor(WithIndex):
             wheel.write_bytes(whole[:at] + b'\xff' * 9 + whole[at + 9:])
             with self.assertRaises(v.BrokenRelease):
                 v.unpack(wheel, self.folder / 'tree')
-
-    def test_an_answer_that_is_an_error_is_trouble(self) -> None:
-        with Standin() as site, self.assertRaisesRegex(v.Trouble, '404'):
-            v.fetch_url(site.http + '/nowhere')
 
     def test_a_wrong_hash_is_refused_and_nothing_changes(self) -> None:
         self.install('9999.1.1')
@@ -4219,6 +4064,7 @@ class TestVendor(WithIndex):
         self.index.add('9999.1.1')
         children = [self.child(), self.child()]
         self.assertEqual([child.wait(fair(20)) for child in children], [0, 0])
+        self.assertEqual(stat.S_IMODE((self.folder / '.lock').stat().st_mode), 0o600)  # nobody else can hold it
         self.assertEqual(len(self.index.fetched('9999.1.1')), 1)
         self.assertEqual(self.vendor.version(), '9999.1.1')
 
@@ -4240,24 +4086,6 @@ class TestVendor(WithIndex):
                          ['yt_dlp', 'yt_dlp-9999.1.1.dist-info'])
         self.assertEqual([path for path in self.folder.rglob('*') if 'evil' in path.name or path.is_symlink()], [])
         self.assertEqual([path for path in self.folder.parent.glob('*evil*')], [])
-
-    def test_no_network_is_one_line_that_says_what_to_do(self) -> None:
-        with reserved() as nobody:
-            self.vendor.index = f'http://127.0.0.1:{nobody.getsockname()[1]}'
-            with self.assertRaisesRegex(v.Trouble, r'^[^\n]*refused[^\n]*connect this machine[^\n]*py update$'):
-                self.vendor.install()
-        self.assertEqual(self.vendor.last_checked(), 0)
-
-    def test_an_answer_that_is_no_index_is_trouble(self) -> None:
-        for releases in ([], {'9999.1.1': [{}]}, {'9999.1.1': 3}, None):
-            self.index.files = releases
-            with self.assertRaises(v.Trouble):
-                self.vendor.install()
-
-    def test_a_folder_that_cannot_be_written_is_trouble(self) -> None:
-        (self.folder / 'file').write_text('')
-        with self.assertRaisesRegex(v.Trouble, 'cannot be stored in .*/file/vendor'):
-            v.Vendor(self.folder / 'file/vendor', self.index.url).install()
 
     def test_a_copied_in_yt_dlp_is_used_unless_it_is_unsafe(self) -> None:
         make = io.BytesIO(make_wheel('9999.1.1', STUB))
@@ -4449,27 +4277,26 @@ class TestVendor(WithIndex):
         with unittest.mock.patch.object(v, 'TRY_OUT', full), self.assertRaisesRegex(v.Trouble, 'make room'):
             v.try_out(root, version)
 
+    def test_what_stands_in_the_way_is_one_line_that_says_what_to_do(self) -> None:
+        with reserved() as nobody:
+            self.vendor.index = f'http://127.0.0.1:{nobody.getsockname()[1]}'
+            with self.assertRaisesRegex(v.Trouble, r'^[^\n]*refused[^\n]*connect this machine[^\n]*py update$'):
+                self.vendor.install()
+        self.assertEqual(self.vendor.last_checked(), 0)
+        self.vendor.index = self.index.url
+        for releases in ([], {'9999.1.1': [{}]}, {'9999.1.1': 3}, None):
+            self.index.files = releases
+            with self.assertRaises(v.Trouble):
+                self.vendor.install()
+        (self.folder / 'file').write_text('')
+        with self.assertRaisesRegex(v.Trouble, 'cannot be stored in .*/file/vendor'):
+            v.Vendor(self.folder / 'file/vendor', self.index.url).install()
+        with Standin() as site, self.assertRaisesRegex(v.Trouble, '404'):
+            v.fetch_url(site.http + '/nowhere')
 
-class TestFreshness(WithIndex):
+
+class TestFreshness(FreshnessTest):
     """What the daemon's thread `care` does about yt-dlp; no daemon needed."""
-
-    def setUp(self) -> None:
-        super().setUp()
-        patched(self, unittest.mock.patch.dict(v.IMPORTED, folder=None))
-
-    def freshness(self, automatic: bool = True, channel: str = 'stable') -> Any:
-        settings = SimpleNamespace(auto_update=automatic, channel=channel)
-        return v.Freshness(self.vendor, settings)
-
-    def installed(self, *versions: str, channel: str = 'stable') -> Any:
-        """A Freshness whose process has imported the last of these, which were installed one after the other. With
-        all but that one, two sites have worked."""
-        for version in versions:
-            if self.vendor.version():
-                self.vendor.remember(sites=['instagram.com', 'tiktok.com'])
-            self.install(version)
-        v.IMPORTED['folder'] = self.vendor.current()
-        return self.freshness(channel=channel)
 
     def test_curl_cffi_is_fetched_soon_where_it_is_switched_on_and_then_loaded(self) -> None:
         fresh, now = self.installed('9999.1.1'), time.time()
@@ -4481,15 +4308,12 @@ class TestFreshness(WithIndex):
         with unittest.mock.patch.dict(v.IMPORTED, curl=True):
             self.assertFalse(fresh.step(now))
 
-    def test_hourly_when_a_site_changed_and_weekly_otherwise(self) -> None:
+    def test_hourly_when_a_site_changed_weekly_otherwise_and_ever_later_after_failures(self) -> None:
         hour, now = 3600, 1.8e9
         for age, site_changed, due in ((hour - 1, True, False), (hour, True, True), (25 * hour, False, False),
                                        (167 * hour, False, False), (169 * hour, False, True), (-23 * hour, True, False),
                                        (-25 * hour, False, True), (now, False, True)):
             self.assertEqual(v.update_due(now, now - age, site_changed), due, (age, site_changed))
-
-    def test_after_a_failure_it_waits_longer_and_longer(self) -> None:
-        now = 1.8e9
         for failures, gap in ((1, 60), (2, 300), (3, 900), (4, 3600), (99, 3600)):
             self.assertFalse(v.update_due(now, 0, False, failures, now - gap + 1))
             self.assertTrue(v.update_due(now, 0, False, failures, now - gap))
@@ -4626,26 +4450,8 @@ class TestFreshness(WithIndex):
 # ---------- new releases ------------------------------------------------------------------
 # New releases of yt-dlp on the real daemon: nobody is refused, nothing is lost.
 
-class TestFreshDaemon(DaemonTest):
+class TestFreshDaemon(FreshDaemonTest):
     """A new yt-dlp comes into use by itself, a broken one goes out of use by itself."""
-    settings = None
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        super().setUpClass()
-        cls.index = Index()
-        cls.addClassCleanup(cls.index.end)
-
-    def setUp(self) -> None:
-        self.index.files.clear()
-        self.index.json_is_there = True
-        self.addCleanup(self.index.stall.set)
-
-    def fresh_daemon(self, files: Optional[Dict[str, str]] = None, **options: Any) -> FreshDaemon:
-        daemon = FreshDaemon(self.index, files, site=self.site, **options)
-        self.addCleanup(daemon.close)
-        self.addCleanup(self.report, daemon)
-        return daemon
 
     def test_a_new_release_is_taken_up_when_idle(self) -> None:
         self.index.add('9999.2.2', some_files(utils__networking=("'Accept-Language': 'en-us,en;q=0.5'",
@@ -4756,15 +4562,13 @@ class TestLinks(unittest.TestCase):
             self.assertTrue(path.isascii() and not re.search(r'[\s?#"&+;]', path), path)
             self.assertEqual(v.unquote(path), f'/files/7f/{name}')
 
-    def test_a_signed_link_opens_its_file_until_it_expires(self):
+    def test_a_signed_link_opens_its_file_until_it_expires_though_a_player_encodes_the_path_anew(self):
+        query = given(self.query('/files/7f/(a)~.mp4'))
+        self.assertTrue(v.check_signature(self.secret, '/files/7f/%28a%29%7e.mp4', query, 1))
         for name in HARD_NAMES:
             path = v.file_path('7f', name)
             self.assertTrue(v.check_signature(self.secret, path, given(self.query(path)), 1000))
             self.assertFalse(v.check_signature(self.secret, path, given(self.query(path)), 1001))
-
-    def test_a_link_whose_path_a_player_encodes_anew_still_opens(self):
-        query = given(self.query('/files/7f/(a)~.mp4'))
-        self.assertTrue(v.check_signature(self.secret, '/files/7f/%28a%29%7e.mp4', query, 1))
 
     def test_forged_moved_and_prolonged_links_do_not_open(self):
         path = v.file_path('7f', 'cat.mp4')
@@ -4998,36 +4802,8 @@ class TestBucket(WithBucket):
             self.assertRegex(str(self.refused(self.file(size=30 << 20), bucket=bucket)), 'failed: timed out')
 
 
-class TestUploader(WithBucket):
+class TestUploader(WithUploader):
     """Retried at growing gaps until it is done or the download is deleted; never failing the download."""
-    numbers = itertools.count()
-
-    def setUp(self):
-        super().setUp()
-        self.store = open_store(self, upload=['finish'])
-        self.uploader = self.new_uploader()
-
-    def new_uploader(self):
-        uploader = v.Uploader(self.config, self.bucket, self.store)
-        self.addCleanup(lambda: uploader.thread.is_alive() and uploader.stop())
-        return uploader
-
-    def finish(self, *names, size=300_000, now=0):
-        """The id of a download that has finished with these files."""
-        media = tuple(v.MediaFile(self.file(name, size).name, size, 'video/mp4') for name in names)
-        item = v.parse_submission({'url': tiktok_link(next(self.numbers))}, self.config.security)
-        id = self.store.add_many([item], now)[0].id
-        self.store.end('finish', self.store.claim(id, now), v.Outcome('done', title='a', files=media), now, self.output)
-        return id
-
-    def copy(self, id):
-        return self.store.get(id)['s3_state']
-
-    def due(self):
-        return [tuple(row) for row in self.store.read('SELECT kind, attempts, due FROM outbox ORDER BY due, id')]
-
-    def link(self, id, name):
-        return self.bucket.presign(self.bucket.key(id, name), name, 60, time.time())
 
     def test_all_files_of_a_download_are_stored(self):
         ids = [self.finish(*HARD_NAMES), self.finish('dog.mp4')]
@@ -5292,42 +5068,8 @@ class TestNotify(DaemonTest):
         self.assertEqual(looks([], *full), ['The disk is full: 11 MB free.'])
 
 
-class TestKeep(unittest.TestCase):
+class TestKeep(KeepTest):
     """[downloads] keep: the oldest finished go first, never a starred one, after a day's notice."""
-
-    def make(self, keep: str) -> None:
-        """Six downloads of 100 bytes, finished on day 0, 1, ...; the second one has a star."""
-        folder = new_folder()
-        self.output = folder / 'out'
-        self.output.mkdir()
-        self.config = v.load_config(None, {'VIDEOSERVER_DOWNLOADS_OUTPUT_DIRECTORY': str(self.output),
-                                           'VIDEOSERVER_DATABASE_PATH': str(folder / 'd.db'),
-                                           'VIDEOSERVER_DOWNLOADS_KEEP': keep})
-        self.store = open_store(self, self.config.database.path)
-        self.care = v.Care(self.config, self.store, v.Board(), lambda: None)
-        self.ids = [self.finish(day, f'{day}.mp4') for day in range(6)]
-        self.store.write(lambda db: db.execute('UPDATE downloads SET starred = 1 WHERE id = ?', (self.ids[1],)))
-
-    def finish(self, day: int, name: str) -> str:
-        (self.output / name).write_bytes(bytes(100))
-        now, file = day * v.DAY, v.MediaFile(name, 100, 'video/mp4')
-        item = v.parse_submission({'url': tiktok_link(time.time_ns())}, self.config.security)
-        id = self.store.add_many([item], now)[0].id
-        outcome = v.Outcome('done', title='a', files=(file,))
-        self.store.end('finish', self.store.claim(id, now), outcome, now, self.output)
-        self.store.write(lambda db: db.execute(
-            "UPDATE downloads SET site = 't', media_id = ? WHERE id = ?", (name, id)))
-        return id
-
-    def look(self, day: float) -> str:
-        """What is said after the looks of that time."""
-        said = ''
-        for _ in range(5):  # a hundred at a time
-            try:
-                self.care.make_room(day * v.DAY)
-            except v.Trouble as trouble:
-                said = str(trouble)
-        return said
 
     def gone(self) -> List[int]:
         """Which files are gone; exactly their rows say so."""
@@ -5396,13 +5138,9 @@ def jpeg_size(data: bytes) -> Tuple[int, int]:
     return struct.unpack('>HH', re.search(rb'\xff[\xc0-\xc2]..\x08(.{4})', data, re.S)[1])[::-1]
 
 
-class TestImports(DaemonTest):
+class TestImports(ImportTest):
     """The exports of TikTok and Instagram: looked into, queued behind what is shared, and never lost."""
     settings = {'downloads': {'import_pace': '0', 'max_retries': '0'}, 'security': {'requests_per_hour': '5'}}
-
-    def send(self, data: bytes, name: str = 'export.zip', daemon: Any = None) -> Answer:
-        return (daemon or self.daemon).client.post(f'/api/v1/imports?name={name}', data,
-                                                   Content_Type='application/octet-stream')
 
     def groups(self, data: bytes) -> Dict[str, int]:
         """What is found in an export; it is then cancelled."""
@@ -5411,22 +5149,6 @@ class TestImports(DaemonTest):
         self.assertEqual(self.daemon.rows('SELECT id FROM downloads'), [])
         self.assertEqual(self.change(body, 'cancel').status, 200)
         return {group['group']: group['posts'] for group in body['groups']}
-
-    def change(self, row: Dict[str, Any], verb: str, daemon: Any = None, **fields: Any) -> Answer:
-        answer = (daemon or self.daemon).client.post(f'/api/v1/imports/{row["import_id"]}/{verb}', fields)
-        self.assertTrue(answer.json['message'], answer)
-        return answer
-
-    def wait_done(self, row: Dict[str, Any], daemon: Any = None, **wanted: int) -> Dict[str, Any]:
-        """The import, once nothing is left of it."""
-        client, found = (daemon or self.daemon).client, {}
-
-        def ended() -> bool:
-            found.update(next(other for other in client.get('/api/v1/imports').json['imports']
-                              if other['import_id'] == row['import_id']))
-            return not found['left']
-        wait_until(ended, 30, lambda: f'the import ends, it is {found}')
-        return found
 
     def test_it_shows_what_is_in_an_export_before_anything_is_queued(self):
         links = shared_links(9)
@@ -5506,7 +5228,7 @@ class TestImports(DaemonTest):
 
     def test_leftovers_go_and_what_is_just_being_received_stays(self):
         store = unittest.mock.Mock(imports=lambda: [{'id': 'there', 'state': 'paused', 'created_at': 0}])
-        config = v.load_config(None, {'VIDEOSERVER_DATABASE_PATH': tempfile.mkdtemp(dir=RUN) + '/d.db'})
+        config = own_config()
         folder = config.database.path.parent / 'imports'
         folder.mkdir()
         for name in ('there', 'left'):
@@ -6055,41 +5777,17 @@ class TestSignedLinks(FilesTest):
                 self.assertEqual(status, 403)
                 self.assertIn('link', body['message'])
 
-    def test_the_key_opens_files_too_and_without_either_it_is_asked_for(self):
+    def test_a_key_opens_files_too_a_signature_nothing_but_its_file_and_without_either_the_key_is_asked_for(self):
+        query = self.signed(time.time() + 100).partition('?')[2]
+        for path in (f'/api/v1/status/{self.ids["clip"]}', '/api/v1/history', '/metrics'):
+            self.assertEqual(self.get(f'{path}?{query}').status, 401)
         self.assertEqual(self.get(X_API_Key=FILES_KEY).status, 200)
         for path, headers in ((self.path(), {}), (self.path() + '?', {}), (self.path(), {'X_API_Key': 'wrong'})):
             self.assertEqual(self.get(path, **headers).status, 401)
 
-    def test_a_signature_opens_nothing_but_its_file(self):
-        query = self.signed(time.time() + 100).partition('?')[2]
-        for path in (f'/api/v1/status/{self.ids["clip"]}', '/api/v1/history', '/metrics'):
-            self.assertEqual(self.get(f'{path}?{query}').status, 401)
 
-
-class TestCopies(DaemonTest):
+class TestCopies(CopiesTest):
     """With [s3] set each finished file is put into the bucket; trouble with it shows, and nothing is lost."""
-    settings = None
-    together = 'buckets'
-
-    @classmethod
-    def setUpClass(cls):
-        cls.swift = swift()
-        super().setUpClass()
-
-    def setUp(self):
-        self.relay = Relay(self.swift.port)
-        self.addCleanup(self.relay.close)
-        self.daemon = Daemon(self.site, start=False, env={
-            'VIDEOSERVER_S3_ENDPOINT': self.relay.url, 'VIDEOSERVER_S3_BUCKET': 'videos',
-            'AWS_ACCESS_KEY_ID': 'test:tester', 'AWS_SECRET_ACCESS_KEY': 'testing'})
-        self.addCleanup(self.daemon.close)
-
-    def public_url(self, id):
-        return self.daemon.client.get(f'/getVideoDownloadPublicURL?videoDownloadUUID={id}&URLTypeEnum=S3')
-
-    def copied(self, id, state='stored'):
-        return self.daemon.wait_for(id, lambda row: (row['s3'] or {}).get('state') == state,
-                                    120)  # its gaps double
 
     def problems(self):
         """What health says of the bucket; it may have other troubles, such as an old Python."""
@@ -6170,8 +5868,6 @@ class TestMetrics(DaemonTest):
 
     @unittest.skipUnless(prometheus_client, 'prometheus_client is not installed')
     def test_valid_by_the_parser_of_prometheus_client(self):
-        """Queue by status, attempts and outcomes by reason, bytes, ack latency histogram, disk free, certificate
-        days, yt-dlp version."""
         self.daemon.download(self.site.tiktok(size=1_234_567))
         self.daemon.fails(self.site.tiktok(state='gone'))
         wait_until(lambda: b'give_up' in self.daemon.client.get('/metrics').json)
@@ -6291,7 +5987,9 @@ class TestCertificateForAnIPhone(unittest.TestCase):
             self.assertIn(f' {permitted} ', f' {tree} ')
         self.assertNotIn('Excluded', tree)
 
-    def test_dates(self):
+    def test_dates_and_fingerprint(self):
+        shown = openssl('x509', '-in', self.config.server.ca_file, '-noout', '-fingerprint', '-sha256')
+        self.assertEqual(shown.strip().partition('=')[2], v.ca_fingerprint(self.config))
         for found, days in ((self.leaf, 397), (self.ca, 3652)):
             first, last = (ssl.cert_time_to_seconds(found[name]) for name in ('Not Before', 'Not After'))
             self.assertEqual(first, int(NOW - 86400))  # a Pi has no clock at boot
@@ -6321,10 +6019,6 @@ class TestCertificateForAnIPhone(unittest.TestCase):
         self.assertNotEqual(*(openssl('pkey', '-in', each.server.ca_file.with_name('ca.key'), '-pubout')
                               for each in (self.config, config)))
 
-    def test_fingerprint_is_what_openssl_and_phones_show(self):
-        shown = openssl('x509', '-in', self.config.server.ca_file, '-noout', '-fingerprint', '-sha256')
-        self.assertEqual(shown.strip().partition('=')[2], v.ca_fingerprint(self.config))
-
 
 class TestRenewal(unittest.TestCase):
     """A leaf is renewed from the same CA, with no phone touched."""
@@ -6349,11 +6043,6 @@ class TestRenewal(unittest.TestCase):
                 self.assertEqual(v.ensure_certificate(self.config, now), (self.first, False))
         self.assertEqual(self.changed(), set())
 
-    def test_nobody_else_can_hold_its_lock(self):
-        config = new_config()
-        v.ensure_certificate(config, NOW)
-        self.assertEqual(config.server.ca_file.parent.stat().st_mode & 0o066, 0)
-
     def test_under_30_days_left_gives_a_new_leaf_from_the_same_ca(self):
         later = NOW + 366 * v.DAY + 60
         made, changed = v.ensure_certificate(self.config, later)
@@ -6367,6 +6056,8 @@ class TestRenewal(unittest.TestCase):
         self.assertEqual((changed, made.not_after), (True, self.first.not_after))
 
     def test_new_names_and_addresses_give_a_new_leaf(self):
+        config = new_config(self.config.folder, public_base_url='https://192.168.77.9:8443/videos')
+        self.assertIn('192.168.77.9', v.ensure_certificate(config, NOW)[0].names)
         with unittest.mock.patch.object(v.socket, 'gethostname', return_value='renamed'):
             made, changed = v.ensure_certificate(self.config, NOW)
             self.assertEqual((changed, made.names[0]), (True, 'renamed.local'))
@@ -6414,11 +6105,6 @@ class TestRenewal(unittest.TestCase):
         self.assertEqual({word: v.may_sign(word, permitted) for word in words}, words)
         made, _ = v.ensure_certificate(config, NOW, new_ca=True)
         self.assertIn('videos.example.org', made.names)
-
-    def test_an_address_in_public_base_url_is_in_the_certificate(self):
-        config = new_config(self.config.folder, public_base_url='https://192.168.77.9:8443/videos')
-        made, _ = v.ensure_certificate(config, NOW)
-        self.assertIn('192.168.77.9', made.names)
 
     def test_a_host_called_tv_gets_no_ca_for_all_of_tv(self):
         with unittest.mock.patch.object(v.socket, 'gethostname', return_value='TV'):
@@ -6613,32 +6299,8 @@ class TestDailyCare(unittest.TestCase):
             self.assertEqual(str(daemon.health.problems(None)).count('certificate expires in 13 days. Fix: '), count)
 
 
-class TestStopAtTheStart(DaemonTest):
-    """It can be stopped while it waits for the clock."""
-    settings = None
-
-    def test_sigterm_while_waiting_for_the_clock(self):
-        daemon = self.new_daemon(start=False, hurry={'BUILT': 1 << 40})
-        shutil.rmtree(daemon.folder / 'certs')
-        process = subprocess.Popen([sys.executable, str(daemon.program), '--config', str(daemon.file)], env=daemon.env,
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        self.addCleanup(process.wait)
-        self.addCleanup(process.kill)
-        wait_until(lambda: 'the clock shows' in daemon.log(), 20)
-        process.terminate()
-        self.assertEqual(process.wait(fair(5)), 0)
-        self.assertIn('stopped', daemon.log())
-
-
 class TestKillAndFullDisk(unittest.TestCase):
     """A kill or a full disk leaves the old pair whole."""
-
-    def run_maker(self, config: Any, script: str) -> str:
-        """Runs MAKER and `script` in a process of its own; what it prints."""
-        done = subprocess.run([sys.executable, '-c', MAKER + script, str(config.folder), str(NOW)], cwd=str(HERE),
-                              encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=fair(60))
-        self.assertEqual((done.returncode, done.stderr), (0, ''))
-        return done.stdout
 
     def check_whole(self, config: Any) -> None:
         """The files are a good set, the keys are private, nothing is left over."""
@@ -6655,7 +6317,7 @@ class TestKillAndFullDisk(unittest.TestCase):
     def test_kill_at_each_step_of_a_renewal(self):
         config = new_config()
         v.ensure_certificate(config, NOW)
-        steps = self.run_maker(config, '''
+        steps = run_maker(config, '''
 step = 0
 while wait(fork(lambda: doomed(step), force=True)):
     assert not pair().own            # whole as it lies there, with nothing repaired
@@ -6670,7 +6332,7 @@ print(step)
             config = new_config()
             if not first:
                 v.ensure_certificate(config, NOW)
-            steps = self.run_maker(config, f'''
+            steps = run_maker(config, f'''
 step, first = 0, {first}
 def empty():
     if first:
@@ -6687,7 +6349,7 @@ print(step)
 
     def test_makers_at_the_same_time_take_turns(self):
         config = new_config()
-        self.run_maker(config, '''
+        run_maker(config, '''
 children = [fork(lambda: None, new_ca=True) for _ in range(4)]
 assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 ''')
@@ -6695,7 +6357,7 @@ assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
 
     def test_keys_are_private_whatever_the_umask(self):
         config = new_config()
-        self.run_maker(config, '''
+        run_maker(config, '''
 def watch():
     """Looks at each file when openssl has made it."""
     real = subprocess.run
@@ -6709,13 +6371,14 @@ def watch():
 assert not wait(fork(watch))
 ''')
         self.check_whole(config)
+        self.assertEqual(config.server.ca_file.parent.stat().st_mode & 0o066, 0)  # nobody else can hold its lock
 
     def test_a_locked_ca_key_is_not_asked_for_on_the_terminal(self):
         config = new_config()
         v.ensure_certificate(config, NOW)
         key = config.server.ca_file.with_name('ca.key')
         key.write_text(openssl('pkey', '-in', key, '-aes128', '-passout', 'pass:secret'))
-        self.run_maker(config, '''
+        run_maker(config, '''
 import pty
 child, terminal = pty.fork()
 if not child:
@@ -6773,12 +6436,10 @@ while not os.waitpid(child, os.WNOHANG)[0]:
                 unittest.mock.patch.object(v, 'HOMEBREW', (folder,)), contextlib.redirect_stdout(io.StringIO()):
             self.assertEqual(v.main(['--config', str(config.file), 'cert']), 0)
 
-    def test_no_openssl_says_how_to_get_it(self):
+    def test_no_openssl_says_how_to_get_it_and_a_folder_that_cannot_be_made_is_named(self):
         with unittest.mock.patch.dict(os.environ, PATH='/nowhere'):
             with self.assertRaisesRegex(v.Trouble, 'apt-get install openssl'):
                 v.ensure_certificate(new_config(), NOW)
-
-    def test_a_folder_that_cannot_be_made_is_named(self):
         with self.assertRaisesRegex(v.Trouble, r'^the certificate cannot be made: /proc/1/x'):
             v.ensure_certificate(new_config(ca_file='/proc/1/x/ca.crt'), NOW)
 
@@ -6887,6 +6548,7 @@ class TestConfigFile(unittest.TestCase):
 
 class TestInstallScript(unittest.TestCase):
     """install.sh as far as it can be seen without installing."""
+    functions = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
 
     def install(self, *words: str, system: str = '') -> Any:
         """What `install.sh WORDS` says and its exit code; `system`: what uname claims."""
@@ -6896,14 +6558,12 @@ class TestInstallScript(unittest.TestCase):
         env = {**clean_environment(), 'PATH': f'{folder}:{os.environ["PATH"]}', 'SUDO_USER': 'nobody', 'LC_ALL': 'C'}
         return ran(['sh', str(HERE / 'install.sh'), *words], env=env, cwd=str(folder), timeout=fair(30))
 
-    @unittest.skipUnless(shutil.which('shellcheck'), 'shellcheck is not installed')
-    def test_shell_scripts_are_shellcheck_clean(self):
-        self.assertEqual(ran(['shellcheck', '-x', *SHELL_FILES], cwd=str(HERE)).stdout, '')
-
-    def test_shell_scripts_run_from_any_folder_and_are_executable(self):
+    def test_shell_scripts_are_executable_and_shellcheck_clean(self):
         for name in SHELL_FILES:
             self.assertTrue(os.access(HERE / name, os.X_OK), name)
         self.assertEqual((HERE / 'install.sh').read_text().rstrip().splitlines()[-1], 'main "$@"')
+        if shutil.which('shellcheck'):
+            self.assertEqual(ran(['shellcheck', '-x', *SHELL_FILES], cwd=str(HERE)).stdout, '')
 
     @unittest.skipUnless(sys.platform == 'linux', 'Linux')
     def test_dry_run_names_what_it_would_write_and_writes_nothing(self):
@@ -6923,12 +6583,11 @@ class TestInstallScript(unittest.TestCase):
 
     @unittest.skipUnless(sys.platform == 'linux', 'Linux')
     def test_a_reduced_python_is_no_python(self):
-        text = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
         folder = new_folder()
         new_program(folder / 'python3', 'case $* in *shlex*) exit 1;; esac')  # as python3-minimal
         env = {**os.environ, 'PATH': f'{folder}:{os.environ["PATH"]}'}
         for step, said in (('missing_packages', 'python3 '), ('python=python3 dry=y; python_serves 9 || say no', 'no')):
-            found = subprocess.check_output(['sh', '-c', text + step], env=env, encoding='utf-8')
+            found = subprocess.check_output(['sh', '-c', self.functions + step], env=env, encoding='utf-8')
             self.assertTrue(found.startswith(said), found)
 
     def test_dry_run_on_a_mac(self):
@@ -6952,13 +6611,12 @@ class TestInstallScript(unittest.TestCase):
                 self.assertIn(said, done.stdout)
 
     def test_any_output_folder_of_config_ini_is_what_systemd_reads(self):
-        text = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
-        done = ran(['sh', '-c', text + 'output=$1 python=/p user=u dry=yes; drop_in', 'sh', '/m/5%b "\\o'], check=True)
+        script = self.functions + 'output=$1 python=/p user=u dry=yes; drop_in'
+        done = ran(['sh', '-c', script, 'sh', '/m/5%b "\\o'], check=True)
         self.assertIn('\nReadWritePaths="-/m/5%%b \\"\\\\o"\n', done.stdout)
 
     @unittest.skipUnless(os.geteuid() == 0 and shutil.which('runuser'), 'takes root and runuser')
     def test_run_again_root_makes_nothing_where_the_service_user_says(self):
-        text = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
         with tempfile.TemporaryDirectory() as name:  # not below RUN, which is closed to others
             folder = Path(name)
             folder.chmod(0o755)
@@ -6970,9 +6628,9 @@ class TestInstallScript(unittest.TestCase):
             shutil.chown(folder / 'config.ini', 'nobody')
 
             def run(step: str, output: str = '') -> Any:
-                script = (f'{text} here="$1" user=nobody state="$1/state" config="$1/config.ini" secrets="$1/env" '
-                          f'python=x output="$3"; ask_config() {{ say "$2"; }}; set -- "$1" "$2"; {step}')
-                script = script.replace('say "$2"', f'say "{folder}/$WANTED"')
+                script = (f'{self.functions} here="$1" user=nobody state="$1/state" config="$1/config.ini" '
+                          f'secrets="$1/env" python=x output="$3"; set -- "$1" "$2"; '
+                          f'ask_config() {{ say "{folder}/$WANTED"; }}; {step}')
                 return ran(['sh', '-c', script, 'sh', name, '', output],
                            env={**os.environ, 'WANTED': output or 'state/link/new'})
             self.assertIn('nobody cannot make', run('ensure_output').stdout)
@@ -6999,12 +6657,9 @@ class TestServiceFiles(unittest.TestCase):
         return file
 
     @unittest.skipUnless(shutil.which('systemd-analyze'), 'systemd-analyze is not installed')
-    def test_unit_is_valid(self):
+    def test_unit_is_valid_and_hardened_to_an_exposure_of_1_5_or_less(self):
         done = ran(['systemd-analyze', 'verify', '--man=no', str(self.unit())])
         self.assertEqual((done.returncode, done.stdout), (0, ''))
-
-    @unittest.skipUnless(shutil.which('systemd-analyze'), 'systemd-analyze is not installed')
-    def test_unit_is_hardened_to_an_exposure_of_1_5_or_less(self):
         done = ran(['systemd-analyze', 'security', '--offline=yes', '--no-pager', str(self.unit())])
         self.assertLessEqual(float(re.search(r'Overall exposure level for \S+: ([\d.]+)', done.stdout)[1]), 1.5)
 
@@ -7073,35 +6728,10 @@ class TestContainerFiles(unittest.TestCase):
 # front of a real daemon with tls = off.
 
 @unittest.skipUnless(shutil.which('nginx'), 'nginx is not installed')
-class TestBehindNginx(DaemonTest):
+class TestBehindNginx(NginxTest):
     """Page, both APIs and files under https://…/videodownloader, files served by nginx itself."""
-    settings = None
 
-    @classmethod
-    def setUpClass(cls) -> None:
-        super().setUpClass()
-        with socket.create_server(('127.0.0.1', 0)) as sock:
-            cls.base = f'https://127.0.0.1:{sock.getsockname()[1]}/videodownloader'
-            cls.daemon = Daemon(
-                site=cls.site, env={'VIDEOSERVER_API_KEYS': 'key'},
-                server={'tls': 'off', 'public_base_url': cls.base, 'trusted_proxies': '127.0.0.1',
-                        'accel_redirect': '/protected/'},
-                security={'allowed_clients': '127.0.0.1,127.0.0.2', 'requests_per_hour': '0'},
-                logging={'level': 'DEBUG'})
-            cls.addClassCleanup(cls.daemon.close)
-            cls.nginx = Nginx(sock, cls.daemon.port, cls.daemon.output)
-            cls.addClassCleanup(cls.nginx.close)
-        cls.client = cls.nginx.client(key='key')
-        cls.stranger = cls.nginx.client()  # has no key
-        cls.daemon.client = cls.daemon.poller = cls.daemon.new_client(key='key')
-        cls.post = cls.site.tiktok(title='Ein Tag am Meer ☀', size=300_000)
-        cls.row = cls.daemon.download(cls.post)
-        cls.path = cls.row['public_url'][len(cls.base) - len('/videodownloader'):]
-
-    def setUp(self) -> None:
-        self.addCleanup(self.report, self.daemon)
-
-    def test_page_and_all_it_refers_to(self):
+    def test_page_and_all_it_refers_to_and_the_description_of_the_api(self):
         self.assertEqual(self.stranger.get('/videodownloader').headers['Location'].partition('//')[2].partition('/')[2],
                          'videodownloader/')
         status, headers, body = self.stranger.get('/videodownloader/')
@@ -7112,6 +6742,8 @@ class TestBehindNginx(DaemonTest):
             with self.subTest(reference):
                 self.assertFalse(reference.startswith((b'/', b'http')), 'only relative addresses')
                 self.assertEqual(self.stranger.get(f'/videodownloader/{reference.decode()}').status, 200)
+        description = self.client.get('/videodownloader/openapi.json').json
+        self.assertEqual([server['url'] for server in description['servers']], [self.base])
 
     def test_a_link_is_taken_and_its_download_seen(self):
         status, _, body = self.client.post('/videodownloader/api/v1/download', {'url': str(self.site.tiktok())})
@@ -7131,10 +6763,6 @@ class TestBehindNginx(DaemonTest):
         self.assertTrue(body['publicURL'].startswith(self.base + '/files/'), body)
         status, _, body = self.client.get('/videodownloader/getVideoDownloadPublicURL')
         self.assertEqual((status, sorted(body)), (418, ['errorCode', 'errorMessage']))
-
-    def test_openapi_names_the_address_outside(self):
-        body = self.client.get('/videodownloader/openapi.json').json
-        self.assertEqual([server['url'] for server in body['servers']], [self.base])
 
     def test_refused_before_the_body_is_read(self):
         status, _, body = self.client.post('/videodownloader/api/v1/download', b'x' * 100_000,
@@ -7188,21 +6816,14 @@ class TestBehindNginx(DaemonTest):
         self.assertEqual(refused.get(health).json['code'], 'client_not_allowed')
         self.assertEqual(refused.get(health, X_Forwarded_For='127.0.0.2').status, 403)  # nginx does not pass that on
 
-    def test_what_a_client_claims_without_a_proxy_does_not_count(self):
+    def test_past_the_proxy_a_file_comes_from_the_daemon_and_what_a_client_claims_does_not_count(self):
+        status, headers, body = self.daemon.new_client(source='127.0.0.2').get(self.path)
+        self.assertEqual((status, len(body), headers['X-Accel-Redirect']), (200, 300_000, None))
         for source, claim, wanted in (('127.0.0.1', '127.0.0.2', 200), ('127.0.0.1', '127.0.0.3', 403),
                                       ('127.0.0.3', '127.0.0.2', 403), ('127.0.0.2', '127.0.0.3', 200)):
             with self.subTest((source, claim)):
                 client = self.daemon.new_client(source=source)
                 self.assertEqual(client.get('/api/v1/health', X_Forwarded_For=claim).status, wanted)
-
-    def test_file_asked_for_past_the_proxy_comes_from_the_daemon(self):
-        status, headers, body = self.daemon.new_client(source='127.0.0.2').get(self.path)
-        self.assertEqual((status, len(body), headers['X-Accel-Redirect']), (200, 300_000, None))
-
-
-@unittest.skipUnless(shutil.which('nginx'), 'nginx is not installed')
-class TestNginxAlone(unittest.TestCase):
-    """While the daemon is away, a phone still gets a sentence."""
 
     def test_each_dialect_says_that_the_server_is_not_running(self):
         with reserved() as nobody, socket.create_server(('127.0.0.1', 0)) as sock:
@@ -7231,7 +6852,8 @@ def http_answers(data: bytes) -> List[int]:
 
 
 class TestRequests(DaemonTest):
-    """A strict reader: what two readers could understand in two ways is refused, and the connection closed."""
+    """A strict reader: what could be understood in two ways is refused, and the connection closed; and browsers of
+    others: no CORS, nothing changes for a foreign page, nothing runs."""
     settings = {'downloads': {'min_free_space': '9000GB'}}
 
     def get(self, line: str = 'GET /api/v1/health HTTP/1.1', *fields: str, body: str = '',
@@ -7385,11 +7007,6 @@ class TestRequests(DaemonTest):
                     pass
         self.assertNotIn('Traceback', self.daemon.log())
 
-
-class TestForeignPages(DaemonTest):
-    """Browsers of others: no CORS, nothing changes for a foreign page, nothing runs."""
-    settings = {'downloads': {'min_free_space': '9000GB'}}
-
     def test_foreign_origins_change_nothing(self):
         id = self.daemon.submit(tiktok_link(1))
         own = f'https://127.0.0.1:{self.daemon.port}'
@@ -7499,22 +7116,8 @@ class TestCrowd(DaemonTest):
             return False
 
 
-class TestConnections(unittest.TestCase):
+class TestConnections(ServerTest):
     """The server alone, in this process: what only shows with a hand on both ends of a connection."""
-
-    def setUp(self):
-        patched(self, unittest.mock.patch.dict(v.PEER_STATES, new=(3.0, 0.0), idle=(1.0, 0.0), closing=(3.0, 0.0)))
-        self.server = v.Server(v.listen('127.0.0.1', 0), v.App(new_config(), routes=v.ROUTES), None)
-        self.server.app.hosts = frozenset(['localhost'])
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.addCleanup(self.server.server_close)
-        self.addCleanup(self.server.shutdown)
-        self.peers = self.server._peers
-
-    def connect(self) -> socket.socket:
-        link = socket.create_connection(self.server.server_address[:2], fair(10))
-        self.addCleanup(link.close)
-        return link
 
     def test_a_client_for_whom_reading_would_have_to_write_does_not_hold_its_thread(self):
         """OpenSSL answers a broken record with an alert, which blocks where the client reads nothing."""
@@ -8211,21 +7814,10 @@ class TestPageAtLarge(PageTest):
         self.assertLess(sum(words), 350)
 
 
-class TestShare(DaemonTest):
+class TestShare(ShareTest):
     """The Shortcut of two actions: one sentence as text/plain, always, and only once the link is stored."""
     settings = {'downloads': {'min_free_space': '9000GB'}}
     env = {'VIDEOSERVER_API_KEYS': 'erster-schlüssel,second'}
-
-    def address(self, name: str, key: str = 'erster-schlüssel') -> str:
-        return f'/share/{quote(name, safe="")}.{v.sign_name(key, unicodedata.normalize("NFC", name))}'
-
-    def share(self, body: Any, kind: str = 'text/plain', name: str = 'phone', client: Any = None,
-              **headers: str) -> Tuple[int, str]:
-        data = body if isinstance(body, bytes) else body.encode()
-        status, fields, said = (client or self.daemon.client).post(
-            self.address(name), data, Content_Type=kind, **headers)
-        self.assertEqual(fields['Content-Type'], 'text/plain; charset=utf-8')
-        return status, said.decode()
 
     def test_a_mac_gives_a_signed_shortcut_with_the_address_in_it_and_only_where_the_signing_works(self):
         tools = new_folder()
@@ -8452,16 +8044,6 @@ class TestSetupPage(unittest.TestCase):
         for page in (v.PAGE_HTML, v.setup_page(self.facts)):
             self.assertNotRegex(page, r'(?i)<style|\sstyle=|\son\w+=|<script(?! type="module" src="\w+\.js"></script>)')
         self.assertNotRegex(v.PAGE_JS, r'innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(')
-
-
-class TestIdleIsSmall(unittest.TestCase):
-    """What only a download, a bucket or a command needs, and http.server does not bring anyway, is imported there."""
-
-    def test_the_idle_daemon_does_not_bring_what_it_has_no_use_for(self):
-        heavy = {'pickle', 'hmac', 'plistlib', 'zipfile', 'argparse', 'urllib.request', 'logging.handlers', 'yt_dlp'}
-        script = 'import sys; sys.path.insert(0, sys.argv[1]); import videoserverd; print(*sys.modules)'
-        found = subprocess.check_output([sys.executable, '-I', '-S', '-c', script, str(HERE)], encoding='utf-8')
-        self.assertEqual(heavy & set(found.split()), set())
 
 
 def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: Optional[str]) -> unittest.TestSuite:

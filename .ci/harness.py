@@ -2,12 +2,14 @@
 
     Standin, SiteRoute, Post       TikTok, Instagram, their CDNs and any direct origin, on 127.0.0.1
     Daemon, Client                 the program in a folder of its own, and a phone that trusts its CA only
-    DaemonTest, DownloadTest, WithBucket, FilesTest, PageTest      what classes of tests share
-    Index, Swift, Relay, Listener, Nginx, Browser                  the others that the program has to do with
+    Index, Swift, Relay, Listener, Nginx, Browser      the others that the program has to do with
+    DaemonTest, DownloadTest, WithBucket, PageTest …   the surroundings of a class of tests, without a test
+    browser_host, slowest, TRAPS, SHARED, SUITE …      what the tests judge by, and with which texts
     Classes                        runs the classes of tests in processes of their own, several at a time
 
 test_videoserverd.py and the scripts beside this file import it; it holds no test.
 """
+import _socket
 import ast
 import atexit
 import base64
@@ -19,6 +21,7 @@ import hashlib
 import http.client
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import os
@@ -50,7 +53,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import videoserverd as v
 
@@ -240,6 +243,13 @@ def open_store(test: unittest.TestCase, file: Optional[Path] = None, **outgoing:
     store.open()
     test.addCleanup(store.close)
     return store
+
+
+def own_config(**settings: Any) -> Any:
+    """A configuration with a database and an output folder of its own; downloads_keep='9d' sets a key."""
+    folder = new_folder()
+    settings = {'database_path': folder / 'd.db', 'downloads_output_directory': folder / 'out', **settings}
+    return v.load_config(None, {f'VIDEOSERVER_{name.upper()}': str(value) for name, value in settings.items()})
 
 
 def change_database(file: Path, statement: str, rows: Sequence[Sequence[Any]] = ((),)) -> None:
@@ -819,6 +829,26 @@ class KillTally:
         named = sorted(name for row in rows.values() for name, _, _ in json.loads(row['files'] or '[]'))
         visible = sorted(name for name in self.daemon.files() if not name.startswith('.'))
         return faults if named == visible else [*faults, f'files: {set(named) ^ set(visible)}']
+
+
+class LogTest(unittest.TestCase):
+    """A writer of the log, and what it has written by which call."""
+
+    def setUp(self):
+        folder = new_folder()
+        self.file = folder / 'logs/server.log'
+        self.writer = v.LogWriter(SimpleNamespace(file=self.file, max_size=0, backup_count=0))
+        self.addCleanup(self.writer.close)
+        self.writes: List[bytes] = []
+
+        def write(fd, data, real=os.write):
+            if fd == self.writer.fd:
+                self.writes.append(data)
+            return real(fd, data)
+        patched(self, unittest.mock.patch.object(os, 'write', write))
+
+    def say(self, message, level=logging.INFO):
+        self.writer.handle(logging.LogRecord('x', level, '', 0, message, (), None))
 
 
 # ---------- stand-in ----------------------------------------------------------------------
@@ -1640,6 +1670,9 @@ def largest_fall(progress: Sequence[Any]) -> float:
     return max([a - b for a, b in zip(percents, percents[1:])], default=0)
 
 
+SLEEPER = 'case "$*" in *-bsfs*) echo "ffmpeg version 6.0";; *) echo "$*" > "$0.args"; exec sleep 60;; esac'
+
+
 class DownloadTest(unittest.TestCase):
     """A stand-in for the class, a folder for each test."""
     together = 'downloads'  # one import of yt-dlp
@@ -1689,6 +1722,11 @@ class DownloadTest(unittest.TestCase):
     def direct_config(self, **sections: Any) -> Any:
         return self.config(proxy=False, **{'security': ANYWHERE, **sections})
 
+    def direct(self, path: str, body: bytes, type: str = 'text/html', **more: Any) -> Any:
+        """The outcome of a direct link that answers with these bytes."""
+        self.site.add('127.0.0.1', path, body, type, **more)
+        return self.fetch(self.site.http + path, config=self.direct_config())
+
     def in_background(self, attempt: Any) -> Any:
         """Runs the attempt in a thread; .outcome once it has ended, .wait() for that."""
         run = SimpleNamespace(outcome=None)
@@ -1727,6 +1765,23 @@ class DownloadTest(unittest.TestCase):
         self.assertEqual(process.returncode, 0)
         return text.splitlines()
 
+    def begin(self, post: Any, at: int = 500_000, **more: Any) -> None:
+        """An attempt `resumed` at a post, which is stopped in the middle."""
+        media = post.media[0].set(hold_at=at)
+        attempt = self.attempt(post, 'resumed', **more)
+        run = self.in_background(attempt)
+        held = media.held + 1
+        media.wait_held(held)
+        wait_until(lambda: attempt.folder.size()[0] > at // 2, what='bytes on disk')
+        attempt.stop('stopped')
+        self.assert_ends(run.wait(), 'stopped', 'stopped')
+        media.release()
+
+    def fake_ffmpeg(self) -> Path:
+        """A program that passes for ffmpeg and takes its time."""
+        (self.folder / 'bin').mkdir()
+        return new_program(self.folder / 'bin/ffmpeg', SLEEPER)
+
     def finished(self) -> Dict[str, bytes]:
         """What is visible in the output folder."""
         return {path.name: path.read_bytes() for path in self.output.iterdir() if not path.name.startswith('.')}
@@ -1744,6 +1799,35 @@ class DownloadTest(unittest.TestCase):
                           for file, body in zip(outcome.files, expected)], [True] * len(expected))
         self.assertEqual(len(outcome.files), len(expected))
         return [file.name for file in outcome.files]
+
+
+class GuardTest(DownloadTest):
+    """The Internet as a test wants it: what names lead to, which addresses are public, where anything went."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.connected = CONNECTED
+        CONNECTED.clear()
+        self.open_config = self.config(proxy=False, security={'allowed_domains': '*'})
+
+    def resolve(self, *addresses: str) -> Any:
+        """Patches the name service: every name has these addresses."""
+        real = _socket.getaddrinfo
+
+        def look_up(host, *args, **more):
+            hosts = addresses if host.endswith('.com') else [host]
+            return [found for address in hosts for found in real(address, *args, **more)]
+        return unittest.mock.patch('_socket.getaddrinfo', look_up)
+
+    def named(self, name: str) -> str:
+        """http://name:port of the stand-in, without a proxy."""
+        return f'http://{name}:{self.site.http.rpartition(":")[2]}'
+
+    def trust(self, *addresses: str) -> Any:
+        """Patches is_public: these are the Internet for now."""
+        real = v.is_public
+        return unittest.mock.patch.multiple(v, own_networks=lambda: [], is_public=lambda address: (
+            address in addresses or real(address)))
 
 
 # ---------- judges ------------------------------------------------------------------------
@@ -2050,6 +2134,24 @@ for text in given['formats']:
         'formats': formats, 'has_merged_format': False, 'incomplete_formats': False})))
 print(json.dumps({'worst': max(worst), 'same': kept == sorted(FormatSorter.settings) and strings == ['id']}))
 '''
+OWN = 0  # what these see is the owner's, the system's or ours
+LARGEST = {  # the longest text that each pattern may see, by the name or the function that has it
+    OWN: 'with_output switch_service check_relocation name_pattern site_gaps end_leftovers '
+         'host_addresses machine_names mobileconfig operation_of icloud_url '
+         'setup_page setup_facts BOOT_ID bucket_address queued_message file_setting delay_list domain_list '
+         'http_url proxy_url notify_url location SETTINGS retention HOST_NAME known_output',
+    128: 'parse_name UNSAFE whole', 255: 'wheel_fits texts_in Store forget_files content_disposition file_name',
+    300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
+    2000: 'PATTERNS judge_error Notifier runs_here version_key',
+    4096: 'DOOR_HEAD parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
+    8192: 'post_url NO_POSTS post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
+          'POST_LINK ADVERTISEMENT',
+    16 << 10: 'B_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
+              'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END BARE_LINE_END body_length check_signature '
+              'parse_range',
+    64 << 10: 'MARK wanted_members JobFolder YTDLP CURL Reach local_only xml_texts',
+    1 << 20: 'LINK PageHead make_cookie COOKIE_FIELDS',
+}
 ASSIGNED = (ast.Assign, ast.AnnAssign)
 
 
@@ -2207,6 +2309,26 @@ def cookie_files() -> Any:
     yield 'JSON of Cookie Quick Manager', json.dumps([
         {'Host raw': f'https://{row[0]}/', 'Path raw': row[2], 'Send for raw': 'true', 'Name raw': row[5],
          'Content raw': row[6], 'Expires raw': row[4]} for row in COOKIE_ROWS]).encode()
+
+
+class CookiesTest(unittest.TestCase):
+    """A configuration with a file of cookies that is not there yet."""
+
+    def setUp(self):
+        self.file = new_folder() / 'mine.txt'
+        self.config = own_config(downloader_cookies_file=self.file)
+        self.cookies = v.Cookies(self.config)
+        vendored()
+        v.import_ytdlp(v.Vendor(HERE / 'vendor').current())
+
+    def loaded(self, cookies):
+        """What yt-dlp makes of it."""
+        from yt_dlp.cookies import YoutubeDLCookieJar
+        jar = YoutubeDLCookieJar(cookies.jar('https://www.instagram.com/p/x'))
+        with contextlib.redirect_stderr(io.StringIO()) as said:
+            jar.load()
+        self.assertEqual(said.getvalue(), '')
+        return sorted((one.name, one.value, one.domain.lstrip('.'), one.expires) for one in jar)
 
 
 # ---------- a package index of our own ----------------------------------------------------
@@ -2367,6 +2489,42 @@ class WithIndex(unittest.TestCase):
         self.index.add(version, *files, **more)
         self.assertEqual(self.vendor.install(), version)
 
+    def with_pip(self) -> None:
+        if importlib.util.find_spec('pip') is None:
+            self.skipTest('this Python has no pip')
+        self.environment(PYTHONPATH='', PIP_NO_CACHE_DIR='1')
+
+    def child(self) -> 'subprocess.Popen[bytes]':
+        """Another process that installs into the same folder."""
+        line = v.bare_python(v.INSTALL, str(self.folder), self.index.url, '600', 'stable', 'False')
+        return subprocess.Popen(line, stderr=subprocess.DEVNULL)
+
+    def leftovers(self) -> List[str]:
+        return sorted(path.name for path in self.folder.iterdir()
+                      if path.name not in ('.lock', f'current-{v.PYTHON}'))
+
+
+class FreshnessTest(WithIndex):
+    """What the daemon has of yt-dlp, and what it thinks of that."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        patched(self, unittest.mock.patch.dict(v.IMPORTED, folder=None))
+
+    def freshness(self, automatic: bool = True, channel: str = 'stable') -> Any:
+        settings = SimpleNamespace(auto_update=automatic, channel=channel)
+        return v.Freshness(self.vendor, settings)
+
+    def installed(self, *versions: str, channel: str = 'stable') -> Any:
+        """A Freshness whose process has imported the last of these, which were installed one after the other. With
+        all but that one, two sites have worked."""
+        for version in versions:
+            if self.vendor.version():
+                self.vendor.remember(sites=['instagram.com', 'tiktok.com'])
+            self.install(version)
+        v.IMPORTED['folder'] = self.vendor.current()
+        return self.freshness(channel=channel)
+
 
 class IndexHandler(QuietHandler):
     def do_GET(self) -> None:
@@ -2415,6 +2573,28 @@ class FreshDaemon(Daemon):
 
 def starts(daemon: Daemon) -> int:
     return daemon.log().count(': listening on ')
+
+
+class FreshDaemonTest(DaemonTest):
+    """Daemons that take their yt-dlp from an index of our own."""
+    settings = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        cls.index = Index()
+        cls.addClassCleanup(cls.index.end)
+
+    def setUp(self) -> None:
+        self.index.files.clear()
+        self.index.json_is_there = True
+        self.addCleanup(self.index.stall.set)
+
+    def fresh_daemon(self, files: Optional[Dict[str, str]] = None, **options: Any) -> FreshDaemon:
+        daemon = FreshDaemon(self.index, files, site=self.site, **options)
+        self.addCleanup(daemon.close)
+        self.addCleanup(self.report, daemon)
+        return daemon
 
 
 # ---------- bucket and notices ------------------------------------------------------------
@@ -2613,6 +2793,64 @@ class WithBucket(unittest.TestCase):
         return v.xml_texts(answer, 'UploadId')
 
 
+class WithUploader(WithBucket):
+    """A store of finished downloads, and what brings their files into the bucket."""
+    numbers = itertools.count()
+
+    def setUp(self):
+        super().setUp()
+        self.store = open_store(self, upload=['finish'])
+        self.uploader = self.new_uploader()
+
+    def new_uploader(self):
+        uploader = v.Uploader(self.config, self.bucket, self.store)
+        self.addCleanup(lambda: uploader.thread.is_alive() and uploader.stop())
+        return uploader
+
+    def finish(self, *names, size=300_000, now=0):
+        """The id of a download that has finished with these files."""
+        media = tuple(v.MediaFile(self.file(name, size).name, size, 'video/mp4') for name in names)
+        item = v.parse_submission({'url': tiktok_link(next(self.numbers))}, self.config.security)
+        id = self.store.add_many([item], now)[0].id
+        self.store.end('finish', self.store.claim(id, now), v.Outcome('done', title='a', files=media), now, self.output)
+        return id
+
+    def copy(self, id):
+        return self.store.get(id)['s3_state']
+
+    def due(self):
+        return [tuple(row) for row in self.store.read('SELECT kind, attempts, due FROM outbox ORDER BY due, id')]
+
+    def link(self, id, name):
+        return self.bucket.presign(self.bucket.key(id, name), name, 60, time.time())
+
+
+class CopiesTest(DaemonTest):
+    """A daemon, not started yet, with a bucket behind a relay."""
+    settings = None
+    together = 'buckets'
+
+    @classmethod
+    def setUpClass(cls):
+        cls.swift = swift()
+        super().setUpClass()
+
+    def setUp(self):
+        self.relay = Relay(self.swift.port)
+        self.addCleanup(self.relay.close)
+        self.daemon = Daemon(self.site, start=False, env={
+            'VIDEOSERVER_S3_ENDPOINT': self.relay.url, 'VIDEOSERVER_S3_BUCKET': 'videos',
+            'AWS_ACCESS_KEY_ID': 'test:tester', 'AWS_SECRET_ACCESS_KEY': 'testing'})
+        self.addCleanup(self.daemon.close)
+
+    def public_url(self, id):
+        return self.daemon.client.get(f'/getVideoDownloadPublicURL?videoDownloadUUID={id}&URLTypeEnum=S3')
+
+    def copied(self, id, state='stored'):
+        return self.daemon.wait_for(id, lambda row: (row['s3'] or {}).get('state') == state,
+                                    120)  # its gaps double
+
+
 class Listener(LocalServer):
     """Who is notified: keeps what is POSTed, answers with the statuses in `answers`, then 200."""
 
@@ -2655,6 +2893,45 @@ def zipped(files: Dict[str, bytes]) -> bytes:
 def shared_links(count: int, start: int = 7_100_000_000_000_000_000) -> List[str]:
     """Links as TikTok's export has them, to posts that are not there."""
     return [f'https://www.tiktokv.com/share/video/{start + number}/' for number in range(count)]
+
+
+class ImportTest(DaemonTest):
+    """Sends exports to the daemon and follows them."""
+
+    def send(self, data: bytes, name: str = 'export.zip', daemon: Any = None) -> Answer:
+        return (daemon or self.daemon).client.post(f'/api/v1/imports?name={name}', data,
+                                                   Content_Type='application/octet-stream')
+
+    def change(self, row: Dict[str, Any], verb: str, daemon: Any = None, **fields: Any) -> Answer:
+        answer = (daemon or self.daemon).client.post(f'/api/v1/imports/{row["import_id"]}/{verb}', fields)
+        self.assertTrue(answer.json['message'], answer)
+        return answer
+
+    def wait_done(self, row: Dict[str, Any], daemon: Any = None, **wanted: int) -> Dict[str, Any]:
+        """The import, once nothing is left of it."""
+        client, found = (daemon or self.daemon).client, {}
+
+        def ended() -> bool:
+            found.update(next(other for other in client.get('/api/v1/imports').json['imports']
+                              if other['import_id'] == row['import_id']))
+            return not found['left']
+        wait_until(ended, 30, lambda: f'the import ends, it is {found}')
+        return found
+
+
+class ShareTest(DaemonTest):
+    """Shares as a Shortcut does."""
+
+    def address(self, name: str, key: str = 'erster-schlüssel') -> str:
+        return f'/share/{quote(name, safe="")}.{v.sign_name(key, unicodedata.normalize("NFC", name))}'
+
+    def share(self, body: Any, kind: str = 'text/plain', name: str = 'phone', client: Any = None,
+              **headers: str) -> Tuple[int, str]:
+        data = body if isinstance(body, bytes) else body.encode()
+        status, fields, said = (client or self.daemon.client).post(
+            self.address(name), data, Content_Type=kind, **headers)
+        self.assertEqual(fields['Content-Type'], 'text/plain; charset=utf-8')
+        return status, said.decode()
 
 
 HARD_NAMES = [
@@ -2711,6 +2988,41 @@ class FilesTest(unittest.TestCase):
 
     def get(self, path=None, **headers):
         return self.daemon.client.get(path or self.path(), **headers)
+
+
+class KeepTest(unittest.TestCase):
+    """Finished downloads whose files are to make room."""
+
+    def make(self, keep: str) -> None:
+        """Six downloads of 100 bytes, finished on day 0, 1, ...; the second one has a star."""
+        self.config = own_config(downloads_keep=keep)
+        self.output = self.config.downloads.output_directory
+        self.output.mkdir()
+        self.store = open_store(self, self.config.database.path)
+        self.care = v.Care(self.config, self.store, v.Board(), lambda: None)
+        self.ids = [self.finish(day, f'{day}.mp4') for day in range(6)]
+        self.store.write(lambda db: db.execute('UPDATE downloads SET starred = 1 WHERE id = ?', (self.ids[1],)))
+
+    def finish(self, day: int, name: str) -> str:
+        (self.output / name).write_bytes(bytes(100))
+        now, file = day * v.DAY, v.MediaFile(name, 100, 'video/mp4')
+        item = v.parse_submission({'url': tiktok_link(time.time_ns())}, self.config.security)
+        id = self.store.add_many([item], now)[0].id
+        outcome = v.Outcome('done', title='a', files=(file,))
+        self.store.end('finish', self.store.claim(id, now), outcome, now, self.output)
+        self.store.write(lambda db: db.execute(
+            "UPDATE downloads SET site = 't', media_id = ? WHERE id = ?", (name, id)))
+        return id
+
+    def look(self, day: float) -> str:
+        """What is said after the looks of that time."""
+        said = ''
+        for _ in range(5):  # a hundred at a time
+            try:
+                self.care.make_room(day * v.DAY)
+            except v.Trouble as trouble:
+                said = str(trouble)
+        return said
 
 
 # ---------- certificates ------------------------------------------------------------------
@@ -2841,6 +3153,32 @@ def doomed(step, names=tuple(CHANGES)):
 '''
 
 
+def run_maker(config: Any, script: str) -> str:
+    """Runs MAKER and `script` in a process of its own; what it prints."""
+    done = subprocess.run([sys.executable, '-c', MAKER + script, str(config.folder), str(NOW)], cwd=str(HERE),
+                          encoding='utf-8', stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=fair(60))
+    assert (done.returncode, done.stderr) == (0, ''), done.stderr
+    return done.stdout
+
+
+class ServerTest(unittest.TestCase):
+    """The server alone, in this process; clients are hurried."""
+
+    def setUp(self):
+        patched(self, unittest.mock.patch.dict(v.PEER_STATES, new=(3.0, 0.0), idle=(1.0, 0.0), closing=(3.0, 0.0)))
+        self.server = v.Server(v.listen('127.0.0.1', 0), v.App(new_config(), routes=v.ROUTES), None)
+        self.server.app.hosts = frozenset(['localhost'])
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.addCleanup(self.server.server_close)
+        self.addCleanup(self.server.shutdown)
+        self.peers = self.server._peers
+
+    def connect(self) -> socket.socket:
+        link = socket.create_connection(self.server.server_address[:2], fair(10))
+        self.addCleanup(link.close)
+        return link
+
+
 # ---------- nginx -------------------------------------------------------------------------
 # deploy/nginx.conf itself, run by the real nginx with only names, ports and folders replaced.
 
@@ -2884,6 +3222,35 @@ class Nginx:
     def close(self) -> None:
         self.process.terminate()
         self.process.wait(10)
+
+
+class NginxTest(DaemonTest):
+    """A daemon without TLS behind nginx, and a finished video."""
+    settings = None
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        super().setUpClass()
+        with socket.create_server(('127.0.0.1', 0)) as sock:
+            cls.base = f'https://127.0.0.1:{sock.getsockname()[1]}/videodownloader'
+            cls.daemon = Daemon(
+                site=cls.site, env={'VIDEOSERVER_API_KEYS': 'key'},
+                server={'tls': 'off', 'public_base_url': cls.base, 'trusted_proxies': '127.0.0.1',
+                        'accel_redirect': '/protected/'},
+                security={'allowed_clients': '127.0.0.1,127.0.0.2', 'requests_per_hour': '0'},
+                logging={'level': 'DEBUG'})
+            cls.addClassCleanup(cls.daemon.close)
+            cls.nginx = Nginx(sock, cls.daemon.port, cls.daemon.output)
+            cls.addClassCleanup(cls.nginx.close)
+        cls.client = cls.nginx.client(key='key')
+        cls.stranger = cls.nginx.client()  # has no key
+        cls.daemon.client = cls.daemon.poller = cls.daemon.new_client(key='key')
+        cls.post = cls.site.tiktok(title='Ein Tag am Meer ☀', size=300_000)
+        cls.row = cls.daemon.download(cls.post)
+        cls.path = cls.row['public_url'][len(cls.base) - len('/videodownloader'):]
+
+    def setUp(self) -> None:
+        self.addCleanup(self.report, self.daemon)
 
 
 # ---------- browser -----------------------------------------------------------------------
@@ -3111,7 +3478,7 @@ AT_ONCE = 3 * (os.cpu_count() or 1)  # classes: most of a test is waiting for on
 LONGEST_FIRST = (  # or the last would run alone
     'downloads TestVendor TestPageAtLarge TestCommands TestFreshDaemon attempts buckets TestPage impersonated '
     'TestLaw TestKillAndFullDisk TestImports TestOpenAPI TestPatterns TestFreshness TestBadStarts TestCrowd '
-    'TestWallClock notify TestFreeze TestDirectLinks TestShare TestFailingDisk TestOptions TestSignals').split()
+    'TestWallClock notify TestFreeze TestCancel TestShare TestFailingDisk TestOptions TestSignals').split()
 
 
 class Record(unittest.TestResult):
