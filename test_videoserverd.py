@@ -1032,10 +1032,10 @@ class TestKill9(DaemonTest):
     def test_no_file_stays_of_one_that_is_given_up_after_three_kills_before_its_commit(self):
         daemon = self.new_daemon(start=False, downloads={'max_retries': 0, 'filename': '%(uploader)s/%(id)s'},
                                  hurry={'STORE_NAP': 2.5})  # a copy of its own
-        text, place = daemon.program.read_text(encoding='utf-8'), "        if step == 'finish':\n"
+        text, place = daemon.program.read_text(encoding='utf-8'), '        over = self.store.end('
         self.assertEqual(text.count(place), 1)
-        daemon.program.write_text(text.replace(place, f'{place}            os.kill(os.getpid(), 9)\n'),
-                                  encoding='utf-8')
+        kill = '        outcome.files and os.kill(os.getpid(), 9)\n'
+        daemon.program.write_text(text.replace(place, kill + place), encoding='utf-8')
         done = daemon.run('add', str(self.site.tiktok()))
         self.assertEqual(done.returncode, 0, done.stdout)
         for _ in range(3):
@@ -1051,8 +1051,7 @@ class TestKill9(DaemonTest):
 
     def test_no_file_stays_of_one_that_is_cancelled_after_a_kill_before_its_commit(self):
         daemon = self.new_daemon(hurry={'CARE_SECONDS': 0.2})
-        post = self.site.tiktok(hold_at=20_000)
-        id = daemon.half_way(post)
+        id = daemon.half_way(self.site.tiktok(size=3_000_000, hold_at=2_000_000))
         daemon.kill()
         folder = daemon.output / '.incomplete' / id
         note = json.loads((folder / 'job.json').read_text())
