@@ -104,7 +104,7 @@ def sources() -> Dict[Path, Tuple[str, ast.Module]]:
 
 LONGEST_FUNCTION = 40  # lines
 LONGEST_LINE = 120
-MOST_BYTES = 484_400  # of the program, and to fall to 420,000: when it is reached, two things are made one
+MOST_BYTES = 483_500  # of the program, and to fall to 420,000: when it is reached, two things are made one
 
 
 def bound(node):
@@ -525,7 +525,7 @@ def refusal(function: Callable[..., Any], *args: Any) -> str:
     try:
         function(*args)
     except v.Refused as error:
-        assert error.message and not v.UNSAFE.search(error.message), error.message
+        assert str(error) and not v.UNSAFE.search(str(error)), error
         return error.code
     return ''
 
@@ -551,7 +551,7 @@ class TestOneUrl(unittest.TestCase):
         try:
             url = v.check_url(text, settings)
         except v.Refused as error:
-            self.assertFalse(v.UNSAFE.search(error.message))
+            self.assertFalse(v.UNSAFE.search(str(error)))
             return
         self.assertTrue(url.isascii() and url.isprintable() and ' ' not in url and '\\' not in url and '#' not in url)
         self.assertEqual(v.check_url(url, settings), url)
@@ -767,7 +767,7 @@ class TestOptions(unittest.TestCase):
                     with self.subTest(words=words), self.assertRaises(v.Refused) as caught:
                         v.parse_options(words)
                     self.assertEqual(caught.exception.code, 'option_not_allowed')
-                    self.assertIn(spelling[:40], caught.exception.message)
+                    self.assertIn(spelling[:40], str(caught.exception))
 
     def test_anything_else_is_refused_by_name(self):
         for words, name in [(['--exec', 'rm'], '--exec'), (['--exec=rm'], '--exec'), (['-o', '/etc/x'], '-o'),
@@ -779,8 +779,8 @@ class TestOptions(unittest.TestCase):
             with self.subTest(words=words), self.assertRaises(v.Refused) as caught:
                 v.parse_options(words)
             self.assertEqual(caught.exception.code, 'option_not_allowed')
-            self.assertIn(name, caught.exception.message)
-            self.assertNotIn('secret', caught.exception.message)
+            self.assertIn(name, str(caught.exception))
+            self.assertNotIn('secret', str(caught.exception))
 
     def test_values_are_checked(self):
         for words in (['-f'], ['-f', ''], ['-f', '-'], ['-f', ' - '], ['-f', 'b[title~=(a+)+$]'], ['-f', 'all'],

@@ -631,11 +631,12 @@ def next_step(outcome, attempt, max_retries, delays):
 
 class Refused(Exception):
     """A submission that is refused. `code` is a stable word: bad_field, no_url, bad_url,
-    url_too_long, domain_not_allowed, private_address, option_not_allowed, bad_option."""
+    url_too_long, domain_not_allowed, private_address, option_not_allowed, bad_option,
+    rate_limited: the next is accepted in `wait` seconds."""
 
-    def __init__(self, code, message):
+    def __init__(self, code, message, wait=0):
         super().__init__(message)
-        self.code, self.message = code, message
+        self.code, self.wait = code, wait
 
 
 # A link to store. `timestamp` is the sender's, of any size, or None; it is only compared. The
@@ -695,9 +696,7 @@ def find_urls(text, domains=SITES):
 
 # RFC 6761, 6762 and 8375; .internal is reserved by ICANN.
 PRIVATE_NAMES = ('localhost', 'local', 'lan', 'internal', 'home.arpa')
-WRAPPED_IPV4 = (  # IPv6 networks that contain an IPv4 address, and its offset in bits
-    (ipaddress.IPv6Network('::ffff:0:0/96'), 96), (ipaddress.IPv6Network('::/96'), 96),
-    (ipaddress.IPv6Network('64:ff9b::/96'), 96), (ipaddress.IPv6Network('2002::/16'), 16))
+WRAPPED_IPV4 = networks('::ffff:0:0/96,::/96,64:ff9b::/96')  # IPv4 in the last 32 bits
 NEVER_PUBLIC = networks(  # some versions call these global
     '192.0.0.0/24,192.88.99.0/24,240.0.0.0/4,64:ff9b:1::/48,100::/64,2001::/23,fec0::/10')
 
@@ -705,10 +704,9 @@ NEVER_PUBLIC = networks(  # some versions call these global
 def unwrap_address(address):
     """The IP address; the IPv4 address inside an IPv6 one. Raises ValueError."""
     ip = ipaddress.ip_address(address.partition('%')[0])
-    for network, bits in WRAPPED_IPV4:
-        if ip in network:
-            return ipaddress.IPv4Address(int(ip) >> (96 - bits) & 0xffffffff)
-    return ip
+    if is_within(ip, WRAPPED_IPV4):
+        return ipaddress.IPv4Address(int(ip) & 0xffffffff)
+    return getattr(ip, 'sixtofour', None) or ip
 
 
 def is_public(address):
@@ -1040,29 +1038,23 @@ def parse_again(fields):
     return (('again', None),) * bool(fields.get('again'))
 
 
+def parse_batch(fields, security, name='text'):
+    """The links in a field as from parse_links, with a Submission for each good one."""
+    fields = known_fields(fields)
+    found, rest = parse_links(fields, name, security)
+    options = parse_options(fields.get('ytdlp_cli_parameters')) + parse_again(fields)
+    asked = parse_client_id(fields), parse_timestamp(fields), options
+    return [(written, Submission(url, *asked) if isinstance(url, str) else url)
+            for written, url in found.values()], rest
+
+
 def parse_submission(fields, security):
     """What the decoded JSON asks for: the first good link in `url`."""
-    fields = known_fields(fields)
-    links = [link for _, link in parse_links(fields, 'url', security)[0].values()]
-    url = next((link for link in links if isinstance(link, str)), links[0])
-    if isinstance(url, Refused):
-        raise url
-    options = parse_options(fields.get('ytdlp_cli_parameters')) + parse_again(fields)
-    return Submission(url, parse_client_id(fields), parse_timestamp(fields), options)
-
-
-def parse_batch(fields, security):
-    """The links in `text` as from parse_links, with a Submission for each good one."""
-    fields = known_fields(fields)
-    client_id, timestamp, again = (
-        parse_client_id(fields), parse_timestamp(fields), parse_again(fields))
-    found, rest = parse_links(fields, 'text', security)
-    items = []
-    for written, url in found.values():
-        if isinstance(url, str):
-            url = Submission(url, client_id, timestamp, again)
-        items.append((written, url))
-    return items, rest
+    links = [link for _, link in parse_batch(fields, security, 'url')[0]]
+    for link in links:
+        if isinstance(link, Submission):
+            return link
+    raise links[0]
 
 
 # -- names of files
@@ -1284,14 +1276,6 @@ class DiskLow(StoreDown):
                 'keep this one and send it again later.')
 
 
-class RateLimited(Exception):
-    """The client has used up its hourly links; the next is accepted in `retry_after` seconds."""
-
-    def __init__(self, retry_after, limit):
-        super().__init__(f'This device has sent {limit} links within an hour; try again later.')
-        self.retry_after = retry_after
-
-
 def record_of(row):
     """A row of `downloads`, by column; `files` decoded."""
     return {**row, 'files': tuple(MediaFile(*file) for file in json.loads(row['files'] or '[]'))}
@@ -1312,19 +1296,19 @@ def full_sync(file):
 
 
 def quick_check(db, seconds=math.inf):
-    """What SQLite finds wrong within `seconds`, None if nothing. Raises OperationalError."""
+    """Raise DatabaseError if SQLite finds something wrong within `seconds`."""
     end = time.monotonic() + seconds
     db.set_progress_handler(lambda: time.monotonic() > end, 10000)
     try:
         found = db.execute('PRAGMA quick_check(1)').fetchone()[0]
-    except sqlite3.DatabaseError as error:
-        found = str(error)
-        unread = isinstance(error, sqlite3.OperationalError) and 'malformed' not in found
-        if unread and found != 'interrupted':  # no lock or no sync is no damage
-            raise
+    except sqlite3.OperationalError as error:
+        if str(error) == 'interrupted':
+            return
+        raise
     finally:
         db.set_progress_handler(None, 0)
-    return None if found in ('ok', 'interrupted') else found
+    if found != 'ok':
+        raise sqlite3.DatabaseError(found)
 
 
 def migrate(db, path):
@@ -1399,13 +1383,12 @@ class Store:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600))  # links are private
             self._connect_writer()
-            found = quick_check(self._writer, CHECK_SECONDS)
-            if found:
-                raise sqlite3.DatabaseError(found)
+            quick_check(self._writer, CHECK_SECONDS)
             migrate(self._writer, self.path)
             self.searches = prepare_search(self._writer)
         except (OSError, sqlite3.Error) as error:
             why = f'{self.path}: the database cannot be opened ({error}); '
+            # No lock or no sync is no damage.
             if isinstance(error, (OSError, sqlite3.OperationalError)) and (
                     'malformed' not in str(error)):
                 raise Trouble(why + 'check its folder; it must be on a local disk.') from None
@@ -1462,7 +1445,7 @@ class Store:
             for ticket in batch:
                 try:  # a verb refuses before it writes, so the others' work is not affected
                     ticket.result = ticket.work(self._writer)
-                except (RateLimited, LookupError, ValueError, TypeError, OverflowError) as error:
+                except (Refused, LookupError, ValueError, TypeError, OverflowError) as error:
                     ticket.error = error
             self._writer.execute('COMMIT')
             full_sync(f'{self.path}-wal')
@@ -1597,7 +1580,7 @@ class Store:
     # -- submissions
 
     def add_many(self, submissions, now, window=0):
-        """Store links in one commit: for each a Stored or RateLimited. A repeat is where the first
+        """Store links in one commit: for each a Stored or Refused. A repeat is where the first
         is (same client, URL and timestamp; without one, within `window` seconds), a link to a post
         that is here where that is."""
         self.check_room()
@@ -1605,7 +1588,7 @@ class Store:
         def insert(db, submission):
             try:
                 return self._insert(db, submission, now, window)
-            except RateLimited as refusal:
+            except Refused as refusal:
                 return refusal
         return self.write(lambda db: [insert(db, submission) for submission in submissions])
 
@@ -1635,22 +1618,25 @@ class Store:
         if not known:
             known, same_post = first(SAME_POST, *same), True
         if not known:
-            wait = first(HOUR_FULL, *hour)['created_at'] + 3600 - now
-            raise RateLimited(max(1, wait), self.links_per_hour)
+            raise self._too_many(first(HOUR_FULL, *hour)['created_at'] + 3600 - now)
         self._count_repeat(client, now)
         files = tuple(file[0] for file in json.loads(known['files'] or '[]'))
         return Stored(known['id'], False, known['status'], files, same_post)
 
     def _count_repeat(self, client_id, now):
-        """A client may send as many repeats as new links. Raises RateLimited."""
+        """A client may send as many repeats as new links in an hour. Raises Refused."""
         began, repeats = self._repeats.get(client_id, (now, 0))
         if not began <= now < began + 3600:  # the hour is over, or the clock was set back
             began, repeats = now, 0
         if self.links_per_hour and repeats >= self.links_per_hour:
-            raise RateLimited(began + 3600 - now, self.links_per_hour)
+            raise self._too_many(began + 3600 - now)
         if len(self._repeats) > 1000:
             self._repeats.clear()
         self._repeats[client_id] = began, repeats + 1
+
+    def _too_many(self, wait):
+        return Refused('rate_limited', f'This device has sent {self.links_per_hour} links within '
+                       'an hour; try again later.', max(1, wait))
 
     @committed
     def star(self, db, download_id, starred):
@@ -1957,9 +1943,7 @@ class Store:
                 copy.execute('PRAGMA cache_size=-256')
                 source.backup(copy, pages=64, sleep=0.01)
                 copy.execute('PRAGMA journal_mode=DELETE')
-                found = quick_check(copy)
-            if found:
-                raise sqlite3.DatabaseError(found)
+                quick_check(copy)
             sync(part)
             os.replace(part, target)
         except (sqlite3.Error, OSError) as error:
@@ -5246,15 +5230,11 @@ STORE_NAP = 2.0  # seconds before storing an outcome is tried again
 
 
 class Run:
-    """A download that a worker has; `attempt` and `job` are None until it is claimed. `alone`:
-    nothing else may run."""
+    """A download that a worker has; `attempt` and `job` are None until it is claimed."""
 
     attempt = job = stop_reason = None
-    hung = False
     post = None  # site, media id and what is asked of it, once yt-dlp knows
-
-    def __init__(self, alone=False):
-        self.alone = alone
+    hung = alone = False  # `alone`: nothing else may run
 
 
 class Scheduler:
@@ -5384,7 +5364,8 @@ class Scheduler:
         with self._changed:
             if download_id in self._running or self._stopping.is_set():
                 return
-            self._running[download_id] = run = Run(alone)
+            self._running[download_id] = run = Run()
+            run.alone = alone
         try:
             self._spawn(f'worker-{download_id[:8]}', lambda: self._work(download_id, run))
         except Exception:
@@ -6205,7 +6186,7 @@ def mobileconfig(config):
 # ---------- http --------------------------------------------------------------------------
 # Owns the TLS server and its limits, the strict reading of requests, ROUTES (for dispatch and
 # OpenAPI), both dialects, /share and files. Locks: `Server._guard`, `App.guard`. Handlers
-# validate, call one verb and reply. All of it may raise HTTPError, Refused, RateLimited, StoreDown,
+# validate, call one verb and reply. All of it may raise HTTPError, Refused, StoreDown,
 # and what reads from a client ConnectionError when that has left; `respond` alone turns errors into
 # replies. Called by daemon and `phone`.
 
@@ -6748,9 +6729,9 @@ def as_http_error(request, error):
     if isinstance(error, HTTPError):
         return error
     if isinstance(error, Refused):
-        return HTTPError(400 + 3 * (error.code == 'domain_not_allowed'), str(error), error.code)
-    if isinstance(error, RateLimited):
-        return HTTPError(429, str(error), 'rate_limited', ('Retry-After', str(error.retry_after)))
+        status = {'domain_not_allowed': 403, 'rate_limited': 429}.get(error.code, 400)
+        headers = [('Retry-After', str(error.wait))] * bool(error.wait)
+        return HTTPError(status, str(error), error.code, *headers)
     if isinstance(error, StoreDown):
         return HTTPError(503, error.sentence, 'cannot_store')
     if isinstance(error, OSError):
@@ -6856,8 +6837,8 @@ def describe_api(routes, keys, base):
 
 
 def store_links(app, links, window=0):
-    """Store in one commit and queue: for each a Stored or RateLimited. A post whose files are gone
-    is fetched again."""
+    """Store in one commit and queue: for each a Stored or Refused. A post whose files are gone is
+    fetched again."""
     now, started = int(time.time()), time.monotonic()
     folder = app.config.downloads.output_directory
     results = app.store.add_many(links, now, window)
@@ -6880,7 +6861,7 @@ def submit(app, request, fields):
     submission = parse_submission(fields, app.config.security)
     request.note = f' client_id={submission.client_id} url={submission.url}'
     stored, = store_links(app, [submission])
-    if isinstance(stored, RateLimited):
+    if isinstance(stored, Refused):
         raise stored
     return stored
 
@@ -6926,11 +6907,11 @@ def post_downloads(app, request):
     found, keep = store_every_link(app, request, request.json())
     rows, limited = [], []
     for written, item in found:
-        more = {'error': str(item)}
         if isinstance(item, Stored):
-            more = {'download_id': item.id}
-        rows.append({'url': written, **more})
-        limited += [written] * isinstance(item, RateLimited)
+            rows.append({'url': written, 'download_id': item.id})
+            continue
+        rows.append({'url': written, 'error': str(item)})
+        limited += [written] * bool(item.wait)
     queued = sum('download_id' in row for row in rows)
     message = queued_message(app, f'{queued} queued, {len(rows) - queued} refused')
     return brief('queued', message, downloads=rows, keep='\n'.join(limited + keep))
@@ -10095,11 +10076,9 @@ def check_database(config):
         return
     try:
         with closing(sqlite3.connect(f'{path.as_uri()}?mode=ro', uri=True)) as db:
-            found = quick_check(db)
+            quick_check(db)
     except sqlite3.Error as error:
-        found = str(error)
-    if found:
-        yield (f'database: {path}: {found}', 'stop the server, then copy the newest good file in '
+        yield (f'database: {path}: {error}', 'stop the server, then copy the newest good file in '
                f'{path.parent / "backups"} to {path}')
     if not os.access(path, os.W_OK):
         yield (f'database: this user cannot write to {path}',

@@ -145,7 +145,7 @@ def fuzz_submission(fields: Dict[str, Any], settings: Any) -> None:
     try:
         item = v.parse_submission(fields, settings)
     except v.Refused as error:
-        storable([error.code, error.message])
+        storable([error.code, str(error)])
         return
     storable(item)
     assert v.check_url(item.url, settings) == item.url
@@ -170,7 +170,7 @@ def fuzz_batch(fields: Dict[str, Any], settings: Any) -> None:
     try:
         rows = v.parse_batch({**fields, 'text': fields.get('url')}, settings)[0]
     except v.Refused as error:
-        storable([error.code, error.message])
+        storable([error.code, str(error)])
         return
     urls = [item.url for _, item in rows if isinstance(item, v.Submission)]
     assert rows and len(set(urls)) == len(urls)
@@ -183,7 +183,7 @@ def fuzz_options(value: Any) -> None:
     try:
         options = v.parse_options(value)
     except v.Refused as error:
-        storable([error.code, error.message])
+        storable([error.code, str(error)])
         return
     storable(options)
     words = dict(options)
