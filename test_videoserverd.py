@@ -1851,6 +1851,28 @@ class TestSignals(DaemonTest):
         wait_until(lambda: 'restart refused' in daemon.log(), 10)
         self.assertEqual(daemon.client.get('/api/v1/health').status, 200)
 
+    def test_a_signal_that_was_ignored_at_the_start_counts(self):
+        daemon = self.new_daemon(start=False)
+        daemon.prefix = ['sh', '-c', 'trap "" HUP INT TERM; exec "$@"', 'sh']  # nohup, and more
+        daemon.start()
+        for life in (2, 3):
+            daemon.signal(signal.SIGHUP)
+            wait_until(lambda life=life: daemon.log().count('listening on') == life, 20)
+        daemon.signal(signal.SIGTERM)
+        self.assertEqual(daemon.wait_exit(), 0)
+
+    def test_at_a_terminal_relocate_restarts_it_and_sighup_ends_it(self):
+        daemon = self.new_daemon(start=False)
+        daemon.prefix = [sys.executable, '-c', 'import os, pty, sys\nmaster, terminal = pty.openpty()\n'
+                         'os.set_inheritable(master, True)\nos.dup2(terminal, 0)\nos.execv(sys.argv[1], sys.argv[1:])']
+        daemon.start()
+        self.assertEqual(daemon.run('relocate', str(daemon.folder / 'new')).returncode, 0)
+        wait_until(lambda: daemon.log().count('listening on') == 2, 20)
+        self.assertTrue(daemon.running())
+        daemon.signal(signal.SIGHUP)
+        self.assertEqual(daemon.wait_exit(), 0)
+        self.assertEqual(daemon.log().count('stopping to restart'), 1)
+
     def test_log_rotates_by_size(self):
         daemon = self.new_daemon(logging={'max_size': '4k', 'backup_count': '2'})
 

@@ -8947,8 +8947,8 @@ PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
 
 # ---------- daemon ------------------------------------------------------------------------
 # Owns three classes: Daemon (wiring, start and stop, signals, sd_notify, re-execution), Care (the
-# thread `care`) and Health (what pauses the queue, problems, metrics). No lock: main waits on the
-# pipe `_wishes`. Called by commands only.
+# thread `care`) and Health (what pauses the queue, problems, metrics). No lock: main waits for
+# signals. Called by commands only.
 
 INSTALLED = '/opt/videoserver/videoserverd.py'  # where install.sh puts this file
 AS_SERVICE = '/usr/local/bin/videoserverd'  # its command: that file, as its user, with its config
@@ -8957,7 +8957,9 @@ CARE_SECONDS = 60.0  # between looks at what is due
 DRAIN_SECONDS = 5.0  # for requests under way when the server stops
 INHERIT = 'VIDEOSERVERD_INHERIT'  # '<listening socket> <lock>': kept across a re-execution
 FREEZE_SECONDS = 60.0  # after which the watchdog ends a frozen interpreter
-OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# SIGUSR1: restart, also at a terminal; SIGALRM: our own pulse. Blocked in all threads and across
+# a re-execution, so each one stays pending until main waits for it.
+OUR_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGALRM)
 LOG_NAP = 0.05  # seconds that a log line may be late
 LONGEST_MESSAGE = 3000  # characters in a log line: a link has 2048
 STALE_SECONDS = 120.0  # a thread without a beat for this long is stuck
@@ -9503,7 +9505,7 @@ class Daemon:
         self.config = config
         self.store = Store(config.database.path, config.security.requests_per_hour)
         self.board = Board(int(time.time()) % 10 ** 8)
-        restart = functools.partial(self._ask, 'restart')
+        restart = functools.partial(os.kill, os.getpid(), signal.SIGUSR1)
         self.care = Care(config, self.store, self.board, restart)
         self.health = Health(config, self.store, self.board, self.care)
         self.scheduler = Scheduler(
@@ -9516,9 +9518,7 @@ class Daemon:
         self.server = None
         self._set_back = lambda: None  # the watchdog
         self.next_socket = None  # for a restart that listens elsewhere
-        self.wish = ''  # 'stop' or 'restart', once asked for
-        # A signal handler may write into a pipe; an Event's lock could be held by its own thread.
-        self._wishes = os.pipe()
+        self.ends = {signal.SIGTERM, signal.SIGINT}  # the signals that stop it
 
     # -- start
 
@@ -9533,9 +9533,10 @@ class Daemon:
         if known_output(self.config) not in ('', str(output)):
             self.store.move_files(output)
         self._set_watchdog()
-        self._handle_signals()
+        if sys.stdin.isatty():  # SIGHUP: the terminal is gone
+            self.ends.add(signal.SIGHUP)
         context = self._make_context()
-        if self.wish == 'stop':
+        if self._told_to_stop():
             return self._end()
         sock = self._listening(inherited[:1])
         self._start_threads(sock, context)
@@ -9562,7 +9563,7 @@ class Daemon:
         if not self.config.server.tls:
             return None
         turns = 0
-        while self.wish != 'stop':
+        while not self._told_to_stop():
             try:
                 self.care.certificate, _ = ensure_certificate(self.config, time.time())
                 return server_context(self.config)
@@ -9586,8 +9587,6 @@ class Daemon:
         return listen(server.host, server.port)
 
     def _start_threads(self, sock, context):
-        # For the threads and their children: signals are for main alone.
-        signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
         self.care.ytdlp = self.care.vendor.current()
         app = self.make_app(sock.getsockname()[1])
         self._start_couriers(app)
@@ -9595,7 +9594,6 @@ class Daemon:
         self.scheduler.start()
         spawn(self.server.serve_forever, name='accept')
         self.care.start(self.server)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
 
     def _start_couriers(self, app):
         """The threads that empty the outbox, and what fills it."""
@@ -9635,8 +9633,7 @@ class Daemon:
     def _announce(self):
         port, server = self.server.app.port, self.config.server
         self.lock.tell({'pid': os.getpid(), 'port': port, 'host': server.host, 'tls': server.tls,
-                        'output': str(self.config.downloads.output_directory),
-                        'terminal': sys.stdin.isatty()})
+                        'output': str(self.config.downloads.output_directory)})
         sd_notify(f'READY=1\nSTATUS=Listening on port {port}\nMAINPID={os.getpid()}')
         log.info('videoserverd %s: listening on %s port %d, %d in the queue', VERSION,
                  server.host, port, self.health.queue_size())
@@ -9644,34 +9641,23 @@ class Daemon:
 
     # -- signals, waiting, stopping
 
-    def _handle_signals(self):
-        """By a wake-up descriptor: else a signal just before select() would wait for the next."""
-        os.set_blocking(self._wishes[1], False)
-        signal.set_wakeup_fd(self._wishes[1], warn_on_full_buffer=False)
-        for number in OUR_SIGNALS:
-            signal.signal(number, lambda *_: self._ask('stop'))
-        if not sys.stdin.isatty():  # else SIGHUP: the terminal is gone
-            signal.signal(signal.SIGHUP, lambda *_: self._ask('restart'))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, OUR_SIGNALS)
-
-    def _ask(self, wish):
-        """Stop or restart; a stop is never taken back."""
-        if self.wish != 'stop':
-            self.wish = wish
-        os.write(self._wishes[1], b'.')
+    def _told_to_stop(self):
+        return self.ends & signal.sigpending()
 
     def _wait(self):
         """Wait for a stop or restart; whether to restart. systemd's watchdog is fed while all
         threads are alive; faulthandler's by this thread, which never waits for a disk: it needs no
         interpreter, which a single regular expression of yt-dlp can block for minutes."""
         pulse = min((int(os.environ.get('WATCHDOG_USEC', 0)) or 1e9) / 2e6, FREEZE_SECONDS / 4)
+        signal.setitimer(signal.ITIMER_REAL, pulse, pulse)
         while True:
             self._set_back()
-            if select.select([self._wishes[0]], [], [], pulse)[0]:
-                os.read(self._wishes[0], 1 << 10)
-                wish, self.wish = self.wish, ''
-                if wish == 'stop' or wish and self._may_restart():
-                    return wish != 'stop'
+            number = signal.sigwait(OUR_SIGNALS)
+            if number in self.ends:
+                return False
+            if number != signal.SIGALRM:
+                if self._may_restart():
+                    return True
             elif self.alive():
                 sd_notify('WATCHDOG=1')
 
@@ -9718,9 +9704,7 @@ class Daemon:
         self.store.close()
         if restart:
             compile_program()
-            # From here on a signal waits for the new handlers; unblocked, it would kill us.
-            signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
-            if self.wish != 'stop':
+            if not self._told_to_stop():
                 self._re_execute()
         return self._end()
 
@@ -9780,8 +9764,9 @@ class Daemon:
 
 def cmd_run(config, options):
     """run the server in the foreground"""
-    # For the thread that logs as well: a signal it took would be lost in a restart.
     signal.pthread_sigmask(signal.SIG_BLOCK, OUR_SIGNALS)
+    for number in OUR_SIGNALS:
+        signal.signal(number, signal.SIG_DFL)  # ignored, as by nohup, it need not become pending
     set_up_logging(config)
     return Daemon(config).run()
 
@@ -10298,10 +10283,8 @@ def switch_service(new):
 def switch_server(lock, new):
     """Wait until a server that was started by hand uses the folder."""
     facts = lock.running()
-    if facts.get('terminal'):
-        print('Now press Ctrl-C in the terminal of the server, and start it again.', flush=True)
-    elif 'output' in facts:  # else a command has the database for a moment
-        os.kill(facts['pid'], signal.SIGHUP)
+    if 'output' in facts:  # else a command has the database for a moment
+        os.kill(facts['pid'], signal.SIGUSR1)
     while lock.running().get('output', str(new)) != str(new):
         time.sleep(0.2)
 
