@@ -104,7 +104,7 @@ def sources() -> Dict[Path, Tuple[str, ast.Module]]:
 
 LONGEST_FUNCTION = 40  # lines
 LONGEST_LINE = 120
-MOST_BYTES = 483_500  # of the program, and to fall to 420,000: when it is reached, two things are made one
+MOST_BYTES = 481_600  # of the program, and to fall to 420,000: when it is reached, two things are made one
 
 
 def bound(node):
@@ -2405,19 +2405,17 @@ class TestPosts(DownloadTest):
                     self.assert_done(self.fetch(url), *of.media)
 
     def test_what_is_no_post_says_what_to_share_instead(self):
-        forms = {'a profile': ('tiktok.com/@anna', 'instagram.com/anna/', 'instagram.com/anna/reels/?x=1'),
-                 'a sound': ('tiktok.com/music/song-1', 'instagram.com/reels/audio/1/'),
-                 'a collection': ('tiktok.com/tag/cats', 'instagram.com/explore/tags/cats/'),
-                 'a live broadcast': ('tiktok.com/@anna/live', 'instagram.com/anna/live/')}
-        self.site.add('www.tiktok.com', '/@anna')
-        before = len(self.site.requests)
-        for what, urls in forms.items():
-            for url in urls:
-                outcome = self.fetch('https://www.' + url)
-                self.assert_ends(outcome, 'give_up', 'no_post')
-                self.assertIn(what, outcome.message)
-        self.assert_ends(self.fetch(self.site.short('https://www.tiktok.com/@anna')), 'give_up', 'no_post')
-        self.assertEqual(len(self.site.requests) - before, 2)
+        for host, paths in {
+                'www.tiktok.com': ('/@anna', '/music/song-1', '/tag/cats', '/@anna/live'),
+                'www.instagram.com': ('/anna/', '/anna/reels/', '/reels/audio/1/', '/explore/tags/a/', '/anna/live/'),
+        }.items():
+            for path in paths:
+                with self.subTest(host + path):
+                    self.site.add(host, path)
+                    self.assert_ends(self.fetch(f'https://{host}{path}'), 'give_up', 'no_post')
+        anna = self.site.short('https://www.tiktok.com/@anna')
+        for config in (None, self.config(security={'allowed_domains': '*'})):
+            self.assert_ends(self.fetch(anna, config=config), 'give_up', 'no_post')
 
     def test_a_link_leads_nowhere_but_to_allowed_domains(self):
         elsewhere = self.site.direct(host='www.example.com')
@@ -2471,17 +2469,16 @@ class TestPosts(DownloadTest):
 
     def test_pages_of_a_site_have_their_pace_and_media_do_not(self):
         pace = v.Pace()
-        self.assertEqual([pace.turn(site, 2, 10) for site in ('a', 'a', 'b', 'a')], [0, 2, 0, 2])
-        pace.turn('a', 2, 11, answered=True)
-        self.assertEqual([pace.turn('a', 2, now) for now in (12, 13, 14)], [1, 0, 1])
+        self.assertEqual([pace.turn(site, 2, 10) for site in ('a', 'a', 'b', 'a')], [0, 2, 0, 4])
+        self.assertEqual([pace.turn('a', 2, now) for now in (13, 18, 21)], [3, 0, 0])
         config = self.config(downloader={'page_pace': 'tiktok.com 0.5, instagram.com 0.5'})
         posts = [self.site.tiktok() for _ in range(3)] + [self.site.instagram()]
         real, granted = v.Pace.turn, []  # what arrives may have been held up on its way
 
-        def turn(pace, site, gap, now, answered=False):
-            wait = real(pace, site, gap, now, answered)
-            if gap and site == 'tiktok.com' and not wait and not answered:
-                granted.append(now)
+        def turn(pace, site, gap, now):
+            wait = real(pace, site, gap, now)
+            if site == 'tiktok.com':
+                granted.append(now + wait)
             return wait
         with unittest.mock.patch.object(v.Pace, 'turn', turn):
             runs = [self.in_background(self.attempt(post, config=config)) for post in posts]

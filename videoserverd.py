@@ -2525,8 +2525,10 @@ PATTERNS = tuple((reason, re.compile(pattern, re.I)) for reason, pattern in (
     ('gone', r'not available|unavailable|no longer|not exist|removed|deleted|terminated'
              r'|(?:page|post|video) not found'),
 ))
-CLASSES = {'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported',
-           'FileNotFoundError': 'crash'}
+CLASSES = {
+    **dict.fromkeys(('TransportError', 'ContentTooShortError', 'ConnectionError', 'timeout',
+                     'SSLError', 'HTTPException'), 'network'),
+    'GeoRestrictedError': 'geo', 'UnsupportedError': 'unsupported', 'FileNotFoundError': 'crash'}
 STATUSES = {401: 'login', 403: 'blocked', 404: 'gone', 410: 'gone', 451: 'geo'}  # of a page
 DISK_ERRORS = {
     errno.ENOSPC: 'disk', errno.EDQUOT: 'disk', errno.EROFS: 'read_only',
@@ -2574,28 +2576,25 @@ def system_reason(error, output):
     return DISK_ERRORS.get(number) if ours else None
 
 
-TRANSPORT = {'TransportError', 'ContentTooShortError', 'ConnectionError', 'timeout', 'SSLError',
-             'HTTPException'}
-
-
-def judge_words(error, classes, extraction, text, output):
-    """The reason that yt-dlp's words give, else the place where it failed."""
+def judge_words(links, classes, text, output):
+    """The reason that the kinds of errors and yt-dlp's words give, else where it failed."""
     helper = 'PostProcessingError' in classes
     full = helper and free_space(output) < 64 << 20  # its words alone may be a site's
     for name, reason in CLASSES.items():
-        if name in classes:
+        if name in classes and 'curl: (1)' not in text:  # a redirect to ftp
             return reason
     for reason, pattern in PATTERNS:
         if pattern.search(text) and (reason != 'disk' or full):
             return reason
-    if extraction:
-        return 'unsupported' if extraction[0].expected else 'site_changed'
+    for link in links:
+        if hasattr(link, 'orig_msg'):  # from an extractor
+            return 'unsupported' if link.expected else 'site_changed'
     if helper:
         return 'crash'
     if 'DownloadError' in classes:
         return 'network'
     # In yt-dlp: it tripped over what the site sent.
-    return 'site_changed' if '/yt_dlp/' in ''.join(where_raised(error)[-1:]) else 'internal'
+    return 'site_changed' if '/yt_dlp/' in ''.join(where_raised(links[0])[-1:]) else 'internal'
 
 
 def judge_error(error, output, in_page):
@@ -2619,37 +2618,21 @@ def judge_error(error, output, in_page):
         return Ending('http', f'HTTP {status}', tries=math.inf if passing else 2)
     if 'SSLCertVerificationError' in classes and not has_ca_store():
         return Ending('ca_store')
-    if TRANSPORT & classes and 'curl: (1)' not in text:  # a redirect to ftp
-        return Ending('network')
     if 'Requested format is not available' in text and which('ffmpeg'):
         return Ending('unsupported', 'not in the format asked for')
-    extraction = [link for link in links if hasattr(link, 'orig_msg')]
-    return Ending(judge_words(error, classes, extraction, text, output))
+    return Ending(judge_words(links, classes, text, output))
 
 
 # -- posts
 
-NO_POSTS = tuple(
-    (what, re.compile(rf'https://(?:\w+\.)?(?:{paths})/?(?:[?#]|$)')) for what, paths in (
-        ('a profile', r'tiktok\.com/@[^/?#]+|instagram\.com/(?!(?:share|p|tv|reels?|stories)'
-                      r'(?:[/?#]|$))[\w.]+(?:/(?:reels|tagged))?'),
-        ('a live broadcast', r'(?:tiktok|instagram)\.com/(?:[^/?#]+/)?live(?:/.*)?'),
-        ('a sound', r'(?:tiktok\.com/music|instagram\.com/reels?/audio)/.*'),
-        ('a collection', r'(?:tiktok\.com/(?:tag|discover|@[^/?#]+/(?:collection|playlist))'
-                         r'|instagram\.com/explore)/.*')))
-
-
 def post_url(url):
-    """A link in the form that every yt-dlp accepts. Raises Ending if it is not to a post."""
+    """A link in the form that every yt-dlp accepts."""
     if urlsplit(url).hostname == 'l.instagram.com':  # its wrapper for links in messages
         url = dict(parse_qsl(urlsplit(url).query)).get('u', url)
     site, media_id = post_of(url)
     if site == 'tiktok.com':
         user = re.match(r'https://[^/]+/(@[\w.-]+)/', url)
         return f'https://www.tiktok.com/{user[1] if user else "@_"}/video/{media_id}'
-    for what, pattern in NO_POSTS:
-        if pattern.match(url):
-            raise Ending('no_post', f'this link leads to {what}')
     return url
 
 
@@ -2703,6 +2686,11 @@ def post_extractors():
     return [TikTokIE(), tiktok.TikTokVMIE()] + [
         type(site.__name__, (Pictures, site), {})()
         for site in (instagram.InstagramIE, instagram.InstagramStoryIE)]
+
+
+def is_post(url):
+    """Is it the link of a post on one of SITES, not of a profile, sound or tag?"""
+    return any(site.suitable(url) for site in post_extractors())
 
 
 def seconds_of(value):
@@ -3001,6 +2989,8 @@ def session_class(base):
         def extract_info(self, url, *args, **more):
             url = post_url(url)
             self.attempt.reach.allow_link(url)
+            if is_under(host_of(url), SITES) and not is_post(url):
+                raise Ending('no_post')
             return super().extract_info(url, *args, **more)
 
         def process_ie_result(self, ie_result, download=True, extra_info=None):
@@ -3087,19 +3077,17 @@ def way_of(job, config):
 
 
 class Pace:
-    """Spaces out all workers' page requests to a site. `now`: time.monotonic()."""
+    """Spaces out all workers' page requests to a site."""
 
     def __init__(self):
         self._lock, self._next = threading.Lock(), {}  # when each site's next request may go
 
-    def turn(self, site, gap, now, answered=False):
-        """Seconds to wait before asking; 0: it is your turn. The gap counts from the answer:
-        nobody knows when the request arrived."""
+    def turn(self, site, gap, now):
+        """Take the next turn: seconds to wait before asking. `now`: time.monotonic()."""
         with self._lock:
-            wait = self._next.get(site, 0.0) - now
-            if gap and (answered or wait <= 0):
-                self._next[site] = now + gap
-            return max(wait, 0.0)
+            due = max(now, self._next.get(site, 0.0))
+            self._next[site] = due + gap
+            return due - now
 
 
 PACE = Pace()
@@ -3766,17 +3754,14 @@ class Attempt:
         if request.extensions.get('impersonate'):
             request.headers.setdefault('Accept-Encoding', 'gzip, deflate, br')  # see PageHead
         site, gap = self._pace_of(request.url, request.method)
-        for wait in iter(lambda: gap and PACE.turn(site, gap, time.monotonic()), 0):
-            self.reach.nap(wait)
+        if gap:
+            self.reach.nap(PACE.turn(site, gap, time.monotonic()))
         try:
             response = urlopen(request)
         except Exception as error:
-            ranged = self.folder.current and 'Range' in request.headers
-            if getattr(error, 'status', 0) != 416 or not ranged:
+            if getattr(error, 'status', 0) != 416 or not self.folder.current:
                 raise
-            response = error.response
-        finally:
-            PACE.turn(site, gap, time.monotonic(), answered=True)
+            response = error.response  # yt-dlp would send the same range again
         for name in ('Content-Length', 'Content-Range'):
             if re.search(r'\d{16}', response.headers.get(name) or ''):
                 raise Ending('http', 'it states an impossible size')
@@ -4160,8 +4145,7 @@ class Attempt:
     def _resolve(self, session):
         """The job's URL, or its target if no extractor knows its form (share/, m., no www)."""
         url = post_url(self.job.url)
-        known = any(site.suitable(url) for site in session._ies.values())
-        if known or not is_under(host_of(url), SITES):
+        if not is_under(host_of(url), SITES) or is_post(url):
             return url
         response = session.urlopen(url)
         response.close()

@@ -2144,7 +2144,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     300: 'SELECTORS GROUP format_spec without_formats', 1000: 'HOSTILE token Attempt NETWORKING check_downloads',
     2000: 'PATTERNS judge_error Notifier runs_here version_key',
     4096: 'DOOR_HEAD parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
-    8192: 'post_url NO_POSTS post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
+    8192: 'post_url post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
           'POST_LINK ADVERTISEMENT',
     16 << 10: 'B_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
               'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END BARE_LINE_END body_length check_signature '
