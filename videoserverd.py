@@ -272,16 +272,13 @@ def one_of(choices):
     return parse
 
 
+@contextmanager
 def accepts(what):
-    """Makes the ValueError of a parser say what is accepted."""
-    def decorate(parse):
-        def tell(text):
-            try:
-                return parse(text)
-            except ValueError:
-                raise ValueError(what) from None
-        return tell
-    return decorate
+    """Makes the ValueError of a parser say what is accepted: a decorator."""
+    try:
+        yield
+    except ValueError:
+        raise ValueError(what) from None
 
 
 def whole(low, high):
@@ -1560,15 +1557,15 @@ class Store:
                          f'AND (NOT ? OR {UNFINISHED}) '
                          'ORDER BY created_at DESC, rowid DESC LIMIT 10000', (created_at, ongoing))
 
-    def waiting(self, limit):
-        """(due, id, alone, paced) of the first that may start; those of imports come from
-        `next_of_imports`. `alone`: it was running when yt-dlp froze. One whose claim was reported
-        as failed may be 'downloading'."""
+    def waiting(self):
+        """(due, id, alone, paced) of the first that may start, more than there are workers; those
+        of imports come from `next_of_imports`. `alone`: it was running when yt-dlp froze. One
+        whose claim was reported as failed may be 'downloading'."""
         return self.read(
             "SELECT coalesce(next_attempt_at, 0) AS due, id, reason IS 'freeze' AS alone, "
             f'0 AS paced FROM downloads WHERE {UNFINISHED} AND created_at > 0 '
             "AND (import_id IS NULL OR alone OR status = 'downloading') "
-            'ORDER BY due, created_at, rowid LIMIT ?', (limit,))
+            'ORDER BY due, created_at, rowid LIMIT 100')
 
     @committed
     def pull_in(self, db, now, longest):
@@ -5204,7 +5201,6 @@ def make_thumbnail(video, picture):
 
 MAX_NAP = 5.0  # seconds: a wall clock that jumps (a Pi has no RTC) is noticed after this
 SET_BACK = 5.0  # seconds that the wall clock loses on the monotonic one if it was set back
-HEAP_SIZE = 100  # more than there are workers
 WATCH_NAP = 1.0  # seconds between looks at running attempts and at what pauses the queue
 PAUSE_SECONDS = 30  # how long the queue pauses after an attempt reports a full disk
 HANG_SECONDS = 20.0  # an attempt that ignores stop() for this long will never end
@@ -5390,7 +5386,7 @@ class Scheduler:
         their posts."""
         if self._must_wait():
             return
-        rows = self.store.waiting(HEAP_SIZE)
+        rows = self.store.waiting()
         if monotonic >= self._import_due:
             self._import_due = monotonic + MAX_NAP
             rows += self.store.next_of_imports(int(now))
