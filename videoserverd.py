@@ -1045,15 +1045,6 @@ def parse_batch(fields, security, name='text'):
             for written, url in found.values()], rest
 
 
-def parse_submission(fields, security):
-    """What the decoded JSON asks for: the first good link in `url`."""
-    links = [link for _, link in parse_batch(fields, security, 'url')[0]]
-    for link in links:
-        if isinstance(link, Submission):
-            return link
-    raise links[0]
-
-
 # -- names of files
 
 MEDIA_TYPES = {  # what a download may consist of, and how it is served
@@ -6835,17 +6826,6 @@ def store_links(app, links, window=0):
     return results
 
 
-def submit(app, request, fields):
-    request.note = f' client_id={str(fields.get("client_id"))[:80]!r} refused'
-    fields = {'again': request.query['again'], **fields}
-    submission = parse_submission(fields, app.config.security)
-    request.note = f' client_id={submission.client_id} url={submission.url}'
-    stored, = store_links(app, [submission])
-    if isinstance(stored, Refused):
-        raise stored
-    return stored
-
-
 def queued_message(app, sentence):
     why = (app.scheduler.paused or '').partition(' Fix:')[0]
     return sentence + f'. The queue is paused: {why}' * bool(why)
@@ -6855,31 +6835,38 @@ SAID_BEFORE = {'queued': 'It is on its way', 'downloading': 'It is on its way',
                'completed': 'You already have this video', 'failed': 'This link was sent before'}
 
 
-def post_download(app, request):
-    """Queue a link."""
-    stored = submit(app, request, request.json())
-    code, message = 202, queued_message(app, 'Video queued for download')
-    if not stored.fresh:
-        code, message = 200, SAID_BEFORE[stored.status]
-    return json_reply(brief(stored.status, message, download_id=stored.id), code)
-
-
-def store_every_link(app, request, fields, window=0):
-    """Store every link in a text: each as written, with its Stored or its refusal; and the links
-    beyond MOST_LINKS. Raises the first refusal if none is stored."""
+def store_every_link(app, request, fields, name='text', window=0):
+    """Store every link in the field `name`: each as written, with its Stored or its refusal; and
+    the links beyond MOST_LINKS. Raises a refusal if none is stored."""
     fields = {'again': request.query['again'], **fields}
-    items, rest = parse_batch(fields, app.config.security)
+    items, rest = parse_batch(fields, app.config.security, name)
     links = [item for _, item in items if isinstance(item, Submission)]
     results = iter(())
     if links:
         last = links[-1]
-        request.note = f' client_id={last.client_id} links={len(items)} last={last.url}'
+        request.note = f' client_id={last.client_id} url={last.url} links={len(items)}'
         results = iter(store_links(app, links, window))
     rows = [(written, next(results) if isinstance(item, Submission) else item)
             for written, item in items]
-    if not any(isinstance(item, Stored) for _, item in rows):
-        raise rows[0][1]
+    refused = [item for _, item in rows if not isinstance(item, Stored)]
+    if len(refused) == len(rows):
+        raise max(refused, key=lambda error: error.code == 'rate_limited')  # that one passes
     return rows, rest
+
+
+def store_first(app, request, fields):
+    """The first Stored of the links in the field `url`."""
+    rows, _ = store_every_link(app, request, fields, 'url')
+    return next(item for _, item in rows if isinstance(item, Stored))
+
+
+def post_download(app, request):
+    """Queue a link."""
+    stored = store_first(app, request, request.json())
+    code, message = 202, queued_message(app, 'Video queued for download')
+    if not stored.fresh:
+        code, message = 200, SAID_BEFORE[stored.status]
+    return json_reply(brief(stored.status, message, download_id=stored.id), code)
 
 
 def post_downloads(app, request):
@@ -7143,7 +7130,7 @@ def initiate_download(app, request):
         raise HTTPError(400, 'videoURL is missing.', 'bad_field')
     fields.update(url=fields['videourl'], client_id=None, timestamp=None,
                   ytdlp_cli_parameters=fields.get('ytdlpcliparameters'))
-    return {'downloadUUID': submit(app, request, fields).id}
+    return {'downloadUUID': store_first(app, request, fields).id}
 
 
 def list_downloads(app, request):
@@ -7305,7 +7292,7 @@ def read_shared_text(request):
 def store_shared(app, request):
     """Store what was shared: the first link's id, and what the phone is told; 202 for a new one."""
     fields = {'text': read_shared_text(request), 'client_id': request.params['who']}
-    rows, _ = store_every_link(app, request, fields, REPEAT_SECONDS)
+    rows, _ = store_every_link(app, request, fields, window=REPEAT_SECONDS)
     saved = [item for _, item in rows if isinstance(item, Stored)]
     for stored in saved:
         if stored.status == 'failed':

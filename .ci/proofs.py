@@ -53,6 +53,7 @@ from harness import (  # noqa: E402
     Strace,
     browser_host,
     finished,
+    parsed,
     path_without_ffmpeg,
     publish_config,
     reserved,
@@ -143,7 +144,7 @@ def judge_host(url: str, settings: Any) -> None:
 def fuzz_submission(fields: Dict[str, Any], settings: Any) -> None:
     """Refused, or a canonical URL on the list that a browser reads alike."""
     try:
-        item = v.parse_submission(fields, settings)
+        item = parsed(fields, settings)
     except v.Refused as error:
         storable([error.code, str(error)])
         return
@@ -168,7 +169,7 @@ def fuzz_link(text: str, settings: Any) -> None:
 def fuzz_batch(fields: Dict[str, Any], settings: Any) -> None:
     """Every link answered for, each canonical URL once."""
     try:
-        rows = v.parse_batch({**fields, 'text': fields.get('url')}, settings)[0]
+        rows = v.parse_batch(fields, settings, 'url')[0]
     except v.Refused as error:
         storable([error.code, str(error)])
         return
