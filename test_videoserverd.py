@@ -104,7 +104,7 @@ def sources() -> Dict[Path, Tuple[str, ast.Module]]:
 
 LONGEST_FUNCTION = 40  # lines
 LONGEST_LINE = 120
-MOST_BYTES = 481_100  # of the program, and to fall to 420,000: when it is reached, two things are made one
+MOST_BYTES = 480_900  # of the program, and to fall to 420,000: when it is reached, two things are made one
 
 
 def bound(node):
@@ -4011,7 +4011,7 @@ class TestVendor(WithIndex):
         for at in range(40, 2000, 7):
             wheel.write_bytes(whole[:at] + b'\xff' * 9 + whole[at + 9:])
             with self.assertRaises(v.BrokenRelease):
-                v.unpack(wheel, self.folder / 'tree')
+                v.unpack(wheel, self.folder / 'tree', v.YTDLP)
 
     def test_a_wrong_hash_is_refused_and_nothing_changes(self) -> None:
         self.install('9999.1.1')

@@ -3742,8 +3742,9 @@ class Attempt:
         if request.extensions.get('impersonate'):
             request.headers.setdefault('Accept-Encoding', 'gzip, deflate, br')  # see PageHead
         site, gap = self._pace_of(request.url, request.method)
-        if gap:
-            self.reach.nap(PACE.turn(site, gap, time.monotonic()))
+        wait = gap and PACE.turn(site, gap, time.monotonic())
+        if wait:  # the try-out listens for naps
+            self.reach.nap(wait)
         try:
             response = urlopen(request)
         except Exception as error:
@@ -4189,7 +4190,7 @@ HELPER_TIMEOUT = 900  # seconds for pip, compiling, trying: a Pi Zero is slow, b
 DOWNLOAD_LIMIT = 64 << 20  # bytes; the wheel has 3 MB, the index's JSON 1.2 MB
 
 
-Release = namedtuple('Release', 'version requires sha256 url')  # of yt-dlp, by its pure wheel
+Release = namedtuple('Release', 'version requires sha256 url name')  # one wheel of it
 
 
 class BrokenRelease(Trouble):
@@ -4263,7 +4264,7 @@ YTDLP = re.compile(r'yt_dlp(-[\w.]+\.dist-info)?(/[\w+-][\w.+-]*)+', re.A)
 CURL = re.compile(r'(curl_cffi|_cffi_backend)[\w.+-]*(/[\w+-][\w.+-]*)*', re.A)  # of two wheels
 
 
-def unpack(wheel, folder, wanted=YTDLP):
+def unpack(wheel, folder, wanted):
     """Put the files that match into `folder`, nothing else. Raises BrokenRelease."""
     import zipfile
     import zlib
@@ -4484,7 +4485,7 @@ class Vendor:
         try:
             return [(file['filename'], Release(version, file['requires_python'] or '',
                                                file['digests']['sha256'],
-                                               urljoin(base, file['url'])))
+                                               urljoin(base, file['url']), name))
                     for version, files in json.loads(fetch_url(base))['releases'].items()
                     for file in files if version_key(version) and not file['yanked']]
         except (Trouble, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -4499,36 +4500,47 @@ class Vendor:
 
     def fetch(self, release, folder):
         """The wheel of `release`, by pip where there is one. Raises Trouble."""
-        pinned, wheel = folder / 'requirements.txt', folder / 'yt-dlp.whl'
-        pinned.write_text(f'yt-dlp=={release.version} --hash=sha256:{release.sha256}\n')
+        import hashlib
+        pinned, wheel = folder / 'requirements.txt', folder / f'{release.name}.whl'
+        pinned.write_text(f'{release.name}=={release.version} --hash=sha256:{release.sha256}\n')
         pip = run_helper(
             sys.executable, *'-m pip download --quiet --no-input --retries 1 --no-deps '
             '--disable-pip-version-check --only-binary :all: --dest'.split(), str(folder),
             '--requirement', str(pinned),
             *['--index-url', f'{self.index}/simple'] * (self.index != INDEX))
         if pip.returncode == 0:
-            os.replace(next(folder.glob('*-py3-none-any.whl')), wheel)
+            os.replace(next(folder.glob('*-*-*-*.whl')), wheel)
         else:
             wheel.write_bytes(fetch_url(release.url))
-        return self.check(wheel, release)
-
-    def check(self, wheel, release):
-        """The wheel, if it is the published one. Raises Trouble."""
-        import hashlib
         if hashlib.sha256(wheel.read_bytes()).hexdigest() != release.sha256:
-            raise Trouble(f'{wheel.stem} {release.version} does not have the SHA-256 that the '
+            raise Trouble(f'{release.name} {release.version} does not have the SHA-256 that the '
                           'index names and was discarded: try later, or check the proxy or mirror')
         return wheel
+
+    def fill(self, place, releases, wanted, test):
+        """Put what is wanted of the wheels into `place`, once it is tried. Raises BrokenRelease,
+        Trouble, OSError."""
+        fresh = self.folder / '.new'
+        tree, first = fresh / 'tree', releases[0]
+        remove_folder(fresh)
+        fresh.mkdir()
+        for release in releases:
+            unpack(self.fetch(release, fresh), tree, wanted)
+        why = test(tree)
+        if why:
+            raise BrokenRelease(f'{first.name} {first.version} does not work here ({why})')
+        os.sync()  # once for a thousand files: an fsync for each takes a minute on an SD card
+        if place.exists():
+            os.replace(place, fresh / 'damaged')
+        os.replace(tree, place)
 
     def take_curl(self):
         """Put the curl_cffi that yt-dlp names beside it. Raises BrokenRelease if none works here,
         Trouble, OSError."""
-        current, fresh, pins = self.current(), self.folder / '.new', {}
+        current, pins, wheels = self.current(), {}, []
         for about in current.glob('yt_dlp-*.dist-info/METADATA'):
             pins.update(re.findall(r'^Requires-Dist: (curl-cffi|cffi)==([\w.]+);.*pin-curl',
                                    about.read_text(encoding='utf-8'), re.M))
-        remove_folder(fresh)
-        fresh.mkdir()
         for name in ('curl-cffi', 'cffi'):
             pin = pins.get(name, 'wheel')
             found = [release for file, release in self.files(name)
@@ -4536,33 +4548,19 @@ class Vendor:
             if not found:
                 raise BrokenRelease(
                     f'there is no {name} {pin} for Python {PYTHON} on this machine')
-            wheel = fresh / f'{name}.whl'
-            wheel.write_bytes(fetch_url(found[0].url))
-            unpack(self.check(wheel, found[0]), fresh / CURL_FOLDER, CURL)
-        why = try_out(current, self.version(), fresh / CURL_FOLDER)
-        if why:
-            raise BrokenRelease(f'curl-cffi {pins["curl-cffi"]} does not work here ({why})')
-        os.sync()
-        os.replace(fresh / CURL_FOLDER, current / CURL_FOLDER)
+            wheels += found[:1]
+        self.fill(current / CURL_FOLDER, wheels, CURL,
+                  lambda tree: try_out(current, self.version(), tree))
 
     def take(self, release):
         """Make `release` the current one, fetched and tried if need be. Raises Trouble, OSError."""
-        place, fresh = self.folder / release.version, self.folder / '.new'
+        version, place = release.version, self.folder / release.version
         current, state = self.current(), self.state()
-        if not self.usable(place) or try_out(place, release.version):
-            remove_folder(fresh)
-            (fresh / 'wheel').mkdir(parents=True)
-            unpack(self.fetch(release, fresh / 'wheel'), fresh / 'tree')
-            why = try_out(fresh / 'tree', release.version)
-            if why:
-                raise BrokenRelease(f'yt-dlp {release.version} does not work here ({why})')
-            os.sync()  # once for a thousand files: an fsync for each takes a minute on an SD card
-            if place.exists():
-                os.replace(place, fresh / 'damaged')
-            os.replace(fresh / 'tree', place)
-        if state.get('version') != release.version:
+        if not self.usable(place) or try_out(place, version):
+            self.fill(place, [release], YTDLP, lambda tree: try_out(tree, version))
+        if state.get('version') != version:
             good = current not in (None, place) and os.path.relpath(current, self.folder)
-            self.remember(version=release.version, previous=good or None,
+            self.remember(version=version, previous=good or None,
                           before=state.get('sites', []), sites=[], searched=0)
 
     def clean(self):
