@@ -851,6 +851,45 @@ class LogTest(unittest.TestCase):
         self.writer.handle(logging.LogRecord('x', level, '', 0, message, (), None))
 
 
+class SchedulerTest(unittest.TestCase):
+    """A store with a link in it and a scheduler that has not begun."""
+
+    def setUp(self):
+        self.config = own_config()
+        self.store = open_store(self, self.config.database.path)
+        self.scheduler = v.Scheduler(self.config, self.store, v.Board(), None, lambda: None, lambda *_: None, None)
+        submission = parsed({'url': 'https://www.tiktok.com/@a/video/1'}, self.config.security)
+        self.download_id = self.store.add_many([submission], 1)[0].id
+
+    def is_waiting(self) -> bool:
+        return [row['id'] for row in self.store.waiting(2)] == [self.download_id]
+
+
+class CareTest(unittest.TestCase):
+    """A daemon that does not run, and its store."""
+
+    def setUp(self):
+        self.output = new_folder() / 'Müller'
+        self.config = own_config(downloads_output_directory=self.output, database_backups=2)
+        self.daemon = v.Daemon(self.config)
+        self.daemon.store.open()
+        self.addCleanup(self.daemon.store.close)
+        self.daemon.scheduler.ready = True
+        self.daemon.care.scheduler = self.daemon.scheduler
+
+
+class FreezeTest(DaemonTest):
+    """Pages that hold the interpreter."""
+    settings = None
+    PAGES = [b'<html><title>x</title>' + piece * (100_000 // len(piece)) for piece in (b'<meta ', b'<video ')]
+
+    def freezing(self, page: bytes = PAGES[0], **behaviour: Any) -> str:
+        """The link of a page that yt-dlp reads for a minute without letting anybody else have a turn."""
+        path = f'/freeze-{uuid.uuid4().hex}'
+        self.site.add('127.0.0.1', path, page, **behaviour)
+        return f'{self.site.http}{path}'
+
+
 # ---------- stand-in ----------------------------------------------------------------------
 # A loopback stand-in for TikTok, Instagram, their CDNs and any direct origin: a proxy that ends
 # TLS itself with a CA of its own, real media of any size, and every misbehaviour on demand.
@@ -3034,6 +3073,19 @@ class KeepTest(unittest.TestCase):
         return said
 
 
+class ThumbnailTest(unittest.TestCase):
+    """Videos that ffmpeg makes, and where a picture of one is to be."""
+
+    def setUp(self):
+        self.folder = new_folder()
+        self.picture = self.folder / '7f.jpg'
+
+    def video(self, name, source):
+        path = self.folder / name
+        subprocess.run(['ffmpeg', '-nostdin', '-v', 'error', '-f', 'lavfi', '-i', source, f'file:{path}'], check=True)
+        return path
+
+
 # ---------- certificates ------------------------------------------------------------------
 # The openssl command is the judge of what an iPhone would say.
 
@@ -3186,6 +3238,25 @@ class ServerTest(unittest.TestCase):
         link = socket.create_connection(self.server.server_address[:2], fair(10))
         self.addCleanup(link.close)
         return link
+
+
+class InstallTest(unittest.TestCase):
+    """install.sh and the unit, without installing them."""
+    functions = (HERE / 'install.sh').read_text(encoding='utf-8').rpartition('main "$@"')[0]
+
+    def install(self, *words: str, system: str = '') -> Any:
+        """What `install.sh WORDS` says and its exit code; `system`: what uname claims."""
+        folder = new_folder()
+        if system:
+            new_program(folder / 'uname', f'echo {system}')
+        env = {**clean_environment(), 'PATH': f'{folder}:{os.environ["PATH"]}', 'SUDO_USER': 'nobody', 'LC_ALL': 'C'}
+        return ran(['sh', str(HERE / 'install.sh'), *words], env=env, cwd=str(folder), timeout=fair(30))
+
+    def unit(self) -> Path:
+        """The unit with the Python that is here, since systemd-analyze looks for it."""
+        file = new_folder() / 'videoserver.service'
+        file.write_text((HERE / 'videoserver.service').read_text().replace('/usr/bin/python3', sys.executable))
+        return file
 
 
 # ---------- nginx -------------------------------------------------------------------------
