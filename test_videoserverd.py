@@ -105,7 +105,7 @@ def sources() -> Dict[Path, Tuple[str, ast.Module]]:
 
 LONGEST_FUNCTION = 40  # lines
 LONGEST_LINE = 120
-MOST_BYTES = 480_900  # of the program, and to fall to 420,000: when it is reached, two things are made one
+MOST_BYTES = 480_400  # of the program, and to fall to 420,000: when it is reached, two things are made one
 
 
 def bound(node):
@@ -7810,7 +7810,8 @@ class TestShare(ShareTest):
         form = '--b\r\nContent-Disposition: form-data; name="{}"\r\n\r\n{}\r\n--b--\r\n'
         for number, (kind, body) in enumerate([
                 ('application/json', '{{"text": "{}"}}'), ('application/json; charset=utf-8', '{{"URL": "Look! {}"}}'),
-                ('application/x-www-form-urlencoded', 'Text=a+b%20{}'), ('text/plain', 'Größe 🐈 {}'),
+                ('application/x-www-form-urlencoded', 'Text=a+b%20{}'),
+                ('application/x-www-form-urlencoded', 'title=&link={}?a=b'), ('text/plain', 'Größe 🐈 {}'),
                 ('multipart/form-data; boundary=b', form), ('multipart/form-data; boundary="b"', form),
                 ('', '{}'), ('application/octet-stream', '{}')]):
             link, name = tiktok_link(number), f'Zoe\u0301s {number} %/'.rstrip('/')

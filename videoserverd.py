@@ -7069,18 +7069,13 @@ def fill_xml(template, **texts):
     return template.format(**escaped)
 
 
+ENCLOSURE = '<link rel="enclosure" href="{url}" type="{type}" length="{size}"/>'
+
+
 def feed_head(own_id, title, seconds, rel, url):
     return fill_xml('<id>{id}</id><title>{title}</title><updated>{updated}</updated>'
                     '<link rel="{rel}" href="{url}"/>', id=own_id, title=title, rel=rel, url=url,
                     updated=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(seconds)))
-
-
-def feed_entry(row):
-    files = [fill_xml('<link rel="enclosure" href="{url}" type="{type}" length="{size}"/>', **file)
-             for file in row['files']]
-    head = feed_head(f'urn:uuid:{row["download_id"]}', row['title'] or row['filename'],
-                     row['completed_at'], 'alternate', row['url'])
-    return f'<entry>{head}{"".join(files)}</entry>'
 
 
 def get_feed(app, request):
@@ -7091,12 +7086,16 @@ def get_feed(app, request):
     address = own = app.base() + '/feed.xml'
     for key in app.config.api_keys[:1]:
         own += '?signature=' + sign_name(key, '/feed.xml')
-    rows = map(app.describe, app.store.page(50, 0, 'completed')[1])
     feed = ['<?xml version="1.0" encoding="utf-8"?><feed xmlns="http://www.w3.org/2005/Atom">',
             feed_head(address, 'Videos', time.time(), 'self', own),
-            '<author><name>videoserverd</name></author>',
-            *(feed_entry(row) for row in rows if row['files']), '</feed>']
-    return Reply(200, '\n'.join(feed).encode(), 'application/atom+xml; charset=utf-8')
+            '<author><name>videoserverd</name></author>']
+    for row in map(app.describe, app.store.page(50, 0, 'completed')[1]):
+        if row['files']:
+            title = row['title'] or row['filename']
+            feed += ['<entry>', feed_head(f'urn:uuid:{row["download_id"]}', title,
+                                          row['completed_at'], 'alternate', row['url'])]
+            feed += [fill_xml(ENCLOSURE, **file) for file in row['files']] + ['</entry>']
+    return Reply(200, '\n'.join([*feed, '</feed>']).encode(), 'application/atom+xml; charset=utf-8')
 
 
 def get_openapi(app, request):
@@ -7257,30 +7256,16 @@ def get_file(app, request):
 # -- the Shortcut of two actions
 
 
-def form_fields(body, boundary):
-    """Of multipart/form-data (RFC 7578)."""
-    fields = {}
-    for part in body.split(b'--' + boundary.strip('"').encode('latin-1'))[1:-1]:
-        head, _, content = part.partition(b'\r\n\r\n')
-        name = re.search(rb'\bname="([^"]*)"', head)
-        if name:
-            fields[name[1].decode('utf-8', 'replace')] = content[:-2].decode('utf-8', 'replace')
-    return fields
-
-
 def read_shared_text(request):
-    """What a phone sends: JSON or a form with the field text or url, else plain text."""
+    """What a phone sends: JSON with the field text or url, else any text; of a form too, as its
+    links are all that counts."""
     media = request.content_type()
-    if media == JSON:
-        fields = request.json()
-    elif media == 'multipart/form-data':
-        boundary = request.field('content-type').partition('boundary=')[2]
-        fields = form_fields(request.body(), boundary)
-    else:
-        fields = {'text': request.body().decode('utf-8', 'replace')}
-    if media == 'application/x-www-form-urlencoded':
-        fields = dict(parse_qsl(fields['text'], keep_blank_values=True))
-    fields = known_fields(fields)
+    if media != JSON:
+        text = request.body().decode('utf-8', 'replace')
+        if media == 'application/x-www-form-urlencoded':
+            text = '\n'.join(value for _, value in parse_qsl(text))
+        return text
+    fields = known_fields(request.json())
     found = fields.get('text', fields.get('url'))
     if not isinstance(found, str):
         raise Refused('bad_field', 'The field "text" is missing.')

@@ -2185,7 +2185,7 @@ LARGEST = {  # the longest text that each pattern may see, by the name or the fu
     4096: 'DOOR_HEAD parse_size OPTION_VALUES upto byte_rate version_in Vendor MAGIC',
     8192: 'post_url post_facts canonical_host LABEL WEB_LINK AUTHORITY split_url site_of '
           'POST_LINK ADVERTISEMENT',
-    16 << 10: 'B_PATH SIGNATURE SIGNED_NAME form_fields UUID_PATTERN REQUEST_LINE '
+    16 << 10: 'B_PATH SIGNATURE SIGNED_NAME UUID_PATTERN REQUEST_LINE '
               'FIELD_LINE TARGET HOST_FIELD BAD_PATH DOTS LINE_END BARE_LINE_END body_length check_signature '
               'parse_range',
     64 << 10: 'MARK wanted_members JobFolder YTDLP CURL Reach local_only xml_texts',
