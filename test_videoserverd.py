@@ -1123,7 +1123,7 @@ class TestFreeze(FreezeTest):
 
     def test_a_freeze_that_is_not_yt_dlps_counts_as_a_crash(self):
         daemon = self.new_daemon(security=ANYWHERE, site=None)
-        post = self.site.direct(hold_at=20_000)
+        post = self.site.direct(size=300_000, hold_at=200_000)
         id = daemon.half_way(post)
         daemon.kill()
         v.dump_file(daemon.config).write_text('Timeout (0:01:00)!\nThread 0x1 (most recent call first):\n  File "x"')
@@ -2100,6 +2100,9 @@ class TestAccidents(SchedulerTest):
             self.scheduler._watch(now)
             self.assertEqual(len(hangs), count)
         self.assertEqual(self.store.get(self.download_id)['reason'], 'timeout')
+        done = v.Outcome('done', files=(v.MediaFile('a.mp4', 1, 'video/mp4'),))
+        over = self.scheduler._store_outcome(run.job, done, 3)
+        self.assertEqual((over, self.store.get(self.download_id)['status']), (False, 'queued'), 'its note has to stay')
 
     def test_a_claim_that_was_stored_though_told_to_have_failed_is_taken_back(self):
         self.store.claim(self.download_id, 2)

@@ -1689,8 +1689,8 @@ class Store:
         else:
             columns.update(retry_count=job.attempt - (verb == 'give_up'), next_attempt_at=due,
                            reason=outcome.reason, error_message=excerpt(outcome.message, 500))
-        self._change(db, verb, job.id, now, **columns)
-        return verb in ('finish', 'give_up')
+        ended = self._change(db, verb, job.id, now, **columns)
+        return ended and verb in ('finish', 'give_up')
 
     def same_post(self, site, media_id, asked):
         """Completed downloads of this post, newest first."""
