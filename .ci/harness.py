@@ -862,7 +862,7 @@ class SchedulerTest(unittest.TestCase):
         self.download_id = self.store.add_many([submission], 1)[0].id
 
     def is_waiting(self) -> bool:
-        return [row['id'] for row in self.store.waiting(2)] == [self.download_id]
+        return [row['id'] for row in self.store.waiting()] == [self.download_id]
 
 
 class CareTest(unittest.TestCase):
