@@ -7814,7 +7814,7 @@ class TestShare(ShareTest):
         for number, (kind, body) in enumerate([
                 ('application/json', '{{"text": "{}"}}'), ('application/json; charset=utf-8', '{{"URL": "Look! {}"}}'),
                 ('application/x-www-form-urlencoded', 'Text=a+b%20{}'),
-                ('application/x-www-form-urlencoded', 'title=&link={}?a=b'), ('text/plain', 'Größe 🐈 {}'),
+                ('application/x-www-form-urlencoded', 'title=a+b&link={}'), ('text/plain', 'Größe 🐈 {}'),
                 ('multipart/form-data; boundary=b', form), ('multipart/form-data; boundary="b"', form),
                 ('', '{}'), ('application/octet-stream', '{}')]):
             link, name = tiktok_link(number), f'Zoe\u0301s {number} %/'.rstrip('/')
