@@ -1844,6 +1844,26 @@ class TestSignals(DaemonTest):
         wait_until(lambda: f'listening on 127.0.0.1 port {port}' in daemon.log(), 10)
         self.assertNotIn('Traceback', daemon.log())
 
+    def test_a_server_that_does_not_answer_us_holds_up_neither_restart_nor_stop_and_costs_no_try(self):
+        silent = socket.create_server(('127.0.0.1', 0))
+        silent.settimeout(60)
+        self.addCleanup(silent.close)
+        daemon = self.new_daemon(env={'VIDEOSERVER_NOTIFY_URL': f'http://127.0.0.1:{silent.getsockname()[1]}/'})
+        daemon.fails(str(self.site.tiktok(state='private')))
+
+        def under_way():
+            link, _ = silent.accept()  # held open, unanswered
+            self.addCleanup(link.close)
+            self.assertTrue(link.recv(1))
+        under_way()
+        began = time.monotonic()
+        daemon.signal(signal.SIGHUP)
+        wait_until(lambda: daemon.log().count('listening on') == 2, 10)
+        self.assertLess(time.monotonic() - began, fair(4))
+        under_way()
+        self.assertLess(daemon.terminate(), fair(4))
+        self.assertEqual(daemon.rows('SELECT attempts FROM outbox ORDER BY id')[0]['attempts'], 0)
+
     def test_a_program_with_holes_is_not_taken_up(self):
         daemon = self.new_daemon(hurry={'VERSION': '1.0.0'})  # a copy of its own
         text = daemon.program.read_bytes()

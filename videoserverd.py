@@ -5328,7 +5328,7 @@ class Scheduler:
         if not self.paused:
             self._start_due(now, monotonic)
 
-    def _employ(self, download_id, alone=False):
+    def _employ(self, download_id, alone):
         """Give it to a new worker (idle threads cost memory). Raises what Thread.start does."""
         with self._changed:
             if download_id in self._running or self._stopping.is_set():
