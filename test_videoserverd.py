@@ -71,17 +71,17 @@ sys.path.insert(0, str(Path(__file__).absolute().parent / '.ci'))
 from harness import (  # noqa: E402, I001
     ANYWHERE, ANY_PLACE, ANY_SITE, Answer, BROKEN, Browser, CHROMIUM, CONNECTED, COOKIE_ROWS, CareTest, Classes,
     CookiesTest, CopiesTest, Daemon, DaemonTest, DownloadTest, ENTER, FILES_KEY, FilesTest, FreezeTest,
-    FreshDaemonTest, FreshnessTest, GuardTest, HARD_NAMES, HERE, HTML, IN_THE_CLEAR, ImportTest, InstallTest,
-    KeepTest, KillTally, LARGEST, LIBRESSL, LISTED, Listener, LocalServer, LogTest, NOW, Nginx, NginxTest, ONE_ROW,
-    OpenBucket, OtherSite, PART, PageTest, QuietHandler, REAL_TRY_OUT, ROWS, RUN, S3_DOCS, S3_DOCS_NOW,
-    S3_DOCS_PRESIGNED, SAME_AS_YTDLP, SHARED, SIGNED, STUB, SchedulerTest, ServerTest, ShareTest, Standin, Strace,
-    TINY_MP4, TINY_TS, TRAPS, ThumbnailTest, USE_YTDLP, WithBucket, WithIndex, WithUploader, YEAR, banners,
-    browser_host, certificates, change_database, contents, cookie_files, fair, fetch, fields_of, files_below,
+    FreshDaemonTest, FreshnessTest, GuardTest, HARD_NAMES, HERE, HTML, IN_THE_CLEAR, Impersonated, ImportTest,
+    InstallTest, KeepTest, KillTally, LARGEST, LIBRESSL, LISTED, Listener, LocalServer, LogTest, NOW, Nginx,
+    NginxTest, ONE_ROW, OpenBucket, OtherSite, PART, PageTest, QuietHandler, REAL_TRY_OUT, ROWS, RUN, S3_DOCS,
+    S3_DOCS_NOW, S3_DOCS_PRESIGNED, SAME_AS_YTDLP, SHARED, SIGNED, STUB, SchedulerTest, ServerTest, ShareTest,
+    Standin, Strace, TINY_MP4, TINY_TS, TRAPS, ThumbnailTest, USE_YTDLP, WithBucket, WithIndex, WithUploader, YEAR,
+    banners, browser_host, certificates, change_database, contents, cookie_files, fair, fetch, fields_of, files_below,
     first_definitions, full_disk, functions, global_uses, handshake, imported, in_time, judge, largest_fall, last_of,
     make_wheel, movie, new_config, new_folder, new_program, no_pip, open_store, openssl, own_config, parsed, patched,
     path_without_ffmpeg, picture, probe, publish_config, ran, real_files, reserved, run_maker, run_openssl,
-    same_bytes, security, self_signed, shared_links, sign_by_hand, slowest, some_files, sound, starts, streams,
-    tiktok_export, tiktok_link, unpack_compiled, vendored, vendored_curl, verdict, wait_until, with_pattern,
+    same_bytes, security, self_signed, serve_blocks, shared_links, sign_by_hand, slowest, some_files, sound, starts,
+    streams, tiktok_export, tiktok_link, unpack_compiled, vendored, vendored_curl, verdict, wait_until, with_pattern,
     ytdlp_folder, ytdlp_says, zipped,
 )
 
@@ -2314,9 +2314,6 @@ class TestPosts(DownloadTest):
         v.forget_files(self.config(), 'an-id', ())
         self.assertEqual(os.listdir(self.output / '.incomplete'), [])
 
-    def names(self, post: Any, *kinds: str, title: str = 'A caption') -> List[str]:
-        return [f'{title}_{post.id}_{at}.{kind}' for at, kind in enumerate(kinds, 1)]
-
     def test_photo_posts_give_their_pictures_in_full_size_and_tiktok_the_sound(self):
         post = self.site.tiktok(pictures=3, title='Three\nof them')
         for url in (post, post.replace('/photo/', '/video/'), self.site.short(post)):
@@ -3188,10 +3185,6 @@ class TestResume(DownloadTest):
                 again = before + sum(route.sent for route in routes) - len(whole)  # what was there and came once more
                 self.assertLess(again, len(whole) // 10)
 
-    def on_disk(self, post: Any) -> int:
-        return sum(size for path, size in files_below(self.output / '.incomplete' / post.id).items()
-                   if path.suffix not in ('.json', '.ytdl', '.new'))
-
     def test_a_kill_between_rename_and_commit_makes_no_second_set(self):
         post = self.site.instagram('video', 'video', title='Set')
         attempt = self.attempt(post, 'crashed')
@@ -3747,26 +3740,8 @@ class TestGuard(GuardTest):
         self.assertEqual([route.hits for route in post.media], [0] * len(post.media))
 
 
-class TestGuardImpersonated(TestGuard):
+class TestGuardImpersonated(Impersonated, TestGuard):
     """The same with impersonate=on, where curl_cffi asks for all pages: nothing is reached but by the door."""
-    together = 'impersonated'  # curl_cffi is imported once
-    number = 3
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        vendored_curl()
-        super().setUpClass()
-        v.import_ytdlp(ytdlp_folder(), True)
-        if not v.IMPORTED.get('curl'):
-            raise unittest.SkipTest('yt-dlp was imported without curl_cffi: run this class alone')
-
-    def config(self, proxy: bool = True, **sections: Dict[str, Any]) -> Any:
-        sections['downloader'] = {'impersonate': 'on', **sections.get('downloader', {})}
-        return super().config(proxy, **sections)
-
-    def by_curl(self) -> List[bool]:
-        """Whether each request so far came from curl_cffi."""
-        return [request.headers.get('Sec-Ch-Ua', '').startswith('"') for request in self.site.requests]
 
     def test_pages_are_asked_for_as_a_browser_does_and_files_as_ever(self):
         for post in (self.site.tiktok(), self.site.instagram()):
@@ -4944,13 +4919,6 @@ class TestHostileServer(unittest.TestCase):
                     bucket.delete('k')
             self.assertTrue(str(caught.exception).isprintable(), caught.exception)
 
-    def serve(self, door, blocks, pause, gone):
-        with door.accept()[0] as client, contextlib.suppress(OSError):
-            client.recv(65536)
-            for block in blocks:
-                client.sendall(block)
-                gone.wait(pause)
-
     def test_it_holds_nobody_up(self):
         drip, answers = [b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\nX: '] + [b'.'] * 200, []
 
@@ -4967,7 +4935,7 @@ class TestHostileServer(unittest.TestCase):
             with self.subTest(said, first=blocks[:1]), \
                     contextlib.closing(socket.create_server(('127.0.0.1', 0))) as door:
                 gone = threading.Event()
-                threading.Thread(target=self.serve, args=(door, blocks, pause, gone), daemon=True).start()
+                threading.Thread(target=serve_blocks, args=(door, blocks, pause, gone), daemon=True).start()
                 with in_time(2), self.assertRaisesRegex(OSError, said), \
                         unittest.mock.patch.object(http.client.HTTPConnection, 'response_class', Kept):
                     v.http_call('GET', f'http://127.0.0.1:{door.getsockname()[1]}/', answer_seconds=0.5, limit=1000)

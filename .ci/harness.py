@@ -1821,6 +1821,15 @@ class DownloadTest(unittest.TestCase):
         (self.folder / 'bin').mkdir()
         return new_program(self.folder / 'bin/ffmpeg', SLEEPER)
 
+    def names(self, post: Any, *kinds: str, title: str = 'A caption') -> List[str]:
+        """Those of the files of a post of several items."""
+        return [f'{title}_{post.id}_{at}.{kind}' for at, kind in enumerate(kinds, 1)]
+
+    def on_disk(self, post: Any) -> int:
+        """How much of a post that is being fetched."""
+        return sum(size for path, size in files_below(self.output / '.incomplete' / post.id).items()
+                   if path.suffix not in ('.json', '.ytdl', '.new'))
+
     def finished(self) -> Dict[str, bytes]:
         """What is visible in the output folder."""
         return {path.name: path.read_bytes() for path in self.output.iterdir() if not path.name.startswith('.')}
@@ -1867,6 +1876,28 @@ class GuardTest(DownloadTest):
         real = v.is_public
         return unittest.mock.patch.multiple(v, own_networks=lambda: [], is_public=lambda address: (
             address in addresses or real(address)))
+
+
+class Impersonated:
+    """What a DownloadTest has to be told for impersonate=on, where curl_cffi asks for all pages."""
+    together = 'impersonated'  # curl_cffi is imported once
+    number = 3
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        vendored_curl()
+        super().setUpClass()
+        v.import_ytdlp(ytdlp_folder(), True)
+        if not v.IMPORTED.get('curl'):
+            raise unittest.SkipTest('yt-dlp was imported without curl_cffi: run this class alone')
+
+    def config(self, proxy: bool = True, **sections: Dict[str, Any]) -> Any:
+        sections['downloader'] = {'impersonate': 'on', **sections.get('downloader', {})}
+        return super().config(proxy, **sections)
+
+    def by_curl(self) -> List[bool]:
+        """Whether each request so far came from curl_cffi."""
+        return [request.headers.get('Sec-Ch-Ua', '').startswith('"') for request in self.site.requests]
 
 
 # ---------- judges ------------------------------------------------------------------------
@@ -2888,6 +2919,15 @@ class CopiesTest(DaemonTest):
     def copied(self, id, state='stored'):
         return self.daemon.wait_for(id, lambda row: (row['s3'] or {}).get('state') == state,
                                     120)  # its gaps double
+
+
+def serve_blocks(door: socket.socket, blocks: Sequence[bytes], pause: float, gone: threading.Event) -> None:
+    """Answers one client with these blocks, a pause between them, until `gone`."""
+    with door.accept()[0] as client, contextlib.suppress(OSError):
+        client.recv(65536)
+        for block in blocks:
+            client.sendall(block)
+            gone.wait(pause)
 
 
 class Listener(LocalServer):
