@@ -72,8 +72,8 @@ from harness import (  # noqa: E402, I001
     ANYWHERE, ANY_PLACE, ANY_SITE, Answer, BROKEN, Browser, CHROMIUM, CONNECTED, COOKIE_ROWS, CareTest, Classes,
     CookiesTest, CopiesTest, Daemon, DaemonTest, DownloadTest, ENTER, FILES_KEY, FilesTest, FreezeTest,
     FreshDaemonTest, FreshnessTest, GuardTest, HARD_NAMES, HERE, HTML, IN_THE_CLEAR, Impersonated, ImportTest,
-    InstallTest, KeepTest, KillTally, LARGEST, LIBRESSL, LISTED, Listener, LocalServer, LogTest, NOW, Nginx,
-    NginxTest, ONE_ROW, OpenBucket, OtherSite, PART, PageTest, QuietHandler, REAL_TRY_OUT, ROWS, RUN, S3_DOCS,
+    InstallTest, KeepTest, KillTally, LARGEST, LIBRESSL, LISTED, Listener, LocalServer, LogTest, MakerTest, NOW,
+    Nginx, NginxTest, ONE_ROW, OpenBucket, OtherSite, PART, PageTest, QuietHandler, REAL_TRY_OUT, ROWS, RUN, S3_DOCS,
     S3_DOCS_NOW, S3_DOCS_PRESIGNED, SAME_AS_YTDLP, SHARED, SIGNED, STUB, SchedulerTest, ServerTest, ShareTest,
     Standin, Strace, TINY_MP4, TINY_TS, TRAPS, ThumbnailTest, USE_YTDLP, WithBucket, WithIndex, WithUploader, YEAR,
     banners, browser_host, certificates, change_database, contents, cookie_files, fair, fetch, fields_of, files_below,
@@ -3246,24 +3246,10 @@ class TestStop(DownloadTest):
     """Cancel works in under a second in every phase; what was started ends with it."""
     together = 'attempts'
 
-    def stops(self, attempt: Any, ready: Callable[[], Any], reason: str = 'cancelled') -> None:
-        """It ends within a second of stop(), once ready() is true."""
-        run = self.in_background(attempt)
-        wait_until(ready, what='the phase to stop in')
-        began = time.monotonic()
-        attempt.stop(reason)
-        self.assertAlmostEqual(attempt.reach.stopped_at, began, delta=fair(0.2))
-        outcome = run.wait()
-        self.assertLess(time.monotonic() - began, fair(0.9))
-        self.assert_ends(outcome, 'cancelled' if reason == 'cancelled' else 'retry', reason)
-        if reason == 'cancelled':
-            self.assertFalse(attempt.folder.path.exists())
-        self.assertEqual(self.finished(), {})
-
     @unittest.skipUnless(shutil.which('ffmpeg'), 'ffmpeg is not installed')
     def test_while_a_slideshow_is_made(self):
         attempt = self.attempt(self.site.tiktok(pictures=20), config=self.config(downloads={'slideshow': 'on'}))
-        self.stops(attempt, lambda: list(attempt.folder.path.glob('*.ts')))
+        self.assert_stops(attempt, lambda: list(attempt.folder.path.glob('*.ts')))
 
     def test_before_it_starts(self):
         attempt = self.attempt(self.site.tiktok())
@@ -3274,15 +3260,15 @@ class TestStop(DownloadTest):
     def test_in_page_and_media_even_if_the_server_drips_a_byte_a_second(self):
         for trouble in ({'fail': ['hang']}, {'drip': 0.5}):
             post = self.site.tiktok(page=trouble)
-            self.stops(self.attempt(post), lambda post=post: post.page.hits)
+            self.assert_stops(self.attempt(post), lambda post=post: post.page.hits)
         for trouble in ({'drip': 1.0}, {'fail': ['hang']}, {'hold_at': 50_000}, {'speed': 30_000}):
             post = self.site.tiktok(size=3_000_000, **trouble)
-            self.stops(self.attempt(post), lambda post=post: post.media[0].hits)
+            self.assert_stops(self.attempt(post), lambda post=post: post.media[0].hits)
 
     def test_in_hls_with_one_thread_or_four(self):
         for options in ([], ['-N', '4']):
             post = self.site.direct('hls', size=3_000_000, parts=12, drip=0.3)
-            self.stops(self.attempt(post, options=options, config=self.direct_config()),
+            self.assert_stops(self.attempt(post, options=options, config=self.direct_config()),
                        lambda post=post, options=options: sum(route.hits for route in post.media) > len(options))
 
     def test_while_names_are_looked_up_or_a_host_does_not_answer(self):
@@ -3293,7 +3279,7 @@ class TestStop(DownloadTest):
             never.wait(30)  # longer than any load excuses
             raise OSError('no answer')
         with unittest.mock.patch('_socket.getaddrinfo', nobody):
-            self.stops(self.attempt(self.site.tiktok()), asked.is_set)
+            self.assert_stops(self.attempt(self.site.tiktok()), asked.is_set)
         with socket.socket() as full, socket.socket() as first, socket.socket() as second:
             full.bind(('127.0.0.1', 0))
             full.listen(0)
@@ -3302,7 +3288,7 @@ class TestStop(DownloadTest):
                 client.connect_ex(full.getsockname())
             CONNECTED.clear()
             config = self.config(downloader={'proxy': 'http://127.0.0.1:%d' % full.getsockname()[1]})
-            self.stops(self.attempt(self.site.tiktok(), config=config), lambda: CONNECTED)
+            self.assert_stops(self.attempt(self.site.tiktok(), config=config), lambda: CONNECTED)
 
     def test_between_two_tries_and_under_a_rate_limit(self):
         nap, naps = v.Stopper.nap, []
@@ -3313,7 +3299,7 @@ class TestStop(DownloadTest):
         for post, options in ((self.site.tiktok(fail=[503] * 9), ['-R', '20']),
                               (self.site.tiktok(size=3_000_000), ['-r', '10K'])):
             with unittest.mock.patch.object(v.Stopper, 'nap', long_nap):
-                self.stops(self.attempt(post, options=options), lambda: naps)
+                self.assert_stops(self.attempt(post, options=options), lambda: naps)
             del naps[:]
 
     def test_what_a_stop_cut_off_is_not_taken_for_whole(self):
@@ -3331,7 +3317,7 @@ class TestStop(DownloadTest):
         post = self.site.direct('dash')
         attempt = self.attempt(post, config=self.direct_config())
         with unittest.mock.patch.dict(os.environ, {'PATH': f'{fake.parent}:{os.environ["PATH"]}'}):
-            self.stops(attempt, lambda: files_below(fake.parent).get(fake.parent / 'ffmpeg.args'))
+            self.assert_stops(attempt, lambda: files_below(fake.parent).get(fake.parent / 'ffmpeg.args'))
         said = (fake.parent / 'ffmpeg.args').read_text()
         self.assertGreater(said.count('-i file:'), 0)
         self.assertEqual(said.count('-i '), said.count(' '.join(v.LOCAL_FILES) + ' -i file:'))
@@ -3383,7 +3369,7 @@ class TestStop(DownloadTest):
             syncing.set()
             threading.Event().wait(30)
         with unittest.mock.patch('os.fsync', slow):
-            self.stops(self.attempt(self.site.tiktok()), syncing.is_set)
+            self.assert_stops(self.attempt(self.site.tiktok()), syncing.is_set)
 
 
 class TestLimits(DownloadTest):
@@ -5063,14 +5049,6 @@ class TestNotify(DaemonTest):
 class TestKeep(KeepTest):
     """[downloads] keep: the oldest finished go first, never a starred one, after a day's notice."""
 
-    def gone(self) -> List[int]:
-        """Which files are gone; exactly their rows say so."""
-        missing = [day for day in range(6) if not (self.output / f'{day}.mp4').exists()]
-        for day, row in enumerate(self.store.get(id) for id in self.ids):
-            made = ('room', 'Deleted to make room.', None) if day in missing else (None, None, 100)
-            self.assertEqual((row['reason'], row['note'], row['file_size'], row['status']), (*made, 'completed'))
-        return missing
-
     def test_what_is_not_yet_in_the_bucket_stays(self):
         self.make('10d')
         self.look(50)
@@ -6274,20 +6252,8 @@ class TestDailyCare(unittest.TestCase):
             self.assertEqual(str(daemon.health.problems(None)).count('certificate expires in 13 days. Fix: '), count)
 
 
-class TestKillAndFullDisk(unittest.TestCase):
+class TestKillAndFullDisk(MakerTest):
     """A kill or a full disk leaves the old pair whole."""
-
-    def check_whole(self, config: Any) -> None:
-        """The files are a good set, the keys are private, nothing is left over."""
-        self.assertRegex(verdict(config, config.server.cert_file, '-verify_hostname', 'localhost'), r'\bOK\n$')
-        v.server_context(config)
-        for name in ('ca', 'server'):
-            file = config.server.ca_file.with_name(name)
-            self.assertEqual(openssl('pkey', '-in', file.with_suffix('.key'), '-pubout'),
-                             openssl('x509', '-in', file.with_suffix('.crt'), '-noout', '-pubkey'))
-        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in config.server.ca_file.parent.iterdir()}
-        self.assertEqual(modes, {'ca.crt': '0o644', 'ca.key': '0o600', 'names.json': '0o644', 'server.crt': '0o644',
-                          'server.key': '0o600'})
 
     def test_kill_at_each_step_of_a_renewal(self):
         config = new_config()

@@ -1839,6 +1839,20 @@ class DownloadTest(unittest.TestCase):
         self.assertRegex(outcome.message, r'^[A-Zy][^\n]{10,250}\.$|^Cancelled$')
         self.assertNotRegex(outcome.message, '--(?!output)|github|ERROR')
 
+    def assert_stops(self, attempt: Any, ready: Callable[[], Any], reason: str = 'cancelled') -> None:
+        """It ends within a second of stop(), once ready() is true."""
+        run = self.in_background(attempt)
+        wait_until(ready, what='the phase to stop in')
+        began = time.monotonic()
+        attempt.stop(reason)
+        self.assertAlmostEqual(attempt.reach.stopped_at, began, delta=fair(0.2))
+        outcome = run.wait()
+        self.assertLess(time.monotonic() - began, fair(0.9))
+        self.assert_ends(outcome, 'cancelled' if reason == 'cancelled' else 'retry', reason)
+        if reason == 'cancelled':
+            self.assertFalse(attempt.folder.path.exists())
+        self.assertEqual(self.finished(), {})
+
     def assert_done(self, outcome: Any, *bodies: Any) -> List[str]:
         """It ended with files of these bodies (routes or bytes), in this order; their names."""
         self.assertEqual(outcome.kind, 'done', outcome)
@@ -3102,6 +3116,14 @@ class KeepTest(unittest.TestCase):
             "UPDATE downloads SET site = 't', media_id = ? WHERE id = ?", (name, id)))
         return id
 
+    def gone(self) -> List[int]:
+        """Which files are gone; exactly their rows say so."""
+        missing = [day for day in range(6) if not (self.output / f'{day}.mp4').exists()]
+        for day, row in enumerate(self.store.get(id) for id in self.ids):
+            made = ('room', 'Deleted to make room.', None) if day in missing else (None, None, 100)
+            self.assertEqual((row['reason'], row['note'], row['file_size'], row['status']), (*made, 'completed'))
+        return missing
+
     def look(self, day: float) -> str:
         """What is said after the looks of that time."""
         said = ''
@@ -3252,6 +3274,22 @@ def doomed(step, names=tuple(CHANGES)):
     for name in names:
         deadly(CHANGES[name], name)
 '''
+
+
+class MakerTest(unittest.TestCase):
+    """Looks at certificates, whatever has happened to their maker."""
+
+    def check_whole(self, config: Any) -> None:
+        """The files are a good set, the keys are private, nothing is left over."""
+        self.assertRegex(verdict(config, config.server.cert_file, '-verify_hostname', 'localhost'), r'\bOK\n$')
+        v.server_context(config)
+        for name in ('ca', 'server'):
+            file = config.server.ca_file.with_name(name)
+            self.assertEqual(openssl('pkey', '-in', file.with_suffix('.key'), '-pubout'),
+                             openssl('x509', '-in', file.with_suffix('.crt'), '-noout', '-pubkey'))
+        modes = {file.name: oct(file.stat().st_mode & 0o777) for file in config.server.ca_file.parent.iterdir()}
+        self.assertEqual(modes, {'ca.crt': '0o644', 'ca.key': '0o600', 'names.json': '0o644', 'server.crt': '0o644',
+                          'server.key': '0o600'})
 
 
 def run_maker(config: Any, script: str) -> str:
