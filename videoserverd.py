@@ -364,7 +364,7 @@ def clients(text):
     return networks(CLIENTS.get(text.lower(), text))
 
 
-@accepts('an address such as https://pi.local:8443')
+@accepts('a whole web address such as https://pi.local:8443, without ? or #')
 def http_url(text):
     """An http or https address without query, fragment or final slash."""
     parts = urlsplit(text)
@@ -394,7 +394,7 @@ delay_list = listing(r'\d{1,7}', 'seconds, separated by commas, such as 60,300,9
 icloud_url = matching(r'https://www\.icloud\.com/shortcuts/\w{1,100}/?',
                       'an address such as https://www.icloud.com/shortcuts/0123abcd')
 notify_url = matching(r'(?:ntfy\+)?https?://[^\s"<>\\#@/]+(?:/[^\s"<>\\#]*)?',
-                      'an address such as https://ntfy.sh/my-topic')
+                      'a whole web address such as https://ntfy.sh/my-topic, without #')
 FIELD = r'%\((?:title|id|uploader|site|date)\)s'
 NAME_PART = rf'(?:{FIELD}|[^\s\0-\x1f/.%\\:*?"<>|~-])(?:{FIELD}|[^\0-\x1f/%\\:*?"<>|]){{0,100}}'
 name_pattern = matching(
@@ -474,7 +474,7 @@ SETTINGS = {  # section: {key: (default, parser, help)}; a parser's ValueError s
         'endpoint': ('', optional(http_url), 'object storage for a copy of each file'),
         'public_endpoint': ('', optional(http_url), 'its address as phones reach it'),
         'bucket': ('', str, 'its name; {bucket} in the endpoint: virtual-host addresses'),
-        'region': ('us-east-1', matching('.+', 'not empty'), 'region to sign for'),
+        'region': ('us-east-1', matching('.+', 'a name such as us-east-1'), 'region to sign for'),
         'prefix': ('', str, 'put before each object name'),
         'url_expiry': ('86400', whole(60, 604800), 'seconds that a signed link is valid'),
     },
@@ -534,8 +534,8 @@ def parse_setting(where, section, key, text, folder):
             raise ValueError('one line')
         value = rows[key][1](text.strip())
     except ValueError as error:
-        raise ConfigError(f'{where}: [{section}] {key} = {text!r} is not accepted: '
-                          f'{error}') from None
+        raise ConfigError(f'{where}: [{section}] {key} = {text!r} cannot be used. Set it to '
+                          f'{error}.') from None
     if isinstance(value, Path):
         with suppress(RuntimeError):  # a service user may have no home
             value = value.expanduser()
@@ -1732,16 +1732,23 @@ class Store:
 
     # -- room on the disk
 
-    def oldest(self, before):
-        """The first 100 finished before then, with files, no star and no upload to come."""
-        return self.read(f'SELECT id, file_size FROM downloads WHERE {HAS_FILES} AND starred = 0 '
-                         "AND coalesce(s3_state, '') NOT IN ('waiting', 'failing') "
-                         'AND completed_at < ? ORDER BY completed_at LIMIT 100', (before,))
-
-    def bytes_kept(self):
-        """Bytes of all files, shared ones once."""
-        return self.read('SELECT coalesce(sum(size), 0) FROM (SELECT max(file_size) AS size '
-                         f'FROM downloads WHERE {HAS_FILES} GROUP BY file_path)')[0][0]
+    def beyond_keep(self, kind, amount, now):
+        """Ids of the first 100 finished before so many days, or beyond so many bytes; they have
+        files, no star and no upload to come."""
+        before, excess = now - amount * 86400, math.inf
+        if kind == 'bytes':  # shared files count once
+            before, excess = now, -amount + self.read(
+                'SELECT coalesce(sum(size), 0) FROM (SELECT max(file_size) AS size '
+                f'FROM downloads WHERE {HAS_FILES} GROUP BY file_path)')[0][0]
+        ids = []
+        for row in self.read(
+                f'SELECT id, file_size FROM downloads WHERE {HAS_FILES} AND starred = 0 '
+                "AND coalesce(s3_state, '') NOT IN ('waiting', 'failing') "
+                'AND completed_at < ? ORDER BY completed_at LIMIT 100', (before,)):
+            if excess > 0:
+                ids.append(row['id'])
+                excess -= row['file_size'] or 0
+        return ids
 
     @committed
     def make_room(self, db, ids, now):
@@ -4786,6 +4793,10 @@ def file_path(download_id, name):
     return f'/files/{download_id}/{quote(os.path.basename(name), safe="")}'
 
 
+def thumbnail_path(download_id):
+    return f'/api/v1/thumbnail/{download_id}'
+
+
 def link_secret(file):
     """The key that signs links; created if missing (or emptied by a power cut). Raises OSError."""
     if not file.exists() or not file.stat().st_size:
@@ -6188,8 +6199,8 @@ FIELD_LINE = re.compile(rf'({TOKEN}):([\t\x20-\x7e\x80-\xff]*)')
 HOST_FIELD = re.compile(r'(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:\d{1,5})?')
 BAD_PATH = re.compile(r'%(?![0-9A-Fa-f]{2})|%2f|%5c|%0|%1|%7f|//', re.I)
 LINE_END = re.compile(r'[\x00-\x08\x0a-\x1f\x7f]')
-CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: "
-       "data:{images}; media-src 'self'; connect-src 'self'; manifest-src 'self'; "
+CSP = ("default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:{images}; "
+       "media-src 'self'; connect-src 'self'; manifest-src 'self'; "
        "form-action 'self'; base-uri 'none'; frame-ancestors 'none'")
 SAME_HEADERS = {  # unless a reply has its own
     'Server': 'videoserverd', 'X-Content-Type-Options': 'nosniff', 'X-Frame-Options': 'DENY',
@@ -6503,9 +6514,8 @@ class App:
     def base(self):
         return public_base(self.config, self.port)
 
-    def link(self, download_id, name):
-        """The path of a finished file below our base, signed if keys are set."""
-        path = file_path(download_id, name)
+    def link(self, path):
+        """A path below our base, signed if keys are set."""
         if self.config.api_keys:
             expires = int(time.time()) + self.config.s3.url_expiry
             path += sign_path(self.link_secret, path, expires)
@@ -6515,7 +6525,7 @@ class App:
         """A download as document A lists it."""
         progress, files = self.board.progress(record['id']), []
         for file in record['files'] * (record['reason'] != 'room'):
-            path = self.link(record['id'], file.name)
+            path = self.link(file_path(record['id'], file.name))
             files.append({**file._asdict(), 'url': self.base() + path, 'path': path.lstrip('/')})
         percent = shown_percent(record, progress)
         row = {name: record.get(name, getattr(progress, name, None)) for name in DOWNLOAD_FIELDS}
@@ -6527,7 +6537,7 @@ class App:
         if files:
             row['public_url'] = files[0]['url']
             if (self.thumbs / f'{record["id"]}.jpg').exists():
-                row['thumbnail'] = f'api/v1/thumbnail/{record["id"]}'
+                row['thumbnail'] = self.link(thumbnail_path(record['id'])).lstrip('/')
         if record['s3_state']:
             row['s3'] = {'state': record['s3_state'], 'error': record['s3_error']}
         return row
@@ -6623,6 +6633,15 @@ def has_key(app, request):
 def require_key(app, request):
     if not has_key(app, request):
         raise HTTPError(401, 'Send a valid key in the header X-API-Key.')
+
+
+def require_link(app, request, path):
+    """Ask for the key, unless the request has a signature of `path`."""
+    signed = check_signature(app.link_secret, path, request.query, time.time())
+    if not signed and 'signature' not in request.query:
+        require_key(app, request)
+    elif not signed and not has_key(app, request):
+        raise HTTPError(403, 'This link has expired or is incomplete; copy it again.', 'bad_link')
 
 
 def check_share(app, request):
@@ -6966,8 +6985,10 @@ def delete_download(app, request):
 
 def get_thumbnail(app, request):
     """A thumbnail."""
+    download_id = request.params['id']
+    require_link(app, request, thumbnail_path(download_id))
     try:
-        data = (app.thumbs / f'{request.params["id"]}.jpg').read_bytes()
+        data = (app.thumbs / f'{download_id}.jpg').read_bytes()
     except OSError:
         raise HTTPError(404, 'It has no thumbnail.') from None
     return Reply(200, data, 'image/jpeg', (('Cache-Control', 'private, max-age=86400'),))
@@ -7111,10 +7132,10 @@ def get_asset(app, request):
     if isinstance(content, str):
         content = content.encode()
     csp = CSP.format(images=app.image_origin * is_at_home(request))
-    more = ('Cache-Control', 'no-cache')
-    if request.path.startswith('/setup/'):  # the picture that the plain page of `phone` asks for
-        more = ('Cross-Origin-Resource-Policy', 'cross-origin')
-    return Reply(200, content, media, (('Content-Security-Policy', csp), more))
+    headers = ('Content-Security-Policy', csp), ('Cache-Control', 'no-cache')
+    if media == 'image/png':  # the plain page of `phone` asks for it, too
+        headers += ('Cross-Origin-Resource-Policy', 'cross-origin'),
+    return Reply(200, content, media, headers)
 
 
 # -- handlers, document B
@@ -7241,12 +7262,7 @@ def reply_with_file(app, request, file):
 
 def get_file(app, request):
     """A finished file: Range, If-Range, If-None-Match (RFC 9110 sections 13 and 14)."""
-    path = file_path(request.params['id'], request.params['name'])
-    signed = check_signature(app.link_secret, path, request.query, time.time())
-    if not signed and 'signature' not in request.query:
-        require_key(app, request)
-    elif not signed and not has_key(app, request):
-        raise HTTPError(403, 'This link has expired or is incomplete; copy it again.', 'bad_link')
+    require_link(app, request, file_path(request.params['id'], request.params['name']))
     for file in app.record(request)['files']:
         if os.path.basename(file.name) == request.params['name']:  # no link has folders
             return reply_with_file(app, request, file)
@@ -7348,7 +7364,7 @@ ROUTES = (
         Param('since', optional(whole(0, 999999999)), '', 'int'),
         Param('wait', whole(0, 25), '25', 'int'))),
     Route('GET', '/api/v1/health', get_health, 'Health', access='open'),
-    Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'image/jpeg'),
+    Route('GET', '/api/v1/thumbnail/{id}', get_thumbnail, 'image/jpeg', access='link'),
     Route('POST', ID + '/cancel', post_cancel, 'Download', errors=(409,)),
     Route('POST', ID + '/retry', post_retry, 'Download', errors=(409,)),
     *(Route('POST', f'{ID}/{verb}', post_star, 'Download') for verb in ('star', 'unstar')),
@@ -7929,7 +7945,19 @@ summary { min-height: 2.75rem; padding: .65rem 0; cursor: pointer; color: var(--
 @keyframes arrive { from { visibility: hidden; } }
 '''
 
-PAGE_JS = r'''
+BASE_JS = r'''
+const $ = id => document.getElementById(id);
+const recall = (name, other) => JSON.parse(localStorage.getItem('videoserverd.' + name)) ?? other;
+function remember(name, value) {
+  localStorage.setItem('videoserverd.' + name, JSON.stringify(value));
+  return value;
+}
+// As UTF-8 bytes: fetch() rejects other characters, and a key may have an invisible one.
+const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
+const keyHeader = () => recall('key') ? {'X-API-Key': octets(recall('key'))} : {};
+'''
+
+PAGE_JS = BASE_JS + r'''
 const STATES = {
   '': 'All', failed: 'Failed', queued: 'Waiting', downloading: 'Active', completed: 'Done'};
 const CHUNK = 20;         // rows drawn together
@@ -7942,7 +7970,6 @@ const MOST_SHARED = 100 << 20;  // bytes; an iPhone's share sheet fails on much 
 const FEW = 5;            // from so many videos on there is something to filter and to search
 const PASSING = [0, 401, 408, 429, 500, 502, 503, 504];  // send it later (0: no answer)
 
-const $ = id => document.getElementById(id);
 const part = (node, selector) => node.querySelector(selector);
 // The one that is there, or a new one.
 const nodeOf = (id, template) =>
@@ -7969,12 +7996,6 @@ function moment(time) {
   return new Date(1000 * time).toLocaleString([], style);
 }
 
-// ---- what this browser remembers ----
-const recall = (name, other) => JSON.parse(localStorage.getItem('videoserverd.' + name)) ?? other;
-function remember(name, value) {
-  localStorage.setItem('videoserverd.' + name, JSON.stringify(value));
-  return value;
-}
 const clientId = () => recall('client') ??
   remember('client', 'web-' + Math.random().toString(36).slice(2));
 
@@ -7998,10 +8019,6 @@ function hush() {
 
 // ---- talking to the server ----
 let online = null, locked = false;  // locked: a key is wanted and not known
-
-// As UTF-8 bytes: fetch() rejects other characters, and a key may have an invisible one.
-const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
-const keyHeader = () => recall('key') ? {'X-API-Key': octets(recall('key'))} : {};
 
 async function api(method, path, body, signal) {
   const patience = AbortSignal.timeout(body?.size > PART ? 100 * PATIENCE : PATIENCE);
@@ -8086,12 +8103,12 @@ const withCommands = text =>
   text.split('`').map((piece, i) => i % 2 ? element('code', {}, piece) : piece);
 
 // ---- sending links: what is in the outbox has had no answer yet ----
-let flushing = false;
+let flushing = false, delay = '';  // why they stay here, if the server has said so
 const outbox = () => recall('outbox', []);
 function changeOutbox(entries) {
   remember('outbox', entries);
   $('outbox').hidden = !entries.length;
-  const state = online ? 'Sending' : 'Kept here, sent when the server answers';
+  const state = online ? delay || 'Sending' : 'Kept here, sent when the server answers';
   $('outbox').replaceChildren(...entries.map(({text, timestamp}) => element('li', {},
     element('span', {}, text.slice(0, 300), element('small', {}, state)),
     element('button', {onclick: () => replace(timestamp)}, 'Cancel'))));
@@ -8103,7 +8120,13 @@ const replace = (timestamp, text) => changeOutbox(filled(outbox().map(
 async function flush() {
   if (flushing || locked) return;
   flushing = true;
-  try { while (outbox().length) await post(outbox()[0]); } catch { /* later, again */ }
+  try {
+    while (outbox().length) await post(outbox()[0]);
+  } catch ({status}) {
+    delay = (status === 503 ? 'The server cannot store it at the moment. ' : '')
+      + 'Kept here, and sent again';
+  }
+  changeOutbox(outbox());
   flushing = false;
 }
 // Always with the entry's original timestamp, by which the server recognises a repeat. A long list
@@ -8126,6 +8149,7 @@ async function post({text, timestamp}) {
     if (PASSING.includes(error.status)) throw error;
     putIntoBox(now);
   }
+  delay = '';
   replace(timestamp, filled(rest).join('\n'));
   refresh();
 }
@@ -8271,10 +8295,8 @@ function paintRow(node, row) {
   paintMeta(part(node, '.meta'), row);
   paintProgress(node, row);
   const frame = part(node, '.thumb'), can = actsOf(row);
-  if (row.thumbnail && !frame.dataset.path) {
-    frame.dataset.path = row.thumbnail;
-    pictures.observe(frame);
-  }
+  frame.path = row.thumbnail;
+  if (frame.path) pictures.observe(frame);
   for (const button of node.querySelectorAll('button')) {
     button.hidden = !can.includes(button.value);
     button.ariaLabel = `${button.textContent}: ${heading(row)}`;
@@ -8324,17 +8346,13 @@ function words(row) {
   return filled([phase[row.phase], row.progress + '%', speed && size(speed) + '/s',
     eta && duration(eta) + ' left']);
 }
-// Fetched when it comes into view, and not linked, as the key goes in a header.
+// Fetched when they come into view; lazy images would come long before.
 const pictures = new IntersectionObserver(entries => {
-  for (const {target, isIntersecting} of entries) if (isIntersecting) paintPicture(target);
+  for (const {target: frame, isIntersecting} of entries) {
+    const img = {alt: '', src: frame.path, onerror() { this.remove(); }};
+    if (isIntersecting && !frame.firstChild) frame.append(element('img', img));
+  }
 });
-async function paintPicture(frame) {
-  pictures.unobserve(frame);
-  const answer = await fetch(frame.dataset.path, {headers: keyHeader()}).catch(() => null);
-  if (!answer?.ok) return;
-  const picture = element('img', {alt: '', src: URL.createObjectURL(await answer.blob())});
-  picture.onload = () => { URL.revokeObjectURL(picture.src); frame.append(picture); };
-}
 function announce(row) {
   const state = stateOf(row);
   if (state === 'completed') note('Done: ' + heading(row));
@@ -8769,9 +8787,8 @@ SETUP_HTML = HEAD + r'''<title>Set up an iPhone</title>
 </html>
 '''
 
-SETUP_JS = r'''
+SETUP_JS = BASE_JS + r'''
 // Shows one step at a time, and moves on by itself. Without JavaScript all steps are shown.
-const $ = id => document.getElementById(id);
 const steps = [...document.querySelectorAll('.step')], {check: places} = document.body.dataset;
 const plain = location.protocol === 'http:';
 // Safari may have been told to trust this host name anyway, so ask for another name of the server.
@@ -8813,12 +8830,10 @@ async function arrive() {
 }
 
 // ---- the last screen ----
-const saved = () => JSON.parse(localStorage.getItem('videoserverd.key')) ?? '';
-const octets = text => String.fromCharCode(...new TextEncoder().encode(text));
 async function showAddress() {
-  const key = saved(), answer = await fetch('api/v1/share-address', {
+  const answer = await fetch('api/v1/share-address', {
     method: 'POST', body: JSON.stringify({name: $('name').value}),
-    headers: {'Content-Type': 'application/json', ...(key && {'X-API-Key': octets(key)})},
+    headers: {'Content-Type': 'application/json', ...keyHeader()},
   });
   const {address, message, signs} = await answer.json();
   if (!answer.ok) throw Error(message);
@@ -8830,7 +8845,7 @@ async function showAddress() {
 const tryAddress = () => showAddress().catch(() => null);
 function unlock(event) {
   event.preventDefault();
-  localStorage.setItem('videoserverd.key', JSON.stringify($('key').value.trim()));
+  remember('key', $('key').value.trim());
   showAddress().then(() => go('share'), error => { $('why').textContent = error.message; });
 }
 async function listen() {
@@ -8856,7 +8871,7 @@ $('name')?.addEventListener('change', tryAddress);
 addEventListener('hashchange', start);
 document.addEventListener('visibilitychange', probe);
 setInterval(() => { probe(); listen().catch(() => null); }, 2000);
-if (saved() && $('unlock')) await tryAddress();
+if (recall('key') && $('unlock')) await tryAddress();
 start();
 probe();
 '''
@@ -8870,7 +8885,7 @@ def setup_page(facts):
     which has no last screen)."""
     base = facts['base_url']
     places = facts['addresses'].split() * bool(facts['secure']) + [base]
-    facts = {**facts, 'check': ' '.join(f'{place}/setup/check.png' for place in places),
+    facts = {**facts, 'check': ' '.join(f'{place}/icon.png' for place in places),
              'address': f'{base}/share/My%20iPhone'}
     page = SETUP_HTML
     for name, fact in facts.items():
@@ -8890,7 +8905,6 @@ ASSETS = {
     '/setup.js': ('text/javascript; charset=utf-8', SETUP_JS),
     '/manifest.webmanifest': ('application/manifest+json', MANIFEST),
     '/icon.png': ('image/png', ICON_PNG),
-    '/setup/check.png': ('image/png', ICON_PNG),  # who can load it trusts the certificate
 }
 # Those that the `phone` command serves.
 PHONE_ASSETS = ('/page.css', '/setup.js', '/icon.png')
@@ -9316,7 +9330,7 @@ class Care:
         setting, now = self.config.downloads.keep, int(now)
         if not setting or 0 <= now - self._room_made < 3600:
             return
-        ids = self._beyond_keep(now, *setting)
+        ids = self.store.beyond_keep(*setting, now)
         file = Path(f'{self.config.database.path}.keep')  # the setting, and since when it counts
         known, _, since = file.read_text().partition('\n') if file.exists() else ('', '', now)
         if ids and known != str(setting):
@@ -9336,16 +9350,6 @@ class Care:
             self.store.room_made([download_id for download_id, _ in done])
         else:
             self._room_made = now
-
-    def _beyond_keep(self, now, kind, amount):
-        if kind == 'days':
-            return [row['id'] for row in self.store.oldest(now - amount * DAY)]
-        ids, excess = [], self.store.bytes_kept() - amount
-        for row in self.store.oldest(now):
-            if excess > 0:
-                ids.append(row['id'])
-                excess -= row['file_size'] or 0
-        return ids
 
     def update_now(self):
         self.freshness.wanted = True
@@ -9467,7 +9471,6 @@ class Daemon:
         self.lock = Lock(config.database.path)
         self.server = None
         self._set_back = lambda: None  # the watchdog
-        self.next_socket = None  # for a restart that listens elsewhere
         self.ends = {signal.SIGTERM, signal.SIGINT}  # the signals that stop it
 
     # -- start
@@ -9626,9 +9629,8 @@ class Daemon:
             path, place = config.database.path, (config.server.host, config.server.port)
             if path != self.config.database.path and Lock(path).running():
                 raise Trouble(f'{path}: another server uses this database')
-            if place != (self.config.server.host, self.config.server.port) and place[1]:
-                # Last: after a refusal it would be in the way of the next try.
-                self.next_socket = listen(*place)
+            if place != (self.config.server.host, self.config.server.port):
+                listen(*place).close()
             return True
         except (Trouble, OSError, SyntaxError, ValueError) as error:
             log.error('restart refused, running on as before: %s', error)
@@ -9667,7 +9669,7 @@ class Daemon:
     def _re_execute(self):
         """The newest program and configuration in this process. Socket and lock stay open: a phone
         only waits a moment."""
-        kept = (self.next_socket or self.server.socket).fileno(), self.lock.fd
+        kept = self.server.socket.fileno(), self.lock.fd
         for fd in kept:
             os.set_inheritable(fd, True)
         os.environ[INHERIT] = f'{kept[0]} {kept[1]}'

@@ -3570,7 +3570,7 @@ class PageTest(DaemonTest):
         """Opens a page; the list is drawn then, or the key asked for."""
         self.browser.open(f'https://127.0.0.1:{(daemon or self.daemon).port}{path}')
         if path.startswith('/setup'):
-            self.expected += '|check.png'  # asked for at an address at which these daemons do not listen
+            self.expected += '|icon.png'  # asked for at an address at which these daemons do not listen
         if path[:2] in ('/', '/?'):
             self.browser.wait('return document.querySelector("#door").open || list.ariaBusy === "false"')
 
