@@ -81,8 +81,8 @@ from harness import (  # noqa: E402, I001
     make_wheel, movie, new_config, new_folder, new_program, no_pip, open_store, openssl, own_config, parsed, patched,
     path_without_ffmpeg, picture, probe, publish_config, ran, real_files, reserved, run_maker, run_openssl,
     same_bytes, security, self_signed, serve_blocks, shared_links, sign_by_hand, slowest, some_files, sound, starts,
-    streams, tiktok_export, tiktok_link, unpack_compiled, vendored, vendored_curl, verdict, wait_until, with_pattern,
-    ytdlp_folder, ytdlp_says, zipped,
+    streams, tiktok_export, tiktok_link, trusting, unpack_compiled, vendored, vendored_curl, verdict, wait_until,
+    with_pattern, ytdlp_folder, ytdlp_says, zipped,
 )
 
 # ---------- law ---------------------------------------------------------------------------
@@ -7064,7 +7064,7 @@ class TestConnections(ServerTest):
     def test_a_client_for_whom_reading_would_have_to_write_does_not_hold_its_thread(self):
         """OpenSSL answers a broken record with an alert, which blocks where the client reads nothing."""
         self.server.context = v.tls_context(certificates() / 'server.crt', certificates() / 'server.key')
-        client = ssl.create_default_context(cafile=str(certificates() / 'ca.crt'))
+        client = trusting(certificates() / 'ca.crt')
         client.check_hostname = False
         link = client.wrap_socket(self.connect())
         self.addCleanup(link.close)

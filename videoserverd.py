@@ -2485,7 +2485,13 @@ def watch_process():
             thread.reach = here.reach
             start(thread)
         return start_thread
+
+    def trust(context, *_):  # LibreSSL ignores the variable
+        context.set_default_verify_paths()
+        with suppress(KeyError, OSError):
+            context.load_verify_locations(os.environ['SSL_CERT_FILE'])
     replace(threading.Thread, 'start', inherit)
+    ssl.SSLContext.load_default_certs = trust
     for thread in threading.enumerate():
         vars(thread).setdefault('reach', None)
     nothing = SimpleNamespace(security=None, downloader=SimpleNamespace(proxy='nobody'))
@@ -2888,8 +2894,8 @@ def open_door():
 
 def ca_file():
     """The system's CAs in one file, instead of the package certifi."""
-    bundles = ssl.get_default_verify_paths().cafile, '/etc/ssl/certs/ca-certificates.crt'
-    return next(filter(os.path.exists, filter(None, bundles)), '/etc/ssl/cert.pem')
+    bundles = ssl.get_default_verify_paths().cafile or '', '/etc/ssl/certs/ca-certificates.crt'
+    return next(filter(os.path.exists, bundles), '/etc/ssl/cert.pem')
 
 
 CUT_OFF = 0xFFFFFFFF  # CURL_WRITEFUNC_ERROR; an exception cannot pass through C
@@ -4236,8 +4242,8 @@ def run_helper(*command):
     env = {name: value for name, value in os.environ.items() if name not in SECRET_NAMES}
     try:
         done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            encoding='utf-8', errors='replace', env=env, cwd='/', timeout=HELPER_TIMEOUT)
+            command, stdin=subprocess.DEVNULL, capture_output=True, encoding='utf-8',
+            errors='replace', env=env, cwd='/', timeout=HELPER_TIMEOUT)
     except subprocess.TimeoutExpired:
         raise Trouble(f'the update of yt-dlp hung for {HELPER_TIMEOUT} seconds') from None
     if done.returncode < 0:
@@ -5889,7 +5895,7 @@ def tls_context(*pair):
     context.num_tickets = 0
     try:
         for file in pair:
-            file.open('rb').close()  # unlike load_cert_chain's, its error names the file
+            file.open().close()  # unlike load_cert_chain's, its error names the file
         context.load_cert_chain(*pair, password=lambda: '')
     except (OSError, ValueError) as error:
         raise Trouble(f'{" with ".join(map(str, pair))}: {error}; put a matching PEM pair '
@@ -5960,7 +5966,7 @@ def run_openssl(folder, *arguments):
     try:
         done = subprocess.run(
             ('openssl', *arguments), cwd=folder, stdin=subprocess.DEVNULL, umask=0o077, timeout=120,
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+            capture_output=True, start_new_session=True)
     except FileNotFoundError:
         raise Trouble('the openssl command is missing: install it (Debian, Raspberry Pi: '
                       'sudo apt-get install openssl; Mac: brew install openssl)') from None
@@ -5976,8 +5982,7 @@ def make_key(new, old, fresh):
     so that it only changes one file, atomically."""
     if old.exists() and not fresh:
         return old
-    run_openssl(new.parent, 'ecparam', '-name', 'prime256v1', '-genkey', '-noout',
-                '-param_enc', 'named_curve', '-out', new.name)
+    run_openssl(new.parent, *'ecparam -name prime256v1 -genkey -noout -out'.split(), new.name)
     return new
 
 
@@ -6081,17 +6086,15 @@ def make_certificate(config, now, words, notes, new_ca, fresh):
 
 def ensure_locked(config, now, asked, force, fresh):
     """What ensure_certificate does under its lock; `fresh` is its new_ca."""
-    server, old, usable = config.server, None, False
-    demanded = force or fresh or bool(asked)
+    server, old, must = config.server, None, force or fresh or asked
     if server.cert_file.exists():
         old = look_at_certificate(config)
-        usable = now < old.not_after or now < BUILT
-        if old.own and demanded:
+        if old.own and must:
             raise Trouble(f'{server.cert_file} is your own certificate, not from {server.ca_file}, '
                           'and is left alone: move it and its key away to have one made')
         if old.own:
             return old, False
-    must = demanded or not usable
+    must = must or not old or now >= max(old.not_after, BUILT)
     new_ca = fresh or not server.ca_file.exists()
     known, permitted = remembered_names(config)
     given = host_words((*known, *asked))
