@@ -599,8 +599,10 @@ class Daemon:
 
     def clear(self) -> None:
         """Cancels what has not ended, so that the next test finds free workers."""
+        phone = self.new_client(keep_alive=True, key=self.client.key)  # a handshake for each would be most of the work
         for row in self.rows("SELECT id FROM downloads WHERE status IN ('queued', 'downloading')"):
-            self.client.post(f'/api/v1/download/{row["id"]}/cancel')
+            phone.post(f'/api/v1/download/{row["id"]}/cancel')
+        phone.close()
 
     # -- what it leaves and uses
 
@@ -1936,9 +1938,10 @@ def global_uses(code: Any) -> List[Tuple[str, int, str]]:
     """(name, line, where) of each global that `code` and the code inside it reads; the compiler knows what is local."""
     found, line = [], code.co_firstlineno
     lines = dict(dis.findlinestarts(code))
-    stored = {step.argval for step in dis.get_instructions(code) if step.opname == 'STORE_NAME'}
+    steps = list(dis.get_instructions(code))
+    stored = {step.argval for step in steps if step.opname == 'STORE_NAME'}
     at_top = code.co_name == '<module>'
-    for step in dis.get_instructions(code):
+    for step in steps:
         line = lines.get(step.offset) or line
         if step.opname == 'LOAD_GLOBAL' or step.opname == 'LOAD_NAME' and (at_top or step.argval not in stored):
             found.append((step.argval, line, code.co_name))
@@ -2242,13 +2245,16 @@ ASSIGNED = (ast.Assign, ast.AnnAssign)
 def with_pattern(tree: ast.Module) -> List[Tuple[str, str, Any]]:
     """(name, method, pattern) of every use of the module re in the program; a name is a constant's or a function's."""
     found, wrappers = [], {}
+    methods: Dict[str, 'set[str]'] = collections.defaultdict(set)
+    for use in ast.walk(tree):
+        if isinstance(use, ast.Attribute) and isinstance(use.value, ast.Name):
+            methods[use.value.id].add(use.attr)
     for node in tree.body:
         name = getattr(node, 'name', None) or ast.unparse(getattr(node, 'targets', [node])[0])
         inside = list(ast.walk(node))
         calls = [call for call in inside if isinstance(call, ast.Call) and call.args]
         if isinstance(node, ASSIGNED) and any(ast.unparse(call.func) == 're.compile' for call in calls):
-            used = {use.attr for use in ast.walk(tree) if isinstance(use, ast.Attribute) and
-                    ast.unparse(use.value) == name} & set(dir(re.compile('')))
+            used = methods[name] & set(dir(re.compile('')))
             rows = getattr(v, name) if isinstance(getattr(v, name), tuple) else [[getattr(v, name)]]
             found += [(name, method, value) for row in rows for value in row if isinstance(value, re.Pattern)
                       for method in used - {'pattern'} or {'search'}]
