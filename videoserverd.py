@@ -4768,7 +4768,6 @@ BLOCK = 256 << 10  # bytes read and sent at a time: large enough that TLS is the
 MULTIPART_ABOVE = 100 << 20  # where AWS advises parts
 PART_SIZE = 16 << 20  # what a lost connection costs at most; S3 takes 10,000
 JOIN_SECONDS = 300.0  # for an answer: joining many parts takes a server long
-SIGNED_SECONDS = 3600  # a request of ours is good for: clocks differ
 COURIER_NAP = 60.0  # seconds between looks when nothing is due, and after a failure
 THUMBNAIL_SECONDS = 20.0  # a Pi needs two for a frame of a 4K video
 THUMBNAIL_FILTER = ("crop='min(iw,ih*3/4)':'min(ih,iw*4/3)',"
@@ -4839,26 +4838,57 @@ def content_disposition(name):
 
 # -- AWS Signature 4 (docs.aws.amazon.com/AmazonS3/latest/API/sig-v4-authenticating-requests.html)
 
-Keys = namedtuple('Keys', 'access secret region')
+class Keys(namedtuple('Keys', 'access secret region service', defaults=('s3',))):
+    def scope(self, stamp):
+        return f'{stamp[:8]}/{self.region}/{self.service}/aws4_request'
 
 
-def presign_v4(keys, now, method, base, path, query, seconds):
-    """A URL by which anybody may do `method` to `base` + `path`, with any body, for so many seconds
-    (a week at most): a secret, never to be logged."""
+def amz_date(now):
+    return time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))
+
+
+def canonical_query(query):
+    """`query` encoded and sorted, as it is signed and sent."""
+    return urlencode(sorted(query), quote_via=quote)
+
+
+def signature_v4(keys, stamp, method, path, query, headers, payload):
+    """`path` is encoded as it is sent, `headers` are in lower case and sorted, `payload` is the
+    body's SHA-256 in hex or UNSIGNED-PAYLOAD."""
     import hashlib
     import hmac
-    stamp = time.strftime('%Y%m%dT%H%M%SZ', time.gmtime(now))
-    scope, host = f'{stamp[:8]}/{keys.region}/s3/aws4_request', base.partition('://')[2]
-    query = urlencode(sorted((
-        *query, ('X-Amz-Algorithm', 'AWS4-HMAC-SHA256'), ('X-Amz-Date', stamp),
-        ('X-Amz-Expires', str(seconds)), ('X-Amz-SignedHeaders', 'host'),
-        ('X-Amz-Credential', f'{keys.access}/{scope}'))), quote_via=quote)
-    request = f'{method}\n{path}\n{query}\nhost:{host}\n\nhost\nUNSIGNED-PAYLOAD'
+    lines = [f'{name}:{value}' for name, value in headers]
+    request = '\n'.join([method, path, canonical_query(query), *lines, '', ';'.join(dict(headers)),
+                         payload])
     hashed = hashlib.sha256(request.encode()).hexdigest()
+    to_sign = '\n'.join(['AWS4-HMAC-SHA256', stamp, keys.scope(stamp), hashed])
     digest = f'AWS4{keys.secret}'.encode()
-    for step in (*scope.split('/'), f'AWS4-HMAC-SHA256\n{stamp}\n{scope}\n{hashed}'):
+    for step in (*keys.scope(stamp).split('/'), to_sign):
         digest = hmac.new(digest, step.encode(), 'sha256').digest()
-    return f'{base}{path}?{query}&X-Amz-Signature={digest.hex()}'
+    return digest.hex()
+
+
+def sign_v4(keys, now, method, host, path, query, headers, payload):
+    """`headers` plus those that authenticate the request."""
+    stamp = amz_date(now)
+    headers = {**headers, 'Host': host, 'X-Amz-Date': stamp}
+    signed = sorted((name.lower(), ' '.join(value.split())) for name, value in headers.items())
+    signature = signature_v4(keys, stamp, method, path, query, signed, payload)
+    headers['Authorization'] = (
+        f'AWS4-HMAC-SHA256 Credential={keys.access}/{keys.scope(stamp)}, '
+        f'SignedHeaders={";".join(dict(signed))}, Signature={signature}')
+    return headers
+
+
+def presign_v4(keys, now, base, path, query, seconds):
+    """A URL by which anybody may GET `base` + `path` for so many seconds (a week at most)."""
+    stamp = amz_date(now)
+    query = [*query, ('X-Amz-Algorithm', 'AWS4-HMAC-SHA256'), ('X-Amz-Date', stamp),
+             ('X-Amz-Expires', str(seconds)), ('X-Amz-SignedHeaders', 'host'),
+             ('X-Amz-Credential', f'{keys.access}/{keys.scope(stamp)}')]
+    headers = [('host', base.partition('://')[2])]
+    signature = signature_v4(keys, stamp, 'GET', path, query, headers, 'UNSIGNED-PAYLOAD')
+    return f'{base}{path}?{canonical_query(query)}&X-Amz-Signature={signature}'
 
 
 def bucket_address(endpoint, bucket, key):
@@ -4875,8 +4905,7 @@ def bucket_address(endpoint, bucket, key):
 REFUSALS = {  # S3's error codes that the owner can do something about
     'InvalidAccessKeyId': 'does not know the access key: check AWS_ACCESS_KEY_ID',
     'SignatureDoesNotMatch': 'refuses the secret key: check AWS_SECRET_ACCESS_KEY',
-    'AccessDenied': 'denies access to this key: allow it to get, put and delete objects, '
-                    'and check the clock',
+    'AccessDenied': 'denies access to this key: allow it to get, put and delete objects',
     'NoSuchBucket': 'has no such bucket: create it, or check [s3] bucket',
 }
 NOT_LISTED = ('AccessDenied', 'NotImplemented', 'MethodNotAllowed')  # a key may put, but not list
@@ -4895,9 +4924,9 @@ class Body(namedtuple('Body', 'file start size')):
             left -= len(block)
             yield block
 
-    def digest(self):
+    def digest(self, kind):
         import hashlib
-        digest = hashlib.new('md5', usedforsecurity=False)
+        digest = hashlib.new(kind, usedforsecurity=False)
         for block in self.blocks():
             digest.update(block)
         return digest.hexdigest()
@@ -4928,7 +4957,7 @@ class Bucket:
         endpoint = self.s3.public_endpoint or self.s3.endpoint
         base, path = bucket_address(endpoint, self.s3.bucket, key)
         query = [('response-content-disposition', content_disposition(name))]
-        return presign_v4(self.keys, now, 'GET', base, path, query, seconds)
+        return presign_v4(self.keys, now, base, path, query, seconds)
 
     def put(self, path, key, kind):
         """Store the file as `key`. A large one goes in parts; those that an earlier try has sent
@@ -4972,7 +5001,7 @@ class Bucket:
         for number, start in enumerate(range(0, everything.size, PART_SIZE), 1):
             part = everything._replace(start=start, size=min(PART_SIZE, everything.size - start))
             etag = stored.get(str(number), '')
-            if not etag or etag.strip('"') != part.digest():
+            if not etag or etag.strip('"') != part.digest('md5'):
                 query = [('partNumber', str(number)), ('uploadId', upload)]
                 found, _ = self._call('PUT', key, query, part)
                 etag = found['ETag']
@@ -4982,16 +5011,19 @@ class Bucket:
                    Body(io.BytesIO(manifest), 0, len(manifest)))
 
     def _call(self, method, key, query=(), body=NOTHING, kind='', fine=()):
-        """(headers, body) of S3's answer to one presigned request; nothing where its error code is
+        """(headers, body) of S3's answer to one signed request; nothing where its error code is
         `fine`."""
         base, path = bucket_address(self.s3.endpoint, self.s3.bucket, key)
         host = base.partition('://')[2]
-        url = presign_v4(self.keys, time.time(), method, base, path, query, SIGNED_SECONDS)
-        headers = {'Content-Length': str(body.size)}
+        payload = 'UNSIGNED-PAYLOAD' if base.startswith('https:') else body.digest('sha256')
+        headers = {'X-Amz-Content-Sha256': payload}
         if kind:
             headers['Content-Type'] = kind
+        signed = sign_v4(self.keys, time.time(), method, host, path, query, headers, payload)
+        signed['Content-Length'] = str(body.size)  # not signed: some proxies drop a zero
+        url = f'{base}{path}?{canonical_query(query)}'
         try:
-            status, found, answer = http_call(method, url, headers, body.blocks(),
+            status, found, answer = http_call(method, url, signed, body.blocks(),
                                               answer_seconds=JOIN_SECONDS)
         except OSError as error:
             text = excerpt(' '.join(str(error).split()), 200)
@@ -9287,11 +9319,13 @@ class Care:
         """Remove partial downloads not in the queue, listed before asking it."""
         if not self.scheduler.ready or usable_output(self.config):
             return
-        folders = os.listdir(self.config.downloads.output_directory / '.incomplete')
-        for name in filter(UUID_PATTERN.fullmatch, folders):  # it may be a link: the rest stays
-            row, = self.store.records('id = ?', name) or [{'status': '', 'files': None}]
-            if row['status'] not in ('queued', 'downloading'):
-                forget_files(self.config, name, (), row['files'])
+        folders = os.scandir(self.config.downloads.output_directory / '.incomplete')
+        for entry in [one for one in folders if UUID_PATTERN.fullmatch(one.name)]:
+            found = self.store.records('id = ?', entry.name)
+            if found and found[0]['status'] not in ('queued', 'downloading'):
+                forget_files(self.config, entry.name, (), found[0]['files'])
+            elif not found and now - entry.stat().st_mtime > DAY:  # else another server's, perhaps
+                forget_files(self.config, entry.name, (), None)
 
     def renew_certificate(self, now):
         """Each day by the clock, so also when that was set: a new leaf if names, addresses or time
@@ -9678,6 +9712,8 @@ class Daemon:
         os.environ[INHERIT] = f'{kept[0]} {kept[1]}'
         for handler in log.handlers:
             handler.flush()
+        for number in {signal.SIGHUP, signal.SIGUSR1} & signal.sigpending():
+            signal.sigwait({number})  # what it asks for is done now
         os.execv(sys.executable, bare_python(SERVE, str(self.config.file or '')))
 
     # -- what the scheduler and http ask for

@@ -2688,17 +2688,47 @@ class FreshDaemonTest(DaemonTest):
 
 
 # ---------- bucket and notices ------------------------------------------------------------
-# AWS's published vector of Signature 4; OpenStack Swift, which verifies signatures, behind a relay that can
+# AWS's published vectors of Signature 4; OpenStack Swift, which verifies signatures, behind a relay that can
 # lose, stall and refuse; a webhook.
 
+SUITE = v.Keys('AKIDEXAMPLE', 'wJalrXUtnFEMI/K7MDENG+bPxRfiCYEXAMPLEKEY', 'us-east-1', 'service')
+SUITE_NOW = 1440938160  # 20150830T123600Z
 UNRESERVED = '-._~0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz'
-SIGNED = [  # what AWS's Signature 4 test suite has of paths and queries; method, path, query
-    *((method, '/', ()) for method in ('GET', 'PUT', 'POST', 'DELETE')),
-    *(('GET', path, ()) for path in ('/%E1%88%B4', '/example%20space/', f'/{UNRESERVED}', '/test%24file.text')),
-    ('GET', '/', (('Param2', 'value2'), ('Param1', 'value1'))), ('GET', '/', ((UNRESERVED, UNRESERVED),)),
-    ('GET', '/', (('prefix', '\u1234 b a+r/&=%'),)), ('POST', '/a', (('uploads', ''),))]
+SUITE_CASES = [  # AWS's Signature 4 test suite: name, method, path, query, headers, body, signature
+    ('get-vanilla', 'GET', '/', (), {}, b'', '5fa00fa31553b73ebf1942676e86291e8372ff2a2260956d9b8aae1d763fbf31'),
+    ('get-utf8', 'GET', '/%E1%88%B4', (), {}, b'',
+     '8318018e0b0f223aa2bbf98705b62bb787dc9c0e678f255a891fd03141be5d85'),
+    ('get-space', 'GET', '/example%20space/', (), {}, b'',
+     '652487583200325589f1fba4c7e578f72c47cb61beeca81406b39ddec1366741'),
+    ('get-unreserved', 'GET', '/' + UNRESERVED, (), {}, b'',
+     '07ef7494c76fa4850883e2b006601f940f8a34d404d0cfa977f52a65bbf5f24f'),
+    ('get-vanilla-query-order-key-case', 'GET', '/', (('Param2', 'value2'), ('Param1', 'value1')), {}, b'',
+     'b97d918cfa904a5beff61c982a1b6f458b799221646efd99d3219ec94cdf2500'),
+    ('get-vanilla-query-order-key', 'GET', '/', (('Param1', 'value2'), ('Param1', 'Value1')), {}, b'',
+     'eedbc4e291e521cf13422ffca22be7d2eb8146eecf653089df300a15b2382bd1'),
+    ('get-vanilla-query-unreserved', 'GET', '/', ((UNRESERVED, UNRESERVED),), {}, b'',
+     '9c3e54bfcdf0b19771a7f523ee5669cdf59bc7cc0884027167c21bb143a40197'),
+    ('get-vanilla-utf8-query', 'GET', '/', (('\u1234', 'bar'),), {}, b'',
+     '2cdec8eed098649ff3a119c94853b13c643bcf08f8b0a1d91e12c9027818dd04'),
+    ('get-header-value-trim', 'GET', '/', (), {'My-Header1': ' value1', 'My-Header2': ' "a   b   c"'}, b'',
+     'acc3ed3afb60bb290fc8d2dd0098b9911fcaa05412b367055dee359757a9c736'),
+    ('post-vanilla', 'POST', '/', (), {}, b'', '5da7c1a2acd57cee7505fc6676e4e544621c30862966e37dddb68e92efbe5d6b'),
+    ('post-x-www-form-urlencoded', 'POST', '/', (), {'Content-Type': 'application/x-www-form-urlencoded'},
+     b'Param1=value1', 'ff11897932ad3f4e8b18135d722051e5ac45fc38421b1da7b9d196a0fe09473a'),
+]
 S3_DOCS = v.Keys('AKIAIOSFODNN7EXAMPLE', 'wJalrXUtnFEMI/K7MDENG/bPxRfiCYEXAMPLEKEY', 'us-east-1')
 S3_DOCS_NOW = 1369353600  # 20130524T000000Z
+S3_DOCS_CASES = [  # "Signature Calculations for the Authorization Header", Amazon S3 API Reference
+    ('GET object', 'GET', '/test.txt', (), {'Range': 'bytes=0-9'}, b'',
+     'f0e8bdb87c964420e857bd35b5d6ed310bd44f0170aba48dd91039c6036bdb41'),
+    ('PUT object', 'PUT', '/test%24file.text', (), {
+        'Date': 'Fri, 24 May 2013 00:00:00 GMT', 'x-amz-storage-class': 'REDUCED_REDUNDANCY'},
+     b'Welcome to Amazon S3.', '98ad721746da40c64f1a55b78f14c238d841ea1380cd77a1b5971af0ece108bd'),
+    ('GET bucket lifecycle', 'GET', '/', (('lifecycle', ''),), {}, b'',
+     'fea454ca298b7da1c68078a5d1bdbfbbe0d65c699e0f91ac7a200a0136783543'),
+    ('GET bucket', 'GET', '/', (('prefix', 'J'), ('max-keys', '2')), {}, b'',
+     '34b48302e7b5fa45bde8084f4b7868a86f0a534bc59db6670ed5711ef69dc6f7'),
+]
 S3_DOCS_PRESIGNED = (
     'https://examplebucket.s3.amazonaws.com/test.txt?X-Amz-Algorithm=AWS4-HMAC-SHA256'
     '&X-Amz-Credential=AKIAIOSFODNN7EXAMPLE%2F20130524%2Fus-east-1%2Fs3%2Faws4_request'
@@ -2870,7 +2900,7 @@ class WithBucket(unittest.TestCase):
     def refused(self, path, bucket=None):
         with self.assertRaises(v.Trouble) as caught:
             self.put(path, bucket)
-        self.assertNotRegex(str(caught.exception), '\n|X-Amz-')  # no signed address is told
+        self.assertNotIn('\n', str(caught.exception))
         return caught.exception
 
     def stored(self, path):
