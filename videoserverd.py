@@ -1316,7 +1316,9 @@ def prepare_search(db):
     names = [row[0] for row in db.execute(
         "SELECT name FROM sqlite_master WHERE type = 'trigger' AND name LIKE 'search%'")]
     try:
-        if not names:
+        if 'search_new' not in names:
+            for name in names:
+                db.execute(f'DROP TRIGGER {name}')
             db.execute('DROP TABLE IF EXISTS search')  # it may lack something
             db.execute("CREATE VIRTUAL TABLE search USING fts5(text, content='', "
                        "tokenize='trigram')")
@@ -1327,7 +1329,7 @@ def prepare_search(db):
         if 'no such' not in str(error):
             raise
         for name in names:  # else nothing could be stored
-            db.execute(f'DROP TRIGGER {name}')
+            db.execute(f'DROP TRIGGER IF EXISTS {name}')
         return False
 
 
