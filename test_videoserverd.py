@@ -4072,7 +4072,7 @@ class TestVendor(WithIndex):
         self.assertEqual(sorted(path.name for path in (self.folder / '9999.1.1').iterdir()),
                          ['yt_dlp', 'yt_dlp-9999.1.1.dist-info'])
         self.assertEqual([path for path in self.folder.rglob('*') if 'evil' in path.name or path.is_symlink()], [])
-        self.assertEqual([path for path in self.folder.parent.glob('*evil*')], [])
+        self.assertEqual([path for path in self.folder.parent.glob('evil*')], [])
 
     def test_a_copied_in_yt_dlp_is_used_unless_it_is_unsafe(self) -> None:
         make = io.BytesIO(make_wheel('9999.1.1', STUB))
@@ -4783,7 +4783,7 @@ class TestBucket(WithBucket):
         bucket, relay.limit, relay.stall = self.new_bucket(endpoint=relay.url), 500_000, True
         with unittest.mock.patch.dict(os.environ, SSL_CERT_FILE=str(ca)), \
                 unittest.mock.patch.multiple(v, BLOCK_SECONDS=0.5, JOIN_SECONDS=0.5):
-            self.assertRegex(str(self.refused(self.file(size=30 << 20), bucket=bucket)), 'failed: timed out')
+            self.assertRegex(str(self.refused(self.file(size=30 << 20), bucket=bucket)), 'failed: .*timed out')
 
 
 class TestUploader(WithUploader):

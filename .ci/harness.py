@@ -125,7 +125,6 @@ OWN_VARIABLES = ('VIDEOSERVER_', 'PRT_', 'AWS_', 'SSL_CERT_', 'HTTP_PROXY', 'HTT
                  'PYTHONPATH', 'NO_COLOR', 'BASH_FUNC_', 'NOTIFY_SOCKET', 'INVOCATION_ID', 'JOURNAL_STREAM')
 
 
-@functools.lru_cache(maxsize=None)
 def only_python() -> None:
     """Leaves only Python itself on this process's path, as yt-dlp finds it in a server (v.bare_python)."""
     home, archive = os.path.dirname(os.__file__), 'python{}{}.zip'.format(*sys.version_info)
@@ -137,9 +136,18 @@ def only_python() -> None:
             del sys.modules[name]
 
 
+def import_alone(*args: Any, real: Callable[..., Any] = v.import_ytdlp) -> Any:
+    """In place of v.import_ytdlp, for tests that download in their own process."""
+    if 'Session' not in v.IMPORTED:
+        only_python()
+    return real(*args)
+
+
+vars(v).update(import_ytdlp=import_alone)
+
+
 def vendored() -> str:
     """The version of yt-dlp in <repo>/vendor, fetched from the index if there is none yet."""
-    only_python()
     vendor = v.Vendor(HERE / 'vendor')
     return vendor.version() or vendor.install()
 
