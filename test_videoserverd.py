@@ -4854,7 +4854,7 @@ class TestUploader(WithUploader):
         self.assertEqual((fetch(self.link(id, 'cat.mp4'))[0], self.due()), (404, []))
 
     def test_a_download_deleted_while_it_is_uploaded_leaves_nothing_in_the_bucket(self):
-        id, other = self.finish('cat.mp4', size=30 << 20), self.finish('dog.mp4')
+        id, other = self.finish('cat.mp4'), self.finish('dog.mp4')
         put = self.bucket.put
 
         def put_and_forget(*args):
